@@ -1,0 +1,1 @@
+"""lipdp: differentially private training of Lipschitz networks, without per-sample gradient clipping."""

@@ -1,0 +1,93 @@
+"""Every exception lipdp raises on purpose. Each message says what was given and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LipdpError(Exception):
+    """Base of all lipdp errors; the command prints its message and ends with exit code 2."""
+
+
+class ParameterError(LipdpError, ValueError):
+    """An argument is outside its range: q outside (0, 1], σ ≤ 0, δ not in (0, 1), a negative size, …"""
+
+
+class UnknownNameError(LipdpError, KeyError):
+    """A name that is in no list; the message gives the valid ones.
+
+    >>> str(UnknownNameError("model", "cmm", ["cnn", "mlp"]))
+    "unknown model 'cmm'; did you mean 'cnn'? Known: cnn, mlp"
+    """
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        from difflib import get_close_matches
+
+        names = sorted(known)
+        close = get_close_matches(str(name), names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ";"
+        self.message = f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}"
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UnsupportedLayerError(LipdpError, ValueError):
+    """A layer whose settings have no sound bound (dilation, reflect padding, …)."""
+
+
+class UnsupportedOperationError(LipdpError):
+    """A node of the traced model without a rule; the message names it and how to register one."""
+
+
+class MixesSamplesError(LipdpError):
+    """The model lets one sample influence another's output, so no per-sample bound exists."""
+
+
+class UnboundedError(LipdpError):
+    """A parameter without a finite sensitivity, or a network without a finite Lipschitz constant."""
+
+
+class LossError(LipdpError):
+    """A loss without a constant in the logits, or one that couples the samples of a batch."""
+
+
+class ConstraintError(LipdpError):
+    """A weight that a constraint cannot hold (wrong shape, not finite)."""
+
+
+class NonFiniteError(LipdpError):
+    """NaN or infinity in an input, a weight or a gradient; the message names the step and the parameter."""
+
+
+class OptimizerError(LipdpError):
+    """An optimiser that holds other parameters than the model, takes a closure, or is already private."""
+
+
+class EngineError(LipdpError):
+    """The engine was used in an order, or with a batch, that would break the guarantee."""
+
+
+class CalibrationError(LipdpError):
+    """No noise multiplier reaches the target ε; the message says why."""
+
+
+class AccountingError(LipdpError):
+    """An accountant failed numerically or does not cover the event."""
+
+
+class DataError(LipdpError):
+    """A data file is missing, truncated or corrupt; the message names the file and what to do."""
+
+
+class CheckpointError(LipdpError):
+    """A checkpoint cannot be read or written."""
+
+
+class ResumeError(LipdpError):
+    """A resumed run would change a fact that ε depends on."""
+
+
+class BoundViolation(LipdpError, AssertionError):
+    """`lipdp.testing` found a gradient larger than the declared bound."""

@@ -1,0 +1,307 @@
+"""The rules of modules with parameters or windows; section by section the table of the README's mathematics."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from deel import torchlip
+from torch import Tensor, nn
+
+from lipdp.bounds.rules import Call, Local, Number, rule
+from lipdp.constraints import Constraint, Spectral, certified_norm, vector_norm
+from lipdp.errors import MixesSamplesError, UnsupportedLayerError
+from lipdp.nn import conv as lconv
+from lipdp.nn import gates, linear, normalization, pooling
+from lipdp.nn.normalization import broadcast_factor, check_centering_axes
+
+# --- dense -----------------------------------------------------------------------------------------------------------
+
+
+def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -> Local:
+    """y = α W x + b over R rows: gain α‖W‖₂; ‖Σ g xᵀ‖_F ≤ ‖g‖‖x‖ (Cauchy–Schwarz); b is added R times: √R."""
+    count = call.x.numel // layer.in_features
+    rows = math.sqrt(count)
+    norm = constraint.norm_bound(call.used(layer.weight * scale))
+    parameters: dict[str, Number] = {"weight": scale * call.x.value}
+    offset: Number = 0.0
+    if layer.bias is not None:
+        parameters["bias"] = rows
+        offset = rows * vector_norm(call.used(layer.bias))
+    return Local(gains=(norm,), offset=offset, parameters=parameters, fan_in=max(layer.in_features, count))
+
+
+@rule(linear.SpectralLinear)
+def _spectral_linear(call: Call) -> Local:
+    layer: linear.SpectralLinear = call.module  # type: ignore[assignment]
+    return _dense(call, layer, layer.constraint, layer.scale)
+
+
+@rule(nn.Linear)
+def _linear(call: Call) -> Local:
+    return _dense(call, call.module, Spectral(), 1.0)  # type: ignore[arg-type]
+
+
+# --- convolution -----------------------------------------------------------------------------------------------------
+
+
+def axis_overlap(size: int, kernel: int, stride: int, pad_left: int, pad_right: int, *, circular: bool) -> int:
+    """The most windows that any entry of an axis lies in, counted.
+
+    At most ⌈k/s⌉ for zero padding, fewer when the axis has fewer windows. Circular padding wider than the kernel's
+    reach shows an entry twice and exceeds ⌈k/s⌉, which is why it is counted and not assumed.
+    """
+    windows = (size + pad_left + pad_right - kernel) // stride + 1
+    counts: Counter[int] = Counter()
+    for start in range(-pad_left, -pad_left + windows * stride, stride):
+        covered = range(start, start + kernel)
+        counts.update((u % size for u in covered) if circular else (u for u in covered if 0 <= u < size))
+    return max(counts.values(), default=0)
+
+
+def _convolution(call: Call, layer: nn.Conv1d | nn.Conv2d, scale: float) -> Local:
+    """y = α W P: P repeats an entry at most m times, so ‖P‖_F ≤ √m ‖x‖; gain α √m ‖W‖₂; Δ_W = α √m X G.
+
+    With groups W is block-diagonal: the largest of the blocks' norms. A bias is added at H'W' positions: √(H'W').
+    """
+    lconv.check_convolution(layer)
+    axes = len(layer.kernel_size)
+    pads = layer._reversed_padding_repeated_twice[::-1]  # (left, right) is stored (right axis first)
+    overlap = math.prod(
+        axis_overlap(
+            call.x.shape[-axes + axis],
+            layer.kernel_size[axis],
+            layer.stride[axis],
+            pads[2 * axis + 1],
+            pads[2 * axis],
+            circular=layer.padding_mode == "circular",
+        )
+        for axis in range(axes)
+    )
+    kernel = call.used(layer.weight * scale)
+    norm = certified_norm(kernel.reshape(layer.groups, layer.out_channels // layer.groups, -1)).max()
+    spread = math.sqrt(overlap)
+    parameters: dict[str, Number] = {"weight": scale * spread * call.x.value}
+    offset: Number = 0.0
+    positions = math.prod(call.output_shape[-axes:])
+    if layer.bias is not None:
+        parameters["bias"] = math.sqrt(positions)
+        offset = math.sqrt(positions) * vector_norm(call.used(layer.bias))
+    fan_in = max(layer.weight[0].numel(), positions)
+    return Local(gains=(spread * norm,), offset=offset, parameters=parameters, fan_in=fan_in)
+
+
+@rule(lconv.SpectralConv1d, lconv.SpectralConv2d)
+def _spectral_convolution(call: Call) -> Local:
+    return _convolution(call, call.module, call.module.scale)  # type: ignore[arg-type, union-attr]
+
+
+@rule(nn.Conv1d, nn.Conv2d)
+def _plain_convolution(call: Call) -> Local:
+    return _convolution(call, call.module, 1.0)  # type: ignore[arg-type]
+
+
+# --- projections and gates -------------------------------------------------------------------------------------------
+
+
+@rule(gates.ValueClip, gates.InputBound)
+def _value_clip(call: Call) -> Local:
+    """Projection on a ball: 1-Lipschitz, norm at most c."""
+    bound: float = call.module.bound  # type: ignore[assignment, union-attr]
+    return Local(value_cap=bound, fan_in=call.x.numel)
+
+
+@rule(gates.GradientGate)
+def _gradient_gate(call: Call) -> Local:
+    return Local(cotangent_cap=call.module.bound, fan_in=call.x.numel)  # type: ignore[union-attr, arg-type]
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def window_overlap(
+    call: Call, kernel: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> int:
+    """m for a 2-D pooling: the most windows an entry lies in."""
+    sizes = call.x.shape[-2:]
+    pairs = zip(sizes, _pair(kernel), _pair(stride), _pair(padding), strict=True)
+    return math.prod(axis_overlap(n, k, s, p, p, circular=False) for n, k, s, p in pairs)
+
+
+def max_pool(
+    call: Call, kernel: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> Local:
+    """Each window's maximum is 1-Lipschitz in the window; an entry lies in at most m windows: √m."""
+    return Local(gains=(math.sqrt(window_overlap(call, kernel, stride, padding)),), exact=True)
+
+
+def average_pool(
+    call: Call, kernel: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
+) -> Local:
+    """⟨1/n, window⟩ has norm 1/√n in the window of n entries; an entry lies in at most m windows: √(m/n)."""
+    entries = math.prod(_pair(kernel))
+    overlap = window_overlap(call, kernel, stride, padding)
+    return Local(gains=(math.sqrt(overlap / entries),), fan_in=entries)
+
+
+def _refuse_pooling(layer: nn.Module) -> None:
+    padded = any(_pair(getattr(layer, "padding", 0)))
+    if (
+        getattr(layer, "ceil_mode", False)
+        or getattr(layer, "divisor_override", None) is not None
+        or (padded and not getattr(layer, "count_include_pad", True))
+        or any(d != 1 for d in _pair(getattr(layer, "dilation", 1)))
+        or getattr(layer, "return_indices", False)
+    ):
+        raise UnsupportedLayerError(
+            f"{layer}: ceil_mode, divisor_override, dilation, return_indices and count_include_pad=False with padding"
+            " change the weights of a window and have no bound here; leave them at their defaults"
+        )
+
+
+@rule(nn.MaxPool2d)
+def _max_pool2d(call: Call) -> Local:
+    layer: nn.MaxPool2d = call.module  # type: ignore[assignment]
+    _refuse_pooling(layer)
+    return max_pool(call, layer.kernel_size, layer.stride, layer.padding)
+
+
+@rule(nn.AvgPool2d)
+def _avg_pool2d(call: Call) -> Local:
+    layer: nn.AvgPool2d = call.module  # type: ignore[assignment]
+    _refuse_pooling(layer)
+    return average_pool(call, layer.kernel_size, layer.stride, layer.padding)
+
+
+@rule(torchlip.ScaledAvgPool2d, pooling.ScaledAvgPool2d)
+def _scaled_avg_pool2d(call: Call) -> Local:
+    """Average pooling times k √n over disjoint windows: k."""
+    layer: torchlip.ScaledAvgPool2d = call.module
+    _refuse_pooling(layer)
+    plain = average_pool(call, layer.kernel_size, layer.stride, layer.padding)
+    gain = plain.gains[0] * layer.scalingFactor * layer._coefficient_lip
+    return Local(gains=(gain,), fan_in=plain.fan_in)
+
+
+@rule(nn.AdaptiveAvgPool2d)
+def _adaptive_avg_pool2d(call: Call) -> Local:
+    """Equal disjoint windows of n entries: 1/√n. Unequal windows are refused."""
+    return adaptive_average_pool(call)
+
+
+def adaptive_average_pool(call: Call) -> Local:
+    """Shared with the functional form."""
+    (height, width), (rows, columns) = call.x.shape[-2:], call.output_shape[-2:]
+    if height % rows or width % columns:
+        raise UnsupportedLayerError(
+            f"'{call.name}': adaptive average pooling from {height}x{width} to {rows}x{columns} has windows that"
+            " overlap or differ; choose an output size that divides the input size"
+        )
+    entries = (height // rows) * (width // columns)
+    return Local(gains=(1 / math.sqrt(entries),), fan_in=entries)
+
+
+@rule(torchlip.ScaledAdaptiveAvgPool2d)
+def _scaled_adaptive_avg_pool2d(call: Call) -> Local:
+    entries = math.prod(call.x.shape[-2:])
+    return Local(gains=(call.module._coefficient_lip,), fan_in=entries)  # type: ignore[union-attr, arg-type]
+
+
+@rule(pooling.ScaledL2NormPool2d)
+def _l2_norm_pool2d(call: Call) -> Local:
+    """The norm of a window is 1-Lipschitz in the window; the windows are disjoint."""
+    return Local(fan_in=math.prod(call.module.kernel_size))  # type: ignore[union-attr, arg-type]
+
+
+# --- centering and normalisation -------------------------------------------------------------------------------------
+
+
+@rule(torchlip.LayerCentering, normalization.LayerCentering)
+def _layer_centering(call: Call) -> Local:
+    """An orthogonal projection, plus a bias that each entry shares with √(entries per bias) others."""
+    layer: torchlip.LayerCentering = call.module
+    axes = check_centering_axes(layer.dim, len(call.x.shape) + 1)
+    entries = math.prod(call.x.shape[a - 1] for a in axes)
+    if layer.bias is None:
+        return Local(fan_in=entries)
+    shared = broadcast_factor(layer.bias.numel(), call.x.shape)
+    offset = shared * vector_norm(call.used(layer.bias))
+    return Local(offset=offset, parameters={"bias": shared}, fan_in=entries)
+
+
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _instance_norm(call: Call) -> Local:
+    """Per sample, unless it keeps running statistics of the batches it saw."""
+    return _mixes_samples(call) if call.module.track_running_stats else _sample_norm(call)  # type: ignore[union-attr]
+
+
+@rule(nn.LayerNorm, nn.GroupNorm)
+def _sample_norm(call: Call) -> Local:
+    """(x − μ)/√(var + ε) per sample: Jacobian norm ≤ 1/√ε, output norm ≤ √n; then y·γ + β, entrywise.
+
+    ‖∇_γ‖ ≤ ‖x̂‖_F G ≤ √n G and ‖∇_β‖ ≤ √(entries per β) G. Loose as a gain: fine in front of the first trainable layer.
+    """
+    layer: nn.LayerNorm | nn.GroupNorm = call.module  # type: ignore[assignment]
+    entries = math.sqrt(call.x.numel)
+    gain: Number = 1.0 / math.sqrt(layer.eps)
+    if layer.weight is None:
+        return Local(gains=(gain,), value_cap=entries, fan_in=call.x.numel)
+    largest = call.used(layer.weight).abs().max().double()
+    parameters: dict[str, Number] = {"weight": entries}
+    offset: Number = 0.0
+    if layer.bias is not None:
+        parameters["bias"] = shared = math.sqrt(call.x.numel / layer.bias.numel())
+        offset = shared * vector_norm(call.used(layer.bias))
+    cap = entries * largest + offset
+    return Local(gains=(gain * largest,), offset=offset, parameters=parameters, value_cap=cap, fan_in=call.x.numel)
+
+
+@rule(
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
+    *(torchlip.BatchCentering, torchlip.BatchLipNorm),
+)
+def _mixes_samples(call: Call) -> Local:
+    raise MixesSamplesError(
+        f"'{call.name}' ({type(call.module).__name__}) uses or keeps statistics of the batch: one record changes the"
+        " outputs of others, so no per-sample bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the"
+        " first trainable layer"
+    )
+
+
+# --- trainable activations and residuals of deel-torchlip -------------------------------------------------------------
+
+
+@rule(torchlip.LPReLU)
+def _lprelu(call: Call) -> Local:
+    """max(x,0) + a min(x,0) with |a| clamped to k: slope ≤ max(1, k); ∂y/∂a = min(x, 0), so Δ_a ≤ X G."""
+    coefficient: float = call.module._coefficient_lip  # type: ignore[assignment, union-attr]
+    return Local(gains=(max(1.0, coefficient),), parameters={"weight": call.x.value})
+
+
+@rule(nn.PReLU)
+def _prelu(call: Call) -> Local:
+    """Slope at most max(1, |a|); ∂y/∂a = min(x, 0), so Δ_a ≤ X G."""
+    slope = call.used(call.module.weight).abs().max().double().clamp_min(1.0)  # type: ignore[union-attr, arg-type]
+    return Local(gains=(slope,), parameters={"weight": call.x.value})
+
+
+@rule(torchlip.HouseHolder)
+def _householder(call: Call) -> Local:
+    """Reflects pairs (x, y) or leaves them: an isometry; ∂/∂θ has the pair's norm, so Δ_θ ≤ X G."""
+    return Local(parameters={"theta": call.x.value})
+
+
+@rule(torchlip.LipResidual)
+def _lip_residual(call: Call) -> Local:
+    """a x + (1−a) y with a = sigmoid(α): gains a and 1 − a; |∂a/∂α| ≤ 1/4, so Δ_α ≤ (X_x + X_y) G / 4."""
+    share = torch.sigmoid(call.module.alpha.detach().double())  # type: ignore[union-attr, operator]
+    first, second = call.inputs
+    delta: Tensor = (first.value + second.value) / 4
+    return Local(gains=(share, 1 - share), parameters={"alpha": delta})

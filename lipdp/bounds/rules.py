@@ -1,0 +1,182 @@
+r"""The registry: one rule per operation, each a function from a `Call` to the `Local` bounds of that operation.
+
+A rule states, for y = f(x₁, …, x_k; θ) on ONE sample and Euclidean norms:
+    gains       L_j with ‖∂f/∂x_j‖₂ ≤ L_j      so cotangents obey  G_j = L_j · G
+    offset      ‖f(0)‖                          so values obey      X = Σ L_j X_j + offset
+    parameters  P_θ with ‖(∂f/∂θ)ᵀ g‖ ≤ P_θ ‖g‖  so sensitivities   Δ_θ = P_θ · G
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipdp.errors import UnsupportedLayerError, UnsupportedOperationError
+
+Number: TypeAlias = "float | Tensor"
+
+
+@dataclass(frozen=True)
+class Local:
+    """What one operation does to norms. Numbers are floats or 0-dim float64 tensors (never read on the host).
+
+    Attributes:
+        gains: Lipschitz constant in each tensor input, in the order of `Call.inputs`.
+        offset: norm of the output at zero input (biases, f(0) ≠ 0).
+        parameters: local parameter name → bound of the operator norm of ∂y/∂θ.
+        value_cap: a bound on the output norm that holds whatever the input (clips, sigmoids).
+        cotangent_cap: the backward pass scales each sample's cotangent to at most this norm (gates).
+        orthogonal: the inputs land in orthogonal coordinates of the output (concatenation), so that norms add as
+            √Σ L_j² X_j² instead of Σ L_j X_j.
+        fan_in: number of terms summed into one output entry; sets the slack for floating-point rounding.
+        exact: the operation only moves numbers around, so it rounds nothing.
+    """
+
+    gains: tuple[Number, ...] = (1.0,)
+    offset: Number = 0.0
+    parameters: Mapping[str, Number] = field(default_factory=dict)
+    value_cap: Number = math.inf
+    cotangent_cap: Number = math.inf
+    orthogonal: bool = False
+    fan_in: int = 1
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor input of a call.
+
+    Attributes:
+        shape: of one sample (no batch axis); for a constant, its own shape.
+        value: X, a bound on its norm.
+        constant: the tensor itself where it is a parameter or buffer of the model, else None.
+    """
+
+    shape: tuple[int, ...]
+    value: Tensor
+    constant: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One node of the traced model, as a rule sees it.
+
+    Attributes:
+        name: the node's name in the graph.
+        module: the module called, or None for a function or method.
+        inputs: the tensor inputs.
+        output_shape: of one sample.
+        args, kwargs: the call's arguments; every tensor is replaced by its `Input`.
+        dtype: what the forward pass computes in (float32, float64, or bfloat16 under autocast).
+    """
+
+    name: str
+    module: nn.Module | None
+    inputs: tuple[Input, ...]
+    output_shape: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    dtype: torch.dtype
+
+    @property
+    def x(self) -> Input:
+        """The first tensor input."""
+        return self.inputs[0]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    def used(self, weight: Tensor) -> Tensor:
+        """The weight as the forward pass uses it: rounded to the autocast dtype."""
+        weight = weight.detach()
+        return weight.to(self.dtype) if self.dtype.itemsize < weight.dtype.itemsize else weight
+
+
+Rule: TypeAlias = Callable[[Call], Local]
+_RULES: dict[Hashable, Rule] = {}
+
+
+def rule(*targets: Hashable) -> Callable[[Rule], Rule]:
+    """Register a rule for module classes, functions, or (as strings) tensor methods.
+
+    A module's rule also serves subclasses that inherit its `forward` unchanged, no others. Registering a target again
+    replaces its rule.
+
+    Args:
+        targets: e.g. `MyLayer`, `torch.relu`, `"relu"`.
+
+    >>> class Halve(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return x / 2
+    >>> @lipdp.bounds.rule(Halve)
+    ... def halve(call):
+    ...     return lipdp.bounds.Local(gains=(0.5,))
+    >>> lipdp.lipschitz_constant(Halve(), input_shape=(3,)) < 0.5001
+    True
+    """
+
+    def register(function: Rule) -> Rule:
+        for target in targets:
+            _RULES[target] = function
+        return function
+
+    return register
+
+
+HOW_TO_REGISTER = (
+    "Register one with\n    @lipdp.bounds.rule({target})\n    def my_rule(call):\n"
+    "        return lipdp.bounds.Local(gains=(L,))   # L: its Lipschitz constant; see README, 'Add a layer'"
+)
+
+
+def find_module_rule(module: nn.Module) -> Rule | None:
+    """The rule of a module's class, or of the base class whose `forward` it inherits unchanged."""
+    for base in type(module).__mro__:
+        if base in _RULES:
+            return _RULES[base] if base.forward is type(module).forward else None  # type: ignore[attr-defined]
+    return None
+
+
+def module_rule(name: str, module: nn.Module) -> Rule:
+    """The rule of a leaf module; refuses what changes the module behind the rule's back."""
+    if parametrize.is_parametrized(module):
+        raise UnsupportedLayerError(
+            f"'{name}' ({type(module).__bases__[0].__name__}) is reparametrised:"
+            " the gradient of the raw weight behind a spectral-norm or Björck"
+            " parametrisation is not bounded. Use the layers of lipdp.nn, or lipdp.nn.from_torchlip(model)"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise UnsupportedLayerError(
+            f"'{name}' ({type(module).__name__}) carries forward or backward hooks, which can change values or"
+            " gradients where no rule sees it; remove them before computing a sensitivity"
+        )
+    found = find_module_rule(module)
+    if found is None:
+        raise UnsupportedOperationError(
+            f"no rule bounds the module '{name}' of type {type(module).__qualname__}. "
+            + HOW_TO_REGISTER.format(target=type(module).__name__)
+        )
+    return found
+
+
+def function_rule(name: str, target: Hashable) -> Rule:
+    """The rule of a function or a tensor method."""
+    found = _RULES.get(target)
+    if found is None:
+        label = repr(target) if isinstance(target, str) else getattr(target, "__name__", repr(target))
+        kind = "method" if isinstance(target, str) else "function"
+        raise UnsupportedOperationError(
+            f"no rule bounds node '{name}', a call of the {kind} {label}. " + HOW_TO_REGISTER.format(target=label)
+        )
+    return found

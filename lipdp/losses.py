@@ -1,0 +1,341 @@
+r"""Per-sample losses that state their Lipschitz constant in the logits.
+
+Every loss maps logits (N, C) and targets to N values, one a sample; no sample sees another, and there is no `reduction`:
+the engine sums and divides by its public batch size. `lipschitz` bounds ‖∂ℓ/∂z‖₂ for every logit vector and target.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lipdp.errors import LossError, ParameterError
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ParameterError(f"{name} is a positive finite number, got {value}")
+    return float(value)
+
+
+class LipschitzLoss(nn.Module, ABC):
+    """Base of the losses: `forward(logits, target) -> (N,)` and `lipschitz`, a bound on ‖∂ℓ/∂logits‖ per sample.
+
+    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` tries to break it.
+    """
+
+    lipschitz: float
+
+    @abstractmethod
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """One value per sample."""
+
+    def constant(self, output_bound: float | Tensor) -> float | Tensor:
+        """The constant for logits of norm ≤ `output_bound`; only the squared error looks at it."""
+        return self.lipschitz
+
+
+class TauCrossEntropy(LipschitzLoss):
+    r"""Cross-entropy at temperature: :math:`\mathrm{CE}(\tau z, y)/\tau`; constant √2.
+
+    :math:`\nabla_z = p - e_y` with p = softmax(τz), and ‖p − e_y‖² = (1 − p_y)² + Σ_{j≠y} p_j² ≤ 2 (1 − p_y)² ≤ 2.
+    A large τ sharpens the loss of a network whose logits are small because it is 1-Lipschitz.
+
+    Args:
+        tau: τ > 0.
+    Shapes:
+        logits (N, C), target (N,) int64.
+
+    >>> lipdp.losses.TauCrossEntropy(tau=32.0).lipschitz == 2 ** 0.5
+    True
+
+    Source: Béthune et al. (2022), "Pay attention to your loss", section 4; deel-torchlip's `TauCrossEntropyLoss`.
+    """
+
+    def __init__(self, tau: float = 1.0) -> None:
+        super().__init__()
+        self.tau = _positive("tau", tau)
+        self.lipschitz = math.sqrt(2)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits * self.tau, target, reduction="none") / self.tau
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}"
+
+
+class TauBCEWithLogits(LipschitzLoss):
+    r"""Binary cross-entropy at temperature, mean over the C logits of a sample; constant 1/√C (1 for one logit).
+
+    :math:`\partial\ell/\partial z_c = (\sigma(\tau z_c) - y_c)/C` lies in [−1/C, 1/C].
+
+    Args:
+        tau: τ > 0.
+        num_outputs: C.
+    Shapes:
+        logits (N, C) or (N,) for C = 1; target the same, in [0, 1].
+
+    >>> lipdp.losses.TauBCEWithLogits(num_outputs=4).lipschitz
+    0.5
+    """
+
+    def __init__(self, tau: float = 1.0, num_outputs: int = 1) -> None:
+        super().__init__()
+        self.tau = _positive("tau", tau)
+        self.num_outputs = int(_positive("num_outputs", num_outputs))
+        self.lipschitz = 1 / math.sqrt(self.num_outputs)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits, target = _columns(logits, target, self.num_outputs)
+        target = target.to(logits.dtype).clamp(0, 1)
+        return F.binary_cross_entropy_with_logits(logits * self.tau, target, reduction="none").mean(1) / self.tau
+
+    def extra_repr(self) -> str:
+        return f"tau={self.tau}, num_outputs={self.num_outputs}"
+
+
+class CategoricalHinge(LipschitzLoss):
+    r""":math:`\max(0, m - (z_y - \max_{j\ne y} z_j))`; constant √2 (the gradient is e_j − e_y or 0).
+
+    Args:
+        margin: m > 0.
+    Shapes:
+        logits (N, C), C ≥ 2; target (N,) int64.
+
+    >>> lipdp.losses.CategoricalHinge(1.0)(torch.tensor([[2.0, 1.5]]), torch.tensor([0]))
+    tensor([0.5000])
+    """
+
+    def __init__(self, margin: float = 1.0) -> None:
+        super().__init__()
+        self.margin = _positive("margin", margin)
+        self.lipschitz = math.sqrt(2)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        target = target.unsqueeze(1)
+        true = logits.gather(1, target).squeeze(1)
+        other = logits.scatter(1, target, -math.inf).amax(1)
+        return F.relu(self.margin - (true - other))
+
+
+class MulticlassHinge(LipschitzLoss):
+    r"""One-against-all hinge, the true class weighted C − 1, mean over C; constant :math:`\sqrt{(C-1)/C}`.
+
+    :math:`\frac1C[(C-1)(m/2 - z_y)_+ + \sum_{j\ne y}(m/2 + z_j)_+]`: squared gradient norm at most
+    ((C−1)² + (C−1))/C² = (C−1)/C.
+
+    Args:
+        num_classes: C ≥ 2.
+        margin: m > 0.
+
+    >>> lipdp.losses.MulticlassHinge(4).lipschitz == 0.75 ** 0.5
+    True
+
+    Source: deel-torchlip's `HingeMulticlassLoss`.
+    """
+
+    def __init__(self, num_classes: int, margin: float = 1.0) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ParameterError(f"MulticlassHinge needs at least 2 classes, got {num_classes}")
+        self.num_classes = num_classes
+        self.margin = _positive("margin", margin)
+        self.lipschitz = math.sqrt((num_classes - 1) / num_classes)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        one_hot = _one_hot(logits, target, self.num_classes)
+        sign = 2 * one_hot - 1
+        weight = 1 + (self.num_classes - 2) * one_hot
+        return (weight * F.relu(self.margin / 2 - sign * logits)).mean(1)
+
+
+class CosineSimilarity(LipschitzLoss):
+    r""":math:`-\langle u, z/\max(\|z\|, K)\rangle` with ‖u‖ ≤ 1; constant 1/K.
+
+    Inside the ball of radius K the gradient is u/K; outside it is (I − ẑẑᵀ)u/‖z‖.
+
+    Args:
+        floor: K > 0.
+    Shapes:
+        logits (N, C); target (N,) int64 (u = e_y) or (N, C) floating (projected on the unit ball).
+
+    >>> lipdp.losses.CosineSimilarity(0.5).lipschitz
+    2.0
+    """
+
+    def __init__(self, floor: float = 1.0) -> None:
+        super().__init__()
+        self.floor = _positive("floor", floor)
+        self.lipschitz = 1 / self.floor
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.dim() == 1:
+            direction = _one_hot(logits, target, logits.shape[1])
+        else:
+            direction = target / torch.linalg.vector_norm(target, dim=1, keepdim=True).clamp_min(1.0)
+        norm = torch.linalg.vector_norm(logits, dim=1).clamp_min(self.floor)
+        return -(direction * logits).sum(1) / norm
+
+
+class MeanAbsoluteError(LipschitzLoss):
+    r""":math:`\frac1C\sum_c |z_c - y_c|`; constant 1/√C.
+
+    Args:
+        num_outputs: C.
+    Shapes:
+        logits and target (N, C), or (N,) for C = 1.
+
+    >>> lipdp.losses.MeanAbsoluteError(4).lipschitz
+    0.5
+    """
+
+    def __init__(self, num_outputs: int = 1) -> None:
+        super().__init__()
+        self.num_outputs = int(_positive("num_outputs", num_outputs))
+        self.lipschitz = 1 / math.sqrt(self.num_outputs)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits, target = _columns(logits, target, self.num_outputs)
+        return (logits - target).abs().mean(1)
+
+
+class MeanSquaredError(LipschitzLoss):
+    r""":math:`\frac1C\|z - y\|^2` with the target projected on a ball; constant :math:`2(X_{out} + \|y\|_{max})/C`.
+
+    The gradient 2(z − y)/C is bounded only because the logits are: X_out comes from the propagation. Without it
+    `lipschitz` is infinite.
+
+    Args:
+        target_bound: ‖y‖_max, a public constant; larger targets are projected.
+        num_outputs: C.
+
+    >>> lipdp.losses.MeanSquaredError(target_bound=1.0).constant(3.0)
+    8.0
+    """
+
+    def __init__(self, target_bound: float, num_outputs: int = 1) -> None:
+        super().__init__()
+        self.target_bound = _positive("target_bound", target_bound)
+        self.num_outputs = int(_positive("num_outputs", num_outputs))
+        self.lipschitz = math.inf
+
+    def constant(self, output_bound: float | Tensor) -> float | Tensor:
+        return 2 * (output_bound + self.target_bound) / self.num_outputs
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits, target = _columns(logits, target, self.num_outputs)
+        norm = torch.linalg.vector_norm(target, dim=1, keepdim=True).clamp_min(self.target_bound)
+        return (logits - target * (self.target_bound / norm)).square().mean(1)
+
+
+class HKR(LipschitzLoss):
+    r"""Hinge regularised Kantorovich–Rubinstein loss with PUBLIC class priors π; each class against the others.
+
+    :math:`\ell = (1-\alpha)\,\mathrm{KR} + \alpha\,\mathrm{hinge}`, where
+    :math:`\mathrm{KR} = -\frac1C\big(z_y/\pi_y - \sum_{j\ne y} z_j/(1-\pi_j)\big)` and the hinge is
+    :math:`\frac1C\sum_c(m/2 - \pm z_c)_+`. As commonly written it weights by the class counts of the batch, which couples
+    the samples (measured: gradients up to 200 times the bound); with fixed priors the constant is
+    :math:`\frac{1-\alpha}{C}\max_y\sqrt{\pi_y^{-2} + \sum_{j\ne y}(1-\pi_j)^{-2}} + \alpha/\sqrt C`.
+
+    Args:
+        priors: class probabilities known in public, C of them; two values with one logit for the binary case.
+        alpha: weight of the hinge in [0, 1]; 0 is the pure KR loss.
+        margin: m > 0.
+    Shapes:
+        logits (N, C), or (N, 1) with two priors; target (N,) int64.
+
+    >>> round(lipdp.losses.HKR(priors=[0.5, 0.5], alpha=0.0).lipschitz, 4)
+    2.0
+
+    Source: Serrurier et al. (2021), section 3, made per-sample.
+    """
+
+    def __init__(self, priors: Sequence[float], alpha: float = 0.9, margin: float = 1.0) -> None:
+        super().__init__()
+        if len(priors) < 2 or any(not 0 < p < 1 for p in priors) or abs(sum(priors) - 1) > 1e-6:
+            raise ParameterError(f"HKR: priors are at least two numbers in (0, 1) that sum to 1, got {list(priors)}")
+        if not 0 <= alpha <= 1:
+            raise ParameterError(f"HKR: alpha lies in [0, 1], got {alpha}")
+        self.priors = tuple(map(float, priors))
+        self.alpha = float(alpha)
+        self.margin = _positive("margin", margin)
+        # a single logit (binary) and C logits share one formula: the larger constant of the two serves both
+        kr = max(
+            self._kr_norm(y, single=s) for y in range(len(priors)) for s in (True, False) if len(priors) == 2 or not s
+        )
+        hinge = 1.0 if len(priors) == 2 else 1 / math.sqrt(len(priors))
+        self.lipschitz = (1 - self.alpha) * kr + self.alpha * hinge
+
+    def _kr_norm(self, y: int, *, single: bool) -> float:
+        if single:
+            return 1 / self.priors[y]
+        others = sum((1 - p) ** -2 for j, p in enumerate(self.priors) if j != y)
+        return math.sqrt(self.priors[y] ** -2 + others) / len(self.priors)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        count = logits.shape[1] if logits.dim() == 2 else 1
+        if count == 1 and len(self.priors) == 2:
+            logits = logits.reshape(-1, 1)
+            positive = target.reshape(-1, 1).to(logits.dtype)
+            prior = logits.new_tensor([self.priors[1]])
+        elif count == len(self.priors):
+            positive, prior = _one_hot(logits, target, count), logits.new_tensor(self.priors)
+        else:
+            raise LossError(f"HKR has {len(self.priors)} priors but the model has {count} outputs")
+        kr = -(positive / prior - (1 - positive) / (1 - prior)) * logits
+        hinge = F.relu(self.margin / 2 - (2 * positive - 1) * logits)
+        return ((1 - self.alpha) * kr + self.alpha * hinge).mean(1)
+
+
+def _one_hot(logits: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    if logits.dim() != 2 or logits.shape[1] != num_classes:
+        raise LossError(f"the loss has {num_classes} classes but the logits have shape {tuple(logits.shape)}")
+    return F.one_hot(target, num_classes).to(logits.dtype)
+
+
+def _columns(logits: Tensor, target: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
+    """Both as (N, C); the constant is stated for exactly C outputs."""
+    logits = logits.reshape(len(logits), -1)
+    if logits.shape[1] != num_outputs:
+        raise LossError(f"the loss is for {num_outputs} outputs (num_outputs) but the model has {logits.shape[1]}")
+    return logits, target.reshape(len(logits), num_outputs).to(logits.dtype)
+
+
+def as_lipschitz(criterion: nn.Module) -> LipschitzLoss:
+    """The criterion itself, or the lipdp loss that computes the same per sample as a torch criterion.
+
+    Raises:
+        LossError: no constant is known, or the criterion couples samples (class weights or `ignore_index` with a mean,
+            KR and HKR losses that weight by batch counts).
+
+    >>> lipdp.losses.as_lipschitz(torch.nn.CrossEntropyLoss())
+    TauCrossEntropy(tau=1.0)
+    """
+    if isinstance(criterion, LipschitzLoss):
+        return criterion
+    name = type(criterion).__name__
+    if isinstance(criterion, nn.CrossEntropyLoss):
+        if criterion.weight is not None or criterion.ignore_index != -100 or criterion.label_smoothing:
+            raise LossError(
+                "CrossEntropyLoss with class weights, ignore_index or label_smoothing: a weighted mean divides by the"
+                " weights of the batch, so samples are coupled. Use lipdp.losses.TauCrossEntropy(tau)"
+            )
+        return TauCrossEntropy(1.0)
+    if isinstance(criterion, nn.BCEWithLogitsLoss) and criterion.weight is None and criterion.pos_weight is None:
+        return TauBCEWithLogits(1.0)
+    if isinstance(criterion, nn.L1Loss):
+        return MeanAbsoluteError()
+    if "KR" in name:
+        raise LossError(
+            f"{name} weights each sample by the class counts of its batch, so one record changes the gradient of the others"
+            " (measured: up to 200 times the bound). Use lipdp.losses.HKR(priors=...) with public class priors"
+        )
+    raise LossError(
+        f"{name} has no known Lipschitz constant in the logits. Use a loss of lipdp.losses, or subclass"
+        " lipdp.losses.LipschitzLoss: set self.lipschitz and return one value per sample"
+    )

@@ -1,0 +1,43 @@
+"""Layers with certified norms. Names are deel-torchlip's where the thing is the same."""
+
+from lipdp.nn.activation import FullSort, GroupSort, GroupSort2, HouseHolder, LPReLU, MaxMin
+from lipdp.nn.constrained import Constrained, project_
+from lipdp.nn.conv import SpectralConv1d, SpectralConv2d
+from lipdp.nn.gates import GradientGate, InputBound, ValueClip
+from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
+from lipdp.nn.normalization import LayerCentering
+from lipdp.nn.pooling import (
+    InvertibleDownSampling,
+    InvertibleUpSampling,
+    ScaledAdaptiveAvgPool2d,
+    ScaledAvgPool2d,
+    ScaledL2NormPool2d,
+)
+from lipdp.nn.residual import Concat, LipResidual, Residual
+
+__all__ = [
+    "Concat",
+    "Constrained",
+    "FrobeniusLinear",
+    "FullSort",
+    "GradientGate",
+    "GroupSort",
+    "GroupSort2",
+    "HouseHolder",
+    "InputBound",
+    "InvertibleDownSampling",
+    "InvertibleUpSampling",
+    "LPReLU",
+    "LayerCentering",
+    "LipResidual",
+    "MaxMin",
+    "Residual",
+    "ScaledAdaptiveAvgPool2d",
+    "ScaledAvgPool2d",
+    "ScaledL2NormPool2d",
+    "SpectralConv1d",
+    "SpectralConv2d",
+    "SpectralLinear",
+    "ValueClip",
+    "project_",
+]

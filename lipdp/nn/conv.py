@@ -1,0 +1,172 @@
+"""Convolutions with a certified norm: the reshaped kernel is a matrix, and the overlap of the windows is counted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lipdp.constraints import Constraint, Orthogonal
+from lipdp.errors import UnsupportedLayerError
+from lipdp.nn.constrained import Constrained, check_positive
+
+
+def window_overlap(kernel: int, stride: int) -> int:
+    """⌈k/s⌉: the most windows an entry lies in, along one axis, for zero padding and for 'same' circular padding."""
+    return math.ceil(kernel / stride)
+
+
+def check_convolution(conv: nn.Conv1d | nn.Conv2d) -> None:
+    """Refuse the settings that have no rule, with the reason."""
+    name = type(conv).__name__
+    if any(d != 1 for d in conv.dilation):
+        raise UnsupportedLayerError(
+            f"{name}: dilation={conv.dilation}; the windows of a dilated kernel interleave and their overlap is not"
+            " bounded by the rule used here. Use dilation=1 and a larger kernel or a stride."
+        )
+    if conv.padding_mode not in ("zeros", "circular"):
+        raise UnsupportedLayerError(
+            f"{name}: padding_mode={conv.padding_mode!r} repeats border entries, which raises the layer's norm beyond"
+            " the bound. Use 'zeros' or 'circular'."
+        )
+
+
+class _SpectralConv(Constrained):
+    """The part of the two convolutions that does not depend on the number of axes."""
+
+    groups: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def weight_matrix(self) -> Tensor:
+        """The kernel as a stack (groups, out/groups, in/groups · kernel size)."""
+        return self.weight.view(self.groups, self.weight.shape[0] // self.groups, -1)
+
+    def _finish(self, constraint: Constraint | None, k_coef_lip: float, bias_radius: float) -> None:
+        check_convolution(self)  # type: ignore[arg-type]
+        overlap = math.prod(map(window_overlap, self.kernel_size, self.stride))
+        self.constraint = constraint or Orthogonal()
+        self.scale = check_positive("k_coef_lip", k_coef_lip) / math.sqrt(overlap)
+        self.bias_radius = check_positive("bias_radius", bias_radius)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight * self.scale, self.bias)  # type: ignore[operator]
+
+
+_DOC = r"""{dimension} convolution :math:`y = \alpha W \ast x + b`, k-Lipschitz for :math:`\alpha = k/\sqrt m`.
+
+    W, the kernel reshaped to (out, in · {kernel}), has :math:`\|W\|_2 \le 1`. The patch matrix P of an input
+    repeats each entry at most m = {overlap} times, so ‖P‖_F ≤ √m ‖x‖, and y = αWP gives ‖y‖ ≤ α √m ‖W‖₂ ‖x‖;
+    the transposed map gives the same constant backwards, and ∇_W = α g Pᵀ gives ‖∇_W‖_F ≤ α √m X G. A bias is added
+    at {positions} positions: ‖∇_b‖ ≤ √({positions}) G.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, groups: as `{base}`.
+        bias: add b, projected on the ball of radius `bias_radius`. Off by default: its sensitivity is √({positions}).
+        padding_mode: 'zeros' or 'circular'.
+        constraint: where W is projected, `Orthogonal()` by default.
+        k_coef_lip: k, the layer's Lipschitz constant.
+
+    Raises:
+        UnsupportedLayerError: dilation, or a padding mode that repeats border entries.
+
+    >>> lipdp.nn.{name}(1, 4, 3, padding=1)(torch.zeros(2, 1, {shape})).shape
+    torch.Size([2, 4, {shape}])
+
+    Source: Tsuzuku, Sato & Sugiyama (2018), section 3.2; Béthune et al. (2024), appendix C.
+    """
+
+
+class SpectralConv1d(_SpectralConv, nn.Conv1d):
+    __doc__ = _DOC.format(
+        name="SpectralConv1d",
+        dimension="1-D",
+        kernel="k",
+        overlap="⌈k/s⌉",
+        positions="L'",
+        base="nn.Conv1d",
+        shape="6",
+    )
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] | str = 0,
+        dilation: int | tuple[int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "circular"] = "zeros",
+        *,
+        constraint: Constraint | None = None,
+        k_coef_lip: float = 1.0,
+        bias_radius: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        nn.Conv1d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            **options,
+        )
+        self._finish(constraint, k_coef_lip, bias_radius)
+
+
+class SpectralConv2d(_SpectralConv, nn.Conv2d):
+    __doc__ = _DOC.format(
+        name="SpectralConv2d",
+        dimension="2-D",
+        kernel="k_h · k_w",
+        overlap="⌈k_h/s_h⌉·⌈k_w/s_w⌉",
+        positions="H'W'",
+        base="nn.Conv2d",
+        shape="6, 6",
+    )
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "circular"] = "zeros",
+        *,
+        constraint: Constraint | None = None,
+        k_coef_lip: float = 1.0,
+        bias_radius: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        nn.Conv2d.__init__(
+            self,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            **options,
+        )
+        self._finish(constraint, k_coef_lip, bias_radius)

@@ -1,0 +1,117 @@
+"""Projections of values and gates of cotangents: what bounds X and G where the network itself does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipdp.nn.constrained import check_positive
+
+
+def per_sample_norm(x: Tensor) -> Tensor:
+    """Euclidean norm of every sample of (N, *), in float32 or better: shape (N, 1, …, 1)."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    norm = torch.linalg.vector_norm(wide.flatten(1), dim=1) if x.dim() > 1 else wide.abs()
+    return norm.view(-1, *[1] * (x.dim() - 1))
+
+
+def clip_norm(x: Tensor, bound: float) -> Tensor:
+    """Scale every sample of (N, *) to norm at most `bound`; zero stays zero."""
+    norm = per_sample_norm(x)
+    factor = (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+    return x * factor.to(x.dtype)
+
+
+class ValueClip(nn.Module):
+    r"""Projection of every sample on the ball of radius c: :math:`x \mapsto x \min(1, c/\|x\|)`.
+
+    The projection on a convex set is 1-Lipschitz, so cotangents do not grow, and ‖y‖ ≤ min(X, c). It tightens the
+    sensitivity of the layer behind it at the price of a bias on the samples it clips.
+
+    Args:
+        bound: c > 0.
+
+    >>> lipdp.nn.ValueClip(1.0)(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+
+    Source: Stevens et al. (2022), section 4 (clipping of layer inputs).
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = check_positive("bound", bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return clip_norm(input, self.bound)
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"
+
+
+class InputBound(ValueClip):
+    """`ValueClip` at the network's input: makes ‖x‖ ≤ c true for every record, whatever the file holds.
+
+    The bound must be a public constant: chosen from the format (pixels in [0, 1] give ‖x‖ ≤ √n), not from the records.
+
+    Args:
+        bound: c > 0.
+
+    >>> lipdp.nn.InputBound(5.0)(torch.tensor([[3.0, 4.0]]))
+    tensor([[3., 4.]])
+    """
+
+
+class _Gate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.bound = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return clip_norm(grads[0], ctx.bound), None
+
+
+def gate_cotangent(x: Tensor, bound: float) -> Tensor:
+    """Identity forwards; backwards every sample's cotangent is scaled to norm at most `bound`.
+
+    >>> x = torch.zeros(1, 2, requires_grad=True)
+    >>> (gate_cotangent(x, 1.0) @ torch.tensor([3.0, 4.0])).sum().backward()
+    >>> x.grad
+    tensor([[0.6000, 0.8000]])
+    """
+    return _Gate.apply(x, bound)
+
+
+class GradientGate(nn.Module):
+    r"""Cotangent gate: identity forwards; backwards :math:`g \mapsto g \min(1, c/\|g\|)` per sample.
+
+    Everything in front of the gate sees a cotangent of norm at most min(G, c). Samples whose cotangent is larger
+    contribute a shorter step (a bias, as in clipping), and all others are exact. The loss must be summed, not
+    averaged, over the batch: the engine's criterion is.
+
+    Args:
+        bound: c > 0, in units of the summed loss.
+
+    >>> lipdp.nn.GradientGate(0.5)
+    GradientGate(bound=0.5)
+
+    Source: Stevens et al. (2022), section 4 (clipping of upstream gradients).
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = check_positive("bound", bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gate_cotangent(input, self.bound)
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"

@@ -1,0 +1,103 @@
+"""1-Lipschitz poolings over windows that do not overlap.
+
+deel-torchlip's `ScaledAvgPool2d` and `InvertibleDownSampling` / `InvertibleUpSampling` are used as they are, without
+`ceil_mode` and `divisor_override`, which break the constant. Its L2-norm pooling is not: the gradient of
+`torch.nn.LPPool2d` is NaN on a window of zeros, which every MNIST border is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deel import torchlip
+from deel.torchlip import InvertibleDownSampling, InvertibleUpSampling, ScaledAdaptiveAvgPool2d
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lipdp.errors import ParameterError
+
+__all__ = [
+    "InvertibleDownSampling",
+    "InvertibleUpSampling",
+    "ScaledAdaptiveAvgPool2d",
+    "ScaledAvgPool2d",
+    "ScaledL2NormPool2d",
+]
+
+_EPSILON = 1e-6
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(k, int) or k < 1 for k in pair):
+        raise ParameterError(f"a pooling window is one or two positive integers, got {size}")
+    return pair[0], pair[1]
+
+
+class ScaledAvgPool2d(torchlip.ScaledAvgPool2d):
+    r"""Average pooling times :math:`\sqrt{k_h k_w}`: 1-Lipschitz, windows side by side.
+
+    Each output is ⟨1/√n, window⟩ with a unit vector, and windows are disjoint.
+
+    Args:
+        kernel_size: side of the window; also the stride.
+
+    >>> lipdp.nn.ScaledAvgPool2d(2)(torch.ones(1, 1, 2, 2)).item()
+    2.0
+    """
+
+    def __init__(self, kernel_size: int | tuple[int, int], *, k_coef_lip: float = 1.0) -> None:
+        super().__init__(_pair(kernel_size), k_coef_lip=k_coef_lip)
+
+
+class _L2NormPool(torch.autograd.Function):
+    """y = √(Σ x² + ε²) over disjoint windows; backward x · g / y."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+        mean = F.avg_pool2d(x * x, (kernel_h, kernel_w))
+        return (mean * (kernel_h * kernel_w) + _EPSILON**2).sqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.kernel = inputs[1:]
+        ctx.save_for_backward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, y = ctx.saved_tensors
+        (kernel_h, kernel_w), (height, width) = ctx.kernel, y.shape[-2:]
+        inner = x[..., : height * kernel_h, : width * kernel_w]
+        windows = inner.reshape(*x.shape[:-2], height, kernel_h, width, kernel_w)
+        out = (windows * (grads[0] / y)[..., :, None, :, None]).reshape(inner.shape)
+        pad = (0, x.shape[-1] - inner.shape[-1], 0, x.shape[-2] - inner.shape[-2])
+        return F.pad(out, pad) if any(pad) else out, None, None
+
+
+class ScaledL2NormPool2d(nn.Module):
+    r"""The Euclidean norm of each window: :math:`y = \sqrt{\|x_w\|^2 + \epsilon^2} - \epsilon`, ε = 1e-6.
+
+    1-Lipschitz and, but for ε, norm-preserving: ‖∂y/∂x_w‖ = ‖x_w‖ / √(‖x_w‖² + ε²) ≤ 1, disjoint windows, and
+    0 ≤ y ≤ ‖x_w‖. The gradient is 0 (not NaN) on a window of zeros.
+
+    Args:
+        kernel_size: side of the window; also the stride.
+
+    >>> round(lipdp.nn.ScaledL2NormPool2d(2)(torch.ones(1, 1, 2, 2)).item(), 4)
+    2.0
+
+    Source: Boureau, Ponce & LeCun (2010); name and meaning from deel-torchlip.
+    """
+
+    def __init__(self, kernel_size: int | tuple[int, int]) -> None:
+        super().__init__()
+        self.kernel_size = _pair(kernel_size)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _L2NormPool.apply(input, *self.kernel_size) - _EPSILON
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}"

@@ -16,8 +16,8 @@ class ParameterError(LipdpError, ValueError):
 class UnknownNameError(LipdpError, KeyError):
     """A name that is in no list; the message gives the valid ones.
 
-    >>> str(UnknownNameError("model", "cmm", ["cnn", "mlp"]))
-    "unknown model 'cmm'; did you mean 'cnn'? Known: cnn, mlp"
+    >>> str(UnknownNameError("model", "cnnn", ["cnn", "mlp"]))
+    "unknown model 'cnnn'; did you mean 'cnn'? Known: cnn, mlp"
     """
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:

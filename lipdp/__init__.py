@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # public name → the module that defines it; imported on first use
 _LAZY = {
     "PrivacyEngine": "lipdp.privacy.engine",
-    "calibrate": "lipdp.privacy.accounting",
+    "calibrate": "lipdp.privacy.calibration",
     "epsilon": "lipdp.privacy.accounting",
 }
 _MODULES = (

@@ -205,6 +205,11 @@ class BoundGraph:
             return total * slack
         return torch.minimum(total + local.offset, self._scalar(local.value_cap)) * slack
 
+    @property
+    def num_outputs(self) -> int:
+        """Entries of one sample's output: the number of logits."""
+        return math.prod(self._shapes[self._output])
+
     # -- the two public sweeps -----------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -1,0 +1,138 @@
+"""The cotangent gate at the logits: always on, so that a wrong loss constant cannot break the guarantee."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipdp.errors import ParameterError
+from lipdp.nn.gates import clip_norm, per_sample_norm
+from lipdp.privacy.noise import GaussianNoise
+
+
+class _Gate(torch.autograd.Function):
+    """Identity; backwards the per-sample norms go to `observe` and the cotangents are clipped to `bound`."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, bound: float | Tensor, observe: Callable[[Tensor], None] | None) -> Tensor:
+        ctx.bound, ctx.observe = bound, observe
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.observe is not None:
+            ctx.observe(per_sample_norm(grads[0]).detach())
+        return clip_norm(grads[0], ctx.bound), None, None
+
+
+@dataclass(frozen=True)
+class FixedGate:
+    """A gate at a constant: `bound` = ∞ leaves it at the loss's constant, where it changes nothing.
+
+    >>> FixedGate(0.3).start().bound
+    0.3
+    """
+
+    bound: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ParameterError(f"a cotangent gate is a positive number, got {self.bound}")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Of what the gate itself releases: nothing, so infinite."""
+        return math.inf
+
+    def start(self) -> GateState:
+        """The gate at the beginning of a run."""
+        return GateState(self.bound)
+
+
+@dataclass(frozen=True)
+class QuantileGate:
+    r"""A gate that follows a quantile of the cotangent norms, estimated privately at every step.
+
+    With b_i = 1(‖g_i‖ ≤ c) the step releases Σ(b_i − 1/2) + N(0, s²), of sensitivity 1/2, hence noise multiplier 2s, and
+    moves the gate by :math:`c \leftarrow c\,e^{-\eta(\tilde b - \gamma)}` with b̃ = release / B + 1/2. The count and the
+    gradient come from the same subsample, so the engine gives the gradient the noise multiplier that makes both together
+    cost the joint σ: it is accounted.
+
+    Args:
+        initial: c at the first step.
+        quantile: γ in (0, 1), the share of samples whose cotangent should pass unclipped.
+        learning_rate: η.
+        count_std: s, in records; B/20 is a good value.
+
+    >>> QuantileGate(initial=0.5, count_std=10.0).noise_multiplier
+    20.0
+
+    Source: Andrew, Thakkar, McMahan & Ramaswamy (2021), algorithm 1 and theorem 1.
+    """
+
+    initial: float
+    quantile: float = 0.5
+    learning_rate: float = 0.2
+    count_std: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "learning_rate", "count_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ParameterError(f"QuantileGate: {name} is a positive finite number, got {getattr(self, name)}")
+        if not 0 < self.quantile < 1:
+            raise ParameterError(f"QuantileGate: quantile lies in (0, 1), got {self.quantile}")
+
+    @property
+    def noise_multiplier(self) -> float:
+        """2s: the count of b − 1/2 has sensitivity 1/2."""
+        return 2 * self.count_std
+
+    def start(self) -> GateState:
+        """The gate at the beginning of a run."""
+        return GateState(self.initial, self)
+
+
+class GateState:
+    """The gate of one run: its current bound and, for a quantile, the private count of the step in progress."""
+
+    def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:
+        self.bound = bound
+        self._rule = quantile
+        self._limit: float | Tensor = bound
+        self._count: Tensor | None = None
+
+    def apply(self, logits: Tensor, constant: float | Tensor) -> Tensor:
+        """The logits, with cotangents gated at min(bound, the loss's constant)."""
+        self._limit = min(self.bound, constant) if isinstance(constant, float) else constant.clamp(max=self.bound)
+        return _Gate.apply(logits, self._limit, None if self._rule is None else self._observe)
+
+    def _observe(self, norms: Tensor) -> None:
+        centred = (norms <= self.bound).double().sum() - norms.numel() / 2
+        self._count = centred if self._count is None else self._count + centred
+
+    def release(self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float) -> None:
+        """Noise the count of the step, move the bound, forget the count. Nothing to do for a fixed gate."""
+        if self._rule is None:
+            return
+        rule = self._rule
+        device = noise.source.device
+        count = torch.zeros(1, dtype=torch.float64, device=device)
+        if self._count is not None:
+            count += self._count
+        noise.add_([count], torch.tensor([rule.count_std * sensitivity_factor]))
+        share = float(count) / batch_size + 0.5
+        self.bound *= math.exp(-rule.learning_rate * (share - rule.quantile))
+        self._count = None
+
+    def state_dict(self) -> dict[str, float]:
+        """The bound; a count never outlives its step."""
+        return {"bound": self.bound}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue at a saved bound."""
+        self.bound, self._count = float(state["bound"]), None

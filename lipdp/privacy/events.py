@@ -1,0 +1,185 @@
+"""What was released: homogeneous blocks of noisy steps, how noise multipliers add up, and the ledger of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
+from typing import Any
+
+from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.relation import Relation
+
+
+@dataclass(frozen=True)
+class Event:
+    """`steps` equal steps, each one Gaussian mechanism on one random subsample.
+
+    The maths: a step adds `N(0, s²I)` to a sum over the subsample whose terms have norm ≤ Δ, with
+    `s = noise_multiplier · relation.sensitivity_factor · Δ`. The noise multiplier σ is thus always relative to how far
+    neighbours move the sum:
+
+    - `ADD_OR_REMOVE_ONE`: Poisson subsample, every record in it with probability q; `s = σ·Δ`.
+    - `REPLACE_ONE`: a batch of `q·N` records without replacement; `s = σ·2Δ`.
+
+    With `q = 1` both are the Gaussian mechanism of `μ = 1/σ`. Under `REPLACE_ONE` dp-accounting 0.6 reads the same
+    number in two ways: its RDP accountant takes `GaussianDpEvent.noise_multiplier` relative to the sensitivity (our σ),
+    its PLD accountant relative to Δ (that is 2σ; given σ it would charge for a mechanism with half our noise).
+
+    Args:
+        noise_multiplier: the joint σ > 0 of everything that the step releases, see `joint_noise_multiplier`.
+        sampling_rate: q in (0, 1].
+        steps: a whole number ≥ 0; empty batches count.
+        relation: a `Relation` or its value.
+
+    Raises:
+        ParameterError: a value outside its range.
+        UnknownNameError: no such relation.
+
+    >>> Event(1.1, 0.01, 1000).relation.value
+    'add_or_remove_one'
+    """
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    relation: Relation = Relation.ADD_OR_REMOVE_ONE
+
+    def __post_init__(self) -> None:
+        _require_positive("noise_multiplier", self.noise_multiplier)
+        if not isinstance(self.sampling_rate, Real) or not 0.0 < self.sampling_rate <= 1.0:
+            raise ParameterError(f"sampling_rate={self.sampling_rate!r}: a probability in (0, 1] is needed")
+        if not isinstance(self.steps, Integral) or isinstance(self.steps, bool) or self.steps < 0:
+            raise ParameterError(f"steps={self.steps!r}: a whole number ≥ 0 is needed")
+        object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
+        object.__setattr__(self, "sampling_rate", float(self.sampling_rate))
+        object.__setattr__(self, "steps", int(self.steps))
+        object.__setattr__(self, "relation", as_relation(self.relation))
+
+    def with_steps(self, steps: int) -> Event:
+        """The same step, taken `steps` times."""
+        return replace(self, steps=steps)
+
+
+def as_relation(relation: Relation | str) -> Relation:
+    """The relation itself or the one of that value; UnknownNameError otherwise."""
+    if relation not in tuple(Relation):
+        raise UnknownNameError("relation", relation, [known.value for known in Relation])
+    return Relation(relation)
+
+
+def joint_noise_multiplier(*noise_multipliers: float) -> float:
+    """The σ of several Gaussian releases made at once from one subsample: `1/σ² = Σ 1/σ_i²`.
+
+    Release i divided by its noise std is a vector that neighbours move by `1/σ_i` and that has unit noise; all of them
+    side by side are one such vector, moved by `sqrt(Σ 1/σ_i²)`. Being one mechanism on one subsample, it is amplified
+    by sampling once: accounting the releases as if each had drawn its own subsample gives too small an ε.
+
+    >>> round(joint_noise_multiplier(3.0, 4.0), 9)
+    2.4
+
+    Source: Andrew et al. (2021), theorem 1.
+    """
+    if not noise_multipliers:
+        raise ParameterError("joint_noise_multiplier needs at least one noise multiplier")
+    for sigma in noise_multipliers:
+        _require_positive("noise multiplier", sigma)
+    return 1.0 / math.hypot(*(1.0 / sigma for sigma in noise_multipliers))
+
+
+def remaining_noise_multiplier(joint: float, *others: float) -> float:
+    """The σ left for one release so that, with `others`, it has the noise multiplier `joint`.
+
+    Inverse of `joint_noise_multiplier`: `1/σ² = 1/joint² − Σ 1/σ_i²`. For adaptive quantiles, a count of `b_i − 1/2`
+    with `b_i` in {0, 1} has sensitivity 1/2, so noise of std s on the count has noise multiplier 2s.
+
+    Raises:
+        ParameterError: the others alone have at most the noise multiplier `joint`, so nothing is left.
+
+    >>> round(remaining_noise_multiplier(2.4, 4.0), 9)
+    3.0
+
+    Source: Andrew et al. (2021), theorem 1.
+    """
+    _require_positive("joint", joint)
+    if not others:
+        return float(joint)
+    spent = joint_noise_multiplier(*others)
+    if spent <= joint:
+        raise ParameterError(
+            f"the other releases alone have noise multiplier {spent:.6g}, not more than the joint {joint:.6g}: "
+            "give them more noise, or the whole step a larger noise multiplier"
+        )
+    return joint / math.sqrt((1.0 - joint / spent) * (1.0 + joint / spent))
+
+
+class Ledger:
+    """The steps a run has taken, in order; consecutive equal steps are kept as one event.
+
+    Appending costs O(1), so that it can be done at every step.
+
+    >>> ledger = Ledger()
+    >>> for _ in range(3):
+    ...     ledger.append(Event(1.0, 0.1, 1))
+    >>> ledger.events
+    (Event(noise_multiplier=1.0, sampling_rate=0.1, steps=3, relation=<Relation.ADD_OR_REMOVE_ONE: 'add_or_remove_one'>),)
+    >>> Ledger.from_state(ledger.state_dict()).steps
+    3
+    """
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._events: list[Event] = []
+        self._steps = 0
+        for event in events:
+            self.append(event)
+
+    def append(self, event: Event) -> None:
+        """Add an event of any number of steps.
+
+        Raises:
+            ParameterError: its relation is another than the ledger's.
+        """
+        if event.steps == 0:
+            return
+        if self._events and self._events[-1].relation is not event.relation:
+            raise ParameterError(
+                f"a step under {event.relation.value!r} cannot follow steps under "
+                f"{self._events[-1].relation.value!r}: one ε is stated under one relation"
+            )
+        if self._events and self._events[-1].with_steps(event.steps) == event:
+            self._events[-1] = event.with_steps(self._events[-1].steps + event.steps)
+        else:
+            self._events.append(event)
+        self._steps += event.steps
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """The events so far, in order."""
+        return tuple(self._events)
+
+    @property
+    def steps(self) -> int:
+        """How many steps they have altogether."""
+        return self._steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, fit for JSON; floats survive exactly."""
+        return {"events": [{**asdict(event), "relation": event.relation.value} for event in self._events]}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Ledger:
+        """The ledger that `state_dict` described.
+
+        Raises:
+            ParameterError: the state is not one that `state_dict` returns.
+        """
+        try:
+            return cls(Event(**fields) for fields in state["events"])
+        except (KeyError, TypeError) as error:
+            raise ParameterError(f"not the state of a ledger ({error}): state_dict() gives the form") from error
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not isinstance(value, Real) or not 0.0 < value < math.inf:
+        raise ParameterError(f"{name}={value!r}: a finite number > 0 is needed")

@@ -1,0 +1,199 @@
+"""The privacy loss of one step, a Gaussian mechanism on a random subsample, in the forms that the accountants take.
+
+Units: the sum moves by 1 between neighbours and the noise has std σ. Write `N_c` for `N(c, σ²)` and
+`mix = (1−q)·N_0 + q·N_1`. The ratio `mix/N_0` at x is `e^ℓ`, `ℓ(x) = log(1−q + q·e^{(2x−1)/2σ²})`, increasing, with
+inverse `x(t) = σ²·z(t) + 1/2`, `z(t) = log((e^t − 1 + q)/q)`. `H_α(P‖Q) = ∫ (P − αQ)₊` is the hockey-stick divergence:
+ε is reached at δ when `H_{e^ε} ≤ δ`. A pair (P, Q) *dominates* a mechanism when no neighbours have a larger `H_α`, for
+any α > 0; then the product of the pairs dominates the adaptive composition (Zhu, Dong & Wang 2022, theorem 10), so
+composing the losses below is sound.
+
+- **Add or remove one, Poisson.** Removing a record is dominated by (mix, N_0), adding one by (N_0, mix). A run is
+  either one or the other from end to end, so ε is the larger of two accounts. In every case computed here removing is
+  the larger, but under composition this is not a theorem (Lebeda et al. 2024), so both are always computed.
+- **Replace one, batches of qN without replacement.** The pair whose curve is `H_α(mix‖N_0)` for α ≥ 1 and
+  `H_α(N_0‖mix)` for α < 1. Proof: let i be the replaced record. A uniform batch S without i becomes a uniform batch
+  with i when i takes the place of a uniformly drawn member, so by joint convexity of `H_α` it is enough to
+  look at one S and one member: (1−q)a + qb against (1−q)a + qb', three Gaussians with centres at most 1 apart. For
+  α ≥ 1, `(1−q)a + qb − α((1−q)a + qb') = q·(b − α'·((1−β)a + βb'))` with `α' = 1 + (α−1)/q`, `β = α/α'`, hence
+  `H_α = q·H_α'(b‖(1−β)a + βb') ≤ q·((1−β)H_α'(b‖a) + βH_α'(b‖b')) ≤ q·H_α'(N_1‖N_0)`, which by the same identity
+  with a = b' = N_0 is `H_α(mix‖N_0)`. For α < 1 use `H_α(P‖Q) = 1 − α + αH_{1/α}(Q‖P)` and the symmetry of the relation.
+  The bound is attained (all others at +Δ, the record at −Δ or +Δ), so at one step it is exact. dp-accounting 0.6 has
+  no PLD for this (its `REPLACE` is Poisson sampling), and its Rényi bound is looser; both are built here on its parts.
+
+Sources: Balle, Barthe & Gaboardi (2018), theorems 2 and 9; Zhu, Dong & Wang (2022), theorem 11; Mironov, Talwar & Zhang (2019).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from absl import logging as absl_logging
+from dp_accounting import dp_event
+from dp_accounting.pld import pld_pmf, privacy_loss_distribution, privacy_loss_mechanism
+from dp_accounting.rdp import RdpAccountant
+from numpy.typing import NDArray
+from prv_accountant import PrivacyRandomVariable
+from scipy.special import ndtr
+
+from lipdp.privacy.events import Event
+from lipdp.relation import Relation
+
+Array = NDArray[np.float64]
+_MAX_POINTS = 100_000  # dp-accounting visits the points of one step's distribution in a Python loop, about 4 µs each
+
+
+class StepLoss(PrivacyRandomVariable):
+    """The loss `Y = log(P/Q)` under P of one step, for prv-accountant; (P, Q) is one of the pairs above."""
+
+    def __init__(self, event: Event) -> None:
+        self._sigma, self._q = event.noise_multiplier, event.sampling_rate
+
+    @abstractmethod
+    def cdf(self, t: Any) -> Array:
+        """`P(Y ≤ t)`, elementwise."""
+
+    @abstractmethod
+    def mean(self) -> float:
+        """`E[Y]`, from an integrand ≥ 0, so that it is precise however small."""
+
+    def _standardised_x(self, t: Any) -> Array:
+        """`x(t)/σ`, −∞ where no x has ℓ(x) ≤ t. Above t = 40, `z(t) = t − log q` to all digits."""
+        t = np.asarray(t, dtype=np.float64)
+        odds = np.expm1(np.minimum(t, 40.0)) / self._q
+        with np.errstate(divide="ignore"):
+            z = np.where(t > 40.0, t - math.log(self._q), np.log1p(np.maximum(odds, -1.0)))
+        return self._sigma * z + 0.5 / self._sigma
+
+    def _integral(self, integrand: Callable[[Array, Array], Array], upper_half: bool = False) -> float:
+        """`∫ N_0(x)·integrand(u, ℓ) dx` with `u = e^ℓ − 1`, over all x or over x > 1/2 where ℓ > 0."""
+        sigma, q = self._sigma, self._q
+        panel = min(sigma, sigma**2)  # ℓ is analytic in a strip of half-width πσ²
+        start = 0.5 if upper_half else 0.5 - panel * math.ceil((0.5 + 14.0 * sigma) / panel)
+        panels = math.ceil((1.0 + 14.0 * sigma - start) / panel)
+        nodes, weights = np.polynomial.legendre.leggauss(16)
+        x = start + panel * (np.arange(panels)[:, None] + 0.5 + 0.5 * nodes)
+        exponent = (2.0 * x - 1.0) / (2.0 * sigma**2)
+        u = q * np.expm1(exponent)
+        values = integrand(u, exponent if q == 1.0 else np.log1p(u))
+        density = np.exp(-0.5 * (x / sigma) ** 2) / (sigma * math.sqrt(2.0 * math.pi))
+        return float(np.sum(density * values * weights)) * panel / 2.0
+
+
+class RemoveLoss(StepLoss):
+    """(mix, N_0): the same law as prv-accountant's `PoissonSubsampledGaussianMechanism`, in float64 where that one works
+    in extended precision, eight times slower."""
+
+    def cdf(self, t: Any) -> Array:
+        """`(1−q)·Φ(x(t)/σ) + q·Φ((x(t)−1)/σ)`, with Φ the normal distribution function."""
+        x = self._standardised_x(t)
+        return (1.0 - self._q) * ndtr(x) + self._q * ndtr(x - 1.0 / self._sigma)
+
+    def mean(self) -> float:
+        """`∫ N_0·((1+u)·ℓ − u)`, as `∫ N_0·u = 0`."""
+        return self._integral(lambda u, loss: (1.0 + u) * loss - u)
+
+
+class AddLoss(StepLoss):
+    """(N_0, mix)."""
+
+    def cdf(self, t: Any) -> Array:
+        """`Φ(−x(−t)/σ)`."""
+        return ndtr(-self._standardised_x(-np.asarray(t, dtype=np.float64)))
+
+    def mean(self) -> float:
+        """`∫ N_0·(u − ℓ)`."""
+        return self._integral(lambda u, loss: u - loss)
+
+
+class ReplaceLoss(StepLoss):
+    """The pair for replace one: add's law below 0, remove's above, and an atom at 0."""
+
+    def cdf(self, t: Any) -> Array:
+        """Add's for t < 0, remove's for t ≥ 0."""
+        t = np.asarray(t, dtype=np.float64)
+        x = self._standardised_x(np.abs(t))
+        remove = (1.0 - self._q) * ndtr(x) + self._q * ndtr(x - 1.0 / self._sigma)
+        return np.where(t < 0.0, ndtr(-x), remove)
+
+    def mean(self) -> float:
+        """`∫_{x > 1/2} N_0·((1+u)·ℓ − ℓ)`: remove's losses above 0 less add's below."""
+        return self._integral(lambda u, loss: u * loss, upper_half=True)
+
+
+DIRECTIONS: dict[Relation, tuple[type[StepLoss], ...]] = {
+    Relation.ADD_OR_REMOVE_ONE: (RemoveLoss, AddLoss),
+    Relation.REPLACE_ONE: (ReplaceLoss,),
+}
+
+
+def loss_deviation(event: Event) -> float:
+    """About the std of one step's loss: `q·sqrt(e^{1/σ²} − 1)`, the scale on which its distribution must be resolved."""
+    return event.sampling_rate * math.sqrt(math.expm1(min(event.noise_multiplier**-2, 50.0)))
+
+
+def loss_distribution(event: Event, interval: float) -> privacy_loss_distribution.PrivacyLossDistribution:
+    """One step's privacy loss distribution on multiples of `interval`, rounded up in the sense of ε, for dp-accounting.
+
+    "Connect the dots": the curve δ(ε) is replaced by its chords in e^ε, which lie above it as it is convex.
+    """
+    sigma, q = event.noise_multiplier, event.sampling_rate
+    if event.relation is Relation.ADD_OR_REMOVE_ONE:
+        return privacy_loss_distribution.from_gaussian_mechanism(
+            sigma, sampling_prob=q, value_discretization_interval=interval
+        )
+    remove, add = _losses(event)
+    low = math.floor(add.connect_dots_bounds().epsilon_lower / interval)
+    high = math.ceil(remove.connect_dots_bounds().epsilon_upper / interval)
+    epsilons = np.arange(low, high + 1) * interval
+    deltas = np.maximum(remove.get_delta_for_epsilon(epsilons), add.get_delta_for_epsilon(epsilons))
+    return privacy_loss_distribution.PrivacyLossDistribution(
+        pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, low, high, deltas)
+    )
+
+
+def smallest_interval(event: Event) -> float:
+    """The finest interval for which `loss_distribution` stays quick."""
+    remove, add = _losses(event)
+    width = remove.connect_dots_bounds().epsilon_upper - add.connect_dots_bounds().epsilon_lower
+    return float(width) / _MAX_POINTS
+
+
+def _losses(event: Event) -> tuple[Any, Any]:
+    kinds = privacy_loss_mechanism.AdjacencyType
+    remove, add = (
+        privacy_loss_mechanism.GaussianPrivacyLoss(
+            event.noise_multiplier, sampling_prob=event.sampling_rate, adjacency_type=kind
+        )
+        for kind in (kinds.REMOVE, kinds.ADD)
+    )
+    return remove, add
+
+
+@lru_cache(maxsize=1024)
+def renyi(event: Event, orders: tuple[float, ...]) -> Array:
+    """An upper bound on the Rényi divergence of `event`, all its steps, at each order α > 1; shape (orders,).
+
+    One step, `K = (α−1)·D_α(mix‖N_0)` from dp-accounting, which is the larger direction (Mironov, Talwar & Zhang 2019,
+    theorem 5). Where its series does not converge, the next order's value stands in: D is non-decreasing in α.
+    Replace one, q < 1: a divergence `∫ f''(α)·H_α dα` of the pair is at most the sum of those of (mix, N_0) and
+    (N_0, mix), so the moment `e^K` becomes at most `2e^K − 1`.
+    The slack 1e-14 covers rounding, whose sign dp-accounting does not control.
+    """
+    accountant = RdpAccountant(list(orders))
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)  # it warns of every order whose series does not converge
+    try:
+        gaussian = dp_event.GaussianDpEvent(event.noise_multiplier)
+        accountant.compose(dp_event.PoissonSampledDpEvent(event.sampling_rate, gaussian))
+    finally:
+        absl_logging.set_verbosity(verbosity)
+    divergence = np.minimum.accumulate(accountant.rdp[::-1])[::-1]
+    moments = np.maximum(divergence, 0.0) * (np.array(orders) - 1.0) + 1e-14
+    if event.relation is Relation.REPLACE_ONE and event.sampling_rate < 1.0:
+        moments = moments + np.log1p(-np.expm1(-moments))
+    return event.steps * moments / (np.array(orders) - 1.0)

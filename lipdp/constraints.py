@@ -16,38 +16,88 @@ from torch import Tensor
 from lipdp.errors import ConstraintError
 
 _GRAM_SQUARINGS = 9  # the bound is loose by at most rank ** (1 / 2**11): 0.4 % at rank 1000
+_TINY = 1e-300
 # Newton-Schulz polynomials s ↦ a s + b s³ + c s⁵ on the singular values: the quintic lifts small ones by 3.4 a step into
 # [0.68, 1.21] (Jordan et al. 2024), the cubic then converges quadratically to 1.
 _QUINTIC, _CUBIC = (3.4445, -4.7750, 2.0315), (1.5, -0.5, 0.0)
 _NEWTON_SCHULZ = (_QUINTIC,) * 8 + (_CUBIC,) * 6
 
 
-def _gram(matrix: Tensor) -> Tensor:
-    """W Wᵀ or Wᵀ W, whichever is smaller, in float64. `matrix`: (..., m, n)."""
+def _rescaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(W/c, c) in float64 with c the largest entry, so that nothing overflows or vanishes. `matrix`: (..., m, n).
+
+    c is 1 for a matrix of zeros, and NaN or infinite when an entry is: whatever is multiplied by c then shows it.
+    """
     w = matrix.double()
+    largest = w.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(largest == 0, 1.0, largest)
+    return torch.nan_to_num(w / scale, 0.0, 0.0, 0.0), scale
+
+
+def _gram(w: Tensor) -> Tensor:
+    """W Wᵀ or Wᵀ W, whichever is smaller. `w`: (..., m, n)."""
     return w @ w.mT if w.shape[-2] <= w.shape[-1] else w.mT @ w
 
 
+def _apply(transform: Tensor, w: Tensor) -> Tensor:
+    """The function of the Gram matrix that `transform` is, on the side of W where the Gram matrix was taken."""
+    return transform @ w if w.shape[-2] <= w.shape[-1] else w @ transform
+
+
 def _slack(matrix: Tensor) -> float:
-    """Relative slack that covers the float64 rounding of a bound computed from a Gram matrix of this shape."""
-    return 1.0 + 8 * max(matrix.shape[-2:]) * torch.finfo(torch.float64).eps
+    """Relative slack that covers the float64 rounding of a norm computed through a Gram matrix of this shape.
+
+    |fl(WWᵀ) − WWᵀ| ≤ n ε |W||Wᵀ|, of norm at most n ε ‖W‖_F² ≤ n m ε ‖W‖₂²; the eigenvalues add a multiple of m ε.
+    """
+    rows, columns = matrix.shape[-2:]
+    return 1.0 + 8 * max(rows * columns, 1) * torch.finfo(torch.float64).eps
 
 
 def _gram_iteration(gram: Tensor, squarings: int) -> Tensor:
-    """‖(WᵀW)^(2^k)‖_F ^ (1 / 2^(k+1)) with the exponents kept apart, so that nothing overflows."""
+    """‖(WᵀW)^(2^k)‖_F ^ (1 / 2^(k+1)), with the exponents kept apart so that nothing overflows: no sync on a GPU."""
     log_scale = torch.zeros(gram.shape[:-2], dtype=torch.float64, device=gram.device)
     for _ in range(squarings):
-        norm = torch.linalg.matrix_norm(gram).clamp_min(1e-300)
+        norm = torch.linalg.matrix_norm(gram).clamp_min(_TINY)
         gram = gram / norm[..., None, None]
         gram = gram @ gram
         log_scale = 2 * (log_scale + norm.log())
     return ((torch.linalg.matrix_norm(gram).log() + log_scale) / 2 ** (squarings + 1)).exp()
 
 
+def _gram_bound(gram: Tensor, scale: Tensor, squarings: int) -> Tensor:
+    """The smaller of Gram iteration and √(1 + ‖I − c²G‖_F)/c, the second for the case that c W is nearly orthogonal."""
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    near_orthogonal = (1.0 + torch.linalg.matrix_norm(eye - scale * (scale * gram))).sqrt() / scale[..., 0, 0]
+    return torch.minimum(_gram_iteration(gram, squarings), near_orthogonal)
+
+
+def _eigen_root(gram: Tensor) -> Tensor:
+    """G^(-1/2) from the eigenvalues; those that are rounding errors are cut off."""
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    floor = eigenvalues[..., -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    return (vectors / eigenvalues.clamp_min(floor).clamp_min(_TINY).sqrt()[..., None, :]) @ vectors.mT
+
+
+def _newton_schulz_root(gram: Tensor) -> Tensor:
+    """G^(-1/2) by matrix products alone: every iterate is a polynomial of G, so the iteration runs on G."""
+    norm = _gram_iteration(gram, 3).clamp_min(_TINY)[..., None, None]  # an upper bound of the norm of W
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram, root = gram / norm**2, eye / norm
+    for linear, cubic, quintic in _NEWTON_SCHULZ:
+        step = linear * eye + cubic * gram
+        if quintic:
+            step = step + quintic * (gram @ gram)
+        root = step @ root
+        gram = step @ gram @ step
+    return root
+
+
 def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tensor:
     r"""Certified upper bound of the spectral norm, without a host-device synchronisation.
 
-    The smaller of two bounds that always hold: Gram iteration
+    On a CPU :math:`\|W\|_2^2` is the largest eigenvalue of the smaller Gram matrix, computed in float64 by a backward
+    stable method: exact up to the slack that is added. On a GPU, where an eigenvalue would synchronise, the smaller of
+    two bounds that always hold: Gram iteration
     :math:`\|W\|_2 = \|(W^\top W)^{2^k}\|_2^{1/2^{k+1}} \le \|(W^\top W)^{2^k}\|_F^{1/2^{k+1}}`, loose by at most
     ``rank ** (1 / 2**(k+2))``, and :math:`\|W\|_2^2 = \|WW^\top\|_2 \le 1 + \|I - WW^\top\|_F`, exact for an
     orthogonal W (for a tall W with WᵀW).
@@ -57,7 +107,8 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
         squarings: k.
 
     Returns:
-        float64 tensor of shape (...), an upper bound up to and including its own rounding error.
+        float64 tensor of shape (...), an upper bound up to and including its own rounding error; NaN or infinite when
+        an entry is.
 
     >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
     >>> 3.0 <= certified_norm(w).item() < 3.0001
@@ -65,10 +116,14 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
 
     Source: Delattre, Barthélemy, Araujo & Allauzen (2023), theorem 2 (Gram iteration); Weyl's inequality.
     """
-    gram = _gram(matrix)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    near_orthogonal = (1.0 + torch.linalg.matrix_norm(eye - gram)).sqrt()
-    return torch.minimum(_gram_iteration(gram, squarings), near_orthogonal) * _slack(matrix)
+    w, scale = _rescaled(matrix)
+    if min(w.shape[-2:]) == 1:  # one row or column: the Euclidean norm
+        norm = torch.linalg.matrix_norm(w)
+    elif w.is_cuda:
+        norm = _gram_bound(_gram(w), scale, squarings)
+    else:
+        norm = torch.linalg.eigvalsh(_gram(w))[..., -1].clamp_min(0.0).sqrt()
+    return norm * scale[..., 0, 0] * _slack(matrix)
 
 
 class Constraint(ABC):
@@ -137,14 +192,16 @@ class Spectral(Constraint):
         _check_radius(self.radius)
 
     def project(self, matrix: Tensor) -> Tensor:
-        eigenvalues, vectors = torch.linalg.eigh(_gram(matrix))
-        shrink = self.radius / eigenvalues.clamp_min(self.radius**2).sqrt()
-        transform = (vectors * shrink[..., None, :]) @ vectors.mT
-        w = matrix.double()
-        clipped = transform @ w if w.shape[-2] <= w.shape[-1] else w @ transform
+        w, scale = _rescaled(matrix)
+        eigenvalues, vectors = torch.linalg.eigh(_gram(w))
+        norms = eigenvalues.clamp_min(0.0).sqrt() * scale[..., 0]
+        shrink = self.radius / norms.clamp_min(self.radius)
+        clipped = _apply((vectors * shrink[..., None, :]) @ vectors.mT, w) * scale
         return _shrink(clipped, self.radius).to(matrix.dtype)
 
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
+        if not bool(matrix.isfinite().all()):
+            return False
         norm = torch.linalg.matrix_norm(matrix.double(), ord=2)
         return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
 
@@ -153,11 +210,10 @@ class Spectral(Constraint):
 class Orthogonal(Constraint):
     r"""Matrices with orthonormal rows (m ≤ n) or columns (m > n): every singular value is 1.
 
-    `project` runs Newton-Schulz (Björck) iterations :math:`W \leftarrow p(WW^\top) W`, which keep the singular vectors
-    and drive every singular value to 1, that is to the polar factor, the nearest orthogonal matrix. All iterates are
-    polynomials in the small Gram matrix times W, so the iteration runs on the Gram matrix alone and W is multiplied
-    once. It starts from W over its certified norm, and reaches 1 from relative singular values down to 1e-4; a
-    rank-deficient matrix keeps its zero singular values (its norm is still at most 1, but `contains` is false).
+    `project` keeps the singular vectors and sets every singular value to 1: the polar factor :math:`(WW^\top)^{-1/2} W`,
+    the nearest orthogonal matrix. The root of the small Gram matrix comes from its eigenvalues on a CPU, and from
+    Newton-Schulz (Björck) iterations on a GPU, where nothing synchronises. Singular values below 1e-4 of the largest may
+    stay below 1: a rank-deficient matrix comes out with norm 1 at most, but `contains` is false.
 
     >>> w = Orthogonal().sample(3, 5, dtype=torch.float64)
     >>> torch.allclose(w @ w.T, torch.eye(3, dtype=torch.float64))
@@ -167,20 +223,14 @@ class Orthogonal(Constraint):
     """
 
     def project(self, matrix: Tensor) -> Tensor:
-        gram = _gram(matrix)
-        scale = _gram_iteration(gram, 3).clamp_min(1e-150)[..., None, None]  # an upper bound of the norm
-        gram = gram / scale**2
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        transform = eye / scale
-        for linear, cubic, quintic in _NEWTON_SCHULZ:
-            step = linear * eye + cubic * gram
-            if quintic:
-                step = step + quintic * (gram @ gram)
-            transform = step @ transform
-            gram = step @ gram @ step
-        w = matrix.double()
-        projected = transform @ w if w.shape[-2] <= w.shape[-1] else w @ transform
-        return _shrink(projected, 1.0).to(matrix.dtype)
+        w, scale = _rescaled(matrix)
+        gram = _gram(w)
+        root = _newton_schulz_root(gram) if gram.is_cuda else _eigen_root(gram)
+        polar = _apply(root, w)
+        polar = 1.5 * polar - 0.5 * _apply(
+            _gram(polar), polar
+        )  # one Björck step: what is above 1 by rounding falls below
+        return (polar + 0.0 * scale).to(matrix.dtype)
 
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
         gram = _gram(matrix)
@@ -220,17 +270,13 @@ class Frobenius(Constraint):
         _check_radius(self.radius)
 
     def project(self, matrix: Tensor) -> Tensor:
-        norm = torch.linalg.matrix_norm(matrix.double())
-        factor = self.radius / norm.clamp_min(self.radius)
-        return (matrix.double() * factor[..., None, None]).to(matrix.dtype)
+        w, scale = _rescaled(matrix)
+        norm = torch.linalg.matrix_norm(w, keepdim=True) * scale
+        return (matrix.double() * (self.radius / norm.clamp_min(self.radius))).to(matrix.dtype)
 
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
         norm = torch.linalg.matrix_norm(matrix.double())
         return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
-
-    def norm_bound(self, matrix: Tensor) -> Tensor:
-        frobenius = torch.linalg.matrix_norm(matrix.double()) * _slack(matrix)
-        return frobenius if min(matrix.shape[-2:]) == 1 else torch.minimum(frobenius, certified_norm(matrix))
 
 
 def _check_radius(radius: float) -> None:

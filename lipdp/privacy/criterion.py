@@ -9,32 +9,31 @@ from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
+from lipdp.privacy.sampling import BatchLoader
 
 
 class PrivateCriterion(nn.Module):
     """`criterion(logits, target)`: Σ_i ℓ(z_i, y_i), with every sample's cotangent gated.
 
-    A sum, because the noise is calibrated to a sum; the engine divides by the public batch size after the noise. It
-    counts the samples it has seen since the last step, so that the engine can refuse a step in which a record was used
-    twice.
+    A sum, because the noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
+    gate counts the samples of every backward pass, so that the engine can refuse a step in which a record was used
+    twice. Whatever multiplies the value returned, each sample's cotangent at the logits stays within the constant.
 
     Attributes:
         loss: the per-sample loss.
-        samples: samples seen with gradients since the last step.
     """
 
-    def __init__(self, loss: LipschitzLoss, graph: BoundGraph, gate: GateState) -> None:
+    def __init__(self, loss: LipschitzLoss, graph: BoundGraph, gate: GateState, loader: BatchLoader) -> None:
         super().__init__()
         self.loss = loss
-        self.samples = 0
         self._graph = graph
         self._gate = gate
+        self._loader = loader
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if torch.is_grad_enabled() and logits.requires_grad:
             self._check(logits)
-            self.samples += len(logits)
-            logits = self._gate.apply(logits, self.constant())
+            logits = self._gate.apply(logits, self.constant(), self._loader.position)
         values = self.loss(logits, target)
         if values.shape != (len(logits),):
             raise LossError(
@@ -51,29 +50,41 @@ class PrivateCriterion(nn.Module):
         return float(constant) if not isinstance(constant, Tensor) else constant
 
     def _check(self, logits: Tensor) -> None:
-        if logits.dtype.itemsize < self._graph.dtype.itemsize:
+        lowest = logits.dtype
+        if torch.is_autocast_enabled(logits.device.type):
+            lowest = min(lowest, torch.get_autocast_dtype(logits.device.type), key=lambda dtype: dtype.itemsize)
+        if lowest.itemsize < self._graph.dtype.itemsize:
             raise EngineError(
-                f"the logits are {logits.dtype} but the bounds were computed for {self._graph.dtype}: pass"
-                f" forward_dtype={logits.dtype} to make_private, so that the bounds include its rounding"
+                f"the forward pass runs in {lowest} but the bounds were computed for {self._graph.dtype}: pass"
+                f" forward_dtype={lowest} to make_private, so that the bounds include its rounding"
             )
 
 
 @torch.no_grad()
 def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
-    """Perturb one sample's logits: no other sample's loss may change, and there must be one value per sample."""
-    logits = torch.linspace(-1.0, 1.0, len(targets) * num_outputs, device=targets.device).reshape(
-        len(targets), num_outputs
-    )
+    """Change one sample's logits, then leave it out: no other sample's loss may change.
+
+    Raises:
+        LossError: one did, or there is not one value per sample.
+    """
+    targets = torch.cat([targets, targets])  # every target has a twin, whose weight would show a count of classes
+    count = len(targets)
+    logits = torch.linspace(-1.0, 1.0, count * num_outputs, device=targets.device).reshape(count, num_outputs)
     moved = logits.clone()
     moved[0] = moved[0].flip(0) * 3.0 + 1.0
-    before, after = loss(logits, targets), loss(moved, targets)
-    if before.shape != (len(targets),):
+    whole = loss(logits, targets)
+    if whole.shape != (count,):
         raise LossError(
-            f"{type(loss).__name__} returned shape {tuple(before.shape)} for {len(targets)} samples; it must return one value"
-            " per sample, without reduction"
+            f"{type(loss).__name__} returned shape {tuple(whole.shape)} for {count} samples; it must return one value per"
+            " sample, without reduction"
         )
-    if not torch.allclose(before[1:], after[1:], equal_nan=True):
-        raise LossError(
-            f"{type(loss).__name__} couples the samples of a batch: changing one sample's logits changed another's loss, so no"
-            " per-sample bound exists"
-        )
+    changes = {
+        "changing its logits": loss(moved, targets)[1:],
+        "leaving it out": loss(logits[1:], targets[1:]),
+    }
+    for change, others in changes.items():
+        if not torch.allclose(whole[1:], others, atol=1e-6, equal_nan=True):
+            raise LossError(
+                f"{type(loss).__name__} couples the samples of a batch: {change} changed another sample's loss, so no"
+                " per-sample bound exists"
+            )

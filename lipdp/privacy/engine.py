@@ -116,6 +116,11 @@ class PrivacyEngine:
         population = dataset_size if dataset_size is not None else _length(dataset)
         if not 0 < expected_batch_size <= population:
             raise ParameterError(f"expected_batch_size lies in 1 … N = {population}, got {expected_batch_size}")
+        if relation is Relation.REPLACE_ONE and population != _length(dataset):
+            raise ParameterError(
+                f"dataset_size={population} but the dataset has {_length(dataset)} records: with batches of a fixed size"
+                " q = B/N is exact, and N is public; leave dataset_size out"
+            )
         gate = gate if isinstance(gate, (FixedGate, QuantileGate)) else FixedGate(math.inf if gate is None else gate)
         facts = PrivacyFacts(
             noise_multiplier=float(noise_multiplier),
@@ -139,7 +144,7 @@ class PrivacyEngine:
         graph = BoundGraph(module, tuple(input_shape or x.shape[1:]), dtype=forward_dtype)
         loss = as_lipschitz(criterion)
         check_loss(loss, targets.to(graph.device), graph.num_outputs)
-        private = PrivateCriterion(loss, graph, gate.start())
+        private = PrivateCriterion(loss, graph, gate.start(), loader)
         self._run = _Run(self, module, optimizer, private, loader, facts, get_allocation(allocation), gate)
         return module, optimizer, loader, private
 
@@ -267,23 +272,29 @@ class _Run:
         self.engine, self.module, self.criterion, self.loader = engine, module, criterion, loader
         self.facts, self.allocation = facts, allocation
         self.graph, self.gate = criterion._graph, criterion._gate
-        self.names, self.parameters = _matched_parameters(module, optimizer)
+        _refuse_private(optimizer)
+        self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self.factor = Relation(facts.relation).sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate.noise_multiplier] if gate.noise_multiplier < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(facts.noise_multiplier, *others)
         self.noise = GaussianNoise(engine.seed, device=self.graph.device)
-        self.sizes = torch.tensor(
-            [float(p.numel()) for p in self.parameters], dtype=torch.float64, device=self.graph.device
-        )
         self.sensitivity()  # refuses what is unbounded before anything is attached
+        self.before = engine.ledger.steps  # of an earlier run of this engine: they count for ε, not for this budget
         self._taken_at = loader.position
+        self.gate.unused = lambda: all(p.grad is None for p in self.parameters)
         self._handles = [
             optimizer.register_step_pre_hook(self._add_noise),
             optimizer.register_step_post_hook(self._project),
         ]
 
     # -- bounds --------------------------------------------------------------------------------------------------------
+
+    def _trainable(self, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter], Tensor]:
+        """Names, parameters and sizes of what the next step releases: looked up at every step, for (un)freezing."""
+        names, parameters = _matched_parameters(self.module, optimizer)
+        sizes = torch.tensor([float(p.numel()) for p in parameters], dtype=torch.float64)
+        return names, parameters, sizes.to(self.graph.device, non_blocking=True)
 
     def _start(self, output_bound: Tensor) -> Tensor:
         constant = self.criterion.loss.constant(output_bound)
@@ -313,17 +324,17 @@ class _Run:
                 "a closure re-evaluates the gradient after the noise was added; call optimizer.step() without one"
             )
         self._check_order()
+        self.names, self.parameters, self.sizes = self._trainable(optimizer)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-        _, stds = self._deltas_and_stds()
-        self._check_finite(gradients, stds)
+        deltas, stds = self._deltas_and_stds()
+        self._check_gradients(gradients, deltas, stds)
         self.engine.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
         self.noise.add_(gradients, stds)
         torch._foreach_mul_(gradients, 1.0 / self.facts.expected_batch_size)
         self.gate.release(self.noise, self.facts.expected_batch_size, self.factor)
-        self.criterion.samples = 0
         self._taken_at = self.loader.position
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -332,33 +343,51 @@ class _Run:
 
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""
-        if self.engine.ledger.steps >= self.facts.steps:
+        if self.engine.ledger.steps - self.before >= self.facts.steps:
             raise EngineError(f"all {self.facts.steps} steps of the budget are taken; a further one would exceed ε")
-        if self.loader.position == self._taken_at:
+        batches = self.loader.position - self._taken_at
+        if batches < 1:
             raise EngineError(
                 "step() without a new batch from the loader: every noisy step needs its own random subsample. Take one step per"
                 " batch; for parts of a batch use engine.microbatches"
             )
-        drawn = self.loader.last_batch_size
-        if drawn is not None and self.criterion.samples > drawn:
+        first = self.engine.ledger.steps == self.before  # before it, a look at a batch is harmless
+        if batches > 1 and not (first and set(self.gate.samples) <= {self.loader.position}):
             raise EngineError(
-                f"the criterion saw {self.criterion.samples} samples since the last step but the batch has {drawn}: a record would"
-                " count more than once. Evaluate the criterion once per record and step (under torch.no_grad() for metrics)"
+                f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was skipped,"
+                " which tells that it was empty. Take one step per batch, also when it is empty"
             )
-        if self.loader.position > self._taken_at + 1 and self.criterion.samples > 0:
+        drawn, seen = self.loader.last_batch_size or 0, self.gate.samples.total()
+        if seen > drawn:
             raise EngineError(
-                f"{self.loader.position - self._taken_at} batches were drawn since the last step: gradients of several batches may"
-                " have been accumulated, each without noise. Take one step per batch"
+                f"the criterion saw {seen} samples since the last step but the batch has {drawn}: a record would count more"
+                " than once. Evaluate the criterion once per record and step (under torch.no_grad() for metrics)"
+            )
+        if drawn > 0 and seen == 0:
+            raise EngineError(
+                f"the batch has {drawn} samples but no gradient went through the criterion that make_private returned; train with"
+                " that one, criterion(model(x), y).backward(): only there is every sample's gradient bounded"
             )
 
-    def _check_finite(self, gradients: list[Tensor], stds: Tensor) -> None:
-        total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]).double() + stds
-        if bool(torch.isfinite(total).all()):
+    def _check_gradients(self, gradients: list[Tensor], deltas: Tensor, stds: Tensor) -> None:
+        """Refuse what is not finite, and a gradient where the bound says that there is none. One read of the device."""
+        wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
+        norms = torch.stack([torch.linalg.vector_norm(g).double() for g in wide])
+        finite = torch.isfinite(norms + stds)
+        possible = (deltas > 0) | (norms == 0)
+        if bool((finite & possible).all()):
             return
-        bad = [n for n, ok in zip(self.names, torch.isfinite(total).tolist(), strict=True) if not ok]
-        raise NonFiniteError(
-            f"step {self.engine.ledger.steps + 1}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; nothing was"
-            " released or changed. Look for NaN in the inputs, or lower the learning rate and resume from the last checkpoint"
+        step = self.engine.ledger.steps + 1
+        bad = [n for n, ok in zip(self.names, finite.tolist(), strict=True) if not ok]
+        if bad:
+            raise NonFiniteError(
+                f"step {step}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; nothing was released or"
+                " changed. Look for NaN in the inputs, or lower the learning rate and resume from the last checkpoint"
+            )
+        bad = [n for n, ok in zip(self.names, possible.tolist(), strict=True) if not ok]
+        raise EngineError(
+            f"step {step}: {', '.join(bad)} has a gradient, but nothing leads from it to the output in the model as it was"
+            " traced by make_private; the model computes something else now (train() against eval()?)"
         )
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -371,21 +400,22 @@ class _Run:
         return {
             "facts": self.facts.as_dict(),
             "ledger": self.engine.ledger.state_dict(),
+            "before": self.before,
             "loader": self.loader.state_dict(),
             "noise": self.noise.state_dict(),
             "gate": self.gate.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = {"facts", "ledger", "loader", "noise", "gate"} - set(state)
+        missing = {"facts", "ledger", "before", "loader", "noise", "gate"} - set(state)
         if missing:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
         self.facts.check_same(state["facts"])
-        self.engine.ledger = Ledger.from_state(state["ledger"])
+        ledger = Ledger.from_state(state["ledger"])
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])
-        self.criterion.samples = 0
+        self.engine.ledger, self.before = ledger, int(state["before"])
         self._taken_at = self.loader.position
 
 
@@ -407,10 +437,13 @@ def _first_records(dataset: Any) -> tuple[Tensor, Tensor]:
 
 
 def _matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter]]:
-    """Names and parameters, once the optimiser is found to hold exactly the model's trainable parameters."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """Names and parameters, once the optimiser is found to hold exactly the model's trainable parameters.
+
+    It may hold frozen ones too; a gradient left on one of those, from before it was frozen, is dropped.
+    """
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    foreign = held - {id(p) for p in module.parameters()}
+    foreign = set(held) - {id(p) for p in module.parameters()}
     missing = [n for n, p in trainable.items() if id(p) not in held]
     if foreign:
         raise OptimizerError(
@@ -424,7 +457,13 @@ def _matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> 
         )
     if not trainable:
         raise OptimizerError("the model has no trainable parameter")
+    for parameter in held.values():
+        if not parameter.requires_grad:
+            parameter.grad = None
+    return list(trainable), list(trainable.values())
+
+
+def _refuse_private(optimizer: torch.optim.Optimizer) -> None:
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), _Run) for hook in hooks):
         raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
-    return list(trainable), list(trainable.values())

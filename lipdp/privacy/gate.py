@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lipdp.errors import ParameterError
 from lipdp.nn.gates import clip_norm, per_sample_norm
@@ -16,17 +19,20 @@ from lipdp.privacy.noise import GaussianNoise
 
 
 class _Gate(torch.autograd.Function):
-    """Identity; backwards the per-sample norms go to `observe` and the cotangents are clipped to `bound`."""
+    """Identity; backwards the cotangents are shown to `observe` and clipped to `bound`.
+
+    Differentiable once: a penalty on gradients would reach the weights around the gate.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, bound: float | Tensor, observe: Callable[[Tensor], None] | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, bound: float | Tensor, observe: Callable[[Tensor], None]) -> Tensor:
         ctx.bound, ctx.observe = bound, observe
         return logits.view_as(logits)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.observe is not None:
-            ctx.observe(per_sample_norm(grads[0]).detach())
+        ctx.observe(grads[0])
         return clip_norm(grads[0], ctx.bound), None, None
 
 
@@ -98,35 +104,53 @@ class QuantileGate:
 
 
 class GateState:
-    """The gate of one run: its current bound and, for a quantile, the private count of the step in progress."""
+    """The gate of one run: its current bound and, for a quantile, the private count of the step in progress.
+
+    Attributes:
+        bound: the gate is at the smaller of this and the loss's constant.
+        samples: batch number → cotangents that went through since the last step, one for every backward pass. Passes
+            whose gradients are gone (`torch.autograd.grad`, `zero_grad()`) are forgotten.
+        unused: whether no parameter holds a gradient; set by the engine.
+    """
 
     def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:
         self.bound = bound
+        self.samples: Counter[int] = Counter()
+        self.unused: Callable[[], bool] = lambda: False
+        self._pass = -1
         self._rule = quantile
-        self._limit: float | Tensor = bound
         self._count: Tensor | None = None
 
-    def apply(self, logits: Tensor, constant: float | Tensor) -> Tensor:
-        """The logits, with cotangents gated at min(bound, the loss's constant)."""
-        self._limit = min(self.bound, constant) if isinstance(constant, float) else constant.clamp(max=self.bound)
-        return _Gate.apply(logits, self._limit, None if self._rule is None else self._observe)
+    def apply(self, logits: Tensor, constant: float | Tensor, batch: int) -> Tensor:
+        """The logits of (a part of) batch number `batch`, with cotangents gated at min(bound, the loss's constant)."""
+        limit = min(self.bound, constant) if isinstance(constant, float) else constant.clamp(max=self.bound)
+        return _Gate.apply(logits, limit, partial(self._observe, batch))
 
-    def _observe(self, norms: Tensor) -> None:
-        centred = (norms <= self.bound).double().sum() - norms.numel() / 2
-        self._count = centred if self._count is None else self._count + centred
+    def _observe(self, batch: int, cotangent: Tensor) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._pass and self.unused():  # a new backward pass, and nothing is left of earlier ones
+            self._forget()
+        self._pass = current
+        self.samples[batch] += len(cotangent)
+        if self._rule is not None:
+            centred = (per_sample_norm(cotangent) <= self.bound).double().sum() - len(cotangent) / 2
+            self._count = centred if self._count is None else self._count + centred
 
     def release(self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float) -> None:
-        """Noise the count of the step, move the bound, forget the count. Nothing to do for a fixed gate."""
-        if self._rule is None:
+        """End the step: forget its samples; for a quantile noise their count and move the bound."""
+        rule, seen = self._rule, self._count
+        self._forget()
+        if rule is None:
             return
-        rule = self._rule
-        device = noise.source.device
-        count = torch.zeros(1, dtype=torch.float64, device=device)
-        if self._count is not None:
-            count += self._count
+        count = torch.zeros(1, dtype=torch.float64, device=noise.source.device)
+        if seen is not None:
+            count += seen
         noise.add_([count], torch.tensor([rule.count_std * sensitivity_factor]))
         share = float(count) / batch_size + 0.5
         self.bound *= math.exp(-rule.learning_rate * (share - rule.quantile))
+
+    def _forget(self) -> None:
+        self.samples.clear()
         self._count = None
 
     def state_dict(self) -> dict[str, float]:
@@ -135,4 +159,5 @@ class GateState:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue at a saved bound."""
-        self.bound, self._count = float(state["bound"]), None
+        self.bound = float(state["bound"])
+        self._forget()

@@ -1,0 +1,395 @@
+"""Allocations share exactly one σ; draws have the std that was asked for, and the tests notice when they have not."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from lipdp.errors import CheckpointError, EngineError, ParameterError, UnknownNameError
+from lipdp.privacy.noise import (
+    _CPU_BLOCK,
+    Allocation,
+    GaussianNoise,
+    GlobalAllocation,
+    MinVarianceAllocation,
+    PerLayerAllocation,
+    RatchetSource,
+    _box_muller_torch,
+    get_allocation,
+    joint_noise_multiplier,
+    normals_from_words_,
+)
+from lipdp.privacy.ratchet import Ratchet
+
+ALLOCATIONS = [GlobalAllocation(), PerLayerAllocation(), MinVarianceAllocation()]
+FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass
+
+blocks = st.lists(
+    st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.integers(1, 10**7)), min_size=1, max_size=12
+).filter(lambda pairs: any(delta > 0 for delta, _ in pairs))
+
+
+def split(pairs):
+    delta, size = zip(*pairs, strict=True)
+    return torch.tensor(delta, dtype=torch.float64), torch.tensor(size)
+
+
+# --- allocations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
+@given(blocks, st.floats(0.01, 100))
+def test_every_allocation_has_exactly_the_joint_noise_multiplier(allocation, pairs, sigma):
+    delta, size = split(pairs)
+    std = allocation.stds(delta, size, sigma)
+    assert std.dtype == torch.float64
+    assert std.shape == delta.shape
+    assert torch.equal(std > 0, delta > 0)  # no noise where nothing depends on the data, some wherever it does
+    assert joint_noise_multiplier(delta, std).item() == pytest.approx(sigma, rel=1e-12)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
+def test_five_percent_less_noise_is_seen(allocation):
+    delta, size = torch.tensor([1.0, 3.0, 0.5]), torch.tensor([10, 1000, 3])
+    std = 0.95 * allocation.stds(delta, size, 2.0)
+    assert joint_noise_multiplier(delta, std).item() == pytest.approx(1.9, rel=1e-12)
+
+
+@given(blocks, st.floats(0.01, 100), st.integers(0, 2**32 - 1))
+def test_min_variance_has_the_least_energy_of_all_with_that_sigma(pairs, sigma, seed):
+    delta, size = split(pairs)
+    energy = (size * MinVarianceAllocation().stds(delta, size, sigma).square()).sum().item()
+    assert energy == pytest.approx((sigma * (delta * size.double().sqrt()).sum().item()) ** 2, rel=1e-9)
+    rivals = [GlobalAllocation().stds(delta, size, sigma), PerLayerAllocation().stds(delta, size, sigma)]
+    shape = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 2, len(delta))) * (delta > 0)
+    rivals.append(shape * sigma / joint_noise_multiplier(delta, shape))
+    for rival in rivals:
+        assert energy <= (size * rival.square()).sum().item() * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_min_variance_is_what_a_numerical_optimiser_finds(seed):
+    generator = np.random.default_rng(seed)
+    delta, size = generator.lognormal(0, 1.5, 6), generator.integers(1, 10**5, 6).astype(float)
+    sigma = 1.7
+    closed = MinVarianceAllocation().stds(torch.from_numpy(delta), torch.from_numpy(size), sigma).numpy()
+
+    def energy(logs):  # stds on the surface Σ Δ²/s² = 1/σ² by rescaling, free of the closed form
+        shape = np.exp(logs)
+        shape = shape * sigma * math.sqrt(((delta / shape) ** 2).sum())
+        return math.log((size * shape**2).sum()), shape
+
+    found = optimize.minimize(lambda logs: energy(logs)[0], np.zeros(6), method="BFGS", options={"gtol": 1e-9})
+    assert energy(found.x)[0] == pytest.approx(math.log((size * closed**2).sum()), abs=1e-9)
+    np.testing.assert_allclose(energy(found.x)[1], closed, rtol=1e-3)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
+def test_zero_blocks_neither_get_nor_cost_noise(allocation):
+    delta, size = torch.tensor([0.0, 1.0, 0.0, 2.0]), torch.tensor([5, 7, 9, 11])
+    kept = torch.tensor([1, 3])
+    std = allocation.stds(delta, size, 1.3)
+    assert torch.equal(std[kept], allocation.stds(delta[kept], size[kept], 1.3))
+    nothing = allocation.stds(torch.zeros(3), torch.ones(3), 1.3)
+    assert torch.equal(nothing, torch.zeros(3, dtype=torch.float64))
+    assert joint_noise_multiplier(torch.zeros(3), nothing).item() == math.inf
+    assert joint_noise_multiplier(torch.ones(1), torch.zeros(1)).item() == 0.0
+    assert allocation.stds(torch.ones(1), torch.zeros(1), 1.0).isfinite().all()  # a parameter without elements
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_sensitivity_that_is_not_finite_never_becomes_a_finite_std(allocation, bad):
+    std = allocation.stds(torch.tensor([1.0, bad]), torch.tensor([4, 4]), 1.0)
+    assert not std[1].isfinite()
+
+
+def test_allocations_by_name_and_object():
+    assert [get_allocation(a.name) for a in ALLOCATIONS] == ALLOCATIONS
+    assert get_allocation(ALLOCATIONS[0]) is ALLOCATIONS[0]
+    assert all(isinstance(a, Allocation) for a in ALLOCATIONS)
+    with pytest.raises(UnknownNameError, match="did you mean 'per_layer'"):
+        get_allocation("perlayer")
+    with pytest.raises(UnknownNameError):
+        get_allocation(GlobalAllocation)  # the class, not an object
+    with pytest.raises(UnknownNameError):
+        get_allocation(3)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.inf, math.nan])
+def test_noise_multiplier_must_be_positive(sigma):
+    with pytest.raises(ParameterError, match="noise_multiplier"):
+        GlobalAllocation().stds(torch.ones(2), torch.ones(2), sigma)
+
+
+def test_allocation_shapes():
+    with pytest.raises(ParameterError, match=r"\(2,\).*\(3,\)"):
+        GlobalAllocation().stds(torch.ones(2), torch.ones(3), 1.0)
+
+
+class NoSync(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails on the operations that read a value back to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
+def test_no_value_is_read_back_to_the_host(allocation):
+    delta, gradient = torch.tensor([1.0, 0.0]), [torch.zeros(3), torch.zeros(2)]
+    noise = GaussianNoise(seed=0)
+    with NoSync():
+        noise.add_(gradient, allocation.stds(delta, torch.tensor([3, 2]), 1.0))
+    with pytest.raises(AssertionError), NoSync():
+        delta[0].item()
+
+
+# --- the law of the draws ---------------------------------------------------------------------------------------------
+
+
+def has_std(sample: torch.Tensor, std: float) -> bool:
+    """Σ z²/s² is χ²(n) when z ~ N(0, s²): accept inside the two-sided 1 − FALSE_ALARM interval (±0.35 % at n = 10⁶)."""
+    statistic = (sample.double() / std).square().sum().item()
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], sample.numel())
+    return low <= statistic <= high
+
+
+def uncorrelated(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """√n times the correlation of independent samples is N(0, 1) up to O(1/√n)."""
+    correlation = torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].item()
+    return abs(correlation) * math.sqrt(a.numel()) < stats.norm.isf(FALSE_ALARM / 2)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
+def test_drawn_std_is_the_calibrated_one(allocation, dtype):
+    delta, shapes = torch.tensor([0.01, 0.3, 2.0]), [(1000, 1000), (10**6,), (100, 100, 100)]
+    std = allocation.stds(delta, torch.tensor([math.prod(shape) for shape in shapes]), 1.1)
+    gradients = [torch.full(shape, 3.0, dtype=dtype) for shape in shapes]
+    GaussianNoise(seed=1).add_(gradients, std)
+    for gradient, s in zip(gradients, std.tolist(), strict=True):
+        drawn = gradient.flatten().double() - 3.0
+        assert has_std(drawn, s)
+        assert abs(drawn.mean().item()) < stats.norm.isf(FALSE_ALARM / 2) * s / 1000
+        for wrong in (0.95, 0.99, 1.01, 1.05):
+            assert not has_std(drawn * wrong, s)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_are_normal_to_the_tails(dtype):
+    z = GaussianNoise(seed=2).normal(10**6 + 1, dtype=dtype).double().numpy()
+    assert len(z) == 10**6 + 1
+    assert stats.kstest(z, "norm").pvalue > FALSE_ALARM
+    assert stats.kstest(z * 0.98, "norm").pvalue < FALSE_ALARM
+    for level in (2.0, 3.0, 4.0):
+        expected = len(z) * 2 * stats.norm.sf(level)
+        low, high = stats.poisson.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], expected)
+        assert low <= (np.abs(z) > level).sum() <= high
+
+
+@pytest.mark.statistical
+def test_blocks_steps_and_the_two_of_a_pair_are_independent():
+    noise = GaussianNoise(seed=3)
+    first, second = torch.zeros(2, 10**6), torch.zeros(2, 10**6)
+    for step in (first, second):
+        noise.add_(list(step), torch.ones(2))
+    paired = noise.normal(1 << 21).view(-1, 2, _CPU_BLOCK)  # cosines, then sines with the same radii
+    pairs = [(first[0], first[1]), (first[0], second[0]), (first[1], second[0]), (first[0, 1:], first[0, :-1])]
+    for a, b in [*pairs, (paired[:, 0].flatten(), paired[:, 1].flatten())]:
+        assert uncorrelated(a, b)
+        assert uncorrelated(a.square(), b.square())
+    assert not uncorrelated(first[0], first[1] + 0.01 * first[0])
+
+
+@pytest.mark.statistical
+def test_the_words_of_other_devices_are_uniform():
+    """The branch for accelerators, driven on the CPU: torch fills all 64 bits."""
+    words = torch.empty(10**5, dtype=torch.int64).random_(-(2**63), None, generator=torch.Generator().manual_seed(0))
+    assert has_std(normals_from_words_(words.clone()), 1.0)
+    bits = (words[:, None] >> torch.arange(64)) & 1
+    z = (bits.double().mean(0) - 0.5) * 2 * math.sqrt(len(words))
+    assert z.abs().max().item() < stats.norm.isf(FALSE_ALARM / 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_box_muller_of_numpy_and_of_torch_are_the_same(dtype):
+    words = RatchetSource(0).words(_CPU_BLOCK)
+    other = words.clone()
+    _box_muller_torch(other, dtype)
+    torch.testing.assert_close(normals_from_words_(words, dtype=dtype), other.view(dtype), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.statistical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_cuda_draws(dtype):
+    noise = GaussianNoise(seed=4, device="cuda")
+    gradient = torch.zeros(10**6, device="cuda", dtype=dtype)
+    state = noise.state_dict()
+    noise.add_([gradient], torch.tensor([0.7], device="cuda"))
+    assert has_std(gradient.cpu(), 0.7) or dtype == torch.bfloat16
+    again = torch.zeros_like(gradient)
+    noise.load_state_dict(state)
+    noise.add_([again], torch.tensor([0.7], device="cuda"))
+    assert torch.equal(gradient, again)
+
+
+def test_every_word_gives_finite_noise_within_the_stated_radius():
+    extremes = [0, -1, 2**63 - 1, -(2**63), 2**40 - 1, 2**40, -(2**40), 1]
+    single = normals_from_words_(torch.tensor(extremes)).view(2, -1)
+    assert single.isfinite().all()
+    radius = single.double().pow(2).sum(0).sqrt()
+    assert radius.max().item() == pytest.approx(math.sqrt(2 * 41 * math.log(2)), rel=1e-6)
+    assert radius.min().item() > 0  # no pair is released without noise
+    double = normals_from_words_(torch.tensor(extremes), dtype=torch.float64)
+    assert double.isfinite().all()
+    assert double.norm().item() < 8 * math.sqrt(2 * 53 * math.log(2))
+
+
+# --- adding -----------------------------------------------------------------------------------------------------------
+
+
+def test_half_precision_sums_are_made_in_float32():
+    for dtype in (torch.bfloat16, torch.float16):
+        values = torch.linspace(-4, 4, 1001).to(dtype)
+        noised, reference = values.clone(), values.float()
+        GaussianNoise(seed=5).add_([noised], torch.tensor([0.01]))
+        GaussianNoise(seed=5).add_([reference], torch.tensor([0.01]))
+        assert torch.equal(noised, reference.to(dtype))
+
+
+def test_float64_gradients_get_float64_noise():
+    gradient = torch.zeros(1000, dtype=torch.float64)
+    GaussianNoise(seed=6).add_([gradient, torch.zeros(5)], torch.tensor([1.0, 1.0]))
+    assert torch.equal(gradient, GaussianNoise(seed=6).normal(1005, dtype=torch.float64)[:1000])
+
+
+@given(st.floats(1e-30, 1e30))
+@settings(max_examples=30)
+def test_the_std_is_never_rounded_down(std):
+    stds = torch.tensor([std], dtype=torch.float64)
+    one = GaussianNoise(seed=7).normal(64)
+    gradient = torch.zeros(64)
+    GaussianNoise(seed=7).add_([gradient], stds)
+    scale = (gradient.double() / one.double()).median().item()
+    assert std * (1 - 2**-24) <= scale <= std * (1 + 2**-21)
+
+
+def test_layouts_and_zero_stds():
+    weight = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    transposed, plain, frozen, empty = torch.zeros(3, 2).T, torch.zeros(2, 3), torch.ones(4), torch.zeros(0)
+    parameter = torch.nn.Parameter(torch.zeros(()))
+    tensors = [weight, transposed, plain, frozen, empty, parameter]
+    GaussianNoise(seed=8).add_(tensors, torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0]))
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(torch.cat([t.detach().flatten() for t in (weight, transposed, plain, parameter)]).unique()) == 133
+    assert torch.equal(frozen, torch.ones(4))
+    GaussianNoise(seed=8).add_([], torch.zeros(0))
+
+
+def test_refusals_leave_the_gradients_alone():
+    gradient = torch.zeros(3)
+    noise = GaussianNoise(seed=0)
+    bad = {
+        "shape": ([gradient], torch.ones(2)),
+        "sparse": ([gradient, torch.eye(2).to_sparse()], torch.ones(2)),
+        "int64": ([gradient, torch.ones(2, dtype=torch.int64)], torch.ones(2)),
+        "meta": ([gradient, torch.ones(2, device="meta")], torch.ones(2)),
+    }
+    for message, (tensors, stds) in bad.items():
+        with pytest.raises(EngineError, match=message):
+            noise.add_(tensors, stds)
+    assert torch.equal(gradient, torch.zeros(3))
+    with pytest.raises(ParameterError, match="source"):
+        GaussianNoise(seed=0, source=RatchetSource(0))
+
+
+# --- seeds and states -------------------------------------------------------------------------------------------------
+
+
+def test_unseeded_noise_differs_and_says_so():
+    a, b = GaussianNoise(), GaussianNoise()
+    assert not a.seeded
+    assert GaussianNoise(seed=0).seeded
+    assert not torch.equal(a.normal(10), b.normal(10))
+    assert not torch.equal(a.normal(10), a.normal(10))
+
+
+@pytest.mark.parametrize("steps_before", [0, 1, 5])
+def test_resume_is_bit_identical(steps_before, tmp_path):
+    sizes, stds = [70_001, 13], torch.tensor([0.5, 2.0])
+    noise, resumed = GaussianNoise(), GaussianNoise(seed=99)
+    for _ in range(steps_before):
+        noise.add_([torch.zeros(n) for n in sizes], stds)
+    torch.save(noise.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert json.loads(json.dumps(state)) == state
+    resumed.load_state_dict(state)
+    assert not resumed.seeded
+    for _ in range(3):
+        a, b = [torch.zeros(n) for n in sizes], [torch.zeros(n) for n in sizes]
+        noise.add_(a, stds)
+        resumed.add_(b, stds)
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_draws_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = GaussianNoise(seed=9).normal(300_001)
+        torch.set_num_threads(2)
+        two = GaussianNoise(seed=9).normal(300_001)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, two)
+
+
+def test_draws_leave_the_global_generators_alone():
+    state = torch.get_rng_state()
+    GaussianNoise(seed=0).normal(100)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_ratchet_goes_forward_only_and_separates_purposes():
+    ratchet = Ratchet("noise", 0)
+    states, outs = [], []
+    for _ in range(50):
+        states.append(ratchet.state_dict()["key"])
+        outs.append(ratchet.advance())
+    assert len(set(states) | {f"{out:064x}" for out in outs}) == 100  # no key or output repeats another
+    assert Ratchet("sampling", 0).advance() != outs[0]
+    assert Ratchet("noise", 1).advance() != outs[0]
+    assert ratchet.state_dict().keys() == {"purpose", "key", "seeded"}  # nothing that an earlier step could be made of
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "a"])
+def test_bad_seeds(seed):
+    with pytest.raises(ParameterError, match="seed"):
+        GaussianNoise(seed=seed)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"key": "zz", "seeded": True, "purpose": "noise"},
+        {"key": "00", "seeded": True, "purpose": "noise"},
+        Ratchet("sampling", 0).state_dict(),
+    ],
+)
+def test_damaged_states(state):
+    with pytest.raises(CheckpointError, match="noise"):
+        GaussianNoise(seed=0).load_state_dict(state)

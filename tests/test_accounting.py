@@ -40,9 +40,7 @@ GRID = list(itertools.product((0.001, 0.01, 0.1), (0.6, 1.0, 2.0, 8.0), (100, 10
 QUICK = {
     (0.001, 0.6, 100, 1e-5),  # rare events: ε far from the central limit, Rényi 2.9 times too large
     (0.001, 8.0, 100, 1e-5),  # the smallest ε: 0.0026
-    (0.001, 8.0, 10_000, 1e-7),
     (0.01, 1.0, 10_000, 1e-5),
-    (0.01, 2.0, 10_000, 1e-5),
     (0.1, 0.6, 10_000, 1e-7),  # the largest: 493
     (0.1, 2.0, 100, 1e-5),
     (0.1, 8.0, 10_000, 1e-7),
@@ -302,14 +300,13 @@ FACTORS = st.floats(1.1, 2.0)
 NUMERIC = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("name", ["prv", "pld"])
 @NUMERIC
 @given(sigma=SIGMAS, q=RATES, steps=STEPS, delta=DELTAS, factor=FACTORS)
-def test_epsilon_falls_with_noise_and_rises_with_steps_and_rate(name, sigma, q, steps, delta, factor):
-    here = bound(name, [Event(sigma, q, steps)], delta).epsilon
-    assert bound(name, [Event(sigma * factor, q, steps)], delta).epsilon <= here
-    assert bound(name, [Event(sigma, q, math.ceil(steps * factor))], delta).epsilon >= here
-    assert bound(name, [Event(sigma, q * factor, steps)], delta).epsilon >= here
+def test_epsilon_falls_with_noise_and_rises_with_steps_and_rate(sigma, q, steps, delta, factor):
+    here = bound("prv", [Event(sigma, q, steps)], delta).epsilon
+    assert bound("prv", [Event(sigma * factor, q, steps)], delta).epsilon <= here
+    assert bound("prv", [Event(sigma, q, math.ceil(steps * factor))], delta).epsilon >= here
+    assert bound("prv", [Event(sigma, q * factor, steps)], delta).epsilon >= here
 
 
 @given(st.floats(0.1, 100.0), st.lists(st.floats(0.1, 100.0), max_size=4))

@@ -1,0 +1,337 @@
+"""The data sets lipdp knows: where each lies on disk, how it is read and checked, how it is fetched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lipdp.datafiles import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
+from lipdp.download import fetch_images
+from lipdp.errors import DataError, UnknownNameError
+
+Task = Literal["multiclass", "binary"]
+Array = npt.NDArray[Any]
+
+WHERE = (
+    "pass --data-dir DIR (data_dir=...) or set LIPDP_DATA to a folder in the layout that torchvision and ADBench leave "
+    "on disk, or pass --download (download=True) to fetch mnist, fashion-mnist or cifar10"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A data set cut in a training part, which is the private one, and a test part.
+
+    Attributes:
+        name: what it was loaded as, e.g. `mnist` or `adbench/11_donors`.
+        train_x, test_x: float32; images (N, C, H, W) in [0, 1], tables (N, d) as they are on disk.
+        train_y, test_y: int64 (N,), in 0..num_classes − 1.
+        num_classes: the number of classes, a public fact.
+        task: `multiclass` (report accuracy) or `binary` (a table with two classes: report AUROC).
+        note: what a reader of figures must know, e.g. "JPEG copy"; the readers leave it empty.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    num_classes: int
+    task: Task
+    note: str = ""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, e.g. (1, 28, 28) or (d,)."""
+        return tuple(self.train_x.shape[1:])
+
+
+class Source(Protocol):
+    """One way a data set lies on disk."""
+
+    @property
+    def needs_folder(self) -> bool:
+        """Whether the set has to be looked for in a data folder."""
+        ...
+
+    def present(self, root: Path) -> bool:
+        """Whether all files of the set are in `root`; then no download is tried."""
+        ...
+
+    def fetch(self, root: Path) -> None:
+        """Download the set into `root`, in the layout `read` expects."""
+        ...
+
+    def read(self, root: Path) -> Split:
+        """Read and check the set; DataError if it is not whole and valid."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------- arrays checked
+
+
+def _images(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """Bytes to float32 in [0, 1], in one allocation."""
+    return torch.from_numpy(np.divide(pixels, np.float32(255), dtype=np.float32))
+
+
+def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
+    """A table (N, d), or images (N, C, H, W) in [0, 1], checked."""
+    if array.ndim not in (2, 3, 4) or array.size == 0:
+        raise DataError(
+            f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, [C,] H, W), not empty"
+        )
+    with np.errstate(over="ignore"):
+        values = np.divide(array, 255, dtype=np.float32) if _is_bytes(array) else array.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: {key} holds NaN, infinity or values beyond float32; impute or drop those records")
+    if values.ndim > 2 and not (values.min() >= 0 and values.max() <= 1):
+        raise DataError(f"{path}: the images in {key} leave [0, 1]; store bytes, or divide by their public range")
+    return values[:, None] if values.ndim == 3 else values
+
+
+def _is_bytes(array: Array) -> bool:
+    return array.ndim > 2 and array.dtype == np.uint8
+
+
+def _labels(path: Path, key: str, array: Array, *, count: int, classes: int) -> npt.NDArray[np.int64]:
+    """`count` labels in 0..classes − 1, checked."""
+    if array.shape != (count,):
+        raise DataError(f"{path}: {key} has shape {array.shape} for {count} records; give one label per record")
+    if not ((array >= 0) & (array < classes) & (array == np.floor(array))).all():
+        raise DataError(f"{path}: {key} holds labels that are not integers in 0..{classes - 1}; {REMEDY}")
+    return array.astype(np.int64)
+
+
+def _first_fifth(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices for train and test: a fixed pseudo-random order of 0..count − 1, whose first fifth is for test."""
+    order = np.random.default_rng(0).permutation(count)
+    cut = max(1, count // 5)
+    return np.sort(order[cut:]), np.sort(order[:cut])
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The digits embedded in scikit-learn."""
+
+    needs_folder = False
+
+    def present(self, root: Path) -> bool:
+        return True
+
+    def fetch(self, root: Path) -> None:
+        """Nothing to do: the set is embedded."""
+
+    def read(self, root: Path) -> Split:
+        from sklearn.datasets import load_digits  # heavy, and only here
+
+        digits: Any = load_digits()
+        x = torch.from_numpy(digits.images.astype(np.float32) / 16).unsqueeze(1)
+        y = torch.from_numpy(digits.target.astype(np.int64))
+        test = torch.arange(len(x)) % 5 == 0
+        return Split("digits", x[~test], y[~test], x[test], y[test], 10, "multiclass")
+
+
+@dataclass(frozen=True)
+class _Idx:
+    """Four IDX files, as torchvision keeps them in `FOLDER/raw`."""
+
+    name: str
+    folder: str
+    openml: str
+
+    needs_folder = True
+    PARTS = (
+        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+        ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+    )
+
+    def _folders(self, root: Path) -> tuple[Path, ...]:
+        return root / self.folder / "raw", root / self.folder, root / self.name, root
+
+    def _absent(self, folder: Path) -> list[str]:
+        return [file for part in self.PARTS for file in part if _plain_or_gzipped(folder / file) is None]
+
+    def present(self, root: Path) -> bool:
+        return any(not self._absent(folder) for folder in self._folders(root))
+
+    def fetch(self, root: Path) -> None:
+        images, labels = fetch_images(self.openml, count=70_000, pixels=784)
+        for part, records in zip(self.PARTS, (slice(0, 60_000), slice(60_000, None)), strict=True):
+            write_idx(root / self.folder / "raw" / part[0], images[records].reshape(-1, 28, 28))
+            write_idx(root / self.folder / "raw" / part[1], labels[records].astype(np.uint8))
+
+    def read(self, root: Path) -> Split:
+        folders = self._folders(root)
+        folder = min(folders, key=lambda candidate: len(self._absent(candidate)))  # the first of the most complete
+        absent = self._absent(folder)
+        if len(absent) == 4:
+            raise DataError(f"{self.name}: {absent[0]}[.gz] is in none of {', '.join(map(str, folders))}; {WHERE}")
+        if absent:
+            raise DataError(f"{self.name}: {folder} lacks {', '.join(absent)} (or .gz); complete it, or {WHERE}")
+        (train_x, train_y), (test_x, test_y) = (self._part(folder, *part) for part in self.PARTS)
+        return Split(self.name, train_x, train_y, test_x, test_y, num_classes=10, task="multiclass")
+
+    def _part(self, folder: Path, images: str, labels: str) -> tuple[Tensor, Tensor]:
+        images_path, labels_path = (_plain_or_gzipped(folder / file) or folder / file for file in (images, labels))
+        pixels = read_idx(images_path, (28, 28))
+        y = _labels(labels_path, "the file", read_idx(labels_path, ()), count=len(pixels), classes=10)
+        return _images(pixels[:, None]), torch.from_numpy(y)
+
+
+def _plain_or_gzipped(path: Path) -> Path | None:
+    return next(filter(Path.is_file, (path, path.with_name(f"{path.name}.gz"))), None)
+
+
+@dataclass(frozen=True)
+class _Cifar10:
+    """Five training batches and a test batch, as torchvision keeps them in `cifar-10-batches-py`."""
+
+    needs_folder = True
+    FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+
+    def _folder(self, root: Path) -> Path:
+        folder = root / "cifar-10-batches-py"
+        return root if not folder.is_dir() and len(self._absent(root)) < len(self.FILES) else folder
+
+    def _absent(self, folder: Path) -> list[str]:
+        return [file for file in self.FILES if not (folder / file).is_file()]
+
+    def present(self, root: Path) -> bool:
+        return not self._absent(self._folder(root))
+
+    def fetch(self, root: Path) -> None:
+        images, labels = fetch_images("CIFAR_10", count=60_000, pixels=3072)
+        for i, file in enumerate(self.FILES):
+            part = slice(10_000 * i, 10_000 * (i + 1))
+            write_cifar_batch(root / "cifar-10-batches-py" / file, images[part], labels[part])
+
+    def read(self, root: Path) -> Split:
+        folder = self._folder(root)
+        absent = self._absent(folder)
+        if absent:
+            raise DataError(f"cifar10: {folder} lacks {', '.join(absent)}; complete it, or {WHERE}")
+        batches = [read_cifar_batch(folder / file) for file in self.FILES]
+        train_x = _images(np.concatenate([images for images, _ in batches[:-1]]))
+        train_y = torch.from_numpy(np.concatenate([labels for _, labels in batches[:-1]]))
+        test_x, test_y = _images(batches[-1][0]), torch.from_numpy(batches[-1][1])
+        return Split("cifar10", train_x, train_y, test_x, test_y, num_classes=10, task="multiclass")
+
+
+@dataclass(frozen=True)
+class NpzFile:
+    """Arrays X and y, optionally X_test and y_test, in one npz file."""
+
+    path: Path
+
+    @property
+    def needs_folder(self) -> bool:
+        return not self.path.is_file()
+
+    def present(self, root: Path) -> bool:
+        return (root / self.path).is_file()
+
+    def fetch(self, root: Path) -> None:
+        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a file that exists")
+
+    def read(self, root: Path) -> Split:
+        path = root / self.path
+        arrays = read_npz(path, ("X", "y"), ("X_test", "y_test"))
+        if ("X_test" in arrays) != ("y_test" in arrays):
+            raise DataError(f"{path} holds only one of X_test and y_test; give both or neither")
+        x, classes = _inputs(path, "X", arrays["X"]), _count_classes(path, arrays)
+        y = _labels(path, "y", arrays["y"], count=len(x), classes=classes)
+        if "X_test" in arrays:
+            test_x = _inputs(path, "X_test", arrays["X_test"])
+            test_y = _labels(path, "y_test", arrays["y_test"], count=len(test_x), classes=classes)
+            if test_x.shape[1:] != x.shape[1:]:
+                raise DataError(f"{path}: X has inputs of shape {x.shape[1:]} but X_test {test_x.shape[1:]}")
+            return _split(str(self.path), (x, y, test_x, test_y), classes)
+        if len(x) < 2:
+            raise DataError(f"{path} holds one record, too few to split in train and test")
+        train, test = _first_fifth(len(x))
+        return _split(str(self.path), (x[train], y[train], x[test], y[test]), classes)
+
+
+def _count_classes(path: Path, arrays: dict[str, Array]) -> int:
+    """One more than the largest label, at least 2: the set of labels is a public fact."""
+    largest = max((float(arrays[key].max(initial=0)) for key in ("y", "y_test") if key in arrays), default=0.0)
+    if not largest < 2**16:
+        raise DataError(f"{path}: the largest label is {largest}; number the classes 0, 1, 2, … (at most 65536)")
+    return max(2, int(largest) + 1)
+
+
+def _split(name: str, arrays: tuple[Array, Array, Array, Array], classes: int) -> Split:
+    task: Task = "binary" if classes == 2 and arrays[0].ndim == 2 else "multiclass"
+    train_x, train_y, test_x, test_y = map(torch.from_numpy, arrays)
+    return Split(name, train_x, train_y, test_x, test_y, num_classes=classes, task=task)
+
+
+@dataclass(frozen=True)
+class _AdBench:
+    """One table of ADBench, `NUMBER_NAME.npz`, asked for with or without its number."""
+
+    table: str
+
+    needs_folder = True
+
+    def _tables(self, root: Path) -> dict[str, Path]:
+        folder = root / "adbench" if (root / "adbench").is_dir() else root
+        return {path.stem: path for path in sorted(folder.glob("[0-9]*_*.npz"))}
+
+    def _matches(self, stem: str) -> bool:
+        name = re.sub(r"^\d+_", "", stem)
+        return self.table.lower() in {alias.lower() for alias in (stem, name, name.split(".")[0])}
+
+    def present(self, root: Path) -> bool:
+        return any(map(self._matches, self._tables(root)))
+
+    def fetch(self, root: Path) -> None:
+        raise DataError(
+            f"adbench/{self.table} cannot be fetched from here: copy the .npz files of ADBench's `Classical` folder "
+            f"(https://github.com/Minqi824/ADBench) to {root / 'adbench'}"
+        )
+
+    def read(self, root: Path) -> Split:
+        tables = self._tables(root)
+        if not tables:
+            raise DataError(f"adbench/{self.table}: no tables NUMBER_NAME.npz in {root / 'adbench'} or {root}; {WHERE}")
+        found = [stem for stem in tables if self._matches(stem)]
+        if len(found) != 1:
+            raise UnknownNameError("ADBench table", self.table, found or tables)
+        split = NpzFile(tables[found[0]]).read(root)
+        if split.num_classes != 2 or len(split.input_shape) != 1:
+            raise DataError(f"{tables[found[0]]} is not a table with labels 0 and 1; {REMEDY}")
+        return replace(split, name=f"adbench/{found[0]}")
+
+
+_SOURCES: dict[str, Source] = {
+    "digits": Digits(),
+    "mnist": _Idx("mnist", "MNIST", "mnist_784"),
+    "fashion-mnist": _Idx("fashion-mnist", "FashionMNIST", "Fashion-MNIST"),
+    "cifar10": _Cifar10(),
+}
+
+DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz")
+"""The names `load` takes; the last two stand for a table's name and a file's path."""
+
+
+def source_of(name: str) -> Source:
+    """The source of the data set `name`; UnknownNameError lists the names there are."""
+    if name in _SOURCES:
+        return _SOURCES[name]
+    if name.startswith("adbench/"):
+        return _AdBench(name.removeprefix("adbench/").removesuffix(".npz"))
+    if name.endswith(".npz"):
+        return NpzFile(Path(name).expanduser())
+    raise UnknownNameError("data set", name, DATASETS)

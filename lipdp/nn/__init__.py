@@ -3,9 +3,11 @@
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2, HouseHolder, LPReLU, MaxMin
 from lipdp.nn.constrained import Constrained, project_
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d
+from lipdp.nn.convert import from_torchlip, to_torch
 from lipdp.nn.gates import GradientGate, InputBound, ValueClip
 from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
 from lipdp.nn.normalization import LayerCentering
+from lipdp.nn.plain import Scale
 from lipdp.nn.pooling import (
     InvertibleDownSampling,
     InvertibleUpSampling,
@@ -32,6 +34,7 @@ __all__ = [
     "LipResidual",
     "MaxMin",
     "Residual",
+    "Scale",
     "ScaledAdaptiveAvgPool2d",
     "ScaledAvgPool2d",
     "ScaledL2NormPool2d",
@@ -39,5 +42,7 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "ValueClip",
+    "from_torchlip",
     "project_",
+    "to_torch",
 ]

@@ -1,0 +1,108 @@
+"""What a run chooses by name: the loss, the optimiser, the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.losses import (
+    HKR,
+    CategoricalHinge,
+    CosineSimilarity,
+    LipschitzLoss,
+    MulticlassHinge,
+    TauBCEWithLogits,
+    TauCrossEntropy,
+)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """How a loss is made for C classes. `single_logit`: for two classes, with one output."""
+
+    make: Callable[..., LipschitzLoss]
+    single_logit: bool = False
+
+
+LOSSES: dict[str, _Loss] = {
+    "bce": _Loss(lambda classes, **options: TauBCEWithLogits(**options), single_logit=True),
+    "cosine": _Loss(lambda classes, **options: CosineSimilarity(**options)),
+    "cross-entropy": _Loss(lambda classes, **options: TauCrossEntropy(**options)),
+    "hinge": _Loss(lambda classes, **options: CategoricalHinge(**options)),
+    "hkr": _Loss(lambda classes, **options: HKR(**{"priors": [1 / classes] * classes, **options})),
+    "multiclass-hinge": _Loss(lambda classes, **options: MulticlassHinge(classes, **options)),
+}
+
+
+def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> tuple[LipschitzLoss, int]:
+    """A loss by name, and how many outputs the model needs for it.
+
+    Args:
+        name: one of `LOSSES`.
+        num_classes: C, a public fact; "hkr" takes uniform priors unless told others.
+        options: of the loss, e.g. {"tau": 32.0}.
+
+    Raises:
+        UnknownNameError: no such loss.
+        ParameterError: an option it lacks, or a single-logit loss for more than two classes.
+
+    >>> make_loss("cross-entropy", 10, {"tau": 8.0})
+    (TauCrossEntropy(tau=8.0), 10)
+    >>> make_loss("bce", 2)[1]
+    1
+    """
+    if name not in LOSSES:
+        raise UnknownNameError("loss", name, LOSSES)
+    choice = LOSSES[name]
+    if choice.single_logit and num_classes != 2:
+        raise ParameterError(f"loss {name!r} has a single logit, for 2 classes; there are {num_classes}")
+    try:
+        loss = choice.make(num_classes, **(options or {}))
+    except TypeError as error:
+        raise ParameterError(f"loss {name!r}: {error}") from error
+    return loss, 1 if choice.single_logit else num_classes
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda parameters, lr, momentum: torch.optim.Adam(parameters, lr=lr, betas=(momentum, 0.999)),
+    "sgd": lambda parameters, lr, momentum: torch.optim.SGD(parameters, lr=lr, momentum=momentum),
+}
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float
+) -> torch.optim.Optimizer:
+    """An optimiser by name; `momentum` is Adam's first β.
+
+    >>> type(make_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)).__name__
+    'SGD'
+    """
+    if name not in OPTIMIZERS:
+        raise UnknownNameError("optimizer", name, OPTIMIZERS)
+    return OPTIMIZERS[name](parameters, lr, momentum)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2.0,
+    "linear": lambda progress: 1.0 - progress,
+}
+
+
+def make_scheduler(name: str, optimizer: torch.optim.Optimizer, *, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate as a share of its initial value, by the part of the run that is done.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    >>> make_scheduler("linear", optimizer, steps=4).get_last_lr()
+    [1.0]
+    """
+    if name not in SCHEDULES:
+        raise UnknownNameError("schedule", name, SCHEDULES)
+    share = SCHEDULES[name]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(min(step / steps, 1.0)))

@@ -1,0 +1,99 @@
+"""The `lipdp` command: exit code 0 done, 2 refused with one readable message, 130 interrupted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from lipdp.commands import account, sensitivity, train
+from lipdp.errors import LipdpError
+
+DONE, REFUSED, INTERRUPTED = 0, 2, 130
+_LISTS = ("--input-shape",)  # options that take several values in a row
+
+app = typer.Typer(
+    name="lipdp",
+    help="Differentially private training of Lipschitz networks, without clipping.",
+    epilog="Start with: [bold]lipdp train[/bold] (digits, no file needed). Each command has --help with examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command(epilog=train.EPILOG)(train.train)
+app.command(epilog=sensitivity.EPILOG)(sensitivity.sensitivity)
+app.command(epilog=account.EPSILON_EPILOG)(account.epsilon)
+app.command(epilog=account.CALIBRATE_EPILOG)(account.calibrate)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from lipdp import __version__
+
+        typer.echo(f"lipdp {__version__}")
+        raise typer.Exit(DONE)
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Differentially private training of Lipschitz networks, without clipping."""
+
+
+def expand_lists(arguments: Sequence[str]) -> list[str]:
+    """`--input-shape 1 28 28` as typer wants it, the option before every value.
+
+    >>> expand_lists(["--input-shape", "1", "28", "--json"])
+    ['--input-shape', '1', '--input-shape', '28', '--json']
+    """
+    expanded: list[str] = []
+    current, fresh = "", False
+    for argument in arguments:
+        if argument in _LISTS:
+            current, fresh = argument, True
+        elif current and not argument.startswith("-"):
+            expanded += [] if fresh else [current]
+            fresh = False
+        else:
+            current = ""
+        expanded.append(argument)
+    return expanded
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code. Everything a user can get wrong ends in one message on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
+    try:
+        app(expand_lists(sys.argv[1:] if arguments is None else arguments), prog_name="lipdp")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else DONE if ended.code is None else 1
+    except LipdpError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt as interrupt:
+        typer.echo(str(interrupt) or "interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError:
+        return _refuse("out of memory; try --microbatch 256, or a smaller --batch-size")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return _refuse(f"out of memory ({str(error).splitlines()[0]}); try --microbatch 256, or --device cpu")
+    return DONE
+
+
+def _refuse(message: str) -> int:
+    typer.echo(f"error: {message}", err=True)
+    return REFUSED

@@ -1,0 +1,151 @@
+"""`lipdp epsilon` and `lipdp calibrate`: (q, σ, T, δ) to ε and back, every accountant side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from lipdp.commands.options import interruptible
+from lipdp.errors import CalibrationError, ParameterError, UnknownNameError
+
+_ACCOUNTANTS = ("prv", "pld", "rdp")
+_SAMPLINGS = {"poisson": "add_or_remove_one", "fixed_size": "replace_one"}
+
+EPSILON_EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp epsilon --noise-multiplier 1.1 --sampling-rate 0.01 --steps 1000[/green]
+
+[green]lipdp epsilon --noise-multiplier 4.5 --batch-size 4096 --dataset-size 60000 --epochs 20 --json[/green]"""
+
+CALIBRATE_EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp calibrate --epsilon 1 --batch-size 4096 --dataset-size 60000 --epochs 20[/green]
+
+[green]lipdp calibrate --epsilon 3 --delta 1e-6 --sampling-rate 0.02 --steps 500 --sampling fixed_size[/green]"""
+
+SamplingRate = Annotated[float | None, typer.Option(help="q, in (0, 1]")]
+BatchSize = Annotated[int | None, typer.Option(help="B, with --dataset-size instead of q")]
+DatasetSize = Annotated[int | None, typer.Option(help="N, with --batch-size")]
+Steps = Annotated[int | None, typer.Option(help="T")]
+Epochs = Annotated[float | None, typer.Option(help="instead of T: T = epochs / q")]
+Delta = Annotated[float, typer.Option(help="δ, in (0, 1)")]
+Sampling = Annotated[str, typer.Option(help="poisson (add or remove one), or fixed_size (replace one)")]
+Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
+
+
+@interruptible
+def epsilon(
+    noise_multiplier: Annotated[float, typer.Option(help="σ > 0")],
+    sampling_rate: SamplingRate = None,
+    batch_size: BatchSize = None,
+    dataset_size: DatasetSize = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    delta: Delta = 1e-5,
+    sampling: Sampling = "poisson",
+    as_json: Json = False,
+) -> None:
+    """ε of a run, from its noise: an upper bound by every accountant."""
+    from lipdp.privacy.accounting import Event, get_accountant
+
+    q, count, relation = _plan(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
+    event = Event(noise_multiplier, q, count, relation)  # type: ignore[arg-type]
+    spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
+    facts = _facts(q, count, delta, relation)
+    facts |= {"noise_multiplier": noise_multiplier, "epsilon": {name: s.epsilon for name, s in spent.items()}}
+    notes = {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
+    _show(facts, notes, as_json, "ε", facts["epsilon"])
+
+
+@interruptible
+def calibrate(
+    epsilon: Annotated[float, typer.Option(help="the target ε")],
+    sampling_rate: SamplingRate = None,
+    batch_size: BatchSize = None,
+    dataset_size: DatasetSize = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    delta: Delta = 1e-5,
+    sampling: Sampling = "poisson",
+    as_json: Json = False,
+) -> None:
+    """The least noise for a target ε: 0.995 ε ≤ ε(σ) ≤ ε, by every accountant."""
+    from lipdp.privacy.calibration import calibrate as find
+
+    q, count, relation = _plan(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
+    found: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    for name in _ACCOUNTANTS:
+        try:
+            found[name] = find(
+                target_epsilon=epsilon, sampling_rate=q, steps=count, delta=delta, accountant=name, relation=relation
+            )
+        except CalibrationError as error:
+            notes[name] = str(error)
+    if not found:
+        raise CalibrationError(notes[_ACCOUNTANTS[0]])
+    facts = _facts(q, count, delta, relation) | {"target_epsilon": epsilon, "noise_multiplier": found}
+    _show(facts, notes, as_json, "σ", found)
+
+
+def _plan(
+    sampling_rate: float | None,
+    batch_size: int | None,
+    dataset_size: int | None,
+    steps: int | None,
+    epochs: float | None,
+    sampling: str,
+) -> tuple[float, int, str]:
+    """q, T and the relation."""
+    if sampling not in _SAMPLINGS:
+        raise UnknownNameError("sampling", sampling, _SAMPLINGS)
+    if sampling_rate is None:
+        if batch_size is None or dataset_size is None:
+            raise ParameterError("give --sampling-rate, or --batch-size and --dataset-size")
+        if not 0 < batch_size <= dataset_size:
+            raise ParameterError(f"--batch-size {batch_size} lies in 1 … N = {dataset_size}")
+        sampling_rate = batch_size / dataset_size
+    elif batch_size is not None or dataset_size is not None:
+        raise ParameterError("--sampling-rate follows from --batch-size and --dataset-size; give one or the other")
+    if (steps is None) == (epochs is None):
+        raise ParameterError("give --steps or --epochs, one of them")
+    if not 0 < sampling_rate <= 1:
+        raise ParameterError(f"--sampling-rate {sampling_rate}: a probability in (0, 1] is needed")
+    if steps is None:
+        steps = max(1, round((epochs or 0.0) / sampling_rate))
+    return sampling_rate, steps, _SAMPLINGS[sampling]
+
+
+def _facts(q: float, steps: int, delta: float, relation: str) -> dict[str, Any]:
+    return {"sampling_rate": q, "steps": steps, "delta": delta, "relation": relation}
+
+
+def _show(facts: dict[str, Any], notes: dict[str, str], as_json: bool, symbol: str, values: dict[str, float]) -> None:
+    if as_json:
+        typer.echo(json.dumps({**facts, "notes": notes}, indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    texts: dict[str, Callable[[Any], str]] = {
+        "noise_multiplier": lambda v: f"σ = {v:g}",
+        "target_epsilon": lambda v: f"target ε = {v:g}",
+        "sampling_rate": lambda v: f"q = {v:.6g}",
+        "steps": lambda v: f"T = {v}",
+        "delta": lambda v: f"δ = {v:g}",
+        "relation": lambda v: v.replace("_", " "),
+    }
+    plain = {name: value for name, value in facts.items() if not isinstance(value, dict)}
+    console = Console()
+    console.print(", ".join(text(plain[name]) for name, text in texts.items() if name in plain), highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("accountant")
+    table.add_column(symbol, justify="right")
+    table.add_column("")
+    for name in _ACCOUNTANTS:
+        table.add_row(name, f"{values[name]:.5g}" if name in values else "-", notes.get(name, ""))
+    console.print(table)

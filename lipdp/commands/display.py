@@ -1,0 +1,164 @@
+"""How a run looks: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from lipdp import __version__
+from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
+from lipdp.monitor import Monitor, Result
+from lipdp.training import Trainer
+
+_RELATIONS = {"add_or_remove_one": "add or remove one record", "replace_one": "replace one record"}
+_SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}
+
+
+class LineMonitor(Monitor):
+    """Plain lines: what is decided before the first step, then one line a record."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def __enter__(self) -> LineMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to take down."""
+
+    def features(self, done: int, total: int) -> None:
+        """Say so once, when they are there."""
+        if done == total:
+            self.console.print(f"features of {total:,} records ready", highlight=False)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Relation, q, T, B, σ, predicted ε, and the table of parameters."""
+        show_plan(self.console, trainer)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One line."""
+        self.console.print(describe(record), highlight=False)
+
+
+class BarMonitor(LineMonitor):
+    """A bar with step, loss, ε so far and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=18),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+        self._features: TaskID | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar down."""
+        self._bar.stop()
+
+    def features(self, done: int, total: int) -> None:
+        """A bar of its own."""
+        if self._features is None:
+            self._bar.start()
+            self._features = self._bar.add_task("features", total=total, figures="")
+        self._bar.update(self._features, completed=done)
+        if done == total:
+            self._bar.remove_task(self._features)
+            self._features = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """The plan, then the bar."""
+        self._bar.stop()
+        super().begin(trainer)
+        self._bar.start()
+        self._task = self._bar.add_task("step", total=trainer.total_steps, completed=trainer.step, figures="")
+
+    def step(self, step: int, loss: float, epsilon: float) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=step, figures=f"loss* {loss:.4f}  ε ≤ {epsilon:.3f}")
+
+
+def terminal_monitor(console: Console) -> LineMonitor:
+    """A bar on a terminal, plain lines elsewhere."""
+    return BarMonitor(console) if console.is_terminal else LineMonitor(console)
+
+
+def show_plan(console: Console, trainer: Trainer) -> None:
+    """What the run will spend and on what, before its first step."""
+    facts, config = trainer.engine.facts, trainer.config
+    rows = parameter_rows(
+        trainer.model, trainer.engine.sensitivity(), trainer.engine.noise_stds(), batch_size=trainer.batch_size
+    )
+    weights = sum(row.size for row in rows)
+    features = f" on {config.features} features" if config.features else ""
+    lines = {
+        f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}, {weights:,} weights, {trainer.device}",
+        "protects": f"each of {facts.dataset_size:,} records ({_RELATIONS[facts.relation]})",
+        "batches": f"T = {facts.steps} steps, B = {facts.expected_batch_size}, q = {facts.sampling_rate:.4g}"
+        f" ({_SAMPLINGS[facts.sampling]})",
+        "noise": f"σ = {facts.noise_multiplier:.4g} ({facts.allocation}); {trainer.criterion.loss}, {_gate(trainer)}",
+        "budget": f"ε = {trainer.planned.epsilon:.4g} at δ = {trainer.delta:g} after all steps"
+        f" ({trainer.planned.accountant})",
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:<11}[/bold] {text}", highlight=False)
+    if facts.seeded:
+        console.print("[yellow]seeded: the noise can be repeated, so this run is NOT private[/yellow]")
+    console.print()
+    console.print(parameter_table(rows))
+    console.print(f"[dim]{LEGEND}[/dim]\n", highlight=False)
+    if trainer.step:
+        console.print(f"resumed after step {trainer.step}", highlight=False)
+
+
+def _gate(trainer: Trainer) -> str:
+    config = trainer.config
+    bound = number(config.gate or trainer.criterion.loss.lipschitz)
+    return f"gate {bound}" if config.gate_quantile is None else f"gate from {bound} to quantile {config.gate_quantile}"
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line of metrics."""
+    name = "auroc" if "test_auroc" in record else "accuracy"
+    raw, averaged = record[f"test_{name}"], record[f"test_{name}_ema"]
+    return (
+        f"step {record['step']:>5}  ε {record['epsilon']:.3f}  test {name} {raw:6.2%}, averaged {averaged:6.2%}"
+        f"  loss* {record['train_loss_not_private']:.4f}"
+    )
+
+
+def show_result(console: Console, result: Result) -> None:
+    """The last lines: what was spent, what was reached, where it is."""
+    metrics = result.metrics
+    name = "auroc" if "test_auroc" in metrics else "accuracy"
+    console.print(
+        f"\n[bold]ε = {result.epsilon:.4g}[/bold] at δ = {result.delta:g} after {result.steps} steps;"
+        f" test {name} [bold]{metrics[f'test_{name}']:.2%}[/bold],"
+        f" averaged weights [bold]{metrics[f'test_{name}_ema']:.2%}[/bold]",
+        highlight=False,
+    )
+    console.print(f"[dim]* training loss is not covered by ε; {number(metrics['seconds'])} s[/dim]", highlight=False)
+    if result.folder is not None:
+        console.print(f"[dim]written to {result.folder}[/dim]", highlight=False, soft_wrap=True)

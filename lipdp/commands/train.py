@@ -1,0 +1,117 @@
+"""`lipdp train`: from data to a private model."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lipdp.commands.options import interruptible, parse_gate, parse_options
+
+EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp train[/green]  (digits, ε = 3, no file needed)
+
+[green]lipdp train --dataset mnist --data-dir DIR --model cnn --epsilon 1 --out RUN[/green]
+
+[green]lipdp train --dataset mnist --features scattering --model linear --epsilon 1[/green]
+
+[green]lipdp train --model mlp --model-option width=64 --gate off --allocation global[/green]
+
+[green]lipdp train --resume RUN[/green]  (bit for bit where it was interrupted)
+
+RUN then holds config.json, privacy.json, metrics.jsonl and checkpoint.pt."""
+
+
+def _option(help: str, panel: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, show_default=False, **settings)
+
+
+@interruptible
+def train(
+    dataset: Annotated[
+        str | None, _option("digits (default), mnist, fashion-mnist, cifar10, adbench/NAME, or an .npz file", "Data")
+    ] = None,
+    data_dir: Annotated[str | None, _option("where the files are; default: $LIPDP_DATA", "Data")] = None,
+    download: Annotated[bool | None, _option("fetch what is not there", "Data")] = None,
+    features: Annotated[str | None, _option("a fixed feature map: scattering, dct", "Data")] = None,
+    feature_option: Annotated[list[str] | None, _option("key=value, e.g. J=2, group_norm=27", "Data")] = None,
+    bounding: Annotated[
+        str | None, _option("public map of the inputs: clip, rescale, tanh, signed-log, standardise", "Data")
+    ] = None,
+    bounding_option: Annotated[list[str] | None, _option("key=value, e.g. upper=120", "Data")] = None,
+    model: Annotated[
+        str | None, _option("linear, mlp, cnn, vgg, resnet, mixer, tabular, or module:function", "Model")
+    ] = None,
+    model_option: Annotated[list[str] | None, _option("key=value, e.g. width=32", "Model")] = None,
+    loss: Annotated[str | None, _option("cross-entropy, bce, hinge, multiclass-hinge, cosine, hkr", "Model")] = None,
+    tau: Annotated[float | None, _option("temperature of cross-entropy and bce", "Model")] = None,
+    loss_option: Annotated[list[str] | None, _option("key=value, e.g. margin=0.5", "Model")] = None,
+    epsilon: Annotated[float | None, _option("the budget ε (default 3)", "Privacy")] = None,
+    delta: Annotated[
+        float | None, _option("δ (default 1e-5, or the power of ten below 1/N if smaller)", "Privacy")
+    ] = None,
+    noise_multiplier: Annotated[float | None, _option("σ, instead of ε", "Privacy")] = None,
+    accountant: Annotated[str | None, _option("prv (default), pld, rdp", "Privacy")] = None,
+    sampling: Annotated[
+        str | None, _option("poisson (default; add or remove one) or fixed_size (replace one)", "Privacy")
+    ] = None,
+    allocation: Annotated[str | None, _option("of the noise: per_layer, global, min_variance", "Privacy")] = None,
+    gate: Annotated[
+        str | None, _option("bound on every record's gradient at the logits, or off (the loss's own)", "Privacy")
+    ] = None,
+    gate_quantile: Annotated[float | None, _option("let the gate follow this quantile, privately", "Privacy")] = None,
+    batch_size: Annotated[int | None, _option("expected batch size B", "Optimisation")] = None,
+    epochs: Annotated[float | None, _option("passes over the data, T = epochs · N / B", "Optimisation")] = None,
+    steps: Annotated[int | None, _option("T, instead of epochs", "Optimisation")] = None,
+    optimizer: Annotated[str | None, _option("sgd, adam", "Optimisation")] = None,
+    lr: Annotated[float | None, _option("learning rate", "Optimisation")] = None,
+    momentum: Annotated[float | None, _option("momentum; Adam's first β", "Optimisation")] = None,
+    schedule: Annotated[str | None, _option("constant, cosine, linear", "Optimisation")] = None,
+    ema: Annotated[float | None, _option("decay of the averaged weights", "Optimisation")] = None,
+    microbatch: Annotated[
+        int | None, _option("samples per forward pass, to save memory (one noise draw all the same)", "Optimisation")
+    ] = None,
+    out: Annotated[Path | None, _option("the run's folder; default: runs/DATASET-MODEL-TIME", "Run")] = None,
+    resume: Annotated[Path | None, _option("go on with the run in this folder", "Run")] = None,
+    checkpoint_every: Annotated[int | None, _option("steps between checkpoints (default T/10)", "Run")] = None,
+    log_every: Annotated[int | None, _option("steps between lines of metrics (default T/20)", "Run")] = None,
+    device: Annotated[str | None, _option("auto (default), cpu, cuda, cuda:1, …", "Run")] = None,
+    threads: Annotated[int | None, _option("of torch on the CPU", "Run")] = None,
+    seed: Annotated[int | None, _option("repeat the run exactly, for tests: NOT private", "Run")] = None,
+) -> None:
+    """Train a model with differential privacy; report ε and the accuracy on held-out records."""
+    given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
+    for name in ("model_option", "loss_option", "feature_option", "bounding_option"):
+        if name in given:
+            given[f"{name}s"] = parse_options(f"--{name.replace('_', '-')}", given.pop(name))
+    if gate is not None:
+        given["gate"] = parse_gate(gate)
+    if resume is not None and out is not None:
+        raise typer.BadParameter("--resume goes on in its own folder; leave --out out", param_hint="--out")
+
+    from rich.console import Console
+
+    from lipdp.commands.display import show_result, terminal_monitor
+    from lipdp.training import Trainer, configure
+
+    console = Console()
+    monitor = terminal_monitor(console)
+    with monitor:
+        if resume is not None:
+            trainer = Trainer.resume(resume, monitor=monitor, **given)
+        else:
+            config = configure(**given)
+            trainer = Trainer(config, out=out or _default_folder(config.dataset, config.model), monitor=monitor)
+        result = trainer.run()
+    show_result(console, result)
+
+
+def _default_folder(dataset: str, model: str) -> Path:
+    """`runs/DATASET-MODEL-TIME`, and a number where that is taken."""
+    name = "-".join(re.sub(r"[^\w.]+", "-", Path(part).stem).strip("-") for part in (dataset, model))
+    folder = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return next(f for f in (folder, *(Path(f"{folder}-{i}") for i in range(2, 1000))) if not f.exists())

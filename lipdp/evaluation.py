@@ -1,0 +1,62 @@
+"""Metrics of a model on held-out records."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from lipdp.errors import DataError, NonFiniteError
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    binary: bool = False,
+    device: torch.device | str | None = None,
+    batch_size: int = 1024,
+) -> dict[str, float]:
+    """Accuracy, and for a binary task also the area under the ROC curve.
+
+    These are exact figures of the records given: if those are private, ε does not cover them.
+
+    Args:
+        model: in any mode; evaluated in evaluation mode and left as it was.
+        x: (N, *input_shape), of any float dtype and on any device.
+        y: (N,) int64 labels.
+        binary: score two classes, by the single logit or by the difference of two.
+        device: where the model is; that of `x` by default.
+        batch_size: of the forward passes.
+
+    Returns:
+        {"accuracy": …} and, if binary, {"auroc": …}, in [0, 1].
+
+    Raises:
+        DataError: no records, or a binary task with one class only: no ROC curve.
+        NonFiniteError: the model answers NaN.
+
+    >>> evaluate(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 0]))
+    {'accuracy': 0.5}
+    """
+    if not len(x):
+        raise DataError("there are no records to evaluate on")
+    was_training = model.training
+    model.eval()
+    try:
+        chunks = [model(chunk.to(device or x.device).float()).double().cpu() for chunk in x.split(batch_size)]
+    finally:
+        model.train(was_training)
+    outputs = torch.cat(chunks).flatten(1) if chunks[0].dim() > 1 else torch.cat(chunks)[:, None]
+    if bool(torch.isnan(outputs).any()):
+        raise NonFiniteError("the model's outputs are NaN")
+    truth = y.cpu()
+    if not binary:
+        return {"accuracy": float((outputs.argmax(1) == truth).double().mean())}
+    scores = outputs[:, 0] if outputs.shape[1] == 1 else outputs[:, 1] - outputs[:, 0]
+    if len(truth.unique()) != 2:
+        raise DataError("the test records are all of one class: there is no ROC curve; use a larger test part")
+    accuracy = float(((scores > 0) == truth.bool()).double().mean())
+    return {"accuracy": accuracy, "auroc": float(roc_auc_score(truth.numpy(), scores.numpy()))}

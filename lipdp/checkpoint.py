@@ -36,13 +36,17 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    def start(self, config: Mapping[str, Any]) -> None:
-        """Make the folder and write `config.json`; refused where a run lies already."""
+    def require_free(self) -> None:
+        """ParameterError where a run lies already."""
         taken = [n for n in ("config.json", _CHECKPOINT, _PREVIOUS, "privacy.json") if (self.path / n).exists()]
         if taken:
             raise ParameterError(
                 f"{self} holds a run already ({', '.join(taken)}): go on with it by --resume {self}, or give another --out"
             )
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Make the folder and write `config.json`; refused where a run lies already."""
+        self.require_free()
         self._write_json("config.json", config)
 
     def config(self) -> dict[str, Any]:

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import Tensor
 
+from lipdp.assembly import assemble, decided, prepare
 from lipdp.checkpoint import RunFolder
-from lipdp.choices import make_loss, make_optimizer, make_scheduler
 from lipdp.config import TrainConfig, config_from_dict, configure
 from lipdp.data import Split
-from lipdp.ema import Ema
-from lipdp.errors import CheckpointError, NonFiniteError, ParameterError, ResumeError
+from lipdp.errors import CheckpointError, NonFiniteError, ResumeError
 from lipdp.evaluation import evaluate
-from lipdp.losses import LipschitzLoss
-from lipdp.models import build
 from lipdp.monitor import Interrupted, Monitor, Result
-from lipdp.pipeline import prepare
-from lipdp.privacy.calibration import EpsilonCurve, calibrate
-from lipdp.privacy.engine import PrivacyEngine
-from lipdp.privacy.gate import QuantileGate
-from lipdp.relation import Relation
-from lipdp.runtime import choose_device, own_random_state, random_state, stop_signals
+from lipdp.runtime import own_random_state, random_state, stop_signals
 
 __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "configure", "train"]
 
@@ -84,8 +74,10 @@ class Trainer:
         split: Split | None = None,
         monitor: Monitor | None = None,
     ) -> None:
-        self._set_up(config, split, monitor or Monitor(), noise_multiplier=None)
         self.folder = None if out is None else RunFolder(out)
+        if self.folder is not None:
+            self.folder.require_free()  # before any long work
+        self._set_up(config, split, monitor or Monitor(), noise_multiplier=None)
         if self.folder is not None:
             self.folder.start(self.config.as_dict())
 
@@ -128,85 +120,36 @@ class Trainer:
     def _set_up(
         self, config: TrainConfig, split: Split | None, monitor: Monitor, *, noise_multiplier: float | None
     ) -> None:
-        self.monitor = monitor
-        self.device = choose_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         input_bound = None
         if split is None:
             split, input_bound = prepare(config, progress=monitor.features)
-        self.split = split
-        self.config = config = config.resolve(len(split.train_x), binary=split.task == "binary")
-        loss, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
-        options = dict(config.model_options)
-        if input_bound is not None and ":" not in config.model:
-            options.setdefault("input_bound", input_bound)
-        with own_random_state(self.device):
-            torch.manual_seed(config.seed if config.seed is not None else secrets.randbits(63))
-            model = build(config.model, input_shape=split.input_shape, num_classes=outputs, **options)
-            self.model: nn.Module = model.to(self.device)
-            self._random = random_state(self.device)
-        self.optimizer = make_optimizer(
-            config.optimizer, self.model.parameters(), lr=config.lr, momentum=config.momentum
-        )
-        self.scheduler = make_scheduler(config.schedule, self.optimizer, steps=self.total_steps)
-        self.ema = Ema(self.model, config.ema)
-        self._make_private(loss, config.noise_multiplier or noise_multiplier)
+        config = config.resolve(len(split.train_x), binary=split.task == "binary")
+        parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier)
+        self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
+        self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
+        self.engine, self.loader, self.criterion = parts.engine, parts.loader, parts.criterion
+        self.planned, self._curve, self._random = parts.planned, parts.curve, parts.random
+        self._epsilons = {self.total_steps: self.planned.epsilon}
         self.records: list[dict[str, Any]] = []
         self.step, self._seconds, self._loss, self._samples = 0, 0.0, 0.0, 0
         self._saved_at: int | None = None
 
-    def _make_private(self, loss: LipschitzLoss, noise_multiplier: float | None) -> None:
-        config, split = self.config, self.split
-        relation = Relation.ADD_OR_REMOVE_ONE if config.sampling == "poisson" else Relation.REPLACE_ONE
-        if noise_multiplier is None:
-            noise_multiplier = calibrate(
-                target_epsilon=_decided(config.epsilon),
-                sampling_rate=self.batch_size / len(split.train_x),
-                steps=self.total_steps,
-                delta=self.delta,
-                accountant=config.accountant,
-                relation=relation,
-            )
-        gate: float | QuantileGate | None = config.gate
-        if config.gate_quantile is not None:
-            # 2.5 σ of noise on the count leave all but 2 % of σ to the gradient
-            spread = max(self.batch_size / 20, 2.5 * noise_multiplier)
-            gate = QuantileGate(config.gate or loss.lipschitz, quantile=config.gate_quantile, count_std=spread)
-        self.engine = PrivacyEngine(config.accountant, seed=config.seed)
-        _, _, self.loader, self.criterion = self.engine.make_private(
-            module=self.model,
-            optimizer=self.optimizer,
-            criterion=loss,
-            dataset=TensorDataset(split.train_x.to(self.device), split.train_y.to(self.device)),
-            expected_batch_size=self.batch_size,
-            steps=self.total_steps,
-            noise_multiplier=noise_multiplier,
-            allocation=config.allocation,
-            sampling=config.sampling,
-            gate=gate,
-            target_epsilon=config.epsilon,
-            target_delta=config.delta,
-        )
-        plan = self.engine.facts.step_event.with_steps(self.total_steps)
-        self._curve = EpsilonCurve([plan], self.delta, config.accountant)
-        self.planned = self.engine.accountant.epsilon([plan], self.delta)
-        self._epsilons = {self.total_steps: self.planned.epsilon}
-
     @property
     def total_steps(self) -> int:
         """T."""
-        return _decided(self.config.steps)
+        return decided(self.config.steps)
 
     @property
     def batch_size(self) -> int:
         """B, the expected batch size."""
-        return _decided(self.config.batch_size)
+        return decided(self.config.batch_size)
 
     @property
     def delta(self) -> float:
         """δ."""
-        return _decided(self.config.delta)
+        return decided(self.config.delta)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -379,13 +322,6 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ResumeError(f"the checkpoint does not fit this run: {error}") from error
         self._saved_at = self.step
-
-
-def _decided(value: Any) -> Any:
-    """A setting that `TrainConfig.resolve` has filled in."""
-    if value is None:
-        raise ParameterError("the configuration has neither an epsilon nor a noise_multiplier; give one")
-    return value
 
 
 def _saved_noise_multiplier(state: dict[str, Any]) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,15 +18,20 @@ INTERRUPTED = 130
 
 
 def interruptible(function: Callable[..., None]) -> Callable[..., None]:
-    """A subcommand that ends with exit code 130 when it is interrupted, whatever typer's version makes of it."""
+    """A subcommand that ends with exit code 130 at SIGINT and SIGTERM, whatever typer's version makes of them."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             typer.echo(str(interrupt) or "interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from interrupt
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, before)
 
     return wrapped
 

@@ -36,7 +36,9 @@ def train(
         str | None, _option("digits (default), mnist, fashion-mnist, cifar10, adbench/NAME, or an .npz file", "Data")
     ] = None,
     data_dir: Annotated[str | None, _option("where the files are; default: $LIPDP_DATA", "Data")] = None,
-    download: Annotated[bool | None, _option("fetch what is not there", "Data")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="fetch what is not there", rich_help_panel="Data")
+    ] = False,
     features: Annotated[str | None, _option("a fixed feature map: scattering, dct", "Data")] = None,
     feature_option: Annotated[list[str] | None, _option("key=value, e.g. J=2, group_norm=27", "Data")] = None,
     bounding: Annotated[
@@ -85,6 +87,8 @@ def train(
 ) -> None:
     """Train a model with differential privacy; report ε and the accuracy on held-out records."""
     given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
+    if not download:
+        del given["download"]
     for name in ("model_option", "loss_option", "feature_option", "bounding_option"):
         if name in given:
             given[f"{name}s"] = parse_options(f"--{name.replace('_', '-')}", given.pop(name))

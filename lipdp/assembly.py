@@ -1,0 +1,146 @@
+"""From a configuration to everything a run consists of: data, model, optimiser, engine."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lipdp.choices import make_loss, make_optimizer, make_scheduler
+from lipdp.config import TrainConfig
+from lipdp.data import Split, bound_inputs, bounding, default_bounding, load
+from lipdp.ema import Ema
+from lipdp.errors import ParameterError
+from lipdp.features import Progress, apply, features
+from lipdp.losses import LipschitzLoss
+from lipdp.models import build
+from lipdp.privacy.accounting import Spent
+from lipdp.privacy.calibration import EpsilonCurve, calibrate
+from lipdp.privacy.criterion import PrivateCriterion
+from lipdp.privacy.engine import PrivacyEngine
+from lipdp.privacy.gate import QuantileGate
+from lipdp.privacy.sampling import BatchLoader
+from lipdp.relation import Relation
+from lipdp.runtime import choose_device, own_random_state, random_state
+
+
+def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[Split, float | None]:
+    """The data of a run: read, bounded by public constants, turned into features.
+
+    Returns:
+        The split, and a bound on the norm of its inputs where the features have one.
+    """
+    split = load(config.dataset, data_dir=config.data_dir, download=config.download)
+    if config.bounding is None:
+        split = bound_inputs(split, default_bounding(split))
+    else:
+        split = bound_inputs(split, bounding(config.bounding, **config.bounding_options))
+    if config.features is None:
+        return split, None
+    spec = features(config.features, **config.feature_options)
+    bound = spec.norm_bound(split.input_shape)
+    return apply(split, spec, progress=progress), bound
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run consists of. `random`: torch's generators after the model was drawn; `planned`: ε after all steps."""
+
+    device: torch.device
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: Ema
+    engine: PrivacyEngine
+    loader: BatchLoader
+    criterion: PrivateCriterion
+    planned: Spent
+    curve: EpsilonCurve
+    random: dict[str, Tensor]
+
+
+def assemble(
+    config: TrainConfig, split: Split, *, input_bound: float | None = None, noise_multiplier: float | None = None
+) -> Parts:
+    """Build a run from a configuration that was resolved for the split. Nothing is released.
+
+    Args:
+        config: with B, T and δ decided.
+        split: the data.
+        input_bound: of the model, where it names none.
+        noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
+
+    Raises:
+        LipdpError: no bound, no calibration, a name or a number that is not one.
+    """
+    device = choose_device(config.device)
+    loss, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
+    options = dict(config.model_options)
+    if input_bound is not None and ":" not in config.model:
+        options.setdefault("input_bound", input_bound)
+    with own_random_state(device):
+        torch.manual_seed(config.seed if config.seed is not None else secrets.randbits(63))
+        model = build(config.model, input_shape=split.input_shape, num_classes=outputs, **options).to(device)
+        random = random_state(device)
+    optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
+    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, len(split.train_x))
+    engine = PrivacyEngine(config.accountant, seed=config.seed)
+    _, _, loader, criterion = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=loss,
+        dataset=TensorDataset(split.train_x.to(device), split.train_y.to(device)),
+        expected_batch_size=decided(config.batch_size),
+        steps=decided(config.steps),
+        noise_multiplier=sigma,
+        allocation=config.allocation,
+        sampling=config.sampling,
+        gate=_gate(config, loss, sigma),
+        target_epsilon=config.epsilon,
+        target_delta=config.delta,
+    )
+    plan = [engine.facts.step_event.with_steps(engine.facts.steps)]
+    return Parts(
+        device=device,
+        model=model,
+        optimizer=optimizer,
+        scheduler=make_scheduler(config.schedule, optimizer, steps=engine.facts.steps),
+        ema=Ema(model, config.ema),
+        engine=engine,
+        loader=loader,
+        criterion=criterion,
+        planned=engine.accountant.epsilon(plan, decided(config.delta)),
+        curve=EpsilonCurve(plan, decided(config.delta), config.accountant),
+        random=random,
+    )
+
+
+def _calibrated(config: TrainConfig, records: int) -> float:
+    poisson = config.sampling == "poisson"
+    return calibrate(
+        target_epsilon=decided(config.epsilon),
+        sampling_rate=decided(config.batch_size) / records,
+        steps=decided(config.steps),
+        delta=decided(config.delta),
+        accountant=config.accountant,
+        relation=Relation.ADD_OR_REMOVE_ONE if poisson else Relation.REPLACE_ONE,
+    )
+
+
+def _gate(config: TrainConfig, loss: LipschitzLoss, sigma: float) -> float | QuantileGate | None:
+    if config.gate_quantile is None:
+        return config.gate
+    # noise of 2.5 σ on the count leaves all but 2 % of σ to the gradient
+    spread = max(decided(config.batch_size) / 20, 2.5 * sigma)
+    return QuantileGate(config.gate or loss.lipschitz, quantile=config.gate_quantile, count_std=spread)
+
+
+def decided(value: Any) -> Any:
+    """A setting that `TrainConfig.resolve` has filled in."""
+    if value is None:
+        raise ParameterError("the configuration has neither an epsilon nor a noise_multiplier; give one")
+    return value

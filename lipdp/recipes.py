@@ -45,12 +45,30 @@ class Recipe:
     feature_options: Mapping[str, Any] = field(default_factory=dict)
 
 
-_SCATTERING = Recipe(batch_size=4096, lr=1.0, loss_options={"tau": 50.0}, gate=0.3)
+_SCATTERING = Recipe(
+    batch_size=4096,
+    epochs=40,
+    lr=0.5,
+    loss_options={"tau": 30.0},
+    gate=0.3,
+    ema=0.98,
+    model_options={"radius": 16.0},
+)
 
 # (data set, model, features); None stands for any. The first key in `_keys` order that is there decides.
 _RECIPES: dict[tuple[str | None, str | None, str | None], Recipe] = {
     ("digits", "mlp", None): Recipe(batch_size=512, epochs=80, lr=0.5, loss_options={"tau": 16.0}, gate=0.3),
-    ("mnist", "cnn", None): Recipe(batch_size=4096, lr=0.5, loss_options={"tau": 32.0}, gate=0.3),
+    ("mnist", "cnn", None): Recipe(
+        batch_size=2048,
+        epochs=10,
+        lr=1.2,
+        schedule="linear",
+        loss_options={"tau": 32.0},
+        gate=0.3,
+        allocation="min_variance",
+        ema=0.99,
+        model_options={"input_bound": 8.1, "clips": (0.7, 0.14), "gates": (0.05, 0.1)},
+    ),
     ("mnist", "linear", "scattering"): _SCATTERING,
     ("fashion-mnist", "linear", "scattering"): Recipe(
         batch_size=4096, epochs=30, lr=0.5, loss_options={"tau": 50.0}, gate=0.3

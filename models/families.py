@@ -1,0 +1,182 @@
+"""Two families of layers with the same shapes, so that every model of the zoo is written once.
+
+A model asks its family for a layer and never names a class: `Lipschitz` answers with the layers of `lipdp.nn`, `Plain`
+with their unconstrained twins. Modules, parameters and their names correspond one to one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lipdp import nn as lnn
+from lipdp.constraints import Constraint
+
+from .starts import Start, smooth
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """Where a model gets its layers from.
+
+    Attributes:
+        bias: give every dense and convolutional layer a bias.
+    """
+
+    bias: bool = False
+
+    @abstractmethod
+    def bound(self, radius: float) -> nn.Module:
+        """What stands at the input: a projection on the ball of that radius."""
+
+    @abstractmethod
+    def clip(self, bound: float) -> nn.Module:
+        """A clip of values at a joint, scaled to the unit ball."""
+
+    @abstractmethod
+    def gate(self, bound: float) -> nn.Module:
+        """A gate of cotangents at a joint."""
+
+    @abstractmethod
+    def linear(
+        self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None
+    ) -> nn.Module:
+        """A dense layer on the last axis, with the given Lipschitz constant and set of weights (orthogonal ones)."""
+
+    @abstractmethod
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, lipschitz: float = 1.0, start: Start = smooth
+    ) -> nn.Module:
+        """A convolution with an odd kernel that keeps height and width; `start` sets its first kernel."""
+
+    @abstractmethod
+    def activation(self, dim: int = 1) -> nn.Module:
+        """The activation, with its channels on axis `dim`."""
+
+    @abstractmethod
+    def pool(self, size: int) -> nn.Module:
+        """Pooling over windows of size x size side by side."""
+
+    @abstractmethod
+    def magnitude(self, size: int) -> list[nn.Module]:
+        """Two modules: a non-linear pooling over windows of size x size that needs no activation in front."""
+
+    @abstractmethod
+    def residual(self, block: nn.Module, weight: float) -> nn.Module:
+        """A shortcut around `block`: (1−λ) x + λ f(x), f(x) alone for λ = 1."""
+
+
+@dataclass(frozen=True)
+class Lipschitz(Family):
+    """Orthogonal weights, sorting activations, norm pooling: 1-Lipschitz, and the norms of values and gradients survive."""
+
+    def bound(self, radius: float) -> nn.Module:
+        return lnn.InputBound(radius)
+
+    def clip(self, bound: float) -> nn.Module:
+        return lnn.ValueClip(bound, radius=1.0)
+
+    def gate(self, bound: float) -> nn.Module:
+        return lnn.GradientGate(bound)
+
+    def linear(
+        self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None
+    ) -> nn.Module:
+        return lnn.SpectralLinear(in_features, out_features, self.bias, constraint=constraint, k_coef_lip=lipschitz)
+
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, lipschitz: float = 1.0, start: Start = smooth
+    ) -> nn.Module:
+        conv = lnn.SpectralConv2d(
+            in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=self.bias, k_coef_lip=lipschitz
+        )
+        start(conv)
+        return conv
+
+    def activation(self, dim: int = 1) -> nn.Module:
+        return lnn.GroupSort2(dim)
+
+    def pool(self, size: int) -> nn.Module:
+        return lnn.ScaledL2NormPool2d(size)
+
+    def magnitude(self, size: int) -> list[nn.Module]:
+        return [lnn.ScaledL2NormPool2d(size), lnn.LayerCentering(dim=(1,))]
+
+    def residual(self, block: nn.Module, weight: float) -> nn.Module:
+        return lnn.Residual(block, weight) if weight != 1 else nn.Sequential(OrderedDict(block=block))
+
+
+@dataclass(frozen=True)
+class Plain(Family):
+    """The unconstrained twins: nn.Linear, nn.Conv2d, nn.ReLU, nn.AvgPool2d, x + f(x); nothing at the input and the joints."""
+
+    def bound(self, radius: float) -> nn.Module:
+        return nn.Identity()
+
+    def clip(self, bound: float) -> nn.Module:
+        return nn.Identity()
+
+    def gate(self, bound: float) -> nn.Module:
+        return nn.Identity()
+
+    def linear(
+        self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None
+    ) -> nn.Module:
+        return nn.Linear(in_features, out_features, self.bias)
+
+    def conv(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, lipschitz: float = 1.0, start: Start = smooth
+    ) -> nn.Module:
+        return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=self.bias)
+
+    def activation(self, dim: int = 1) -> nn.Module:
+        return nn.ReLU()
+
+    def pool(self, size: int) -> nn.Module:
+        return nn.AvgPool2d(size)
+
+    def magnitude(self, size: int) -> list[nn.Module]:
+        return [nn.ReLU(), nn.AvgPool2d(size)]
+
+    def residual(self, block: nn.Module, weight: float) -> nn.Module:
+        return Shortcut(block)
+
+
+class Shortcut(nn.Module):
+    """x + f(x), with the attribute name of `lipdp.nn.Residual`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+
+class Patches(nn.Module):
+    """Cut (N, C, rows · p, columns · p) into tokens (N, rows · columns, C p²). Moves numbers around, so it changes no norm.
+
+    (nn.PixelUnshuffle, which does the cutting, leaves the shape of an empty batch as it is.)
+
+    Args:
+        rows, columns: of the grid of patches.
+        size: p, the side of a patch.
+    """
+
+    def __init__(self, rows: int, columns: int, size: int) -> None:
+        super().__init__()
+        self.rows, self.columns, self.size = rows, columns, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.unflatten(3, (self.columns, self.size)).unflatten(2, (self.rows, self.size))
+        return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class Transpose(nn.Module):
+    """Swap tokens and features: (N, T, d) to (N, d, T). Moves numbers around, so it changes no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)

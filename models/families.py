@@ -57,10 +57,6 @@ class Family(ABC):
         """The activation, with its channels on axis `dim`."""
 
     @abstractmethod
-    def pool(self, size: int) -> nn.Module:
-        """Pooling over windows of size x size side by side."""
-
-    @abstractmethod
     def magnitude(self, size: int) -> list[nn.Module]:
         """Two modules: a non-linear pooling over windows of size x size that needs no activation in front."""
 
@@ -99,9 +95,6 @@ class Lipschitz(Family):
     def activation(self, dim: int = 1) -> nn.Module:
         return lnn.GroupSort2(dim)
 
-    def pool(self, size: int) -> nn.Module:
-        return lnn.ScaledL2NormPool2d(size)
-
     def magnitude(self, size: int) -> list[nn.Module]:
         return [lnn.ScaledL2NormPool2d(size), lnn.LayerCentering(dim=(1,))]
 
@@ -134,9 +127,6 @@ class Plain(Family):
 
     def activation(self, dim: int = 1) -> nn.Module:
         return nn.ReLU()
-
-    def pool(self, size: int) -> nn.Module:
-        return nn.AvgPool2d(size)
 
     def magnitude(self, size: int) -> list[nn.Module]:
         return [nn.ReLU(), nn.AvgPool2d(size)]

@@ -21,20 +21,21 @@ def mixer(
     depth: int = 2,
     residual_weight: float = 1.0,
 ) -> Stages:
-    r"""Patches become tokens (N, T, w); each block mixes tokens, then features, with residual two-layer perceptrons.
+    r"""Patches become tokens (N, T, w); each block mixes tokens, then features, by perceptrons with one hidden layer.
 
-    A pixel lies in one patch, so nothing overlaps and every layer is an orthogonal matrix times its input: the bounds are
-    tighter than a convolution's. On (N, T, d), ‖∇_W‖ ≤ X G by Cauchy–Schwarz over the tokens.
+    A pixel lies in one patch, so nothing overlaps, and square orthogonal matrices and sorting keep every norm: the bounds
+    on values and cotangents are nearly reached, where convolutions lose. So there is no shortcut by default, which would
+    add what is not in phase. On (N, T, d), ‖∇_W‖ ≤ X G by Cauchy–Schwarz over the tokens.
 
     Joints: `depth` + 1, behind the patch embedding and behind every block.
 
     Args:
         patch: side p of a patch; divides height and width.
-        width: features w of a token, and hidden neurons of both perceptrons, even.
+        width: features w of a token, even; a perceptron's hidden layer is as wide as its input.
         depth: blocks.
-        residual_weight: λ in (0, 1). (The plain twin adds x + f(x).)
+        residual_weight: λ of (1−λ) x + λ f(x), in (0, 1]; 1 is no shortcut. (The plain twin adds x + f(x).)
 
-    Parameters: c p² w + depth · (2 T w + 2 w²) + T w C; 58 568 on 1x28x28, 76 800 on 3x32x32, ten classes.
+    Parameters: c p² w + depth · (2 T² + 2 w²) + T w C for even T; 58 568 on 1x28x28, 76 800 on 3x32x32, ten classes.
 
     >>> model = lipdp.models.build("mixer", input_shape=(1, 28, 28), num_classes=10)
     >>> sum(p.numel() for p in model.parameters())

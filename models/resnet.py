@@ -17,12 +17,13 @@ def resnet(
     width: int = 16,
     depth: int = 3,
     blocks: int = 1,
-    residual_weight: float = 0.5,
+    residual_weight: float = 0.25,
 ) -> Stages:
-    r"""`depth` stages: a 3x3 convolution to w, 2w, 4w, … channels, residual blocks, 2x2 pooling; then one dense layer.
+    r"""`depth` stages of conv 3x3, sorting, residual blocks, norm pooling 2x2, with w, 2w, 4w, … channels; a dense layer.
 
-    A block computes :math:`(1-\lambda) x + \lambda f(x)` with f two convolutions and a sorting: 1-Lipschitz, and with
-    its shortcut the gradient reaches the first layer at least as strong as (1−λ) per block.
+    A block computes :math:`(1-\lambda) x + \lambda f(x)` with f two convolutions and a sorting: 1-Lipschitz, with
+    a shortcut that carries most of the norm. The sensitivity of a block's weights has the factor λ, so a small λ costs no
+    signal to noise. The channels' mean is taken off behind the pooling, as in `cnn`.
 
     Joints: `depth`, one behind every stage.
 
@@ -30,7 +31,7 @@ def resnet(
         width: channels w of the first stage, even.
         depth: stages; the image is halved by each.
         blocks: residual blocks of a stage.
-        residual_weight: λ in (0, 1). (The plain twin adds x + f(x).)
+        residual_weight: λ in (0, 1]; 1 is no shortcut. (The plain twin adds x + f(x).)
 
     Parameters: 125 712 on 1x28x28, 130 480 on 3x32x32, ten classes.
 
@@ -53,6 +54,6 @@ def resnet(
             for _ in range(blocks)
         ]
         first = layers.conv(channels, wide, 3, lipschitz=1.0 if stage else gain)
-        stages.append([first, layers.activation(), *shortcuts, layers.pool(2)])
+        stages.append([first, layers.activation(), *shortcuts, *layers.magnitude(2)])
         channels, height, columns = wide, height // 2, columns // 2
     return [*stages, [nn.Flatten(), layers.linear(channels * height * columns, num_classes)]]

@@ -23,13 +23,13 @@ from torch.nn.utils import parametrize
 
 from lipdp.constraints import Constraint, Frobenius, Orthogonal, Spectral
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
-from lipdp.nn.activation import GroupSort2
+from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d, window_overlap
 from lipdp.nn.gates import GradientGate
 from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
 from lipdp.nn.normalization import LayerCentering
 from lipdp.nn.plain import Scale, SortPairs
-from lipdp.nn.pooling import ScaledAvgPool2d, ScaledL2NormPool2d
+from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling, ScaledAvgPool2d, ScaledL2NormPool2d
 
 Converter: TypeAlias = Callable[[str, Any], nn.Module]
 Table: TypeAlias = Mapping[type[nn.Module], Converter]
@@ -64,17 +64,16 @@ def from_torchlip(model: nn.Module) -> nn.Module:
     >>> lipdp.nn.from_torchlip(torchlip.Sequential(torchlip.SpectralLinear(8, 4), torchlip.GroupSort2()))
     Sequential(
       (0): SpectralLinear(in_features=8, out_features=4, bias=True)
-      (1): GroupSort2()
+      (1): GroupSort()
     )
 
     Source: deel-torchlip 1.0 (parametrisations of its layers).
     """
+    for name, module in model.named_modules():
+        if isinstance(module, torchlip.ScaledLipschitzModule) and module.factory is not None:
+            _refuse(name, module, "its scale is shared by a SharedLipFactory; bounds are computed layer by layer")
     converted = _replaced(copy.deepcopy(model), _FROM_TORCHLIP, "", {})
     for name, module in converted.named_modules():
-        if isinstance(module, torchlip.ScaledLipschitzModule) and module.factory is not None:
-            _refuse(
-                name, module, "its scale is shared by a SharedLipFactory; a layer's bound must not depend on others"
-            )
         if parametrize.is_parametrized(module):
             _refuse(
                 name,
@@ -274,6 +273,12 @@ def _norm_pooling(name: str, old: torchlip.ScaledL2NormPool2d) -> nn.Module:
     return pool if k == 1.0 else nn.Sequential(pool, Scale(k)).train(old.training)
 
 
+def _sorting(name: str, old: torchlip.GroupSort) -> nn.Module:
+    """Equal entries share a gradient in deel-torchlip, which doubles it; lipdp's sort is a permutation there too."""
+    k = old._coefficient_lip
+    return FullSort(k) if old.group_size is None else GroupSort(old.group_size, k)
+
+
 def _centering(name: str, old: torchlip.LayerCentering) -> nn.Module:
     if old.dim is None:
         _batch_statistics(name, old)
@@ -313,6 +318,11 @@ _FROM_TORCHLIP: Table = {
     torchlip.ScaledAdaptativeL2NormPool2d: _refused(
         "its window depends on the input; use lipdp.nn.ScaledL2NormPool2d((height, width))"
     ),
+    torchlip.GroupSort: _sorting,
+    torchlip.FullSort: _sorting,
+    torchlip.GroupSort2: _sorting,
+    torchlip.InvertibleDownSampling: lambda name, old: InvertibleDownSampling(old.downscale_factor),
+    torchlip.InvertibleUpSampling: lambda name, old: InvertibleUpSampling(old.upscale_factor),
     torchlip.LayerCentering: _centering,
     torchlip.BatchCentering: _batch_statistics,
     torchlip.BatchLipNorm: _batch_statistics,
@@ -359,8 +369,8 @@ _TO_TORCH: Table = {
     GradientGate: lambda name, old: nn.Identity(),
     ScaledL2NormPool2d: lambda name, old: nn.LPPool2d(2, old.kernel_size),
     ScaledAvgPool2d: _to_average_pooling,
-    torchlip.InvertibleDownSampling: lambda name, old: nn.PixelUnshuffle(old.downscale_factor),
-    torchlip.InvertibleUpSampling: lambda name, old: nn.PixelShuffle(old.upscale_factor),
+    InvertibleDownSampling: lambda name, old: nn.PixelUnshuffle(old.downscale_factor),
+    InvertibleUpSampling: lambda name, old: nn.PixelShuffle(old.upscale_factor),
     torchlip.LPReLU: _to_prelu,
     torchlip.Sequential: _sequential,
 }

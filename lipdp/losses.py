@@ -63,7 +63,7 @@ class TauCrossEntropy(LipschitzLoss):
         self.lipschitz = math.sqrt(2)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits * self.tau, target, reduction="none") / self.tau
+        return F.cross_entropy(logits * self.tau, _labels(logits, target), reduction="none") / self.tau
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}"
@@ -117,7 +117,7 @@ class CategoricalHinge(LipschitzLoss):
         self.lipschitz = math.sqrt(2)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        target = target.unsqueeze(1)
+        target = _labels(logits, target, at_least=2).unsqueeze(1)
         true = logits.gather(1, target).squeeze(1)
         other = logits.scatter(1, target, -math.inf).amax(1)
         return F.relu(self.margin - (true - other))
@@ -175,9 +175,14 @@ class CosineSimilarity(LipschitzLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.dim() == 1:
-            direction = _one_hot(logits, target, logits.shape[1])
-        else:
+            direction = _one_hot(logits, target, logits.shape[-1])
+        elif target.shape == logits.shape:
             direction = target / torch.linalg.vector_norm(target, dim=1, keepdim=True).clamp_min(1.0)
+        else:
+            raise LossError(
+                f"CosineSimilarity: logits of shape {tuple(logits.shape)} need targets (N,) or of the same shape, got"
+                f" {tuple(target.shape)}"
+            )
         norm = torch.linalg.vector_norm(logits, dim=1).clamp_min(self.floor)
         return -(direction * logits).sum(1) / norm
 
@@ -247,7 +252,7 @@ class HKR(LipschitzLoss):
         alpha: weight of the hinge in [0, 1]; 0 is the pure KR loss.
         margin: m > 0.
     Shapes:
-        logits (N, C), or (N, 1) with two priors; target (N,) int64.
+        logits (N, C), or (N, 1) with two priors; target (N,) int64 (for one logit, positive means the second class).
 
     >>> round(lipdp.losses.HKR(priors=[0.5, 0.5], alpha=0.0).lipschitz, 4)
     2.0
@@ -261,7 +266,7 @@ class HKR(LipschitzLoss):
             raise ParameterError(f"HKR: priors are at least two numbers in (0, 1) that sum to 1, got {list(priors)}")
         if not 0 <= alpha <= 1:
             raise ParameterError(f"HKR: alpha lies in [0, 1], got {alpha}")
-        self.priors = tuple(map(float, priors))
+        self.priors = tuple(float(p) / sum(priors) for p in priors)
         self.alpha = float(alpha)
         self.margin = _positive("margin", margin)
         # a single logit (binary) and C logits share one formula: the larger constant of the two serves both
@@ -281,7 +286,7 @@ class HKR(LipschitzLoss):
         count = logits.shape[1] if logits.dim() == 2 else 1
         if count == 1 and len(self.priors) == 2:
             logits = logits.reshape(-1, 1)
-            positive = target.reshape(-1, 1).to(logits.dtype)
+            positive = (target.reshape(-1, 1) > 0).to(logits.dtype)
             prior = logits.new_tensor([self.priors[1]])
         elif count == len(self.priors):
             positive, prior = _one_hot(logits, target, count), logits.new_tensor(self.priors)
@@ -292,18 +297,37 @@ class HKR(LipschitzLoss):
         return ((1 - self.alpha) * kr + self.alpha * hinge).mean(1)
 
 
+def _labels(logits: Tensor, target: Tensor, *, at_least: int = 1) -> Tensor:
+    """One integer label a sample for logits (N, C): the constants hold for nothing else (soft labels need not sum to 1)."""
+    labels = target.dim() == 1 and not target.is_floating_point()
+    if not labels or logits.dim() != 2 or logits.shape[1] < at_least or len(logits) != len(target):
+        raise LossError(
+            f"the loss takes logits (N, C) with C ≥ {at_least} and integer labels (N,), got {tuple(logits.shape)} and"
+            f" {tuple(target.shape)} {target.dtype}"
+        )
+    return target.long()
+
+
 def _one_hot(logits: Tensor, target: Tensor, num_classes: int) -> Tensor:
-    if logits.dim() != 2 or logits.shape[1] != num_classes:
+    target = _labels(logits, target)
+    if logits.shape[1] != num_classes:
         raise LossError(f"the loss has {num_classes} classes but the logits have shape {tuple(logits.shape)}")
     return F.one_hot(target, num_classes).to(logits.dtype)
 
 
 def _columns(logits: Tensor, target: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
     """Both as (N, C); the constant is stated for exactly C outputs."""
-    logits = logits.reshape(len(logits), -1)
-    if logits.shape[1] != num_outputs:
-        raise LossError(f"the loss is for {num_outputs} outputs (num_outputs) but the model has {logits.shape[1]}")
-    return logits, target.reshape(len(logits), num_outputs).to(logits.dtype)
+    logits = logits.unsqueeze(1) if logits.dim() == 1 else logits.flatten(1)
+    target = target.unsqueeze(1) if target.dim() == 1 else target.flatten(1)
+    if logits.shape[1] != num_outputs or target.shape != logits.shape:
+        raise LossError(
+            f"the loss is for {num_outputs} outputs (num_outputs), got logits of shape {tuple(logits.shape)} and targets of"
+            f" shape {tuple(target.shape)}"
+        )
+    return logits, target.to(logits.dtype)
+
+
+_KNOWN = (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss, nn.L1Loss)
 
 
 def as_lipschitz(criterion: nn.Module) -> LipschitzLoss:
@@ -319,16 +343,17 @@ def as_lipschitz(criterion: nn.Module) -> LipschitzLoss:
     if isinstance(criterion, LipschitzLoss):
         return criterion
     name = type(criterion).__name__
-    if isinstance(criterion, nn.CrossEntropyLoss):
+    kind = next((t for t in _KNOWN if getattr(type(criterion), "forward", None) is t.forward), None)
+    if kind is nn.CrossEntropyLoss:
         if criterion.weight is not None or criterion.ignore_index != -100 or criterion.label_smoothing:
             raise LossError(
                 "CrossEntropyLoss with class weights, ignore_index or label_smoothing: a weighted mean divides by the"
                 " weights of the batch, so samples are coupled. Use lipdp.losses.TauCrossEntropy(tau)"
             )
         return TauCrossEntropy(1.0)
-    if isinstance(criterion, nn.BCEWithLogitsLoss) and criterion.weight is None and criterion.pos_weight is None:
+    if kind is nn.BCEWithLogitsLoss and criterion.weight is None and criterion.pos_weight is None:
         return TauBCEWithLogits(1.0)
-    if isinstance(criterion, nn.L1Loss):
+    if kind is nn.L1Loss:
         return MeanAbsoluteError()
     if "KR" in name:
         raise LossError(

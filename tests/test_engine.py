@@ -392,14 +392,15 @@ def test_a_parameter_the_trace_did_not_see_is_caught():
             self.bound = lnn.InputBound(1.0)
             self.a = nn.Linear(20, 5, bias=False)
             self.b = nn.Linear(20, 5, bias=False)
+            self.late = False
 
         def forward(self, x):
             x = self.bound(x)
-            return self.a(x) + self.b(x) if self.training else self.a(x)
+            return self.a(x) + self.b(x) if self.late else self.a(x)
 
-    model = Deceptive().eval()
+    model = Deceptive()
     _, _, optimizer, loader, criterion = private(model)
-    model.train()
+    model.late = True
     with pytest.raises(EngineError, match=r"step 1: b\.weight has a gradient"):
         train(model, optimizer, loader, criterion)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lipdp.bounds.layers import adaptive_average_pool, average_pool, max_pool
-from lipdp.bounds.rules import Call, Input, Local, Number, rule
+from lipdp.bounds.rules import Call, Input, Local, Number, own_axes, rule, times
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
-from lipdp.nn.activation import GroupSort2
+from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling
 
 # --- entrywise: f is L-Lipschitz on the line, so on vectors; f(0) ≠ 0 adds √n |f(0)| -----------------------------------
@@ -36,24 +36,30 @@ _entrywise(1.0, nn.Tanh, torch.tanh, F.tanh, "tanh", cap=1.0)
 _entrywise(1.0, torch.abs, "abs", operator.abs)
 _entrywise(1.0, torch.neg, "neg", operator.neg)
 _entrywise(1.0, torch.sin, "sin", cap=1.0)
-_entrywise(1.0, nn.Hardtanh, cap=math.inf)
+_entrywise(1.0, torch.cos, "cos", at_zero=1.0, cap=1.0)
 _entrywise(0.25, nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", at_zero=0.5, cap=1.0)
-_entrywise(1.129, nn.GELU)  # sup of Φ(x) + xφ(x) = 1.12890… at √2; the tanh form peaks at 1.12899…
+_entrywise(1.129, nn.GELU, F.gelu)  # sup of Φ(x) + xφ(x) = 1.12890… at √2; the tanh form peaks at 1.12899…
 _entrywise(1.0999, nn.SiLU, F.silu)  # sup of s(x)(1 + x(1 − s(x))) = 1.09983… at x = 2.3994
 _entrywise(1.0889, nn.Mish, F.mish)  # sup of the derivative = 1.08850…
 _entrywise(1.0, nn.Softsign, F.softsign, cap=1.0)
 
 
-@rule(F.gelu)
-def _gelu(call: Call) -> Local:
-    return Local(gains=(1.129,))
+@rule(nn.Hardtanh)
+def _hardtanh(call: Call) -> Local:
+    """Clamping is 1-Lipschitz; the clamp of 0 may be another number."""
+    low, high = float(call.module.min_val), float(call.module.max_val)  # type: ignore[union-attr, arg-type]
+    root = math.sqrt(call.x.numel)
+    return Local(offset=root * abs(min(max(0.0, low), high)), value_cap=root * max(abs(low), abs(high)))
 
 
 @rule(nn.Softplus, F.softplus)
 def _softplus(call: Call) -> Local:
-    """log(1 + exp(βx))/β: slope a sigmoid ≤ 1; f(0) = log 2 / β."""
+    """log(1 + exp(βx))/β: slope a sigmoid ≤ 1; f(0) = log 2 / β. Behind the threshold it is x: a jump of e^(−threshold)/β."""
     beta = call.module.beta if call.module is not None else call.argument(1, "beta", 1.0)
-    return Local(offset=math.sqrt(call.x.numel) * math.log(2) / float(beta))  # type: ignore[arg-type]
+    threshold = call.module.threshold if call.module is not None else call.argument(2, "threshold", 20.0)
+    if not threshold >= 20:  # type: ignore[operator]
+        raise UnsupportedLayerError(f"'{call.name}': softplus with threshold={threshold} jumps; leave it at 20")
+    return Local(offset=math.sqrt(call.x.numel) * math.log(2) / abs(float(beta)))  # type: ignore[arg-type]
 
 
 @rule(nn.ELU, F.elu)
@@ -73,28 +79,47 @@ def _leaky_relu(call: Call) -> Local:
 def _softmax(call: Call) -> Local:
     """Jacobian diag(p) − ppᵀ: spectral norm ≤ 1/2 (Gershgorin: 2p(1 − p)); a row of probabilities has norm ≤ 1."""
     dim: Any = call.module.dim if call.module is not None else call.argument(1, "dim")
-    (axis,) = _own_axes(call, call.x, [dim])
-    return Local(gains=(0.5,), value_cap=math.sqrt(call.x.numel / call.x.shape[axis - 1]), offset=math.inf)
+    (axis,) = own_axes(call, call.x, [dim])
+    classes = call.x.shape[axis - 1]
+    return Local(gains=(0.5,), value_cap=math.sqrt(call.x.numel / classes), offset=math.inf, fan_in=classes)
 
 
 # --- permutations of entries: sorting, reshaping, shuffling ----------------------------------------------------------
 
 
-@rule(GroupSort2, torchlip.GroupSort, torchlip.GroupSort2, torchlip.FullSort)
-def _sort(call: Call) -> Local:
+@rule(GroupSort2)
+def _pair_sort(call: Call) -> Local:
     """A permutation that depends on the input, continuous and piecewise linear: an isometry almost everywhere."""
-    return Local(
-        gains=(float(getattr(call.module, "_coefficient_lip", 1.0)),), exact=isinstance(call.module, GroupSort2)
-    )
+    own_axes(call, call.x, [call.module.dim])  # type: ignore[union-attr, list-item]
+    return Local(exact=True)
+
+
+@rule(GroupSort, FullSort)
+def _group_sort(call: Call) -> Local:
+    """The same, of groups along axis 1, times k."""
+    return Local(gains=(_coefficient(call),))
+
+
+@rule(torchlip.GroupSort, torchlip.GroupSort2, torchlip.FullSort)
+def _torchlip_group_sort(call: Call) -> Local:
+    """Pairs are sorted as (min, max), and where both entries are equal both gradients go to the first of them: √2."""
+    channels = call.x.shape[0]
+    pairs = min(call.module.group_size or channels, channels) == 2  # type: ignore[union-attr, type-var]
+    return Local(gains=(_coefficient(call) * (math.sqrt(2) if pairs else 1.0),))
 
 
 @rule(torchlip.MaxMin)
 def _max_min(call: Call) -> Local:
     """x ↦ (relu(x), relu(−x)): |relu(a) − relu(b)|² + |relu(−a) − relu(−b)|² ≤ |a − b|²."""
-    return Local(gains=(float(call.module._coefficient_lip),))  # type: ignore[union-attr, arg-type]
+    return Local(gains=(_coefficient(call),))
 
 
-@rule(InvertibleDownSampling, InvertibleUpSampling)
+def _coefficient(call: Call) -> float:
+    """deel-torchlip's k, which multiplies the output."""
+    return abs(float(call.module._coefficient_lip))  # type: ignore[union-attr, arg-type]
+
+
+@rule(InvertibleDownSampling, InvertibleUpSampling, torchlip.InvertibleDownSampling, torchlip.InvertibleUpSampling)
 def _pixel_shuffle(call: Call) -> Local:
     return Local(exact=True)
 
@@ -118,44 +143,90 @@ def _pixel_shuffle(call: Call) -> Local:
 )
 def _rearrange(call: Call) -> Local:
     """The entries of a sample, in another order. (That samples stay apart is checked on the shapes and by probing.)"""
+    if any(isinstance(a, torch.dtype) for a in (*call.args, *call.kwargs.values())):
+        raise UnsupportedOperationError(f"node '{call.name}' reads the bits of a tensor as another dtype")
     return Local(exact=True)
 
 
-@rule(torch.roll, torch.flip, "roll", "flip")
-def _shift(call: Call) -> Local:
-    dims = call.argument(2 if call.argument(2, "dims") is not None else 1, "dims")
-    _own_axes(call, call.x, [dims] if isinstance(dims, int) else dims)
+@rule(torch.roll, "roll")
+def _roll(call: Call) -> Local:
+    own_axes(call, call.x, _dims(call, 2, "dims"))
     return Local(exact=True)
+
+
+@rule(torch.flip, "flip")
+def _flip(call: Call) -> Local:
+    own_axes(call, call.x, _dims(call, 1, "dims"))
+    return Local(exact=True)
+
+
+@rule(torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
+def _split(call: Call) -> Local:
+    """Parts side by side: every entry in one of them. (Their cotangents are added, which is more than √ΣG².)"""
+    own_axes(call, call.x, [call.argument(2, "dim", 0)])
+    return Local(exact=True)
+
+
+@rule(torch.unbind, "unbind")
+def _unbind(call: Call) -> Local:
+    own_axes(call, call.x, [call.argument(1, "dim", 0)])
+    return Local(exact=True)
+
+
+def _dims(call: Call, position: int, name: str) -> list[Any]:
+    """Axes given as one number, as a sequence or as the rest of the arguments; none given means all of them."""
+    rest = list(call.args[position:]) or [call.kwargs.get(name, call.kwargs.get("axis"))]
+    dims = list(rest[0]) if isinstance(rest[0], (tuple, list)) else rest
+    if not dims or None in dims:
+        raise MixesSamplesError(f"node '{call.name}' works on every axis, the batch included; name axes of one sample")
+    return dims
 
 
 # --- sums, products, concatenation -----------------------------------------------------------------------------------
 
 
 def _broadcast(call: Call, source: Input) -> float:
-    """An input repeated r times to fill the output has r times its squared norm."""
+    """An input repeated r times to fill the output has r times its squared norm. Samples must not be broadcast over."""
+    full = len(call.output_shape) + 1
+    ndim = len(source.shape) + (source.constant is None)
+    if source.constant is None and ndim != full:
+        raise MixesSamplesError(
+            f"node '{call.name}' combines tensors of {ndim} and {full} axes, so that the batch axis meets another one; give"
+            " both the same number of axes (unsqueeze)"
+        )
+    if source.constant is not None and ndim == full and source.shape[0] != 1:
+        raise MixesSamplesError(
+            f"node '{call.name}' combines a constant of shape {source.shape} along the batch axis; its first axis must be 1"
+        )
     return math.sqrt(math.prod(call.output_shape) / source.numel)
 
 
 def _numbers(call: Call) -> list[float]:
-    """Absolute values of the arguments that are numbers; anything else but a tensor has no bound."""
-    plain = [a for a in call.args if not isinstance(a, Input)]
-    if any(not isinstance(a, (int, float)) for a in plain) or set(call.kwargs) - {"alpha"}:
+    """Absolute values of the operands that are numbers; anything else but a tensor has no bound."""
+    operands = [*call.args, *(call.kwargs[k] for k in ("input", "other") if k in call.kwargs)]
+    plain = [a for a in operands if not isinstance(a, Input)]
+    constants = [*plain, call.kwargs.get("alpha", 1.0)]
+    if not all(isinstance(c, (int, float)) for c in constants) or set(call.kwargs) - {"alpha", "input", "other"}:
         raise UnsupportedOperationError(
-            f"node '{call.name}' combines a tensor with {plain or dict(call.kwargs)!r}; only tensors of the model and"
-            " constant numbers have a bound (a number computed from the batch's shape is not constant)"
+            f"node '{call.name}' combines a tensor with {constants!r}; only tensors of the model and constant numbers have a"
+            " bound (a number computed from the size of the batch is not constant)"
         )
     return [abs(float(a)) for a in plain]
 
 
 @rule(operator.add, operator.iadd, torch.add, "add", "add_", operator.sub, operator.isub, torch.sub, "sub", "sub_")
 def _add(call: Call) -> Local:
-    """±a ±b: norms add. A scalar c adds √n |c|."""
-    alpha = abs(float(call.kwargs.get("alpha", 1.0)))
-    offset = math.sqrt(math.prod(call.output_shape)) * sum(_numbers(call)) * max(1.0, alpha)
-    gains = [_broadcast(call, source) for source in call.inputs]
-    if len(gains) == 2:
-        gains[1] *= alpha
-    return Local(gains=tuple(gains), offset=offset, fan_in=2)
+    """±a ±αb: norms add. A scalar c adds √n |c|."""
+    numbers, alpha = _numbers(call), abs(float(call.kwargs.get("alpha", 1.0)))
+    offset = math.sqrt(math.prod(call.output_shape)) * sum(numbers) * max(1.0, alpha)
+    scaled = call.argument(1, "other")
+    gains = tuple(_broadcast(call, source) * (alpha if source is scaled else 1.0) for source in call.inputs)
+    return Local(gains=gains, offset=offset, fan_in=_repeats(call))
+
+
+def _repeats(call: Call) -> int:
+    """The most terms that meet in one entry, forwards or in the gradient of an input that is repeated."""
+    return max(2, *(math.prod(call.output_shape) // source.numel for source in call.inputs))
 
 
 @rule(operator.mul, operator.imul, torch.mul, "mul", "mul_")
@@ -166,8 +237,8 @@ def _mul(call: Call) -> Local:
         return Local(gains=(scalars[0],))
     (first, second), repeats = call.inputs, [_broadcast(call, source) for source in call.inputs]
     gains = (_factor(call, first, repeats[0], second, repeats[1]), _factor(call, second, repeats[1], first, repeats[0]))
-    product = gains[0] * first.value if first.constant is None else gains[1] * second.value
-    return Local(gains=gains, value_cap=product)
+    product = times(gains[0], first.value) if first.constant is None else times(gains[1], second.value)
+    return Local(gains=gains, value_cap=product, fan_in=_repeats(call))
 
 
 def _factor(call: Call, own: Input, own_repeats: float, other: Input, other_repeats: float) -> Number:
@@ -176,16 +247,16 @@ def _factor(call: Call, own: Input, own_repeats: float, other: Input, other_repe
     For dL/da_j = Σ_{i ∈ S_j} g_i b_i, Cauchy–Schwarz gives |dL/da_j| ≤ ‖g_{S_j}‖ ‖b_{S_j}‖.
     """
     if other.constant is None:
-        return other_repeats * other.value
+        return times(other_repeats, other.value)
     return own_repeats * call.used(other.constant).abs().max().double()
 
 
 @rule(operator.truediv, torch.div, "div", "div_")
 def _div(call: Call) -> Local:
     divisor = call.argument(1, "other")
-    if not isinstance(divisor, (int, float)) or divisor == 0:
+    if not isinstance(divisor, (int, float)) or divisor == 0 or call.kwargs.get("rounding_mode") is not None:
         raise UnsupportedOperationError(
-            f"node '{call.name}' divides by {divisor!r}; only division by a non-zero constant number has a bound"
+            f"node '{call.name}' divides by {divisor!r}; only division by a non-zero constant number, without rounding, has a bound"
         )
     return Local(gains=(1.0 / abs(float(divisor)),))
 
@@ -202,24 +273,13 @@ def _concatenate(call: Call) -> Local:
 # --- parts and reductions of a sample --------------------------------------------------------------------------------
 
 
-def _own_axes(call: Call, source: Input, dims: Sequence[int]) -> list[int]:
-    """Axes as positive numbers; the batch axis is refused."""
-    ndim = len(source.shape) + 1
-    axes = [d % ndim for d in dims]
-    if 0 in axes:
-        raise MixesSamplesError(
-            f"node '{call.name}' reduces or reorders the batch axis: samples would influence each other"
-        )
-    return axes
-
-
 def _reduction(gain: Callable[[int], float], *targets: object) -> None:
     @rule(*targets)
     def reduce(call: Call) -> Local:
-        dims = call.argument(1, "dim")
+        dims = call.argument(1, "dim", call.kwargs.get("axis"))
         if dims is None:
             raise MixesSamplesError(f"node '{call.name}' reduces over every axis, the batch included; give `dim`")
-        axes = _own_axes(call, call.x, [dims] if isinstance(dims, int) else dims)
+        axes = own_axes(call, call.x, [dims] if isinstance(dims, int) else dims)
         entries = math.prod(call.x.shape[a - 1] for a in axes)
         return Local(gains=(gain(entries),), fan_in=entries)
 
@@ -233,12 +293,14 @@ _reduction(lambda n: 1.0, torch.amax, "amax", torch.amin, "amin")
 def _getitem(call: Call) -> Local:
     """A part of a sample: a coordinate projection. Every sample must keep its place on the batch axis."""
     index = call.args[1]
+    if call.x.parts:  # the i-th of a tuple of tensors
+        return Local(exact=True)
     if isinstance(index, tuple):
         if index and index[0] not in (slice(None), Ellipsis):
             raise MixesSamplesError(f"node '{call.name}' indexes the batch axis with {index[0]!r}; begin with `:`")
-        if any(isinstance(i, (Input, list)) for i in index):
+        if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
             raise UnsupportedOperationError(
-                f"node '{call.name}' indexes with a tensor or a list, which can repeat entries"
+                f"node '{call.name}' indexes with {index!r}; only numbers and slices are sure not to repeat entries"
             )
     elif not (isinstance(index, slice) and index == slice(None)):
         raise MixesSamplesError(f"node '{call.name}' indexes the batch axis with {index!r}; begin with `:`")
@@ -262,8 +324,8 @@ def _dropout(call: Call) -> Local:
 @rule(F.max_pool2d)
 def _functional_max_pool(call: Call) -> Local:
     kernel = call.argument(1, "kernel_size")
-    plain = call.argument(5, "ceil_mode", False) or call.argument(4, "dilation", 1) not in (1, (1, 1))
-    if plain:
+    dilation = call.argument(4, "dilation", 1)
+    if call.argument(5, "ceil_mode", False) or dilation not in (1, (1,), (1, 1)):
         raise UnsupportedLayerError(f"'{call.name}': ceil_mode and dilation have no bound here")
     return max_pool(call, kernel, call.argument(2, "stride") or kernel, call.argument(3, "padding", 0))
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from deel import torchlip
-from torch import Tensor, nn
+from torch import nn
 
-from lipdp.bounds.rules import Call, Local, Number, rule
+from lipdp.bounds.rules import Call, Local, Number, own_axes, rule
 from lipdp.constraints import Constraint, Spectral, certified_norm, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
 from lipdp.nn import conv as lconv
 from lipdp.nn import gates, linear, normalization, pooling
-from lipdp.nn.normalization import broadcast_factor, check_centering_axes
+from lipdp.nn.normalization import check_centering_axes
 
 # --- dense -----------------------------------------------------------------------------------------------------------
 
@@ -47,6 +48,7 @@ def _linear(call: Call) -> Local:
 # --- convolution -----------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=4096)
 def axis_overlap(size: int, kernel: int, stride: int, pad_left: int, pad_right: int, *, circular: bool) -> int:
     """The most windows that any entry of an axis lies in, counted.
 
@@ -108,9 +110,9 @@ def _plain_convolution(call: Call) -> Local:
 
 @rule(gates.ValueClip, gates.InputBound)
 def _value_clip(call: Call) -> Local:
-    """Projection on a ball: 1-Lipschitz, norm at most c."""
-    bound: float = call.module.bound  # type: ignore[assignment, union-attr]
-    return Local(value_cap=bound, fan_in=call.x.numel)
+    """Projection on the ball of radius c, then scaling by r/c: (r/c)-Lipschitz, norm at most r."""
+    clip: gates.ValueClip = call.module  # type: ignore[assignment]
+    return Local(gains=(clip.radius / clip.bound,), value_cap=clip.radius, fan_in=call.x.numel)
 
 
 @rule(gates.GradientGate)
@@ -185,7 +187,7 @@ def _scaled_avg_pool2d(call: Call) -> Local:
     layer: torchlip.ScaledAvgPool2d = call.module
     _refuse_pooling(layer)
     plain = average_pool(call, layer.kernel_size, layer.stride, layer.padding)
-    gain = plain.gains[0] * layer.scalingFactor * layer._coefficient_lip
+    gain = plain.gains[0] * layer.scalingFactor * abs(layer._coefficient_lip)
     return Local(gains=(gain,), fan_in=plain.fan_in)
 
 
@@ -210,7 +212,7 @@ def adaptive_average_pool(call: Call) -> Local:
 @rule(torchlip.ScaledAdaptiveAvgPool2d)
 def _scaled_adaptive_avg_pool2d(call: Call) -> Local:
     entries = math.prod(call.x.shape[-2:])
-    return Local(gains=(call.module._coefficient_lip,), fan_in=entries)  # type: ignore[union-attr, arg-type]
+    return Local(gains=(abs(call.module._coefficient_lip),), fan_in=entries)  # type: ignore[union-attr, arg-type]
 
 
 @rule(pooling.ScaledL2NormPool2d)
@@ -224,21 +226,27 @@ def _l2_norm_pool2d(call: Call) -> Local:
 
 @rule(torchlip.LayerCentering, normalization.LayerCentering)
 def _layer_centering(call: Call) -> Local:
-    """An orthogonal projection, plus a bias that each entry shares with √(entries per bias) others."""
+    """An orthogonal projection, plus a bias that n entries of the output share: √n. (A bias may widen the output.)"""
     layer: torchlip.LayerCentering = call.module
     axes = check_centering_axes(layer.dim, len(call.x.shape) + 1)
     entries = math.prod(call.x.shape[a - 1] for a in axes)
     if layer.bias is None:
         return Local(fan_in=entries)
-    shared = broadcast_factor(layer.bias.numel(), call.x.shape)
+    size = math.prod(call.output_shape)
+    shared = math.sqrt(size / layer.bias.numel())
     offset = shared * vector_norm(call.used(layer.bias))
-    return Local(offset=offset, parameters={"bias": shared}, fan_in=entries)
+    gain = math.sqrt(size / call.x.numel)
+    return Local(gains=(gain,), offset=offset, parameters={"bias": shared}, fan_in=size)
 
 
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _instance_norm(call: Call) -> Local:
     """Per sample, unless it keeps running statistics of the batches it saw."""
-    return _mixes_samples(call) if call.module.track_running_stats else _sample_norm(call)  # type: ignore[union-attr]
+    if call.module.track_running_stats:  # type: ignore[union-attr]
+        raise MixesSamplesError(
+            f"'{call.name}' keeps running statistics of the batches it saw; leave track_running_stats=False"
+        )
+    return _sample_norm(call)
 
 
 @rule(nn.LayerNorm, nn.GroupNorm)
@@ -248,6 +256,10 @@ def _sample_norm(call: Call) -> Local:
     ‖∇_γ‖ ≤ ‖x̂‖_F G ≤ √n G and ‖∇_β‖ ≤ √(entries per β) G. Loose as a gain: fine in front of the first trainable layer.
     """
     layer: nn.LayerNorm | nn.GroupNorm = call.module  # type: ignore[assignment]
+    if not layer.eps > 0:
+        raise UnsupportedLayerError(
+            f"'{call.name}': {layer} has no Lipschitz constant with eps={layer.eps}; give eps > 0"
+        )
     entries = math.sqrt(call.x.numel)
     gain: Number = 1.0 / math.sqrt(layer.eps)
     if layer.weight is None:
@@ -262,19 +274,6 @@ def _sample_norm(call: Call) -> Local:
     return Local(gains=(gain * largest,), offset=offset, parameters=parameters, value_cap=cap, fan_in=call.x.numel)
 
 
-@rule(
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d),
-    *(torchlip.BatchCentering, torchlip.BatchLipNorm),
-)
-def _mixes_samples(call: Call) -> Local:
-    raise MixesSamplesError(
-        f"'{call.name}' ({type(call.module).__name__}) uses or keeps statistics of the batch: one record changes the"
-        " outputs of others, so no per-sample bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the"
-        " first trainable layer"
-    )
-
-
 # --- trainable activations and residuals of deel-torchlip -------------------------------------------------------------
 
 
@@ -282,26 +281,28 @@ def _mixes_samples(call: Call) -> Local:
 def _lprelu(call: Call) -> Local:
     """max(x,0) + a min(x,0) with |a| clamped to k: slope ≤ max(1, k); ∂y/∂a = min(x, 0), so Δ_a ≤ X G."""
     coefficient: float = call.module._coefficient_lip  # type: ignore[assignment, union-attr]
-    return Local(gains=(max(1.0, coefficient),), parameters={"weight": call.x.value})
+    return Local(gains=(max(1.0, abs(coefficient)),), parameters={"weight": call.x.value}, fan_in=call.x.numel)
 
 
 @rule(nn.PReLU)
 def _prelu(call: Call) -> Local:
     """Slope at most max(1, |a|); ∂y/∂a = min(x, 0), so Δ_a ≤ X G."""
     slope = call.used(call.module.weight).abs().max().double().clamp_min(1.0)  # type: ignore[union-attr, arg-type]
-    return Local(gains=(slope,), parameters={"weight": call.x.value})
+    return Local(gains=(slope,), parameters={"weight": call.x.value}, fan_in=call.x.numel)
 
 
 @rule(torchlip.HouseHolder)
 def _householder(call: Call) -> Local:
     """Reflects pairs (x, y) or leaves them: an isometry; ∂/∂θ has the pair's norm, so Δ_θ ≤ X G."""
-    return Local(parameters={"theta": call.x.value})
+    own_axes(call, call.x, [call.argument(1, "axis", 1)])
+    return Local(parameters={"theta": call.x.value}, fan_in=call.x.numel)
 
 
 @rule(torchlip.LipResidual)
 def _lip_residual(call: Call) -> Local:
     """a x + (1−a) y with a = sigmoid(α): gains a and 1 − a; |∂a/∂α| ≤ 1/4, so Δ_α ≤ (X_x + X_y) G / 4."""
     share = torch.sigmoid(call.module.alpha.detach().double())  # type: ignore[union-attr, operator]
-    first, second = call.inputs
-    delta: Tensor = (first.value + second.value) / 4
-    return Local(gains=(share, 1 - share), parameters={"alpha": delta})
+    x = call.argument(0, "x")
+    gains = tuple(share if source is x else 1 - share for source in call.inputs)
+    delta = sum(source.value for source in call.inputs) / 4
+    return Local(gains=gains, parameters={"alpha": delta}, fan_in=call.x.numel)

@@ -9,15 +9,18 @@ Backward:                        G_j += L_j · min(G_v, cap)                (cot
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from lipdp.bounds.rules import Call, Input, Local, Number, function_rule, module_rule
-from lipdp.bounds.trace import check_samples_apart, probe_input, sample_shapes, trace
+from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input
+from lipdp.bounds.rounding import Rounding
+from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, least, module_rule, times
+from lipdp.bounds.trace import Node, check_modules, inspect_nodes, trace
 from lipdp.constraints import vector_norm
 from lipdp.errors import UnboundedError, UnsupportedOperationError
 
@@ -41,13 +44,75 @@ class Sweep:
         parameters: trainable parameter name → Δ.
         lipschitz: Lipschitz constant of the output in the input.
         output: bound on the norm of the output.
-        rows: per node, in the order of the forward pass.
     """
 
     parameters: Mapping[str, Tensor]
     lipschitz: Tensor
     output: Tensor
-    rows: tuple[Row, ...]
+    _trail: tuple[tuple[str, str, Number, Number, tuple[str, ...]], ...]
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Per node, in the order of the forward pass."""
+        device = self.output.device
+        return tuple(
+            Row(name, kind, _tensor(value, device), _tensor(cotangent, device), parameters)
+            for name, kind, value, cotangent, parameters in self._trail
+        )
+
+
+def _tensor(number: Number, device: torch.device) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(torch.float64)
+    return torch.full((), number, dtype=torch.float64, device=device)
+
+
+class _Slot(int):
+    """In the arguments of a prepared call: the place of a tensor among its inputs."""
+
+
+def _fill(template: Any, inputs: tuple[Input, ...]) -> Any:
+    """The template with its slots filled."""
+    if isinstance(template, _Slot):
+        return inputs[template]
+    if isinstance(template, (tuple, list)):
+        return tuple(_fill(t, inputs) for t in template)
+    if isinstance(template, dict):
+        return {k: _fill(v, inputs) for k, v in template.items()}
+    return template
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the graph, prepared once for every sweep.
+
+    Attributes:
+        index: of its value among the values of a sweep.
+        sources: indices of its tensor inputs, with repetitions (x + x has two).
+        facts: what these inputs are.
+        args, kwargs: its arguments, tensors replaced by slots.
+    """
+
+    index: int
+    name: str
+    kind: str
+    module: nn.Module | None
+    rule: Rule
+    sources: tuple[int, ...]
+    facts: tuple[Node, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What the forward sweep leaves for the backward one, by index of the node."""
+
+    rounding: Rounding
+    values: list[Number]
+    lipschitz: list[Number]
+    calls: list[tuple[Step, Call, Local, float]]
 
 
 class BoundGraph:
@@ -79,203 +144,226 @@ class BoundGraph:
     ) -> None:
         self.model = model
         self.input_shape = tuple(input_shape)
-        self.input_bound = input_bound
+        self.input_bound = float(input_bound)
+        self._dtype = dtype
+        check_modules(model)
+        self.module = trace(model)
         x = probe_input(model, self.input_shape)
-        self.device = x.device
-        self.dtype = dtype or x.dtype
-        module = trace(model)
-        self._prefix: str = module.meta["prefix"]
-        self._root: nn.Module = module
-        self._shapes = sample_shapes(module, x)
-        self._nodes = [n for n in module.graph.nodes if n in self._shapes and n.op != "output"]
-        outputs = [n.args[0] for n in module.graph.nodes if n.op == "output"]
-        if len(outputs) != 1 or not isinstance(outputs[0], fx.Node) or outputs[0] not in self._shapes:
-            raise UnsupportedOperationError("the model must return one tensor, the logits (N, C)")
-        self._output = outputs[0]
-        placeholders = [n for n in self._nodes if n.op == "placeholder"]
-        if len(placeholders) != 1:
-            raise UnsupportedOperationError(f"the model must take one tensor, it takes {len(placeholders)}")
-        self._modules = dict(module.named_modules())
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._rules = {n: self._find_rule(n) for n in self._nodes if n.op not in ("placeholder", "get_attr")}
+        self._facts = inspect_nodes(self.module, x)
+        self._output = self._find_output()
+        self._modules = dict(self.module.named_modules())
+        tensors = [n for n, fact in self._facts.items() if fact.kind != "plain"]
+        self.index = {node: i for i, node in enumerate(tensors)}
+        self.constants = [n for n in tensors if self._facts[n].kind == "constant"]
+        self.steps = [self._step(n) for n in tensors if self._facts[n].kind != "constant" and n.op != "placeholder"]
+        self.sweep(1.0)  # every rule once: what they refuse is refused here
         check_samples_apart(model, x)
+        self._check_coverage(check_faithful(model, self.module, x))
 
     # -- construction --------------------------------------------------------------------------------------------------
 
-    def _find_rule(self, node: fx.Node) -> Any:
+    def _find_output(self) -> fx.Node:
+        outputs = [n.args[0] for n in self.module.graph.nodes if n.op == "output"]
+        if len(outputs) != 1 or not isinstance(outputs[0], fx.Node) or self._facts[outputs[0]].kind != "sample":
+            raise UnsupportedOperationError(
+                "the model must return one tensor that depends on its input, the logits (N, C)"
+            )
+        return outputs[0]
+
+    def _step(self, node: fx.Node) -> Step:
+        sources: list[fx.Node] = []
+
+        def slot(argument: fx.Node) -> Any:
+            fact = self._facts[argument]
+            if fact.kind == "plain":
+                return argument if fact.value is None else fact.value
+            sources.append(argument)
+            return _Slot(len(sources) - 1)
+
+        args, kwargs = fx.map_arg(node.args, slot), fx.map_arg(node.kwargs, slot)
         if node.op == "call_module":
-            return module_rule(self._display(node), self._modules[str(node.target)])
-        return function_rule(node.name, node.target)
-
-    def _display(self, node: fx.Node) -> str:
-        if node.op == "call_module":
-            target = str(node.target)
-            name = target[len(self._prefix) :] if target.startswith(self._prefix) else target
-            return name or type(self._modules[target]).__name__
-        return node.name
-
-    def _attribute(self, node: fx.Node) -> Tensor:
-        value: Any = self._root
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
-
-    def _parameter_name(self, parameter: Tensor) -> str | None:
-        return self._names.get(id(parameter)) if parameter.requires_grad else None
-
-    # -- forward -------------------------------------------------------------------------------------------------------
-
-    def _scalar(self, value: Number) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.to(torch.float64)
-        return torch.full((), value, dtype=torch.float64, device=self.device)
-
-    def _call(self, node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Call:
-        inputs: list[Input] = []
-
-        def wrap(argument: fx.Node) -> Any:
-            if argument not in values:
-                return argument
-            constant = self._attribute(argument) if argument.op == "get_attr" else None
-            inputs.append(Input(self._shapes[argument], values[argument], constant))
-            return inputs[-1]
-
-        args = fx.map_arg(node.args, wrap)
-        kwargs = fx.map_arg(node.kwargs, wrap)
-        return Call(
-            name=self._display(node),
-            module=self._modules[str(node.target)] if node.op == "call_module" else None,
-            inputs=tuple(inputs),
-            output_shape=self._shapes[node],
+            path, module = str(node.target), self._modules[str(node.target)]
+            prefix: str = self.module.meta["prefix"]
+            name = path[len(prefix) :] or type(module).__name__
+            rule, kind = module_rule(name, module), type(module).__name__
+        else:
+            name, module, rule = node.name, None, function_rule(node.name, node.target)
+            kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        return Step(
+            index=self.index[node],
+            name=name,
+            kind=kind,
+            module=module,
+            rule=rule,
+            sources=tuple(self.index[s] for s in sources),
+            facts=tuple(self._facts[s] for s in sources),
             args=args,
             kwargs=kwargs,
-            dtype=self.dtype,
+            output_shape=self._facts[node].shape,
         )
 
-    def _slack(self, local: Local) -> float:
-        """1 + relative rounding error: 8 n ε of the accumulation, plus 4 ε of a lower forward dtype."""
-        if local.exact:
-            return 1.0
-        accumulation = torch.float64 if self.dtype == torch.float64 else torch.float32
-        slack = 8 * local.fan_in * torch.finfo(accumulation).eps
-        if self.dtype.itemsize < accumulation.itemsize:
-            slack += 4 * torch.finfo(self.dtype).eps
-        return 1.0 + slack
+    def _check_coverage(self, trained: set[str]) -> None:
+        """Every parameter that gets a gradient must be met by a rule."""
+        names = self._names()
+        met = {names.get(id(self._attribute(n))) for n in self.constants if n.op == "get_attr"}
+        for step in self.steps:
+            met |= {names.get(id(p)) for p in step.module.parameters()} if step.module is not None else set()
+        if trained - met:
+            raise UnboundedError(
+                f"{', '.join(sorted(trained - met))}: the forward pass uses the parameter where torch.fx does not see it;"
+                " use it as an attribute of its module (self.weight)"
+            )
 
-    def _forward(self) -> tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor], dict[fx.Node, tuple[Call, Local]]]:
-        values: dict[fx.Node, Tensor] = {}
-        lipschitz: dict[fx.Node, Tensor] = {}
-        locals_: dict[fx.Node, tuple[Call, Local]] = {}
-        for node in self._nodes:
-            if node.op == "placeholder":
-                values[node], lipschitz[node] = self._scalar(self.input_bound), self._scalar(1.0)
-                continue
-            if node.op == "get_attr":
-                values[node], lipschitz[node] = vector_norm(self._attribute(node).detach()), self._scalar(0.0)
-                continue
-            call = self._call(node, values)
-            local: Local = self._rules[node](call)
-            locals_[node] = call, local
-            sources = self._sources(node, values)
-            slack = self._slack(local)
-            values[node] = self._combine(local, [values[s] for s in sources], slack, capped=True)
-            lipschitz[node] = self._combine(local, [lipschitz[s] for s in sources], slack, capped=False)
-        return values, lipschitz, locals_
-
-    @staticmethod
-    def _sources(node: fx.Node, values: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
-        """The tensor arguments in order, with repetitions (x + x has two)."""
-        found: list[fx.Node] = []
-
-        def visit(argument: fx.Node) -> fx.Node:
-            if argument in values:
-                found.append(argument)
-            return argument
-
-        fx.map_arg((node.args, node.kwargs), visit)
-        return found
-
-    def _combine(self, local: Local, norms: list[Tensor], slack: float, *, capped: bool) -> Tensor:
-        terms = [self._scalar(g) * n for g, n in zip(local.gains, norms, strict=True)]
-        if local.orthogonal:
-            total = torch.linalg.vector_norm(torch.stack(terms))
-        else:
-            total = torch.stack(terms).sum() if len(terms) > 1 else terms[0]
-        if not capped:
-            return total * slack
-        return torch.minimum(total + local.offset, self._scalar(local.value_cap)) * slack
+    # -- the model as it is now ----------------------------------------------------------------------------------------
 
     @property
     def num_outputs(self) -> int:
         """Entries of one sample's output: the number of logits."""
-        return math.prod(self._shapes[self._output])
+        return math.prod(self._facts[self._output].shape)
 
-    # -- the two public sweeps -----------------------------------------------------------------------------------------
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the forward pass computes in: as given, else the least precise dtype among the parameters."""
+        own = {p.dtype for p in self.model.parameters() if p.is_floating_point()} or {torch.get_default_dtype()}
+        return self._dtype or min(own, key=lambda dtype: dtype.itemsize)
+
+    def _names(self) -> dict[int, str]:
+        """Trainable parameters by identity: looked up at every sweep, so that freezing and replacing is noticed."""
+        return {id(p): name for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _attribute(self, node: fx.Node) -> Tensor:
+        """The tensor as the model holds it now (the traced module keeps its own reference)."""
+        prefix: str = self.module.meta["prefix"]
+        for root, path in ((self.model, str(node.target)[len(prefix) :]), (self.module, str(node.target))):
+            value: Any = root
+            for part in path.split("."):
+                value = getattr(value, part, None)
+            if isinstance(value, Tensor):
+                return value
+        raise UnsupportedOperationError(f"the model has lost its tensor '{node.target}' since it was traced")
+
+    def _constant(self, node: fx.Node) -> Tensor:
+        """The value of a node that does not depend on the sample."""
+        if node.op == "get_attr":
+            return self._attribute(node)
+
+        def load(argument: fx.Node) -> Any:
+            fact = self._facts[argument]
+            return self._constant(argument).detach() if fact.kind == "constant" else fact.value
+
+        module = self._modules[str(node.target)] if node.op == "call_module" else None
+        sources = [self._constant(s) for s in node.all_input_nodes if self._facts[s].kind == "constant"]
+        if any(t.requires_grad for t in (*sources, *(module.parameters() if module is not None else ()))):
+            raise UnsupportedOperationError(
+                f"node '{node.name}' computes with trainable parameters before they meet the input; no rule bounds their"
+                " gradients through that. Store the result as the parameter, or register a rule for the module around it"
+            )
+        args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        target: Any = module or node.target
+        return target(*args, **kwargs)
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> _Forward:
+        rounding = Rounding(self.dtype, self.device)
+        values: list[Number] = [self.input_bound] * len(self.index)
+        lipschitz: list[Number] = [1.0] * len(self.index)
+        constants: dict[int, Tensor] = {}
+        for node in self.constants:
+            i = self.index[node]
+            constants[i] = self._constant(node)
+            values[i], lipschitz[i] = vector_norm(constants[i].detach()), 0.0
+        calls: list[tuple[Step, Call, Local, float]] = []
+        for step in self.steps:
+            inputs = tuple(
+                Input(fact.shape, values[i], constants.get(i), fact.kind == "parts")
+                for i, fact in zip(step.sources, step.facts, strict=True)
+            )
+            args, kwargs = _fill(step.args, inputs), _fill(step.kwargs, inputs)
+            call = Call(step.name, step.module, inputs, step.output_shape, args, kwargs, rounding.dtype)
+            local = step.rule(call)
+            slack = 1.0 if local.exact else rounding.slack(local.fan_in)
+            norms = _combine(step, local, [values[i] for i in step.sources])
+            values[step.index] = times(least(norms + local.offset, local.value_cap), slack)
+            lipschitz[step.index] = times(_combine(step, local, [lipschitz[i] for i in step.sources]), slack)
+            calls.append((step, call, local, slack))
+        return _Forward(rounding, values, lipschitz, calls)
+
+    # -- the public sweeps ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def lipschitz(self) -> Tensor:
         """The network's Lipschitz constant in its input, as a float64 tensor."""
-        return self._forward()[1][self._output]
+        return _tensor(self._forward().lipschitz[self.index[self._output]], self.device)
 
     @torch.no_grad()
     def output_bound(self) -> Tensor:
         """A bound on the norm of the output, as a float64 tensor."""
-        return self._forward()[0][self._output]
+        return _tensor(self._forward().values[self.index[self._output]], self.device)
 
     @torch.no_grad()
-    def sweep(self, loss_constant: Number | Any) -> Sweep:
+    def sweep(self, loss_constant: Number | Callable[[Tensor], Number]) -> Sweep:
         """Both sweeps, from a per-sample cotangent of norm ≤ `loss_constant` at the output.
 
         Args:
             loss_constant: a number, or a function of the output bound (squared error).
         """
-        values, lipschitz, locals_ = self._forward()
-        start = loss_constant(values[self._output]) if callable(loss_constant) else loss_constant
-        cotangents: dict[fx.Node, Tensor] = {self._output: self._scalar(start)}
-        deltas: dict[str, Tensor] = {}
-
-        def add(name: str | None, delta: Tensor) -> None:
-            if name is not None:
-                deltas[name] = deltas[name] + delta if name in deltas else delta
-
-        rows: list[Row] = []
-        zero = self._scalar(0.0)
-        for node in reversed(self._nodes):
-            g = cotangents.get(node, zero)
-            if node.op == "get_attr":
-                add(self._parameter_name(self._attribute(node)), g)
-            elif node in locals_:
-                call, local = locals_[node]
-                slack = self._slack(local)
-                inner = torch.minimum(g, self._scalar(local.cotangent_cap)) * slack
-                for source, gain in zip(self._sources(node, values), local.gains, strict=True):
-                    cotangents[source] = cotangents.get(source, zero) + self._scalar(gain) * inner
-                names = self._module_parameters(call, local)
-                for key, name in names.items():
-                    add(name, self._scalar(local.parameters[key]) * inner)
-                rows.append(Row(call.name, _kind(node, call), values[node], g, tuple(names.values())))
-        ordered = {name: deltas.get(name, zero) for name, p in self.model.named_parameters() if p.requires_grad}
-        return Sweep(ordered, lipschitz[self._output], values[self._output], tuple(reversed(rows)))
-
-    def _module_parameters(self, call: Call, local: Local) -> dict[str, str]:
-        """Local → model-wide name of the module's trainable parameters; all must be covered by the rule."""
-        if call.module is None:
-            return {}
-        names: dict[str, str] = {}
-        for key, parameter in call.module.named_parameters():
-            name = self._parameter_name(parameter)
-            if name is None:
-                continue
-            if key not in local.parameters:
-                raise UnboundedError(
-                    f"the rule of '{call.name}' ({type(call.module).__name__}) gives no bound for its trainable parameter"
-                    f" '{key}'. Add parameters={{{key!r}: ...}} to its Local, or freeze it with requires_grad_(False)"
-                )
-            names[key] = name
-        return names
+        device, forward, end = self.device, self._forward(), self.index[self._output]
+        output = _tensor(forward.values[end], device)
+        cotangents: list[Number] = [0.0] * len(self.index)
+        start = loss_constant(output) if callable(loss_constant) else loss_constant
+        cotangents[end] = times(start, forward.rounding.cast)
+        names = self._names()
+        deltas: dict[str, Number] = dict.fromkeys(names.values(), 0.0)
+        trail: list[tuple[str, str, Number, Number, tuple[str, ...]]] = []
+        for step, call, local, slack in reversed(forward.calls):
+            g = cotangents[step.index]
+            inner = times(least(g, local.cotangent_cap), slack)
+            for i, gain in zip(step.sources, local.gains, strict=True):
+                cotangents[i] = cotangents[i] + times(gain, inner)
+            own = _module_parameters(call, local, names)
+            for key, name in own.items():
+                deltas[name] = deltas[name] + times(local.parameters[key], inner)
+            trail.append((step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
+        for node in self.constants:
+            own_name = names.get(id(self._attribute(node))) if node.op == "get_attr" else None
+            if own_name is not None:
+                deltas[own_name] = deltas[own_name] + cotangents[self.index[node]]
+        lipschitz = _tensor(forward.lipschitz[end], device)
+        bounds = {name: _tensor(delta, device) for name, delta in deltas.items()}
+        return Sweep(bounds, lipschitz, output, tuple(reversed(trail)))
 
 
-def _kind(node: fx.Node, call: Call) -> str:
-    if call.module is not None:
-        return type(call.module).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+def _combine(step: Step, local: Local, norms: list[Number]) -> Number:
+    """Σ L_j N_j, or √Σ (L_j N_j)²."""
+    if len(local.gains) != len(norms):
+        raise UnsupportedOperationError(
+            f"the rule of '{step.name}' ({step.kind}) gives {len(local.gains)} gains for {len(norms)} tensor inputs; one each"
+        )
+    terms = [times(gain, norm) for gain, norm in zip(local.gains, norms, strict=True)]
+    return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)
+
+
+def _module_parameters(call: Call, local: Local, trainable: Mapping[int, str]) -> dict[str, str]:
+    """Local → model-wide name of the module's trainable parameters; all must be covered by the rule."""
+    if call.module is None:
+        return {}
+    names: dict[str, str] = {}
+    for key, parameter in call.module.named_parameters():
+        name = trainable.get(id(parameter))
+        if name is None:
+            continue
+        if key not in local.parameters:
+            raise UnboundedError(
+                f"the rule of '{call.name}' ({type(call.module).__name__}) gives no bound for its trainable parameter"
+                f" '{key}'. Add parameters={{{key!r}: ...}} to its Local, or freeze it with requires_grad_(False)"
+            )
+        names[key] = name
+    return names

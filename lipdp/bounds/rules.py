@@ -9,15 +9,14 @@ A rule states, for y = f(x₁, …, x_k; θ) on ONE sample and Euclidean norms:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from lipdp.errors import UnsupportedLayerError, UnsupportedOperationError
+from lipdp.errors import MixesSamplesError, UnsupportedOperationError
 
 Number: TypeAlias = "float | Tensor"
 
@@ -25,6 +24,8 @@ Number: TypeAlias = "float | Tensor"
 @dataclass(frozen=True)
 class Local:
     """What one operation does to norms. Numbers are floats or 0-dim float64 tensors (never read on the host).
+
+    What is unbounded is the float ∞; a number computed from weights is a tensor.
 
     Attributes:
         gains: Lipschitz constant in each tensor input, in the order of `Call.inputs`.
@@ -48,6 +49,33 @@ class Local:
     exact: bool = False
 
 
+def times(first: Number, second: Number) -> Number:
+    """The product of two norms; a float 0 or ∞ wins, so that an unbounded value never turns into NaN.
+
+    >>> times(0.0, math.inf), times(math.inf, torch.tensor(0.0))
+    (0.0, inf)
+    """
+    plain = [number for number in (first, second) if not isinstance(number, Tensor)]
+    if 0 in plain:
+        return 0.0
+    return math.inf if math.inf in plain else first * second
+
+
+def least(first: Number, second: Number) -> Number:
+    """The smaller of two norms.
+
+    >>> least(2.0, torch.tensor(3.0))
+    tensor(2.)
+    """
+    if not isinstance(first, Tensor):
+        if not isinstance(second, Tensor):
+            return min(first, second)
+        first, second = second, first
+    if isinstance(second, Tensor):
+        return torch.minimum(first, second)
+    return first if second == math.inf else first.clamp(max=second)
+
+
 @dataclass(frozen=True)
 class Input:
     """One tensor input of a call.
@@ -55,12 +83,14 @@ class Input:
     Attributes:
         shape: of one sample (no batch axis); for a constant, its own shape.
         value: X, a bound on its norm.
-        constant: the tensor itself where it is a parameter or buffer of the model, else None.
+        constant: the tensor itself where it does not depend on the sample (a parameter, a buffer), else None.
+        parts: a tuple of tensors (the result of `chunk`); `shape` then counts all their entries.
     """
 
     shape: tuple[int, ...]
-    value: Tensor
+    value: Number
     constant: Tensor | None = None
+    parts: bool = False
 
     @property
     def numel(self) -> int:
@@ -76,7 +106,8 @@ class Call:
         module: the module called, or None for a function or method.
         inputs: the tensor inputs.
         output_shape: of one sample.
-        args, kwargs: the call's arguments; every tensor is replaced by its `Input`.
+        args, kwargs: the call's arguments; every tensor is replaced by its `Input`, every number computed from shapes by
+            its value, unless it depends on the batch size.
         dtype: what the forward pass computes in (float32, float64, or bfloat16 under autocast).
     """
 
@@ -103,6 +134,21 @@ class Call:
         return weight.to(self.dtype) if self.dtype.itemsize < weight.dtype.itemsize else weight
 
 
+def own_axes(call: Call, source: Input, dims: Sequence[int]) -> list[int]:
+    """Axes of a tensor, made positive; refuses the batch axis and what is no axis."""
+    ndim = len(source.shape) + 1
+    if not all(isinstance(d, int) and -ndim <= d < ndim for d in dims):
+        raise UnsupportedOperationError(
+            f"'{call.name}' works on the axes {tuple(dims)} of a {ndim}-D tensor; name axes of one sample, 1 to {ndim - 1}"
+        )
+    axes = [d % ndim for d in dims]
+    if 0 in axes:
+        raise MixesSamplesError(
+            f"'{call.name}' reduces, splits or reorders the batch axis: samples would influence each other"
+        )
+    return axes
+
+
 Rule: TypeAlias = Callable[[Call], Local]
 _RULES: dict[Hashable, Rule] = {}
 
@@ -110,8 +156,8 @@ _RULES: dict[Hashable, Rule] = {}
 def rule(*targets: Hashable) -> Callable[[Rule], Rule]:
     """Register a rule for module classes, functions, or (as strings) tensor methods.
 
-    A module's rule also serves subclasses that inherit its `forward` unchanged, no others. Registering a target again
-    replaces its rule.
+    A module's rule also serves subclasses that override nothing of it (but `__init__` and the like), no others.
+    Registering a target again replaces its rule.
 
     Args:
         targets: e.g. `MyLayer`, `torch.relu`, `"relu"`.
@@ -140,27 +186,27 @@ HOW_TO_REGISTER = (
 )
 
 
+_HARMLESS = {"extra_repr", "reset_parameters", "project_", "weight_matrix"}  # what a subclass may override
+
+
 def find_module_rule(module: nn.Module) -> Rule | None:
-    """The rule of a module's class, or of the base class whose `forward` it inherits unchanged."""
-    for base in type(module).__mro__:
+    """The rule of a module's class, or of a base class of which it overrides nothing that the forward pass may use."""
+    kind = type(module)
+    for base in kind.__mro__:
         if base in _RULES:
-            return _RULES[base] if base.forward is type(module).forward else None  # type: ignore[attr-defined]
+            subclasses = kind.__mro__[: kind.__mro__.index(base)]
+            changed = any(_changes(name, base) for sub in subclasses for name in vars(sub))
+            return None if changed else _RULES[base]
     return None
 
 
+def _changes(name: str, base: type) -> bool:
+    special = name.startswith("__") and name not in ("__call__", "__getattr__", "__getattribute__")
+    return not special and name not in _HARMLESS and hasattr(base, name)
+
+
 def module_rule(name: str, module: nn.Module) -> Rule:
-    """The rule of a leaf module; refuses what changes the module behind the rule's back."""
-    if parametrize.is_parametrized(module):
-        raise UnsupportedLayerError(
-            f"'{name}' ({type(module).__bases__[0].__name__}) is reparametrised:"
-            " the gradient of the raw weight behind a spectral-norm or Björck"
-            " parametrisation is not bounded. Use the layers of lipdp.nn, or lipdp.nn.from_torchlip(model)"
-        )
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise UnsupportedLayerError(
-            f"'{name}' ({type(module).__name__}) carries forward or backward hooks, which can change values or"
-            " gradients where no rule sees it; remove them before computing a sensitivity"
-        )
+    """The rule of a leaf module."""
     found = find_module_rule(module)
     if found is None:
         raise UnsupportedOperationError(

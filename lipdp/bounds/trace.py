@@ -2,112 +2,234 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from deel import torchlip
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 from lipdp.bounds.rules import find_module_rule
-from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedOperationError
+from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 
-_BATCH = 5  # an unusual batch size, so that a hard-coded one shows
+_SHAPE_QUERIES = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", len, torch.numel}
+_SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 
 
 class _Tracer(fx.Tracer):
     """Stops at every module that has a rule; looks inside the others, torch's leaves excepted."""
 
+    proxy_buffer_attributes = True  # what is computed from a buffer stays in the graph and follows its value
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (nn.Sequential, nn.ModuleList)):
-            return False
         return find_module_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-class _Shapes(fx.Interpreter):
-    """Runs the graph once and keeps every node's output shape and the inputs' constants."""
+# --- what cannot be traced -------------------------------------------------------------------------------------------
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[fx.Node, torch.Size] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.shapes[n] = result.shape
-        return result
+def check_modules(model: nn.Module) -> None:
+    """Refuse what mixes samples, and what changes values or gradients behind the rules' back: hooks, patches, …"""
+    for path, module in model.named_modules():
+        name = f"'{path or 'the model'}' ({type(module).__name__})"
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, torchlip.BatchLipNorm)):
+            raise MixesSamplesError(
+                f"{name} uses or keeps statistics of the batch: one record changes the outputs of others, so no per-sample"
+                " bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the first trainable layer"
+            )
+        if parametrize.is_parametrized(module):
+            raise UnsupportedLayerError(
+                f"{name} is reparametrised: the gradient of the raw weight behind a spectral-norm or Björck"
+                " parametrisation is not bounded. Use the layers of lipdp.nn, or lipdp.nn.from_torchlip(model)"
+            )
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedLayerError(
+                f"{name} carries forward or backward hooks, which can change values or gradients where no rule sees it;"
+                " remove them before computing a sensitivity"
+            )
+        if "forward" in vars(module) and path:
+            raise UnsupportedLayerError(f"{name} has a `forward` patched onto the instance; subclass it instead")
+    for path, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise UnsupportedLayerError(
+                f"the parameter '{path}' carries gradient hooks, which can scale its gradient beyond the bound; remove them"
+            )
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """The model's graph; an `UnsupportedOperationError` where torch.fx cannot follow the code."""
-    tracer = _Tracer()
+    """The model's graph in the mode it is in; an `UnsupportedOperationError` where torch.fx cannot follow the code."""
+    root = model
     if find_module_rule(model) is not None or not list(model.children()):
-        model = nn.Sequential(model)  # a single layer is a graph with one leaf
-        prefix = True
-    else:
-        prefix = False
+        root = nn.Sequential(model)  # a single layer is a graph with one leaf
+    traced = _trace(root)
+    with mode(model, not model.training):
+        other = _trace(root)
+    if _script(traced.graph) != _script(other.graph):
+        raise UnsupportedOperationError(
+            f"the forward of {type(model).__name__} does something else in training than in evaluation mode, so that a bound"
+            " of one would be no bound of the other. Move that part into a module and register a rule that covers both"
+        )
+    traced.meta["prefix"] = "" if root is model else "0."
+    return traced
+
+
+def _trace(root: nn.Module) -> fx.GraphModule:
+    attributes = set(vars(root))
     try:
-        graph = tracer.trace(model)
+        return fx.GraphModule(root, _Tracer().trace(root))
     except LipdpError:
         raise
     except Exception as error:  # torch.fx raises whatever the traced code raises
         raise UnsupportedOperationError(
-            f"torch.fx cannot trace {type(model).__name__}: {error}. Avoid Python branches on tensor values, or register a"
+            f"torch.fx cannot trace {type(root).__name__}: {error}. Avoid Python branches on tensor values, or register a"
             " rule for the submodule that contains them (lipdp.bounds.rule)"
         ) from error
-    module = fx.GraphModule(model, graph)
-    module.meta["prefix"] = "0." if prefix else ""
-    return module
+    finally:  # the tracer leaves the constants it met on the model
+        for name in set(vars(root)) - attributes:
+            delattr(root, name)
 
 
-def probe_input(model: nn.Module, input_shape: tuple[int, ...], *, batch: int = _BATCH) -> Tensor:
-    """A batch of random samples in the dtype and on the device of the model's parameters."""
-    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *input_shape, generator=generator)
-    return x.to(device=reference.device, dtype=reference.dtype)
+def _script(graph: fx.Graph) -> list[str]:
+    """The calls of a graph, but for the argument `training` (dropout's rule covers both modes)."""
+    return [
+        f"{n.op} {n.target} {n.args} { {k: v for k, v in n.kwargs.items() if k != 'training'} }" for n in graph.nodes
+    ]
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a run showed of one node.
+
+    Attributes:
+        kind: a tensor with one entry a sample, a tuple of such tensors, a tensor without samples, or a plain value.
+        shape: of one sample (of the whole tensor for a constant; all parts together for a tuple).
+        value: the plain value; `None` where it depends on the batch size.
+    """
+
+    kind: Literal["sample", "parts", "constant", "plain"]
+    shape: tuple[int, ...] = ()
+    value: Any = None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and keeps every result; refuses to read what was overwritten in place."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self._versions: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        for source in n.all_input_nodes:
+            if _version(self.env[source]) != self._versions[source]:
+                raise UnsupportedOperationError(
+                    f"node '{n.name}' reads '{source.name}' after it was overwritten in place, so that its bound is not the"
+                    " one computed; use the out-of-place form (x = x + y, inplace=False)"
+                )
+        result = super().run_node(n)
+        for source in n.all_input_nodes:
+            if source.op == "get_attr" and _version(self.env[source]) != self._versions[source]:
+                raise UnsupportedOperationError(f"node '{n.name}' overwrites '{source.target}', a tensor of the model")
+        self._versions[n] = _version(result)
+        return result
+
+
+def _version(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value._version
+    return [v._version for v in value] if _is_parts(value) else None
+
+
+def _is_parts(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, Tensor) for v in value)
 
 
 @torch.no_grad()
-def sample_shapes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, tuple[int, ...]]:
-    """Per node the shape of one sample (of the whole tensor for a constant)."""
-    interpreter = _Shapes(graph)
+def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Node]:
+    """Run the graph on the batch and on its first sample, and say what every node is.
+
+    Raises:
+        MixesSamplesError: a tensor whose first axis is not the batch, or whose other axes depend on its size.
+    """
+    many, one = _run(graph, x), _run(graph, x[:1])
+    nodes: dict[fx.Node, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            continue
+        pair = many[node], one[node]
+        sources = [nodes[s].kind for s in node.all_input_nodes]
+        from_sample = node.op == "placeholder" or "sample" in sources or "parts" in sources
+        if isinstance(pair[0], Tensor):
+            nodes[node] = _sample_node(node, pair, len(x)) if from_sample else _constant_node(node, pair)
+        elif _is_parts(pair[0]):
+            parts = [_sample_node(node, p, len(x)) for p in zip(*pair, strict=True)]
+            nodes[node] = Node("parts", (sum(torch.Size(p.shape).numel() for p in parts),))
+        else:
+            _check_query(node, from_sample)
+            same = type(pair[0]) is type(pair[1]) and pair[0] == pair[1]
+            nodes[node] = Node("plain", value=pair[0] if same else None)
+    return nodes
+
+
+def _run(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Any]:
+    recorder = _Recorder(graph)
     try:
-        interpreter.run(x)
+        recorder.run(x)
     except LipdpError:
         raise
     except Exception as error:  # a shape the model does not accept raises whatever torch raises
         raise UnsupportedOperationError(
-            f"the model does not accept inputs of shape (N, *{tuple(x.shape[1:])}): {error}"
+            f"the model does not accept a batch of {len(x)} inputs of shape {tuple(x.shape[1:])}: {error}"
         ) from error
-    shapes: dict[fx.Node, tuple[int, ...]] = {}
-    for node, shape in interpreter.shapes.items():
-        if node.op == "get_attr":
-            shapes[node] = tuple(shape)
-        elif not shape or shape[0] != len(x):
+    return recorder.env
+
+
+def _sample_node(node: fx.Node, pair: tuple[Tensor, Tensor], count: int) -> Node:
+    many, one = (tuple(t.shape) for t in pair)
+    for shape, size in ((many, count), (one, 1)):
+        if not shape or shape[0] != size:
             raise MixesSamplesError(
-                f"node '{node.name}' turns a batch of {len(x)} samples into a tensor of shape {tuple(shape)}: the first"
-                " axis must stay the batch, one entry a sample"
+                f"node '{node.name}' turns a batch of {size} samples into a tensor of shape {shape}: the first axis must"
+                " stay the batch, one entry a sample"
             )
-        else:
-            shapes[node] = tuple(shape[1:])
-    return shapes
-
-
-def check_samples_apart(model: nn.Module, x: Tensor) -> None:
-    """Perturb one sample and look at the others' outputs: they must not change at all.
-
-    A dynamic check beside the rules: it catches what hides inside a module with a (wrong) user rule.
-    """
-    was_training = model.training
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model.eval()  # dropout draws per batch; whatever mixes in evaluation mode mixes in training mode too
-        try:
-            base, moved = x.clone(), x.clone()
-            moved[0] = moved[0] + torch.rand_like(moved[0]) + 1.0
-            before, after = model(base), model(moved)
-        finally:
-            model.train(was_training)
-    if not torch.allclose(before[1:], after[1:], rtol=1e-5, atol=1e-6, equal_nan=True):
+    if many[1:] != one[1:]:
         raise MixesSamplesError(
-            f"changing one sample changed the output of others by up to {(before[1:] - after[1:]).abs().max().item():.3g}:"
-            f" {type(model).__name__} mixes the samples of a batch, so no per-sample bound exists"
+            f"the shape of node '{node.name}' depends on the batch size: {many[1:]} for {count} samples, {one[1:]} for one"
+        )
+    return Node("sample", many[1:])
+
+
+def _constant_node(node: fx.Node, pair: tuple[Tensor, Tensor]) -> Node:
+    if pair[0].shape != pair[1].shape or not torch.equal(pair[0], pair[1]):
+        raise UnsupportedOperationError(
+            f"node '{node.name}' makes a tensor that is random or depends on the batch size; only constants have a bound"
+        )
+    return Node("constant", tuple(pair[0].shape))
+
+
+def _check_query(node: fx.Node, from_sample: bool) -> None:
+    """A plain value taken from a sample may be its shape, never its entries."""
+    is_attribute = node.target is getattr and node.args[1] in _SHAPE_ATTRIBUTES
+    if from_sample and not is_attribute and node.target not in _SHAPE_QUERIES and node.target is not operator.getitem:
+        raise UnsupportedOperationError(
+            f"node '{node.name}' reads numbers out of a tensor of samples; a bound needs tensors all the way"
         )

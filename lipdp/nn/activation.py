@@ -1,7 +1,8 @@
 """Sorting activations: 1-Lipschitz and gradient-norm-preserving.
 
-`GroupSort`, `FullSort`, `MaxMin`, `LPReLU` and `HouseHolder` are deel-torchlip's modules, used as they are. `GroupSort2`
-is ours for speed: it pairs channel j with channel j + C/2, so that both halves are contiguous.
+`MaxMin`, `LPReLU` and `HouseHolder` are deel-torchlip's modules, used as they are. Its `GroupSort` is not: it sorts pairs
+by `min` and `max`, which send both gradients to one entry where the two are equal (zeros are), so that cotangents grow by
+√2. `GroupSort2` is ours for speed: it pairs channel j with channel j + C/2, so that both halves are contiguous.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deel.torchlip import FullSort, GroupSort, HouseHolder, LPReLU, MaxMin
+from deel import torchlip
+from deel.torchlip import HouseHolder, LPReLU, MaxMin
 from torch import Tensor, nn
 
 from lipdp.errors import ParameterError
@@ -79,6 +81,39 @@ class _MaxMin(torch.autograd.Function):
 def _batched(info: Any, in_dim: int | None, x: Tensor) -> Tensor:
     """`x` with the axis that vmap maps over in front."""
     return x.expand(info.batch_size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
+
+
+class GroupSort(torchlip.GroupSort):
+    """Sort groups of channels (axis 1) in ascending order: a permutation, also where entries are equal.
+
+    Args:
+        group_size: channels in a group; None sorts all of them.
+        k_coef_lip: k, the Lipschitz constant.
+
+    >>> lipdp.nn.GroupSort(2)(torch.tensor([[5.0, 1.0, 2.0, 3.0]]))
+    tensor([[1., 5., 2., 3.]])
+
+    Source: Anil, Lucas & Grosse (2019), section 4.3; name and meaning from deel-torchlip.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels = input.shape[1]
+        size = min(self.group_size or channels, channels)
+        if channels % size:
+            raise ParameterError(f"GroupSort: {channels} channels do not divide into groups of {size}")
+        groups = input.unflatten(1, (channels // size, size))
+        return groups.sort(dim=2).values.flatten(1, 2) * self._coefficient_lip
+
+
+class FullSort(GroupSort):
+    """`GroupSort` of all channels.
+
+    >>> lipdp.nn.FullSort()(torch.tensor([[5.0, 1.0, 2.0]]))
+    tensor([[1., 2., 5.]])
+    """
+
+    def __init__(self, k_coef_lip: float = 1.0) -> None:
+        super().__init__(None, k_coef_lip)
 
 
 class GroupSort2(nn.Module):

@@ -17,21 +17,25 @@ def per_sample_norm(x: Tensor) -> Tensor:
     return norm.view(-1, *[1] * (x.dim() - 1))
 
 
-def clip_norm(x: Tensor, bound: float) -> Tensor:
-    """Scale every sample of (N, *) to norm at most `bound`; zero stays zero."""
-    norm = per_sample_norm(x)
-    factor = (bound / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
+def clip_norm(x: Tensor, bound: float | Tensor, radius: float | Tensor | None = None) -> Tensor:
+    """Project every sample of (N, *) on the ball of that radius, then scale the ball to `radius` (no scaling by default).
+
+    What is inside keeps its place, zero stays zero, and gradients stay finite.
+    """
+    factor = (bound if radius is None else radius) / per_sample_norm(x).clamp_min(bound)
     return x * factor.to(x.dtype)
 
 
 class ValueClip(nn.Module):
-    r"""Projection of every sample on the ball of radius c: :math:`x \mapsto x \min(1, c/\|x\|)`.
+    r"""Projection of every sample on the ball of radius c, then scaling to radius r: :math:`x \mapsto \tfrac rc x \min(1, c/\|x\|)`.
 
-    The projection on a convex set is 1-Lipschitz, so cotangents do not grow, and ‖y‖ ≤ min(X, c). It tightens the
-    sensitivity of the layer behind it at the price of a bias on the samples it clips.
+    The projection on a convex set is 1-Lipschitz, so cotangents grow by r/c at most, and ‖y‖ ≤ r/c min(X, c). It tightens
+    the sensitivity of the layer behind it at the price of a bias on the samples it clips. With c below nearly all norms
+    it normalises: every sample leaves with norm r, and the bound is tight.
 
     Args:
         bound: c > 0.
+        radius: r > 0, by default c (no scaling).
 
     >>> lipdp.nn.ValueClip(1.0)(torch.tensor([[3.0, 4.0]]))
     tensor([[0.6000, 0.8000]])
@@ -39,15 +43,16 @@ class ValueClip(nn.Module):
     Source: Stevens et al. (2022), section 4 (clipping of layer inputs).
     """
 
-    def __init__(self, bound: float) -> None:
+    def __init__(self, bound: float, radius: float | None = None) -> None:
         super().__init__()
         self.bound = check_positive("bound", bound)
+        self.radius = self.bound if radius is None else check_positive("radius", radius)
 
     def forward(self, input: Tensor) -> Tensor:
-        return clip_norm(input, self.bound)
+        return clip_norm(input, self.bound, self.radius)
 
     def extra_repr(self) -> str:
-        return f"bound={self.bound}"
+        return f"bound={self.bound}" + (f", radius={self.radius}" if self.radius != self.bound else "")
 
 
 class InputBound(ValueClip):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from deel import torchlip
@@ -48,8 +47,3 @@ def check_centering_axes(dim: Sequence[int], ndim: int) -> list[int]:
             " influence each other; choose axes of one sample, e.g. dim=(-1,) for an input (N, d)"
         )
     return axes
-
-
-def broadcast_factor(num_features: int, shape: Sequence[int]) -> float:
-    """√(number of entries of a sample that share one bias entry)."""
-    return math.sqrt(math.prod(shape) / num_features)

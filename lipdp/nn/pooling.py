@@ -1,8 +1,8 @@
 """1-Lipschitz poolings over windows that do not overlap.
 
-deel-torchlip's `ScaledAvgPool2d` and `InvertibleDownSampling` / `InvertibleUpSampling` are used as they are, without
-`ceil_mode` and `divisor_override`, which break the constant. Its L2-norm pooling is not: the gradient of
-`torch.nn.LPPool2d` is NaN on a window of zeros, which every MNIST border is.
+deel-torchlip's `ScaledAvgPool2d` is used as it is, without `ceil_mode` and `divisor_override`, which break the constant.
+Its L2-norm pooling is not: the gradient of `torch.nn.LPPool2d` is NaN on a window of zeros, which every MNIST border is.
+Nor are its pixel shuffles, which refuse an empty batch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from deel import torchlip
-from deel.torchlip import InvertibleDownSampling, InvertibleUpSampling, ScaledAdaptiveAvgPool2d
+from deel.torchlip import ScaledAdaptiveAvgPool2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,3 +101,43 @@ class ScaledL2NormPool2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"
+
+
+class InvertibleDownSampling(torchlip.InvertibleDownSampling):
+    """Move k x k pixels into k² channels: (N, C, H, W) to (N, C k², H/k, W/k). Only moves numbers around.
+
+    Args:
+        kernel_size: k, which divides H and W.
+
+    >>> lipdp.nn.InvertibleDownSampling(2)(torch.zeros(0, 3, 4, 6)).shape
+    torch.Size([0, 12, 2, 3])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        k = self.downscale_factor
+        _check_divides(k, input.shape[-2], input.shape[-1])
+        blocks = input.unflatten(-1, (input.shape[-1] // k, k)).unflatten(-3, (input.shape[-2] // k, k))
+        return blocks.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+class InvertibleUpSampling(torchlip.InvertibleUpSampling):
+    """The inverse: (N, C k², H, W) to (N, C, H k, W k).
+
+    Args:
+        kernel_size: k; k² divides the channels.
+
+    >>> x = torch.randn(2, 3, 4, 4)
+    >>> torch.equal(lipdp.nn.InvertibleUpSampling(2)(lipdp.nn.InvertibleDownSampling(2)(x)), x)
+    True
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        k = self.upscale_factor
+        _check_divides(k * k, input.shape[1])
+        blocks = input.unflatten(1, (input.shape[1] // (k * k), k, k))
+        return blocks.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+
+
+def _check_divides(factor: int, *sizes: int) -> None:
+    if any(size % factor for size in sizes):
+        raise ParameterError(f"{factor} does not divide {' x '.join(map(str, sizes))}: no way to rearrange the pixels")

@@ -1,0 +1,115 @@
+"""Checks that run the model: that its graph is faithful, and that its samples stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx, nn
+
+from lipdp.bounds.trace import mode
+from lipdp.errors import MixesSamplesError, UnsupportedOperationError
+
+_BATCH = 6  # an unusual batch size, so that a hard-coded one shows; a second run has one sample
+
+
+def probe_input(model: nn.Module, input_shape: tuple[int, ...], *, batch: int = _BATCH) -> Tensor:
+    """A batch of random samples in the dtype and on the device of the model's parameters."""
+    reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *input_shape, generator=generator)
+    return x.to(device=reference.device, dtype=reference.dtype)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the model without lasting effects: buffers and the state of the random generators are put back."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+
+
+def _outputs_and_gradients(
+    forward: nn.Module, x: Tensor, parameters: list[nn.Parameter], *, first: float = 1.0
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Outputs, and the gradients of a linear function of them by the input and by the parameters.
+
+    The cotangent is another one for every sample, counted from the last; that of the first is multiplied by `first`.
+    """
+    torch.default_generator.manual_seed(0x11D9)  # the same dropout every time
+    if x.is_cuda:
+        torch.cuda.manual_seed_all(0x11D9)
+    x = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = forward(x)
+        rows = out.reshape(len(out), -1)
+        cotangents = torch.linspace(1.0, 2.0, rows.shape[1], device=out.device, dtype=out.dtype)
+        cotangents = cotangents * torch.arange(len(out), 0, -1, device=out.device, dtype=out.dtype).unsqueeze(1)
+        cotangents[0] *= first
+        total = (rows * cotangents).sum()
+    if not total.requires_grad:
+        return out.detach(), torch.zeros_like(x), [None] * len(parameters)
+    grads = torch.autograd.grad(total, [x, *parameters], allow_unused=True)
+    return out.detach(), torch.zeros_like(x) if grads[0] is None else grads[0], list(grads[1:])
+
+
+def _close(first: Tensor, second: Tensor) -> bool:
+    """Equal up to the rounding of the dtype, relative to the largest entry (whatever the scale of the model)."""
+    scale = float(first.abs().nan_to_num().amax()) if first.numel() else 0.0
+    tolerance = 1e3 * torch.finfo(first.dtype).eps
+    return torch.allclose(first, second, rtol=0.0, atol=tolerance * scale, equal_nan=True)
+
+
+def check_faithful(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> set[str]:
+    """Compare the graph with the model, outputs and gradients; returns the parameters that get a gradient.
+
+    torch.fx records what a custom `autograd.Function` does forwards and forgets its backward; a hook on the model itself
+    is not recorded either. Both show here.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with untouched(model):
+        expected = _outputs_and_gradients(model, x, list(named.values()))
+        traced = _outputs_and_gradients(graph, x, list(named.values()))
+    same = _close(expected[0], traced[0]) and _close(expected[1], traced[1])
+    for first, second in zip(expected[2], traced[2], strict=True):
+        same = same and (first is None) == (second is None)
+        same = same and (first is None or second is None or _close(first, second))
+    if not same:
+        raise UnsupportedOperationError(
+            f"the graph that torch.fx traced from {type(model).__name__} does not compute the same values and gradients as"
+            " the model: it has a custom autograd.Function, draws random numbers, or its `forward` was patched. Put that"
+            " part into a module of its own and register a rule for it (lipdp.bounds.rule)"
+        )
+    return {name for name, grad in zip(named, expected[2], strict=True) if grad is not None}
+
+
+def check_samples_apart(model: nn.Module, x: Tensor) -> None:
+    """Change one sample, then leave it out, and look at the others: outputs and gradients must not change at all.
+
+    A dynamic check beside the rules: it catches what hides inside a module with a (wrong) user rule.
+    """
+    moved = x.clone()
+    moved[0] = 2 * moved[0].flip(-1) + 1.0
+    with untouched(model):
+        for training in (True, False):
+            with mode(model, training):
+                base = _outputs_and_gradients(model, x, [])
+                changes = {"changing": _outputs_and_gradients(model, moved, [], first=-3.0)}
+                if not training:  # in training mode dropout draws by the shape of the batch
+                    changes["leaving out"] = _outputs_and_gradients(model, x[1:], [])
+            for change, after in changes.items():
+                for what, first, second in zip(("output", "gradient"), base[:2], after[:2], strict=True):
+                    second = second[-len(x) + 1 :]
+                    if not _close(first[1:], second):
+                        raise MixesSamplesError(
+                            f"{change} one sample changed the {what} of others by up to"
+                            f" {(first[1:] - second).abs().max().item():.3g}: {type(model).__name__} mixes the samples of a"
+                            " batch, so no per-sample bound exists"
+                        )

@@ -1,0 +1,235 @@
+"""Try to break a bound: of a model, of one layer, of a loss."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lipdp.bounds import BoundGraph
+from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.losses import LipschitzLoss, as_lipschitz
+from lipdp.nn.gates import InputBound
+from lipdp.relation import Relation
+from lipdp.sensitivity import Sensitivity, read_sweep
+from lipdp.testing.attack import INPUT, Ascent, Objective, findings
+from lipdp.testing.inputs import (
+    WEIGHTS,
+    ProbeLoss,
+    example_targets,
+    input_radius,
+    starting_inputs,
+    weight_settings,
+)
+from lipdp.testing.nodes import autocast, batch_findings, node_findings, pair_findings
+from lipdp.testing.report import Finding, Report, default_tolerance
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard to look.
+
+    Attributes:
+        starts: Gaussian starting inputs, beside the patterns.
+        climbs: ascents per parameter, from the best starts.
+        steps: of every ascent.
+        targets: at most so many targets are tried from every start.
+    """
+
+    starts: int = 8
+    climbs: int = 3
+    steps: int = 15
+    targets: int = 12
+
+    def __post_init__(self) -> None:
+        for name in ("starts", "climbs", "steps", "targets"):
+            if getattr(self, name) < (0 if name in ("starts", "steps") else 1):
+                raise ParameterError(f"falsify: {name}={getattr(self, name)} is too small")
+
+
+def falsify(
+    model: nn.Module,
+    loss: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    weights: Sequence[str] = tuple(WEIGHTS),
+    starts: int = 8,
+    climbs: int = 3,
+    steps: int = 15,
+    targets: Tensor | None = None,
+    radius: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    forward_dtype: torch.dtype | None = None,
+    raise_on_violation: bool = True,
+) -> Report:
+    r"""Search for a record whose gradient exceeds `lipdp.sensitivity(model, loss, input_shape)`.
+
+    For every setting of the weights and every trainable parameter, the ratio :math:`\|\nabla_\theta \ell(x, y)\| / \Delta_\theta`
+    of one sample is maximised over inputs x in all of R^n and over targets y: patterns (constant, checkerboard, borders,
+    single entries, zero, tiny, huge) and Gaussian starts with every target, then gradient ascent from the best. The same
+    inputs are held against X and G of every operation, against the Lipschitz constant (input gradients and pairs), and the
+    worst samples are added to a batch, whose summed gradient must not move by more than Δ.
+
+    It proves nothing when it finds nothing; it is a test of rules, as a fuzzer is a test of parsers. The model given is not
+    touched: the attack works on a copy.
+
+    Args:
+        model: as for `sensitivity`; begins with `InputBound`.
+        loss: as for `sensitivity`.
+        input_shape: of one sample.
+        weights: settings to attack, names in `lipdp.testing.WEIGHTS`: "given", "sampled" from the constraint, after 50
+            "noisy steps" with projection, "constant" and "rank one" kernels, "scaled" beyond the constraint.
+        starts: Gaussian starting inputs, beside about a dozen patterns.
+        climbs, steps: ascents per parameter, and the length of each.
+        targets: (n, ...) targets to try; default: `example_targets(loss, number of outputs)`.
+        radius: norm of the starting inputs; default: that of the first `InputBound` or `ValueClip`.
+        dtype: float64, or float32 to include its rounding.
+        forward_dtype: attack the forward pass under autocast to this dtype (the model is then float32).
+
+    Returns:
+        `Report`: per quantity the worst ratio and the input that reached it.
+
+    Raises:
+        BoundViolation: a ratio above 1 (+ 1e-9 in float64, + 1e-5 in float32), unless `raise_on_violation=False`.
+
+    >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
+    >>> report = lipdp.testing.falsify(model, lipdp.losses.CategoricalHinge(), (4,), steps=5)
+    >>> 0.99 < report.ratios["1.weight"] <= 1
+    True
+    """
+    unknown = [name for name in weights if name not in WEIGHTS]
+    if unknown:
+        raise UnknownNameError("setting of the weights", unknown[0], WEIGHTS)
+    copied = copy.deepcopy(model).to(torch.float32 if forward_dtype is not None else dtype)
+    graph = BoundGraph(copied, tuple(input_shape), dtype=forward_dtype or dtype)
+    criterion = as_lipschitz(loss)
+    tried = example_targets(criterion, graph.num_outputs) if targets is None else targets
+    generator = torch.Generator().manual_seed(seed)
+    effort = Effort(starts, climbs, steps)
+    weights = weights if any(True for _ in copied.parameters()) else ("given",)
+    attack = _ModelAttack(graph, criterion, tried, radius or input_radius(copied), effort, forward_dtype, generator)
+    report = Report({}, 0, default_tolerance(graph.dtype))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for name in weight_settings(copied, tuple(weights), generator):
+            report = report.merged(attack.run(name))
+    return report.raise_violations() if raise_on_violation else report
+
+
+@dataclass(frozen=True)
+class _ModelAttack:
+    """Everything that stays the same while the weights change."""
+
+    graph: BoundGraph
+    loss: LipschitzLoss
+    targets: Tensor
+    radius: float
+    effort: Effort
+    autocast: torch.dtype | None
+    generator: torch.Generator
+
+    def declared(self, loss: LipschitzLoss) -> Sensitivity:
+        start = float(loss.constant(float(self.graph.output_bound())))
+        return read_sweep(self.graph.sweep(start), start, Relation.ADD_OR_REMOVE_ONE)
+
+    def run(self, weights: str) -> Report:
+        """One setting of the weights."""
+        declared = self.declared(self.loss)
+        bounds = dict(declared) | {INPUT: declared.lipschitz * declared.loss_constant}
+        found, x, y, how, evaluations = self.climb(self.loss, self.targets, bounds, weights)
+        with autocast(self.graph.device, self.autocast):
+            found |= node_findings(self.graph, self.loss, declared, x, y, how)
+            found |= pair_findings(self.graph.model, declared.lipschitz, x, self.radius)
+        if self.autocast is None:
+            by_parameter = {q: f for q, f in found.items() if q.startswith("gradient of")}
+            found |= batch_findings(self.graph.model, self.loss, declared, by_parameter, x[:8], y[:8])
+        if not isinstance(self.loss, ProbeLoss):
+            probe = ProbeLoss()
+            directions = example_targets(probe, self.graph.num_outputs).to(x.dtype)
+            more = self.climb(probe, directions, {INPUT: declared.lipschitz}, weights)
+            found |= {"Lipschitz constant (of the network alone)": _renamed(next(iter(more[0].values())))}
+            evaluations += more[4]
+        return Report(found, evaluations, default_tolerance(self.graph.dtype))
+
+    def climb(
+        self, loss: LipschitzLoss, targets: Tensor, bounds: dict[str, float], weights: str
+    ) -> tuple[dict[str, Finding], Tensor, Tensor, list[str], int]:
+        """Findings of an ascent, and the inputs it went through: (findings, x, y, how, evaluations)."""
+        objective = Objective(self.graph.model, loss, tuple(bounds), self.autocast)
+        dtype = torch.float64 if self.graph.dtype == torch.float64 else torch.float32
+        limits = torch.tensor([b if b > 0 else 1e-300 for b in bounds.values()], dtype=torch.float64)
+        ascent = Ascent(objective, limits, self.radius)
+        points = starting_inputs(
+            self.graph.input_shape, self.radius, random=self.effort.starts, generator=self.generator
+        )
+        tried = targets.to(dtype) if targets.is_floating_point() else targets
+        tried = tried[torch.randperm(len(tried), generator=self.generator)[: self.effort.targets]]
+        x = torch.stack(list(points.values())).to(dtype).repeat_interleave(len(tried), 0)
+        y = tried.repeat(len(points), *[1] * (tried.dim() - 1))
+        how = [f"weights: {weights}, start: {name}" for name in points for _ in range(len(tried))]
+        norms = ascent.norms(x, y)
+        climbs = min(self.effort.climbs, len(x))
+        ratios = torch.nan_to_num(norms.double() / limits, nan=math.inf)
+        best = ratios.topk(climbs, dim=0).indices.T.reshape(-1)  # the best starts of every parameter
+        which = torch.arange(len(limits)).repeat_interleave(climbs)
+        inside = x[best] * (1 - 1e-6)  # off the sphere, where the projection hides the radial part of the gradient
+        climbed_x, climbed_y, climbed = ascent.run(inside, y[best], which, steps=self.effort.steps)
+        pushed = climbed_x * 1.01  # on the sphere exactly, for what was inside it
+        x, y = torch.cat([x, climbed_x, pushed]), torch.cat([y, climbed_y, climbed_y])
+        norms = torch.cat([norms, climbed, ascent.norms(pushed, climbed_y)])
+        how += [f"{how[int(i)]}, after {self.effort.steps} steps of ascent" for i in best] * 2
+        return findings(objective, limits, norms, x, y, how), x, y, how, ascent.evaluations
+
+
+def _renamed(finding: Finding) -> Finding:
+    return replace(finding, quantity="Lipschitz constant (of the network alone)")
+
+
+def falsify_layer(
+    layer: nn.Module,
+    input_shape: tuple[int, ...],
+    *,
+    radius: float = 1.0,
+    raise_on_violation: bool = True,
+    **options: object,
+) -> Report:
+    r"""Search for an input of norm ≤ `radius` and a cotangent of norm ≤ 1 that break the rule of one layer.
+
+    The layer stands between `InputBound(radius)` and the loss :math:`\langle u, y\rangle` with a free unit vector u, so that
+    all that is tested is its own rule: the bounds of its value, of the cotangent it hands on, and of its parameters.
+
+    Args:
+        layer: any module with a rule.
+        input_shape: of one sample.
+        options: as `falsify`.
+
+    Raises:
+        BoundViolation: as `falsify`.
+
+    >>> lipdp.testing.falsify_layer(lipdp.nn.SpectralLinear(4, 3, bias=True), (4,), steps=5).worst <= 1
+    True
+    """
+    model = nn.Sequential(OrderedDict(bound=InputBound(radius), layer=layer))
+    return falsify(model, ProbeLoss(), input_shape, raise_on_violation=raise_on_violation, **options)  # type: ignore[arg-type]
+
+
+def tightness(model: nn.Module, loss: nn.Module, input_shape: tuple[int, ...], **options: object) -> float:
+    """The share of its bound that an attack reaches on every parameter: 1 means that no bound can be lowered.
+
+    Args: as `falsify`; the weights are those given.
+
+    Returns:
+        the smallest, over the parameters, of the largest ratio found.
+
+    >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 4))
+    >>> lipdp.testing.tightness(model, lipdp.losses.CategoricalHinge(), (4,)) > 0.99
+    True
+    """
+    options = {"weights": ("given",), **options}
+    return min(falsify(model, loss, input_shape, **options).ratios.values())  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -68,9 +67,31 @@ def expand_lists(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
+class _Once(logging.Filter):
+    """Lets the first of several messages of one kind through; a search repeats them by the dozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this kind is new."""
+        new = record.msg not in self._seen
+        self._seen.add(str(record.msg))
+        return new
+
+
+def _speak_up() -> None:
+    """Warnings of the library as notes on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.addFilter(_Once())
+    logging.getLogger("lipdp").handlers = [handler]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Everything a user can get wrong ends in one message on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr)
+    _speak_up()
     try:
         app(expand_lists(sys.argv[1:] if arguments is None else arguments), prog_name="lipdp")
     except SystemExit as ended:
@@ -80,15 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         typer.echo(str(interrupt) or "interrupted", err=True)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError:
         return _refuse("out of memory; try --microbatch 256, or a smaller --batch-size")
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if not any(sign in str(error) for sign in ("out of memory", "allocate memory")):
             raise
         return _refuse(f"out of memory ({str(error).splitlines()[0]}); try --microbatch 256, or --device cpu")
     return DONE

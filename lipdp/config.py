@@ -32,7 +32,7 @@ class TrainConfig:
         gate: cotangent gate at the logits, or None: at the loss's constant.
         gate_quantile: follow this quantile of the cotangent norms, from `gate` on; accounted.
         batch_size: B. steps: T; epochs: E instead, T = E N / B rounded.
-        microbatch: samples per forward pass, or None for the whole batch.
+        microbatch: samples per forward pass; None takes 512 on a CPU (steady memory), the whole batch elsewhere.
         optimizer, lr, momentum, schedule: as `lipdp.choices` takes them. ema: decay of the averaged weights.
         device: "auto", "cpu", "cuda", …; threads: of torch on the CPU.
         seed: repeatable draws, for tests: the run is NOT private then.

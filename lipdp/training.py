@@ -23,6 +23,7 @@ from lipdp.runtime import own_random_state, random_state, stop_signals
 
 __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "configure", "train"]
 
+_CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
 NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 
 
@@ -189,7 +190,8 @@ class Trainer:
     def _take_step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        for xb, yb in self.engine.microbatches(x, y, self.config.microbatch or max(len(x), 1)):
+        size = self.config.microbatch or (_CPU_MICROBATCH if self.device.type == "cpu" else max(len(x), 1))
+        for xb, yb in self.engine.microbatches(x, y, size):
             if len(xb):  # an empty batch has no gradient, and its step is noise
                 loss = self.criterion(self.model(xb.float()), yb)
                 loss.backward()

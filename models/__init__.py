@@ -70,7 +70,8 @@ def build(
     `clips` projects the values on the ball of radius clip and scales it to the unit ball, and `gates` bounds the cotangents,
     ‖g‖ ≤ gate, so that a layer between two joints has a sensitivity of at most gate times its own constant: what an
     optimistic bound of the layers in front or behind cannot do. Values have norm at most 1, cotangents at most the loss's
-    constant; both shrink on their way, so bounds well below these clip little.
+    constant; both shrink on their way, so bounds well below these clip little. A clip multiplies the network's Lipschitz
+    constant by 1/clip.
 
     Args:
         name: one of `names()`, or ``"package.module:function"``: the function is called with `input_shape`,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input
+from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input, untouched
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, least, module_rule, times
 from lipdp.bounds.trace import Node, check_modules, inspect_nodes, trace
@@ -149,7 +149,8 @@ class BoundGraph:
         check_modules(model)
         self.module = trace(model)
         x = probe_input(model, self.input_shape)
-        self._facts = inspect_nodes(self.module, x)
+        with untouched(model):
+            self._facts = inspect_nodes(self.module, x)
         self._output = self._find_output()
         self._modules = dict(self.module.named_modules())
         tensors = [n for n, fact in self._facts.items() if fact.kind != "plain"]

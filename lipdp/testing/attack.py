@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,8 @@ class Objective:
     def _vectorised(self, function: Callable[..., Any], *arguments: Tensor) -> Any:
         """The function of every sample by vmap, or None where an operation of the model does not allow it."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")  # vmap falls back to a loop
                 return vmap(function, randomness="different", chunk_size=self.chunk)(*arguments)
         except (RuntimeError, NotImplementedError, ValueError):
             return None

@@ -64,7 +64,8 @@ _RECIPES: dict[tuple[str | None, str | None, str | None], Recipe] = {
         loss_options={"tau": 32.0},
         gate=0.3,
         allocation="min_variance",
-        model_options={"depth": 1},
+        ema=0.9,
+        model_options={"depth": 1, "input_bound": 3.4},
     ),
     ("mnist", "cnn", None): Recipe(
         batch_size=2048,

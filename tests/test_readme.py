@@ -23,7 +23,7 @@ def test_the_quick_start_runs_as_written(capsys):
     epsilon, accuracy = map(float, re.findall(r"\d+\.\d+", printed))
     assert 2.9 < epsilon <= 3.0
     assert accuracy > 0.6  # chance is 0.1; the run is private, so it is not repeatable
-    assert len(BLOCKS[0].strip().splitlines()) <= 26
+    assert len(BLOCKS[0].strip().splitlines()) <= 20
 
 
 def test_the_layer_example_runs_as_written():
@@ -41,9 +41,7 @@ def test_every_command_exists(command):
     assert result.exit_code == 0
 
 
-@pytest.mark.parametrize(
-    "option", sorted(set(re.findall(r"(--[a-z][a-z-]+)", README)) - {"--disable-pip-version-check"})
-)
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`lipdp [^`]*?(--[a-z][a-z-]+)", README))))
 def test_every_option_exists(option):
     helps = [CliRunner().invoke(app, [c, "--help"], terminal_width=200).output for c in ("train", "sensitivity")]
     assert any(option in text for text in helps)

@@ -18,7 +18,7 @@ import torch
 
 import lipdp
 from lipdp import losses
-from lipdp.recipes import recipe
+from lipdp.training.recipes import recipe
 
 KINDS = ("private", "same", "twin")
 Step = Callable[[torch.Tensor, torch.Tensor], None]

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lipdp import data
-from lipdp.datafiles import (
+from lipdp.data.files import (
     read_cifar_batch,
     read_idx,
     read_npz,

@@ -19,7 +19,7 @@ import lipdp.features as features_module
 from lipdp.data import Split, load
 from lipdp.errors import DataError, NonFiniteError, ParameterError, UnknownNameError
 from lipdp.features import Dct, FeatureSpec, apply, features
-from lipdp.scattering import Scattering, _padded_bound, frame_bound
+from lipdp.features.scattering import Scattering, _padded_bound, frame_bound
 
 pytest.importorskip("kymatio", reason='the scattering tests need kymatio: pip install "lipdp[scattering]"')
 

@@ -15,11 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import lipdp
-from lipdp.checkpoint import RunFolder
-from lipdp.choices import LOSSES, make_loss, make_optimizer, make_scheduler
-from lipdp.config import config_from_dict, default_delta
 from lipdp.data import load
-from lipdp.ema import Ema
 from lipdp.errors import (
     CheckpointError,
     DataError,
@@ -29,9 +25,13 @@ from lipdp.errors import (
     ResumeError,
     UnknownNameError,
 )
-from lipdp.evaluation import evaluate
-from lipdp.recipes import _RECIPES, default_model, recipe
 from lipdp.training import Interrupted, Monitor, Trainer, configure, train
+from lipdp.training.checkpoint import RunFolder
+from lipdp.training.choices import LOSSES, make_loss, make_optimizer, make_scheduler
+from lipdp.training.config import config_from_dict, default_delta
+from lipdp.training.ema import Ema
+from lipdp.training.evaluation import evaluate
+from lipdp.training.recipes import _RECIPES, default_model, recipe
 
 QUICK = {"model": "linear", "steps": 12, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0}
 DIGITS_ACCURACY = 0.915  # of `lipdp train`, averaged weights, ε = 3: what README states, reached within 2 points

@@ -18,8 +18,8 @@ from rich.progress import (
 
 from lipdp import __version__
 from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
-from lipdp.monitor import Monitor, Result
 from lipdp.training import Trainer
+from lipdp.training.monitor import Monitor, Result
 
 _RELATIONS = {"add_or_remove_one": "add or remove one record", "replace_one": "replace one record"}
 _SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}

@@ -43,10 +43,10 @@ def sensitivity(
 
     from lipdp import Relation
     from lipdp import sensitivity as bound
-    from lipdp.choices import make_loss
     from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
     from lipdp.models import build
     from lipdp.privacy.noise import get_allocation
+    from lipdp.training.choices import make_loss
 
     shape = parse_shape(input_shape)
     options = {**(parse_options("--loss-option", loss_option) or {}), **({} if tau is None else {"tau": tau})}

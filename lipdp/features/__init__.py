@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lipdp.data import Split
-from lipdp.datafiles import written_whole
-from lipdp.download import cache_root
+from lipdp.data.download import cache_root
+from lipdp.data.files import written_whole
 from lipdp.errors import DataError, NonFiniteError, ParameterError, UnknownNameError
-from lipdp.scattering import Scattering
+from lipdp.features.scattering import Scattering
 
 Progress = Callable[[int, int], object]
 """Called as progress(records done, records in all)."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
-from lipdp.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
+from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
 
 RUNTIME = frozenset({"data_dir", "device", "download", "threads", "checkpoint_every"})
 """Settings that may change at a resume: they move numbers around without touching what is computed."""
@@ -24,7 +24,7 @@ class TrainConfig:
         features, feature_options: a fixed feature map ("scattering", "dct") and its options, or None.
         bounding, bounding_options: the public map of the inputs; None takes `lipdp.data.default_bounding`.
         model, model_options: as `lipdp.models.build` takes them.
-        loss, loss_options: as `lipdp.choices.make_loss` takes them; None takes "bce" for a binary task, else
+        loss, loss_options: as `lipdp.training.choices.make_loss` takes them; None takes "bce" for a binary task, else
             "cross-entropy".
         epsilon, delta: the budget. δ = None: 1e-5, or the largest power of ten below 1/N where that is smaller.
         noise_multiplier: σ, instead of a budget.
@@ -33,7 +33,7 @@ class TrainConfig:
         gate_quantile: follow this quantile of the cotangent norms, from `gate` on; accounted.
         batch_size: B. steps: T; epochs: E instead, T = E N / B rounded.
         microbatch: samples per forward pass; None takes 512 on a CPU (steady memory), the whole batch elsewhere.
-        optimizer, lr, momentum, schedule: as `lipdp.choices` takes them. ema: decay of the averaged weights.
+        optimizer, lr, momentum, schedule: as `lipdp.training.choices` takes them. ema: decay of the averaged weights.
         device: "auto", "cpu", "cuda", …; threads: of torch on the CPU.
         seed: repeatable draws, for tests: the run is NOT private then.
         checkpoint_every, log_every: in steps; None takes a tenth and a twentieth of the run.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lipdp.datafiles import written_whole
+from lipdp.data.files import written_whole
 from lipdp.errors import CheckpointError, ParameterError
 
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipdp.assembly import assemble, decided, prepare
-from lipdp.checkpoint import RunFolder
-from lipdp.config import TrainConfig, config_from_dict, configure
 from lipdp.data import Split
 from lipdp.errors import CheckpointError, NonFiniteError, ResumeError
-from lipdp.evaluation import evaluate
-from lipdp.monitor import Interrupted, Monitor, Result
-from lipdp.runtime import own_random_state, random_state, stop_signals
+from lipdp.training.assembly import assemble, decided, prepare
+from lipdp.training.checkpoint import RunFolder
+from lipdp.training.config import TrainConfig, config_from_dict, configure
+from lipdp.training.evaluation import evaluate
+from lipdp.training.monitor import Interrupted, Monitor, Result
+from lipdp.training.runtime import own_random_state, random_state, stop_signals
 
 __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "configure", "train"]
 

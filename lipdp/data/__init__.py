@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lipdp.bounding import (
+from lipdp.data.download import cache_root
+from lipdp.data.scaling import (
     BOUNDINGS,
     Bounding,
     Clip,
@@ -25,9 +26,8 @@ from lipdp.bounding import (
     clip_features,
     public_standardisation,
 )
-from lipdp.download import cache_root
+from lipdp.data.sources import DATASETS, WHERE, Split, source_of
 from lipdp.errors import DataError, ParameterError
-from lipdp.sources import DATASETS, WHERE, Split, source_of
 
 __all__ = [
     "BOUNDINGS",

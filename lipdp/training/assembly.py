@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lipdp.choices import make_loss, make_optimizer, make_scheduler
-from lipdp.config import TrainConfig
 from lipdp.data import Split, bound_inputs, bounding, default_bounding, load
-from lipdp.ema import Ema
 from lipdp.errors import ParameterError
 from lipdp.features import Progress, apply, features
 from lipdp.losses import LipschitzLoss
@@ -25,7 +22,10 @@ from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
 from lipdp.privacy.sampling import BatchLoader
 from lipdp.relation import Relation
-from lipdp.runtime import choose_device, own_random_state, random_state
+from lipdp.training.choices import make_loss, make_optimizer, make_scheduler
+from lipdp.training.config import TrainConfig
+from lipdp.training.ema import Ema
+from lipdp.training.runtime import choose_device, own_random_state, random_state
 
 
 def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[Split, float | None]:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lipdp.datafiles import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
-from lipdp.download import fetch_images
+from lipdp.data.download import fetch_images
+from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
 from lipdp.errors import DataError, UnknownNameError
 
 Task = Literal["multiclass", "binary"]

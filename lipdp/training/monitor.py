@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lipdp.checkpoint import RunFolder
+from lipdp.training.checkpoint import RunFolder
 
 if TYPE_CHECKING:
     from lipdp.training import Trainer

@@ -1,7 +1,9 @@
 """Data sets from the standard on-disk formats, split into train and test by rules that never look at the data.
 
-split = load("mnist", data_dir="~/data")
-split.train_x.shape, split.num_classes, split.task
+    split = load("mnist", data_dir="~/data")
+    split.train_x.shape, split.num_classes, split.task
+
+The readers of each format are in `files`, the sets in `sources`, the bounding of inputs in `scaling`.
 """
 
 from __future__ import annotations

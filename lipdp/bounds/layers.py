@@ -34,6 +34,17 @@ def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -
     return Local(gains=(norm,), offset=offset, parameters=parameters, fan_in=max(layer.in_features, count))
 
 
+def _refuse_sums_in_low_precision(call: Call) -> None:
+    """Under autocast torch sums a weight's gradient over the batch in the low precision; the layers of lipdp.nn do not."""
+    trainable = any(p.requires_grad for p in call.module.parameters())  # type: ignore[union-attr]
+    if trainable and call.dtype.itemsize < 4:
+        raise UnsupportedLayerError(
+            f"'{call.name}' ({type(call.module).__name__}) under autocast sums its gradient over the batch in {call.dtype},"
+            " where one record moves the rounded sum by more than its own gradient. Use lipdp.nn.SpectralLinear or"
+            " SpectralConv, which sum in float32, freeze the layer, or train in float32"
+        )
+
+
 @rule(linear.SpectralLinear)
 def _spectral_linear(call: Call) -> Local:
     layer: linear.SpectralLinear = call.module  # type: ignore[assignment]
@@ -42,6 +53,7 @@ def _spectral_linear(call: Call) -> Local:
 
 @rule(nn.Linear)
 def _linear(call: Call) -> Local:
+    _refuse_sums_in_low_precision(call)
     return _dense(call, call.module, Spectral(), 1.0)  # type: ignore[arg-type]
 
 
@@ -102,6 +114,7 @@ def _spectral_convolution(call: Call) -> Local:
 
 @rule(nn.Conv1d, nn.Conv2d)
 def _plain_convolution(call: Call) -> Local:
+    _refuse_sums_in_low_precision(call)
     return _convolution(call, call.module, 1.0)  # type: ignore[arg-type]
 
 

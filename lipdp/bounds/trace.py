@@ -54,6 +54,12 @@ def check_modules(model: nn.Module) -> None:
         if "forward" in vars(module) and path:
             raise UnsupportedLayerError(f"{name} has a `forward` patched onto the instance; subclass it instead")
     for path, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            raise UnsupportedLayerError(
+                f"the parameter '{path}' is {parameter.dtype}, so its gradient is summed over the batch in that precision,"
+                " where one record moves the rounded sum by more than its own gradient. Keep parameters in float32 and run"
+                " the forward pass under torch.autocast (forward_dtype=torch.bfloat16)"
+            )
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedLayerError(
                 f"the parameter '{path}' carries gradient hooks, which can scale its gradient beyond the bound; remove them"

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lipdp.constraints import Constraint, Orthogonal
 from lipdp.errors import UnsupportedLayerError
+from lipdp.nn import autocast
 from lipdp.nn.constrained import Constrained, check_positive
 
 
@@ -39,6 +41,8 @@ class _SpectralConv(Constrained):
     groups: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    _reversed_padding_repeated_twice: list[int]
 
     def weight_matrix(self) -> Tensor:
         """The kernel as a stack (groups, out/groups, in/groups · kernel size)."""
@@ -53,7 +57,12 @@ class _SpectralConv(Constrained):
         self.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight * self.scale, self.bias)  # type: ignore[operator]
+        weight, dtype = self.weight * self.scale, autocast.autocast_dtype(input)
+        if dtype is None:
+            return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
+        mode = "circular" if self.padding_mode == "circular" else "constant"
+        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+        return autocast.convolution(padded, weight, self.bias, dtype, stride=self.stride, groups=self.groups)
 
 
 _DOC = r"""{dimension} convolution :math:`y = \alpha W \ast x + b`, k-Lipschitz for :math:`\alpha = k/\sqrt m`.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipdp.constraints import Constraint, Frobenius, Orthogonal
+from lipdp.nn import autocast
 from lipdp.nn.constrained import Constrained, check_positive
 
 
@@ -51,6 +52,9 @@ class SpectralLinear(Constrained, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight if self.scale == 1.0 else self.weight * self.scale
+        dtype = autocast.autocast_dtype(input)
+        if dtype is not None:
+            return autocast.linear(input, weight, self.bias, dtype)
         return F.linear(input, weight, self.bias)
 
 

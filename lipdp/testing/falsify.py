@@ -146,7 +146,6 @@ class _ModelAttack:
         with autocast(self.graph.device, self.autocast):
             found |= node_findings(self.graph, self.loss, declared, x, y, how)
             found |= pair_findings(self.graph.model, declared.lipschitz, x, self.radius)
-        if self.autocast is None:
             by_parameter = {q: f for q, f in found.items() if q.startswith("gradient of")}
             found |= batch_findings(self.graph.model, self.loss, declared, by_parameter, x[:8], y[:8])
         if not isinstance(self.loss, ProbeLoss):

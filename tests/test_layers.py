@@ -132,11 +132,24 @@ CASES = {
     ),
 }
 
+VARIANTS = {  # of a layer that the default run attacks as well
+    *(
+        "LinearTallBias",
+        "LinearScaled",
+        "FrobeniusMany",
+        "PlainConv1d",
+        "Conv2dCircularEven",
+        "Conv2dPaddedBeyondKernel",
+    ),
+    *("Conv2dWholeImage", "LeakyReLU", "GELUTanh", "Mish", "Softsign", "GroupSort2Tokens", "TorchlipFullSortOfTwo"),
+    *("FullSort", "TorchlipLayerCentering", "GroupNormPlain", "ValueClipTokens", "LipResidualByName", "Flatten"),
+}
+
 for _name, (_make, _shape, _attributes) in CASES.items():
     _members = {"make_layer": lambda self, make=_make: make(), "input_shape": _shape, **_attributes}
-    globals()[f"Test{_name}"] = pytest.mark.filterwarnings("ignore:Using padding='same'")(
-        type(f"Test{_name}", (LayerTestCase,), _members)
-    )
+    _case = type(f"Test{_name}", (LayerTestCase,), _members)
+    _case = pytest.mark.filterwarnings("ignore:Using padding='same'")(_case)
+    globals()[f"Test{_name}"] = pytest.mark.slow(_case) if _name in VARIANTS else _case
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from lipdp.training.evaluation import evaluate
 from lipdp.training.recipes import _RECIPES, default_model, recipe
 
 QUICK = {"model": "linear", "steps": 12, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0}
-DIGITS_ACCURACY = 0.915  # of `lipdp train`, averaged weights, ε = 3: what README states, reached within 2 points
+DIGITS_ACCURACY = 0.92  # of `lipdp train`, averaged weights, ε = 3: what README states, reached within 2 points
 
 OWN_MODELS = """
 import torch

@@ -119,7 +119,9 @@ def falsify(
         torch.default_generator.manual_seed(seed)
         for name in weight_settings(copied, tuple(weights), generator):
             report = report.merged(attack.run(name))
-    return report.raise_violations() if raise_on_violation else report
+            if raise_on_violation:
+                report.raise_violations()
+    return report
 
 
 @dataclass(frozen=True)

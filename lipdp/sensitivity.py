@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lipdp.bounds import BoundGraph, Sweep
-from lipdp.errors import NonFiniteError, UnboundedError
+from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.losses import as_lipschitz
 from lipdp.relation import Relation
 
@@ -126,6 +126,8 @@ def sensitivity(
 
     Source: Béthune et al. (2024), algorithm 1 and theorem 1.
     """
+    if not gate > 0:
+        raise ParameterError(f"a cotangent gate is a positive number, got {gate}")
     graph = BoundGraph(model, tuple(input_shape), dtype=forward_dtype)
     constant = as_lipschitz(loss).constant
     start = float(constant(float(graph.output_bound())))

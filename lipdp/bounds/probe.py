@@ -93,8 +93,10 @@ def check_faithful(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> set[st
 def check_samples_apart(model: nn.Module, x: Tensor) -> None:
     """Change one sample, then leave it out, and look at the others: outputs and gradients must not change at all.
 
-    A dynamic check beside the rules: it catches what hides inside a module with a (wrong) user rule.
+    A dynamic check beside the rules: it catches what hides inside a module with a (wrong) user rule. A buffer that a batch
+    leaves changed would carry its records into the next one.
     """
+    state = {name: b.detach().clone() for name, b in model.named_buffers()}
     moved = x.clone()
     moved[0] = 2 * moved[0].flip(-1) + 1.0
     with untouched(model):
@@ -113,3 +115,9 @@ def check_samples_apart(model: nn.Module, x: Tensor) -> None:
                             f" {(first[1:] - second).abs().max().item():.3g}: {type(model).__name__} mixes the samples of a"
                             " batch, so no per-sample bound exists"
                         )
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, state[name]):
+                raise MixesSamplesError(
+                    f"the forward pass changes the buffer '{name}': it keeps something of the records it saw, which no noise"
+                    " covers. Use a layer without running statistics"
+                )

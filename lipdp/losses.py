@@ -245,7 +245,8 @@ class HKR(LipschitzLoss):
     :math:`\mathrm{KR} = -\frac1C\big(z_y/\pi_y - \sum_{j\ne y} z_j/(1-\pi_j)\big)` and the hinge is
     :math:`\frac1C\sum_c(m/2 - \pm z_c)_+`. As commonly written it weights by the class counts of the batch, which couples
     the samples (measured: gradients up to 200 times the bound); with fixed priors the constant is
-    :math:`\frac{1-\alpha}{C}\max_y\sqrt{\pi_y^{-2} + \sum_{j\ne y}(1-\pi_j)^{-2}} + \alpha/\sqrt C`.
+    :math:`\frac1C\max_y\big\|\big((1-\alpha)/\rho_j + \alpha\big)_j\big\|` with ρ_y = π_y and ρ_j = 1 − π_j for j ≠ y; for a
+    single logit :math:`\max_y (1-\alpha)/\pi_y + \alpha`.
 
     Args:
         priors: class probabilities known in public, C of them; two values with one logit for the binary case.
@@ -269,30 +270,26 @@ class HKR(LipschitzLoss):
         self.priors = tuple(float(p) / sum(priors) for p in priors)
         self.alpha = float(alpha)
         self.margin = _positive("margin", margin)
-        # a single logit (binary) and C logits share one formula: the larger constant of the two serves both
-        kr = max(
-            self._kr_norm(y, single=s) for y in range(len(priors)) for s in (True, False) if len(priors) == 2 or not s
-        )
-        hinge = 1.0 if len(priors) == 2 else 1 / math.sqrt(len(priors))
-        self.lipschitz = (1 - self.alpha) * kr + self.alpha * hinge
+        forms = (True, False) if len(priors) == 2 else (False,)  # one logit or C: the larger constant serves both
+        self.lipschitz = max(self._norm(y, single=single) for y in range(len(priors)) for single in forms)
 
-    def _kr_norm(self, y: int, *, single: bool) -> float:
-        if single:
-            return 1 / self.priors[y]
-        others = sum((1 - p) ** -2 for j, p in enumerate(self.priors) if j != y)
-        return math.sqrt(self.priors[y] ** -2 + others) / len(self.priors)
+    def _norm(self, y: int, *, single: bool) -> float:
+        """‖∂ℓ/∂z‖ where every hinge is active: its slope has the sign of the KR term's, entry by entry."""
+        entry = [(1 - self.alpha) / (p if j == y else 1 - p) + self.alpha for j, p in enumerate(self.priors)]
+        return entry[y] if single else math.hypot(*entry) / len(entry)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         count = logits.shape[1] if logits.dim() == 2 else 1
         if count == 1 and len(self.priors) == 2:
             logits = logits.reshape(-1, 1)
             positive = (target.reshape(-1, 1) > 0).to(logits.dtype)
-            prior = logits.new_tensor([self.priors[1]])
+            priors = self.priors[1:]
         elif count == len(self.priors):
-            positive, prior = _one_hot(logits, target, count), logits.new_tensor(self.priors)
+            positive, priors = _one_hot(logits, target, count), self.priors
         else:
             raise LossError(f"HKR has {len(self.priors)} priors but the model has {count} outputs")
-        kr = -(positive / prior - (1 - positive) / (1 - prior)) * logits
+        own, other = logits.new_tensor([[1 / p, 1 / (1 - p)] for p in priors]).T  # in float64, then rounded
+        kr = -(positive * own - (1 - positive) * other) * logits
         hinge = F.relu(self.margin / 2 - (2 * positive - 1) * logits)
         return ((1 - self.alpha) * kr + self.alpha * hinge).mean(1)
 

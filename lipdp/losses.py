@@ -280,12 +280,12 @@ class HKR(LipschitzLoss):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         count = logits.shape[1] if logits.dim() == 2 else 1
+        priors = self.priors[-count:]
         if count == 1 and len(self.priors) == 2:
             logits = logits.reshape(-1, 1)
             positive = (target.reshape(-1, 1) > 0).to(logits.dtype)
-            priors = self.priors[1:]
         elif count == len(self.priors):
-            positive, priors = _one_hot(logits, target, count), self.priors
+            positive = _one_hot(logits, target, count)
         else:
             raise LossError(f"HKR has {len(self.priors)} priors but the model has {count} outputs")
         own, other = logits.new_tensor([[1 / p, 1 / (1 - p)] for p in priors]).T  # in float64, then rounded

@@ -69,7 +69,7 @@ def parse_shape(sizes: Sequence[str]) -> tuple[int, ...]:
     (1, 28, 28)
     """
     try:
-        shape = tuple(int(size) for item in sizes for size in item.replace(",", "x").split("x") if size)
+        shape = tuple(int(size) for item in sizes for size in item.replace(",", "x").split("x"))
     except ValueError:
         shape = ()
     if not shape or min(shape) < 1:

@@ -29,6 +29,8 @@ from lipdp.errors import (
 from lipdp.losses import CategoricalHinge, MeanSquaredError, TauCrossEntropy
 from lipdp.testing import ProbeLoss, falsify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LIGHT = {"weights": ("given", "scaled"), "starts": 3, "climbs": 1, "steps": 5}
 
 

@@ -19,6 +19,8 @@ from lipdp.constraints import (
 )
 from lipdp.errors import ConstraintError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (3, 8), (8, 3), (2, 3, 5), (4, 6, 2), (1, 16, 25)]
 CONSTRAINTS = [Spectral(), Spectral(0.3), Spectral(40.0), Orthogonal(), Frobenius(), Frobenius(0.3)]

@@ -10,6 +10,8 @@ from lipdp.constraints import Spectral
 from lipdp.errors import MixesSamplesError, ParameterError, UnsupportedLayerError
 from lipdp.testing import LayerTestCase, falsify_layer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Join(nn.Module):
     """deel-torchlip's trainable residual around a block; `swapped` passes its arguments by name, in the other order."""

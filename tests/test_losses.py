@@ -24,6 +24,8 @@ from lipdp.losses import (
 )
 from lipdp.testing import example_targets, falsify_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F64 = torch.float64
 
 # name → (loss, outputs, the least ratio an attack must reach)

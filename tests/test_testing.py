@@ -30,6 +30,8 @@ from lipdp.testing import (
 )
 from lipdp.testing.inputs import starting_inputs, weight_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def scaled(local, factor):
     """Every bound of a rule times the factor."""

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
@@ -51,7 +51,10 @@ def parsing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Write `path` whole or not at all: a temporary file beside it, flushed, synced, then renamed over it."""
+    """Write `path` whole or not at all: a temporary file beside it, flushed, synced, then renamed over it.
+
+    The folder is synced too, so that of two files written one after the other the second is never there without the first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as stream:
         try:
@@ -62,6 +65,16 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         except BaseException:
             Path(stream.name).unlink(missing_ok=True)
             raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # Windows opens no folder, and some file systems sync none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _check_size(path: Path, declared: int, on_disk: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from lipdp.data import Split
 from lipdp.errors import CheckpointError, NonFiniteError, ResumeError
+from lipdp.privacy.calibration import EpsilonCurve
+from lipdp.privacy.events import Ledger
 from lipdp.training.assembly import assemble, decided, prepare
-from lipdp.training.checkpoint import RunFolder
+from lipdp.training.checkpoint import RunFolder, facts_digest
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate
 from lipdp.training.monitor import Interrupted, Monitor, Result
@@ -23,6 +26,7 @@ from lipdp.training.runtime import own_random_state, random_state, stop_signals
 
 __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "configure", "train"]
 
+_log = logging.getLogger(__name__)
 _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
 NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 
@@ -104,6 +108,10 @@ class Trainer:
         """
         folder = RunFolder(out)
         config = config_from_dict(folder.config())
+        if folder.is_unstarted():
+            trainer = cls(config.resumed(given), split=split, monitor=monitor)
+            trainer.folder = folder
+            return trainer
         checkpoint = folder.load()
         if "resume" not in checkpoint:
             folder.seal()
@@ -113,7 +121,10 @@ class Trainer:
         trainer = cls.__new__(cls)
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=_saved_noise_multiplier(saved))
         trainer.folder = folder
-        trainer._restore(checkpoint["model"], saved)
+        trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
+        recorded = folder.recorded_digest()
+        if recorded not in (None, facts_digest(trainer.engine.facts.as_dict())):
+            raise ResumeError(f"privacy.json in {folder} has other privacy facts than the checkpoint: whose is it?")
         return trainer
 
     # -- construction --------------------------------------------------------------------------------------------------
@@ -166,14 +177,15 @@ class Trainer:
             self.model.train()
             if self._saved_at is None:
                 self._save()
+            else:
+                self._restate()
             clock = time.perf_counter() - self._seconds
             for x, y in self._batches(stop):
                 self._take_step(x, y)
                 self._seconds = time.perf_counter() - clock
-                last = self.step == self.total_steps
-                if self.step % self._every(self.config.log_every, 20) == 0 or last:
+                if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()
-                if self.step % self._every(self.config.checkpoint_every, 10) == 0 and not last:
+                elif self.step % self._every(self.config.checkpoint_every, 10) == 0:
                     self._save()
         return self._finish()
 
@@ -182,7 +194,8 @@ class Trainer:
         batches = iter(self.loader)
         while self.step < self.total_steps:
             if stop.is_set():
-                self._save()
+                if self._saved_at != self.step:
+                    self._save()
                 where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
                 raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
             yield next(batches)
@@ -207,7 +220,7 @@ class Trainer:
     def epsilon_at(self, step: int) -> float:
         """An upper bound on ε after `step` steps of this run; at the end, what `engine.get_epsilon` says."""
         if step not in self._epsilons:
-            self._epsilons[step] = self._curve(step)
+            self._epsilons[step] = self._curve(step + self._again)
         return self._epsilons[step]
 
     def _every(self, given: int | None, parts: int) -> int:
@@ -236,7 +249,7 @@ class Trainer:
         record |= {**test, **averaged, "seconds": round(self._seconds, 2)}
         self._loss, self._samples = 0.0, 0
         self.records.append(record)
-        self._report()
+        self._save()
         self.monitor.record(record)
 
     def _evaluate(self) -> dict[str, float]:
@@ -250,7 +263,9 @@ class Trainer:
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
             **facts,
-            "steps": self.step,
+            "facts_digest": facts_digest(facts),
+            "steps": self.engine.steps_taken,
+            "steps_counted_again": self._again,
             "planned_steps": self.total_steps,
             "planned_epsilon": self.planned.epsilon,
             "accountant": self.planned.accountant,
@@ -261,18 +276,25 @@ class Trainer:
             "not_covered": NOT_COVERED,
         }
 
-    def _report(self) -> None:
-        """Account for what is about to leave the process, before it does."""
+    def _save(self) -> None:
+        """Let the step leave the process: its account first, then the checkpoint, then what is computed from the weights.
+
+        So a killed process has shown nothing of a step after its last checkpoint, and whoever takes that step again releases
+        it for the first time. Whatever was shown is counted in `privacy.json`.
+        """
+        self._check_weights()
         if self.folder is not None:
             self.folder.write_privacy(self.privacy())
-            self.folder.write_metrics(self.records)
-
-    def _save(self) -> None:
-        self._check_weights()
-        self._saved_at = self.step
-        if self.folder is not None:
-            self._report()
             self.folder.save({**self._weights(), "resume": self._state()})
+            self.folder.write_metrics(self.records)
+        self._saved_at = self.step
+
+    def _restate(self) -> None:
+        """Put in the files beside the checkpoint what it says."""
+        if self.folder is not None:
+            self.folder.sweep()
+            self.folder.write_privacy(self.privacy())
+            self.folder.write_metrics(self.records)
 
     def _finish(self) -> Result:
         if self.folder is not None:
@@ -311,8 +333,12 @@ class Trainer:
             "progress": [self.step, self._seconds, self._loss, self._samples],
         }
 
-    def _restore(self, model: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.engine.load_state_dict(state["engine"])
+    def _restore(self, model: Mapping[str, Tensor], state: Mapping[str, Any], *, released: int) -> None:
+        engine = state["engine"]
+        lost = released - _position(engine)
+        if lost > 0 and self.config.seed is None:
+            engine = self._counting(engine, lost)
+        self.engine.load_state_dict(engine)
         try:
             self.model.load_state_dict(model)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -324,6 +350,51 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ResumeError(f"the checkpoint does not fit this run: {error}") from error
         self._saved_at = self.step
+        if self._again:
+            self._plan_again()
+        if lost > 0:
+            self._saved_at = None  # before the first step, the count and the keys must be on disk
+
+    @property
+    def _again(self) -> int:
+        """Steps that were released, lost with their checkpoint and taken again; each counts twice."""
+        return self.engine.steps_taken - self.step
+
+    def _counting(self, engine: Mapping[str, Any], lost: int) -> dict[str, Any]:
+        """The engine's state with `lost` more steps released, and with fresh keys for those to come.
+
+        With the old keys the steps to come would be the draws of the lost ones, so that their gradients, if they differ at
+        all (another machine, other threads, a corrected record), would differ by no noise.
+        """
+        fresh = self.engine.state_dict()
+        ledger = Ledger.from_state(engine["ledger"])
+        ledger.append(self.engine.facts.step_event.with_steps(lost))
+        return {
+            **engine,
+            "ledger": ledger.state_dict(),
+            "before": engine["before"] + lost,
+            "loader": {**engine["loader"], "ratchet": fresh["loader"]["ratchet"]},
+            "noise": fresh["noise"],
+        }
+
+    def _plan_again(self) -> None:
+        """ε of the steps taken again and of all of the run."""
+        plan = [self.engine.facts.step_event.with_steps(self.total_steps + self._again)]
+        self.planned = self.engine.accountant.epsilon(plan, self.delta)
+        self._curve = EpsilonCurve(plan, self.delta, self.config.accountant)
+        self._epsilons = {self.total_steps: self.planned.epsilon}
+        _log.warning(
+            "%d steps were released and lost with their checkpoint: they are counted again, and ε after all steps is %.4g",
+            self._again,
+            self.planned.epsilon,
+        )
+
+
+def _position(engine: Any) -> int:
+    try:
+        return int(engine["loader"]["position"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error
 
 
 def _saved_noise_multiplier(state: dict[str, Any]) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from lipdp.data.files import written_whole
 from lipdp.errors import CheckpointError, ParameterError
 
+_log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _KEYS = {"model", "step", "config"}
 
@@ -22,7 +27,10 @@ class RunFolder:
 
     Files are readable by their owner alone: the metrics hold a training loss that ε does not cover, and while a run is
     unfinished its checkpoints hold the keys of the noise to come (under `resume`). Whoever reads one can subtract that
-    noise from later releases. `seal` takes the keys out.
+    noise from later releases. `seal` takes the keys out, also those in what a killed process left half written.
+
+    Guarantee: kill the process at any moment, and every file is the old one or the new one. A checkpoint is read only if
+    the checksums in it agree (torch does not look at them: it loads a flipped bit as a weight), else the previous one is.
 
     Args:
         path: the folder; made when first written to.
@@ -32,6 +40,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
+        self._fell_back = False
 
     def __str__(self) -> str:
         return str(self.path)
@@ -69,20 +78,12 @@ class RunFolder:
         self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Write a new `checkpoint.pt`; the one there becomes `checkpoint.previous.pt`."""
-        current, previous = self.path / _CHECKPOINT, self.path / _PREVIOUS
-        if current.exists():
-            link = previous.with_suffix(".link")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(current, link)  # so that at no time checkpoint.pt is missing
-                os.replace(link, previous)
-            except OSError:  # a file system without hard links
-                os.replace(current, previous)
-        self._save(current, checkpoint)
+        """Write a new `checkpoint.pt`; the one there becomes `checkpoint.previous.pt`, unless `load` found it damaged."""
+        self._save(self.path / _CHECKPOINT, checkpoint, keep=not self._fell_back)
+        self._fell_back = False
 
     def load(self) -> dict[str, Any]:
-        """The newest checkpoint that can be read.
+        """The newest checkpoint that can be read; a damaged one is noted in the log.
 
         Raises:
             CheckpointError: neither can; the message says why.
@@ -90,13 +91,40 @@ class RunFolder:
         failures = []
         for path in (self.path / _CHECKPOINT, self.path / _PREVIOUS):
             try:
-                return _read(path)
+                checkpoint = _read(path)
             except CheckpointError as error:
                 failures.append(str(error))
+                continue
+            self._fell_back = bool(failures)
+            if failures:
+                _log.warning("%s: going on from %s, of step %s", failures[0], path.name, checkpoint["step"])
+            return checkpoint
         raise CheckpointError(f"no checkpoint to go on from: {'; '.join(failures)}")
+
+    def is_unstarted(self) -> bool:
+        """Whether the process ended after `config.json` and before the first checkpoint: nothing was released."""
+        later = (_CHECKPOINT, _PREVIOUS, "metrics.jsonl")
+        return (self.path / "config.json").exists() and not any((self.path / name).exists() for name in later)
+
+    def released_steps(self, checkpoint: Mapping[str, Any]) -> int:
+        """The last step that somebody may have seen something of, where `checkpoint` is what `load` returned.
+
+        Metrics are written after the checkpoint of their step, so this is the checkpoint's own step unless the newest one
+        was damaged, or an older one put in its place. Then the metrics go further, or `privacy.json`, which is written first.
+        """
+        steps = [int(checkpoint["step"]), _number("step", *self._text("metrics.jsonl").splitlines()[-1:])]
+        if self._fell_back:
+            steps.append(_number("steps", self._text("privacy.json")))
+        return max(steps)
+
+    def recorded_digest(self) -> str | None:
+        """`facts_digest` of `privacy.json`, if there is one."""
+        digest = _parsed(self._text("privacy.json")).get("facts_digest")
+        return None if digest is None else str(digest)
 
     def seal(self) -> None:
         """Take out of the checkpoints what only a resume needs: the run is over, and its keys tell the noise."""
+        self.sweep()
         for path in (self.path / _CHECKPOINT, self.path / _PREVIOUS):
             if not path.exists():
                 continue
@@ -108,14 +136,30 @@ class RunFolder:
             if checkpoint.pop("resume", None) is not None:
                 self._save(path, checkpoint)
 
-    def _save(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    def sweep(self) -> None:
+        """Remove what a killed process left half written; it may hold keys."""
+        for name in ("config.json", "privacy.json", "metrics.jsonl", _CHECKPOINT, _PREVIOUS):
+            for stale in self.path.glob(f"{name}.*.tmp"):
+                stale.unlink(missing_ok=True)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def _save(self, path: Path, checkpoint: Mapping[str, Any], *, keep: bool = False) -> None:
         try:
             with written_whole(path) as stream:
                 torch.save(dict(checkpoint), stream)
+                if keep and path.exists():  # the new one is written, and takes its place at the end of the block
+                    _link(path, self.path / _PREVIOUS)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise CheckpointError(
                 f"{path} cannot be written ({error}); the previous checkpoint is untouched"
             ) from error
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text()
+        except (OSError, ValueError):
+            return ""
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self._write(name, (json.dumps(value, indent=2) + "\n").encode())
@@ -131,9 +175,48 @@ class RunFolder:
             ) from error
 
 
+def facts_digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of the facts that ε depends on, as JSON with sorted keys: two runs with one digest have one ε per step.
+
+    >>> facts_digest({"a": 1, "b": 2.0}) == facts_digest({"b": 2.0, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _number(key: str, text: str = "") -> int:
+    value = _parsed(text).get(key)
+    return value if isinstance(value, int) else 0
+
+
+def _link(path: Path, to: Path) -> None:
+    """Make `to` the file that `path` is; at no time is either missing."""
+    temporary = to.with_name(f"{to.name}.link.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, to)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged (the checksum of {damaged} does not agree)")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist") from error
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything

@@ -18,6 +18,7 @@ _LAZY = {
 }
 _MODULES = (
     "bounds",
+    "comparison",
     "constraints",
     "data",
     "errors",

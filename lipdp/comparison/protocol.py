@@ -1,0 +1,149 @@
+"""What every trainer of the comparison is given, and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lipdp.errors import ParameterError
+from lipdp.losses import LipschitzLoss
+from lipdp.nn import GradientGate
+from lipdp.privacy.events import Event
+from lipdp.privacy.sampling import BatchLoader, PoissonSampler
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The same for every trainer: data, loss, (q, σ, T) and optimiser.
+
+    Attributes:
+        dataset: N records, inputs and targets, on the model's device.
+        loss: per sample, summed over the batch; the sum is divided by the public B.
+        batch_size, steps: B and T; q = B/N.
+        noise_multiplier: the joint σ of everything a step releases. A non-private trainer leaves it alone.
+        optimizer: makes one from parameters.
+        microbatch: samples a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
+        seed: repeatable batches and noise: NOT private.
+    """
+
+    dataset: TensorDataset
+    loss: LipschitzLoss
+    batch_size: int
+    steps: int
+    noise_multiplier: float
+    optimizer: MakeOptimizer
+    microbatch: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch_size <= len(self.dataset):
+            raise ParameterError(f"batch_size={self.batch_size}: lies in 1 … N = {len(self.dataset)}")
+
+    @property
+    def sampling_rate(self) -> float:
+        """q = B/N."""
+        return self.batch_size / len(self.dataset)
+
+    @property
+    def event(self) -> Event:
+        """One step, as the accountant takes it."""
+        return Event(self.noise_multiplier, self.sampling_rate, 1)
+
+    def loader(self) -> BatchLoader:
+        """Poisson batches, drawn as the private engine draws them."""
+        sampler = PoissonSampler(len(self.dataset), sampling_rate=self.sampling_rate, steps=self.steps, seed=self.seed)
+        return BatchLoader(self.dataset, sampler)
+
+    def pieces(self, x: Tensor, y: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """A batch in pieces of at most `microbatch`; an empty batch has none."""
+        size = self.microbatch or max(len(x), 1)
+        return [piece for piece in zip(x.split(size), y.split(size), strict=True) if len(piece[0])]
+
+
+class Session(ABC):
+    """A model in training. Use: `for x, y in session.loader: session.step(x, y)`; then `close`.
+
+    Attributes:
+        model: what is trained; after `close` a plain module again.
+        loader: the batches.
+        event: what one step costs; None if it is not private.
+    """
+
+    model: nn.Module
+    loader: BatchLoader
+    optimizer: torch.optim.Optimizer
+    event: Event | None
+
+    @abstractmethod
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One step on one batch of the loader, which may be empty."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take the hooks off the model."""
+
+
+class Trainer(ABC):
+    """A way to train, with its settings: a frozen dataclass that starts sessions.
+
+    Attributes:
+        name: as the command and the results call it.
+        private: whether its steps have an ε.
+        lipschitz, plain: whether it trains models with certified norms, and unconstrained ones.
+        grid: setting → values for the search of `compare utility`; every trainer has the same number of combinations.
+    """
+
+    name: ClassVar[str]
+    private: ClassVar[bool] = True
+    lipschitz: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
+    grid: ClassVar[Mapping[str, Sequence[Any]]]
+
+    @abstractmethod
+    def start(self, model: nn.Module, task: Task) -> Session:
+        """Begin to train the model, in place.
+
+        Raises:
+            LipdpError: this trainer cannot train this model, and why.
+        """
+
+    def train(self, model: nn.Module, task: Task) -> Session:
+        """All T steps."""
+        session = self.start(model, task)
+        model.train()
+        try:
+            for x, y in session.loader:
+                session.step(x, y)
+        finally:
+            session.close()
+        return session
+
+
+def remove_gates(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put the identity in place of every cotangent gate; returns (parent, name, gate), for `put_back`.
+
+    A gate is the identity forwards, so the model computes the same. Behind it a sample's gradient is not linear in the
+    sample's weight in the loss, on which ghost clipping relies: it clips by weighting the loss with C/‖g‖, and a gate
+    would then let more than C through. Under the other ways of clipping a gate only adds a bias.
+    """
+    found: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, GradientGate):
+                setattr(parent, name, nn.Identity())
+                found.append((parent, name, child))
+    return found
+
+
+def put_back(gates: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
+    """Undo `remove_gates`."""
+    for parent, name, gate in gates:
+        setattr(parent, name, gate)

@@ -1,0 +1,44 @@
+"""Global clipping, in both published definitions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from opacus.optimizers import DPOptimizer
+
+from lipdp.comparison.clipping import Global, GlobalScaled, StrategyOptimizer
+from lipdp.comparison.trainers.opacus import OpacusTrainer
+
+
+@dataclass(frozen=True)
+class GlobalScaledClipping(OpacusTrainer):
+    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version.
+
+    Attributes:
+        threshold: Z, above most gradient norms.
+    """
+
+    threshold: float = 10.0
+
+    name: ClassVar[str] = "global_scaled"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "threshold": (3.0, 10.0)}
+
+    def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
+        clipping = GlobalScaled(self.threshold)
+        return StrategyOptimizer(optimizer, clipping=clipping, max_grad_norm=self.max_grad_norm, **options)
+
+
+@dataclass(frozen=True)
+class GlobalClipping(OpacusTrainer):
+    """1(‖g‖ ≤ C) g, the later definition: C has to lie above most gradient norms."""
+
+    max_grad_norm: float = 5.0
+
+    name: ClassVar[str] = "global"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3), "max_grad_norm": (3.0, 10.0)}
+
+    def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
+        return StrategyOptimizer(optimizer, clipping=Global(), max_grad_norm=self.max_grad_norm, **options)

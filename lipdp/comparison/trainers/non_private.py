@@ -1,0 +1,42 @@
+"""Ordinary training, without noise: the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lipdp.comparison.protocol import Session, Task, Trainer, put_back, remove_gates
+from lipdp.nn import project_
+
+
+@dataclass(frozen=True)
+class NonPrivate(Trainer):
+    """The sum of the batch's gradients over B, the optimiser's step, the projection: no noise, no ε."""
+
+    name: ClassVar[str] = "non_private"
+    private: ClassVar[bool] = False
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.03, 0.1, 0.3, 1.0)}
+
+    def start(self, model: nn.Module, task: Task) -> Session:
+        return _Session(model, task)
+
+
+class _Session(Session):
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        self.model, self.task, self.event = model, task, None
+        self.gates = remove_gates(model)
+        self.loader = task.loader()
+        self.optimizer = task.optimizer(model.parameters())
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self.optimizer.zero_grad()
+        for xb, yb in self.task.pieces(x, y):
+            (self.task.loss(self.model(xb), yb).sum() / self.task.batch_size).backward()
+        self.optimizer.step()
+        project_(self.model)
+
+    def close(self) -> None:
+        put_back(self.gates)

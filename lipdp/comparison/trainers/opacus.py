@@ -1,0 +1,169 @@
+"""Opacus: per-sample gradients by hooks or by functorch, ghost clipping, clipping per layer."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from opacus.grad_sample.utils import get_hooks_class
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping, DPPerLayerOptimizer
+from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+from torch import Tensor, nn
+
+import lipdp.comparison.opacus_layers  # noqa: F401  (registers lipdp's layers with Opacus)
+from lipdp.comparison.protocol import Session, Task, Trainer, put_back, remove_gates
+from lipdp.errors import UnsupportedLayerError
+from lipdp.nn import project_
+
+CLIP_GRID: Mapping[str, Sequence[Any]] = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
+
+
+@dataclass(frozen=True)
+class OpacusTrainer(Trainer):
+    """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped.
+
+    Attributes:
+        max_grad_norm: C.
+    """
+
+    max_grad_norm: float = 1.0
+
+    mode: ClassVar[str] = "hooks"
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = CLIP_GRID
+
+    def start(self, model: nn.Module, task: Task) -> Session:
+        return OpacusSession(model, task, self)
+
+    def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
+        """Opacus' optimiser around the task's; `options`: noise multiplier, generator, ….
+
+        The joint σ is the noise multiplier: noise of std σC on a sum that a record moves by at most C.
+        """
+        return DPOptimizer(optimizer, max_grad_norm=self.max_grad_norm, **options)
+
+    def backward(self, session: OpacusSession, losses: Tensor) -> None:
+        """Per-sample gradients of (n,) losses."""
+        losses.sum().backward()
+
+
+@dataclass(frozen=True)
+class Hooks(OpacusTrainer):
+    """Per-sample gradients by a sampler for each layer.
+
+    Source: Abadi et al. (2016), algorithm 1; Yousefpour et al. (2021), Opacus.
+    """
+
+    name: ClassVar[str] = "opacus_hooks"
+
+
+@dataclass(frozen=True)
+class Functorch(OpacusTrainer):
+    """Per-sample gradients by `torch.func`, for every layer."""
+
+    name: ClassVar[str] = "opacus_functorch"
+    mode: ClassVar[str] = "functorch"
+
+
+@dataclass(frozen=True)
+class Ghost(OpacusTrainer):
+    """Per-sample norms alone, then a second backward pass on losses weighted by min(1, C/‖g‖).
+
+    Source: Li, Tramèr, Liang & Hashimoto (2022), section 4; Opacus 1.6.
+    """
+
+    name: ClassVar[str] = "opacus_ghost"
+    mode: ClassVar[str] = "ghost"
+
+    def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
+        return DPOptimizerFastGradientClipping(optimizer, max_grad_norm=self.max_grad_norm, **options)
+
+    def backward(self, session: OpacusSession, losses: Tensor) -> None:
+        DPTensorFastGradientClipping(session.hooks, session.private, losses, "sum").backward()
+
+
+@dataclass(frozen=True)
+class PerLayer(OpacusTrainer):
+    """Each parameter's gradient clipped to C/√D: together at most C."""
+
+    name: ClassVar[str] = "opacus_per_layer"
+
+    def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
+        blocks = sum(len(group["params"]) for group in optimizer.param_groups)
+        return DPPerLayerOptimizer(
+            optimizer, max_grad_norm=[self.max_grad_norm / math.sqrt(blocks)] * blocks, **options
+        )
+
+
+class OpacusSession(Session):
+    """A model with Opacus' hooks on it, and Opacus' optimiser. The divisor is the public B, whatever the batch."""
+
+    def __init__(self, model: nn.Module, task: Task, trainer: OpacusTrainer) -> None:
+        self.model, self.task, self.trainer, self.event = model, task, trainer, task.event
+        self.gates = remove_gates(model)
+        self.loader = task.loader()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        options: dict[str, Any] = {"force_functorch": True} if trainer.mode == "functorch" else {}
+        if trainer.mode == "ghost":
+            options["max_grad_norm"] = trainer.max_grad_norm
+        try:
+            self.hooks = get_hooks_class(trainer.mode)(model, loss_reduction="sum", **options)
+        except (NotImplementedError, ValueError) as error:
+            put_back(self.gates)
+            raise UnsupportedLayerError(f"{trainer.name} cannot train this model: {error}") from error
+        generator = torch.Generator(self.parameters[0].device)
+        generator.manual_seed(secrets.randbits(63) if task.seed is None else task.seed)
+        self.optimizer = task.optimizer(self.parameters)
+        self.private = trainer.wrap(
+            self.optimizer,
+            noise_multiplier=task.noise_multiplier,
+            expected_batch_size=task.batch_size,
+            loss_reduction="sum",
+            generator=generator,
+        )
+        self.private.attach_step_hook(self._divide)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        self.private.zero_grad()
+        pieces = self.task.pieces(x, y)
+        for number, (xb, yb) in enumerate(pieces, start=1):
+            with (
+                warnings.catch_warnings()
+            ):  # the first layer's input needs no gradient, and its hook says so every time
+                warnings.filterwarnings("ignore", "Full backward hook is firing")
+                self.trainer.backward(self, self.task.loss(self.model(xb), yb))
+            self.private.signal_skip_step(do_skip=number < len(pieces))  # the noise comes with the last piece
+            self.private.step()
+            self._forget()
+        if not pieces:
+            self._no_gradient()
+            self.private.step()
+        project_(self.model)
+
+    def _divide(self, optimizer: DPOptimizer) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= self.task.batch_size
+
+    def _forget(self) -> None:
+        """Drop the per-sample gradients of a piece, keep the sum."""
+        for parameter in self.parameters:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+
+    def _no_gradient(self) -> None:
+        """An empty batch is a step like any other: no gradient, and noise."""
+        for parameter in self.parameters:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))  # type: ignore[attr-defined]
+            parameter.grad = torch.zeros_like(parameter)
+
+    def close(self) -> None:
+        self.hooks.cleanup()
+        for parameter in self.parameters:
+            for name in ("summed_grad", "grad_sample"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+        put_back(self.gates)

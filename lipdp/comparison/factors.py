@@ -1,0 +1,158 @@
+"""Clipping as factors on per-sample gradients, block by block: the diagonal matrices of `lipdp.comparison.dynamics`.
+
+With n samples and D parameter blocks, ‖g_i‖² = Σ_r ‖g_{i,r}‖². Flat kinds look at ‖g_i‖, per-layer kinds at each ‖g_{i,r}‖;
+local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor c_{i,r} is in [0, 1] and
+bounds what it multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from lipdp.errors import ParameterError
+from lipdp.nn.constrained import check_positive
+
+
+class Clipping(Protocol):
+    """Maps the norms of the per-sample gradients to the factors they are multiplied by."""
+
+    name: ClassVar[str]
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """c (n, D), from ‖g_{i,r}‖ (n, D), for n samples and D parameter blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unclipped:
+    """c = 1."""
+
+    name: ClassVar[str] = "none"
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """See `Clipping.factors`."""
+        return torch.ones_like(norms)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient; a zero gradient keeps its factor 1.
+
+    >>> Flat(5.0).factors(torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
+    tensor([[0.5000, 0.5000],
+            [1.0000, 1.0000]])
+
+    Source: Abadi et al. (2016).
+    """
+
+    bound: float
+    name: ClassVar[str] = "flat"
+
+    def __post_init__(self) -> None:
+        check_positive("bound", self.bound)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """See `Clipping.factors`."""
+        whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+        return (self.bound / whole.clamp_min(self.bound)).expand_as(norms)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Local per-layer clipping: c_{i,r} = min(1, C_r/‖g_{i,r}‖).
+
+    Args:
+        bound: C, shared out as C_r = C/√D so that C² = Σ C_r²; or the C_r themselves, one a block.
+
+    >>> PerLayer((3.0, 4.0)).factors(torch.tensor([[6.0, 4.0]]))
+    tensor([[0.5000, 1.0000]])
+    """
+
+    bound: float | tuple[float, ...]
+    name: ClassVar[str] = "per layer"
+
+    def __post_init__(self) -> None:
+        _check_bounds("bound", self.bound)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """See `Clipping.factors`."""
+        bounds = _shared_out("bound", self.bound, norms)
+        return bounds / torch.maximum(norms, bounds)
+
+
+@dataclass(frozen=True)
+class GlobalFlat:
+    """Global flat clipping: c_i = (C/Z) 1(‖g_i‖ ≤ Z); sensitivity C.
+
+    Args:
+        bound: C.
+        threshold: Z ≥ C; None takes Z = C, which is the later definition, 1(‖g_i‖ ≤ C).
+
+    >>> GlobalFlat(1.0, 5.0).factors(torch.tensor([[3.0, 4.0], [3.1, 4.0]]))
+    tensor([[0.2000, 0.2000],
+            [0.0000, 0.0000]])
+
+    Source: Bu et al. (2021).
+    """
+
+    bound: float
+    threshold: float | None = None
+    name: ClassVar[str] = "global flat"
+
+    def __post_init__(self) -> None:
+        check_positive("bound", self.bound)
+        if self.threshold is not None and check_positive("threshold", self.threshold) < self.bound:
+            raise ParameterError(f"threshold={self.threshold} is below bound={self.bound}: factors would exceed 1")
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """See `Clipping.factors`."""
+        threshold = self.bound if self.threshold is None else self.threshold
+        whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+        return ((whole <= threshold).to(norms.dtype) * (self.bound / threshold)).expand_as(norms)
+
+
+@dataclass(frozen=True)
+class GlobalPerLayer:
+    """Global per-layer clipping: c_{i,r} = (C_r/Z_r) 1(‖g_{i,r}‖ ≤ Z_r); sensitivity C_r of each block.
+
+    Args:
+        bound: C, shared out as in `PerLayer`, or the C_r.
+        threshold: Z likewise, Z_r ≥ C_r; None takes Z_r = C_r.
+    """
+
+    bound: float | tuple[float, ...]
+    threshold: float | tuple[float, ...] | None = None
+    name: ClassVar[str] = "global per layer"
+
+    def __post_init__(self) -> None:
+        _check_bounds("bound", self.bound)
+        if self.threshold is not None:
+            _check_bounds("threshold", self.threshold)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """See `Clipping.factors`."""
+        bounds = _shared_out("bound", self.bound, norms)
+        thresholds = bounds if self.threshold is None else _shared_out("threshold", self.threshold, norms)
+        if bool((thresholds < bounds).any()):
+            raise ParameterError(f"threshold={self.threshold} is below bound={self.bound}: factors would exceed 1")
+        return (norms <= thresholds).to(norms.dtype) * (bounds / thresholds)
+
+
+def _check_bounds(name: str, bound: float | tuple[float, ...]) -> None:
+    for value in bound if isinstance(bound, tuple) else (bound,):
+        check_positive(name, value)
+
+
+def _shared_out(name: str, bound: float | tuple[float, ...], norms: Tensor) -> Tensor:
+    """One bound for each of the D blocks, (D,)."""
+    blocks = norms.shape[1]
+    if not isinstance(bound, tuple):
+        return norms.new_full((blocks,), bound / math.sqrt(blocks))
+    if len(bound) != blocks:
+        raise ParameterError(f"{name} has {len(bound)} entries for {blocks} parameter blocks; give one a block")
+    return norms.new_tensor(bound)

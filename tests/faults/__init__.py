@@ -1,0 +1,1 @@
+"""Real processes of the `lipdp` command that are killed where the test says: see `server` and `client`."""

@@ -1,0 +1,142 @@
+"""A process that has torch imported and forks one `lipdp` command per request, to be killed.
+
+Reads one JSON object a line, answers with one. A request holds `arguments` of the command, and either of
+    after: seconds after which the process gets SIGKILL;
+    at: number of the call, among those that write files, before which it sends itself SIGKILL (a write: after half of it).
+The answer: `signal`, `code`, `seconds`, `output`, and `calls`: one letter for each of those calls that was made, `w`rite,
+`f`sync, `l`ink, `r`eplace or `u`nlink.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+from lipdp.cli import main
+from lipdp.commands import display  # noqa: F401  (imported once, for every fork)
+from lipdp.training import Trainer  # noqa: F401
+
+CALLS = ("fsync", "replace", "link", "unlink")
+
+
+class Counted:
+    """Counts the calls that write files, and ends the process at one of them."""
+
+    def __init__(self, at: int | None, count: int) -> None:
+        self.at, self.counter = at, count
+        self.made = 0
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self._before(getattr(os, name)))
+        opened = tempfile.NamedTemporaryFile
+
+        def named(*args, **options):
+            stream = opened(*args, **options)
+            stream.write = self._half(stream)
+            return stream
+
+        tempfile.NamedTemporaryFile = named
+
+    def _is_the_one(self, letter: str) -> bool:
+        os.pwrite(self.counter, letter.encode(), self.made)
+        self.made += 1
+        return self.made - 1 == self.at
+
+    def _before(self, call):
+        letter = call.__name__[0]
+
+        def counted(*args, **options):
+            if self._is_the_one(letter):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return counted
+
+    def _half(self, stream):
+        write = stream.file.write
+
+        def counted(content):
+            if self._is_the_one("w"):
+                write(bytes(content)[: len(content) // 2])
+                stream.file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(content)
+
+        return counted
+
+
+def child(request: dict, output: int, counter: int) -> None:
+    """Never returns."""
+    code = 70
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        os.environ.update(request.get("environment", {}))
+        Counted(request.get("at"), counter).install()
+        code = main(request["arguments"])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def serve(request: dict) -> dict:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counter:
+        began = time.monotonic()
+        pid = os.fork()
+        if pid == 0:
+            child(request, output.fileno(), counter.fileno())
+        after, status = request.get("after"), 0
+        while True:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                break
+            if after is not None and time.monotonic() - began >= after:
+                os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                break
+            time.sleep(0.0005)
+        output.seek(0)
+        return {
+            "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+            "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            "seconds": time.monotonic() - began,
+            "calls": os.pread(counter.fileno(), 1 << 20, 0).decode(),
+            "output": output.read().decode(errors="replace"),
+        }
+
+
+def warm_up() -> None:
+    """One run in this process, so that all that is imported late is imported before the forks."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        quick = [
+            "--model",
+            "linear",
+            "--steps",
+            "1",
+            "--batch-size",
+            "9",
+            "--noise-multiplier",
+            "9",
+            "--optimizer",
+            "adam",
+        ]
+        main(["train", *quick, "--accountant", "rdp", "--threads", "1", "--out", f"{folder}/run"])
+
+
+if __name__ == "__main__":
+    warm_up()
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ class Constrained(nn.Module):
         if self.bias is not None and self.bias.requires_grad:
             self.bias.copy_(Frobenius(self.bias_radius).project(self.bias.view(1, -1)).view(-1))
 
+    @torch.no_grad()
+    def outside(self) -> dict[str, Tensor]:
+        """Name → whether the trainable weight, or bias, exceeds its radius (`exceeds`); nothing is read on the host.
+
+        The radius is the constraint's `radius`, and 1 for one that has none, as for `Orthogonal`.
+        """
+        found: dict[str, Tensor] = {}
+        if self.weight.requires_grad:
+            found["weight"] = exceeds(self.weight_matrix(), getattr(self.constraint, "radius", 1.0))
+        if self.bias is not None and self.bias.requires_grad:
+            found["bias"] = exceeds(self.bias.view(1, -1), self.bias_radius)
+        return found
+
 
 def project_(model: nn.Module) -> None:
     """Project every constrained layer of the model in place (post-processing: costs no privacy).
@@ -67,6 +81,56 @@ def project_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Constrained):
             module.project_()
+
+
+def outside(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name → whether it exceeds its radius, for all trainable weights and biases that `project_` projects.
+
+    >>> layer = lipdp.nn.SpectralLinear(4, 3)
+    >>> _ = layer.weight.data.mul_(1.01)
+    >>> outside(torch.nn.Sequential(layer))
+    {'0.weight': tensor(True)}
+    """
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Constrained):
+            prefix = f"{path}." if path else ""
+            found |= {prefix + name: answer for name, answer in module.outside().items()}
+    return found
+
+
+def exceeds(matrix: Tensor, radius: float) -> Tensor:
+    r"""Whether :math:`\|W\|_2 \le r`, up to rounding, *cannot* be certified: one Gram matrix and one Cholesky factor.
+
+    :math:`\|W\|_2 \le R` exactly if :math:`R^2 I - WW^\top` is positive semidefinite, and a Cholesky factorisation that
+    runs to its end in floating point proves that up to its rounding error. It costs a tenth of the projection, uses none
+    of its arithmetic, and does not synchronise with a GPU.
+
+    Guarantees: false only if :math:`\|W\|_2 \le r (1 + s)`; never true for a W of norm ≤ r rounded to its dtype. With
+    m ≤ n the sizes and ε the spacing of a dtype at 1, rounding moves W by ``ε √m ‖W‖ / 2`` at most, and the Gram matrix
+    and its factor, in float64, err by ``(n + m + 1) m ε₆₄ ‖W‖² / 2`` in norm; the slack s is twice their sum.
+
+    Args:
+        matrix: (..., m, n), of any floating dtype.
+        radius: r > 0.
+
+    Returns:
+        () bool, true also where an entry is not finite.
+
+    >>> w = torch.diag(torch.tensor([1.0, 0.5]))
+    >>> exceeds(w, 1.0), exceeds(w * 1.0001, 1.0)
+    (tensor(False), tensor(True))
+
+    Source: Higham (2002), theorems 10.3 and 10.7; Rump (2006), "Verification of positive definiteness".
+    """
+    small, large = sorted(matrix.shape[-2:])
+    slack = math.sqrt(small) * torch.finfo(matrix.dtype).eps
+    slack += (large + small + 1) * max(small, 1) * torch.finfo(torch.float64).eps
+    w = matrix.double()
+    gram = w @ w.mT if w.shape[-2] == small else w.mT @ w
+    rest = gram.neg()
+    rest.diagonal(dim1=-2, dim2=-1).add_((radius * (1 + slack)) ** 2)
+    return ((torch.linalg.cholesky_ex(rest).info != 0) | ~gram.isfinite().all(-1).all(-1)).any()
 
 
 def check_positive(name: str, value: float) -> float:

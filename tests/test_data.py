@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from lipdp import data
 from lipdp.data.files import (
+    _dtype,
     read_cifar_batch,
     read_idx,
     read_npz,
@@ -259,6 +260,42 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, protocol):
             read_cifar_batch(path)
         assert str(path) in str(caught.value)
     assert not proof.exists()
+
+
+BOMB = b")" + b"q\x01h\x01\x86" * 40
+"""A tuple that holds the same tuple twice, forty levels deep: 160 bytes, and 2⁴⁰ entries to hash or to print."""
+
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+DTYPE = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"}" + BOMB + b"K\x01s.",
+        b"}(" + BOMB + b"K\x01u.",
+        b"(" + BOMB + b"K\x01d.",
+        b"}(U\x04data" + ARRAY + b"(K\x01" + BOMB + DTYPE + b"\x89U\x010tbU\x06labels]u.",
+        b"cnumpy\ndtype\n" + BOMB + b"\x85R.",
+        b"\x8f(" + BOMB + b"\x90.",
+    ],
+)
+def test_a_pickle_that_would_take_for_ever_is_refused(tmp_path, content):
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"\x80\x04" + content)
+    with pytest.raises(DataError) as caught:
+        read_cifar_batch(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_pickle_changes_nothing_in_the_reader(tmp_path):
+    path, before = tmp_path / "data_batch_1", dict(vars(_dtype))
+    for state in (b"}U\x01aK\x01s", b"}U\x0c__defaults__K\x01\x85s\x86"):
+        path.write_bytes(b"\x80\x02cnumpy\ndtype\n" + (b"N" if b"__defaults__" in state else b"") + state + b"b.")
+        with pytest.raises(DataError, match="sets a state on a function"):
+            read_cifar_batch(path)
+    assert (dict(vars(_dtype)), _dtype.__defaults__) == (before, None)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import reprlib
 import struct
 import tempfile
 import zipfile
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -163,14 +164,16 @@ class _PickledArray:
         if not (isinstance(dtype, _PickledDtype) and dtype.name in ("u1", "|u1", "uint8")):
             raise DataError(f"{path}: the images are not unsigned bytes; {REMEDY}")
         if not (isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-            raise DataError(f"{path}: the images have shape {shape!r}, not (n, 3072); {REMEDY}")
+            raise DataError(f"{path}: the images have shape {reprlib.repr(shape)}, not (n, 3072); {REMEDY}")
         if not isinstance(body, bytes | bytearray) or len(body) != math.prod(shape):
             raise DataError(f"{path}: the images do not fill their shape {shape}; {REMEDY}")
         return np.frombuffer(body, np.uint8).reshape(shape, order="F" if self.fortran else "C")
 
 
 def _text(value: object) -> str:
-    return value.decode("ascii") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, str | bytes):
+        raise DataError(f"a name in the pickle is a {type(value).__name__}; do not trust the file")
+    return value.decode("ascii") if isinstance(value, bytes) else value
 
 
 def _dtype(name: object, *_: object) -> _PickledDtype:
@@ -202,16 +205,64 @@ _GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
 }
 
 
+_OPCODES = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT"
+    " STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8"
+    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS"
+    " GLOBAL STACK_GLOBAL REDUCE BUILD GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE"
+)
+
+
 class _CifarUnpickler(pickle._Unpickler):
-    """Unpickles containers, text, bytes, numbers and byte arrays, through stand-ins; any other name is refused.
+    """Unpickles containers, text, bytes, numbers and byte arrays, through stand-ins; any other name or opcode is refused.
+
+    Keys are text, bytes or numbers: to hash a tuple that holds itself twice, forty levels deep, takes longer than anyone
+    waits. State is set on the stand-ins' instances only: not on the functions, whose defaults it would replace.
 
     The pure-Python unpickler is used on purpose: the C one sizes its memo by an index read from the file.
     """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _GLOBALS:
             raise DataError(f"the pickle refers to {module}.{name}, which no CIFAR batch does; do not trust the file")
         return _GLOBALS[module, name]
+
+    def _set_items(self, pairs: Sequence[Any], into: dict[Any, Any]) -> None:
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if not isinstance(key, str | bytes | int):
+                raise DataError(f"a key in the pickle is a {type(key).__name__}; do not trust the file")
+            into[key] = value
+
+    def _setitem(self) -> None:
+        pair = self.stack[-2:]
+        del self.stack[-2:]
+        self._set_items(pair, self.stack[-1])
+
+    def _setitems(self) -> None:
+        pairs = self.pop_mark()
+        self._set_items(pairs, self.stack[-1])
+
+    def _dict(self) -> None:
+        pairs = self.pop_mark()
+        self.stack.append({})
+        self._set_items(pairs, self.stack[-1])
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _PickledArray | _PickledDtype):
+            raise DataError(f"the pickle sets a state on a {type(self.stack[-1]).__name__}; do not trust the file")
+        self.stack[-1].__setstate__(state)
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()},
+        pickle.SETITEM[0]: _setitem,
+        pickle.SETITEMS[0]: _setitems,
+        pickle.DICT[0]: _dict,
+        pickle.BUILD[0]: _build,
+    }
 
 
 def read_cifar_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

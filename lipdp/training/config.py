@@ -15,6 +15,10 @@ RUNTIME = frozenset({"data_dir", "device", "download", "threads", "checkpoint_ev
 """Settings that may change at a resume: they move numbers around without touching what is computed."""
 
 
+MAX_THREADS = 1024
+"""More of them than any machine's cores are a mistake."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything a run is given. `configure(...)` fills in the recipe; `resolve(N)` what depends on the public N.
@@ -78,6 +82,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
+        if self.threads is not None and self.threads > MAX_THREADS:  # torch would crash on many more
+            raise ParameterError(f"threads={self.threads}: at most {MAX_THREADS}")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
+            raise ParameterError(f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1 is needed")
         for name in ("epochs", "lr", "epsilon", "noise_multiplier", "gate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -26,8 +26,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        return torch.empty(0, device=device).device
+        probe = torch.zeros(1, device=torch.device(name))
+        probe.item()  # a device that holds no values (meta) refuses
+        return probe.device
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ParameterError(f"device {name!r} cannot be used here ({reason}); try cpu, or auto") from error

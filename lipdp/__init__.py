@@ -17,6 +17,7 @@ _LAZY = {
     "epsilon": "lipdp.privacy.accounting",
 }
 _MODULES = (
+    "audit",
     "bounds",
     "comparison",
     "constraints",
@@ -26,6 +27,7 @@ _MODULES = (
     "losses",
     "models",
     "nn",
+    "planning",
     "privacy",
     "testing",
     "training",

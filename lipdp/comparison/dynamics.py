@@ -164,7 +164,7 @@ PUBLISHED: Mapping[str, Claim] = {
     GlobalFlat.name: Claim(True, True, True, True),
     GlobalPerLayer.name: Claim(True, True, True, True),
 }
-"""The table of Bu et al. (2021), by kind of clipping."""
+"""By kind of clipping: table 1 of Bu et al. (2023) for none and local, what their first version claims for global."""
 
 
 @dataclass(frozen=True)

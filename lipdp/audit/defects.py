@@ -1,0 +1,219 @@
+"""Defects seen in private training code, to be planted in the real engine and found again.
+
+    with lipdp.audit.defects.planted("halved sensitivity"):
+        assert lipdp.audit.many_runs(epsilon=1.0).violated
+
+For tests of the audit only: inside the `with`, nothing that the library trains is private.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipdp.bounds import BoundGraph, Sweep
+from lipdp.bounds import layers as rules
+from lipdp.bounds.rules import Local
+from lipdp.errors import UnknownNameError
+from lipdp.losses import LipschitzLoss
+from lipdp.privacy.noise import GaussianNoise
+from lipdp.privacy.run import Run
+from lipdp.privacy.sampling import PoissonSampler
+
+__all__ = ["DEFECTS", "CoupledLoss", "Defect", "planted"]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One defect.
+
+    Attributes:
+        name: for `planted`.
+        description: what is wrong.
+        plant: a context manager that puts it into the library and takes it out again.
+    """
+
+    name: str
+    description: str
+    plant: Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """`owner.name` replaced by `make(original)`, and put back whatever happens."""
+    own, original = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+# --- sensitivity ------------------------------------------------------------------------------------------------------
+
+
+def halved_sensitivity() -> AbstractContextManager[None]:
+    """Every Δ is half of what it should be, and so is the noise."""
+
+    def make(sweep: Callable[..., Sweep]) -> Callable[..., Sweep]:
+        def halved(self: BoundGraph, loss_constant: Any) -> Sweep:
+            found = sweep(self, loss_constant)
+            return replace(found, parameters={name: delta / 2 for name, delta in found.parameters.items()})
+
+        return halved
+
+    return _replaced(BoundGraph, "sweep", make)
+
+
+def _wrong_convolution(change: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> AbstractContextManager[None]:
+    def make(rule: Callable[..., Local]) -> Callable[..., Local]:
+        def wrong(call: Any, layer: Any, scale: float) -> Local:
+            found = rule(call, layer, scale)
+            return replace(found, parameters=change(layer, dict(found.parameters)))
+
+        return wrong
+
+    return _replaced(rules, "_convolution", make)
+
+
+def convolution_over_k() -> AbstractContextManager[None]:
+    """A convolution's Δ is divided by k, as if its stored kernel were not scaled already."""
+    return _wrong_convolution(
+        lambda layer, found: {**found, "weight": found["weight"] / math.sqrt(math.prod(layer.kernel_size))}
+    )
+
+
+def bias_without_positions() -> AbstractContextManager[None]:
+    """A convolution's bias has Δ = G, without the factor √(H'W') of the positions it is added at."""
+    return _wrong_convolution(lambda layer, found: {**found, "bias": 1.0} if "bias" in found else found)
+
+
+# --- noise and divisor ------------------------------------------------------------------------------------------------
+
+
+def noise_per_microbatch(pieces: int = 4) -> AbstractContextManager[None]:
+    """Each of k micro-batches gets noise of std s/k before they are summed: s/√k in all."""
+
+    def make(add: Callable[..., None]) -> Callable[..., None]:
+        def in_pieces(self: GaussianNoise, tensors: Any, stds: Tensor) -> None:
+            for _ in range(pieces):
+                add(self, tensors, stds / pieces)
+
+        return in_pieces
+
+    return _replaced(GaussianNoise, "add_", make)
+
+
+def realised_batch_size() -> AbstractContextManager[None]:
+    """The noisy sum is divided by the number of records that were drawn, which is secret, instead of by B."""
+
+    def make(add_noise: Callable[..., None]) -> Callable[..., None]:
+        @torch.no_grad()
+        def divided(self: Run, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            add_noise(self, optimizer, args, kwargs)
+            drawn = max(1, self.loader.last_batch_size or 0)
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.facts.expected_batch_size / drawn)
+
+        return divided
+
+    return _replaced(Run, "_add_noise", make)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def shuffled_batches() -> AbstractContextManager[None]:
+    """The records are shuffled and dealt out in batches of ⌊qN⌋, once an epoch; ε is computed for Poisson batches."""
+
+    def make(_: Any) -> Callable[[PoissonSampler], Iterator[Tensor]]:
+        def dealt(self: PoissonSampler) -> Iterator[Tensor]:
+            size = max(1, int(self.population * self.sampling_rate + 1e-9))
+            per_epoch = self.population // size
+            while self.position < self.steps:
+                place = self.position % per_epoch
+                generator = self._ratchet.generator()
+                if place == 0:
+                    order = torch.from_numpy(generator.permutation(self.population))
+                self.position += 1
+                yield order[place * size : (place + 1) * size].sort().values
+
+        return dealt
+
+    return _replaced(PoissonSampler, "__iter__", make)
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+class CoupledLoss(LipschitzLoss):
+    """Absolute error, each record weighted by the share of the batch with a target of the other sign.
+
+    Every weight is at most 1, so the constant it states holds for every batch; but adding a record changes the weight of all.
+    """
+
+    def __init__(self, num_outputs: int = 1) -> None:
+        super().__init__()
+        self.lipschitz = num_outputs**-0.5
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        positive = (target.flatten(1)[:, 0] > 0).to(logits.dtype)
+        share = positive.mean() if len(positive) else positive.sum()
+        return (logits - target).abs().mean(1) * (positive * (1 - share) + (1 - positive) * share)
+
+
+def unchecked_loss() -> AbstractContextManager[None]:
+    """The engine does not look whether a loss keeps samples apart (use with `CoupledLoss`)."""
+    from lipdp.privacy import engine
+
+    return _replaced(engine, "check_loss", lambda _: lambda *args: None)
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+def _defect(plant: Callable[[], AbstractContextManager[None]]) -> Defect:
+    return Defect(plant.__name__.replace("_", " "), (plant.__doc__ or "").split("\n")[0], plant)
+
+
+DEFECTS: dict[str, Defect] = {
+    defect.name: defect
+    for defect in map(
+        _defect,
+        (
+            halved_sensitivity,
+            convolution_over_k,
+            bias_without_positions,
+            noise_per_microbatch,
+            realised_batch_size,
+            shuffled_batches,
+            unchecked_loss,
+        ),
+    )
+}
+
+
+def planted(name: str) -> AbstractContextManager[None]:
+    """The defect of that name, in the library while the `with` lasts.
+
+    Raises:
+        UnknownNameError: there is none.
+
+    >>> with planted("halved sensitivity"):
+    ...     model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
+    ...     round(lipdp.sensitivity(model, lipdp.losses.TauCrossEntropy(), input_shape=(4,))["1.weight"], 4)
+    0.7071
+    """
+    if name not in DEFECTS:
+        raise UnknownNameError("defect", name, DEFECTS)
+    return DEFECTS[name].plant()

@@ -1,0 +1,234 @@
+"""The two audits: many tiny runs that differ in one record, and one run with many canaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lipdp.audit.experiments import Experiment, gradient_canaries, worst_case
+from lipdp.audit.guessing import choose
+from lipdp.audit.observe import Setting, Training, fair_coins, simultaneous, worlds
+from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound
+from lipdp.errors import ParameterError
+from lipdp.privacy.calibration import calibrate
+
+_HELD_OUT = 0.25  # share of the games on which the guessing rule is chosen
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit claims to know: with probability ≥ `confidence`, the true ε at `delta` is above `lower_bound`.
+
+    Attributes:
+        method: "many runs" or "one run".
+        experiment: what was trained.
+        claimed_epsilon: the engine's own account of one run.
+        lower_bound, confidence, delta: see above.
+        trials: games played: runs, or canaries of the one run.
+        guesses, correct: among the trials that were not used to choose the guessing rule.
+        score: the score that was looked at.
+        noise_multiplier, sampling_rate, steps: σ, q and T of one run.
+        scores_in, scores_out: that score in the trials with the canary and without.
+    """
+
+    method: str
+    experiment: str
+    claimed_epsilon: float
+    lower_bound: float
+    confidence: float
+    delta: float
+    trials: int
+    guesses: int
+    correct: int
+    score: str
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    scores_in: Array = field(repr=False, compare=False)
+    scores_out: Array = field(repr=False, compare=False)
+
+    @property
+    def violated(self) -> bool:
+        """The lower bound is above the claim: the guarantee is false, at this confidence."""
+        return self.lower_bound > self.claimed_epsilon
+
+    @property
+    def ratio(self) -> float:
+        """lower_bound / claimed_epsilon; above 1 is a violation."""
+        return self.lower_bound / self.claimed_epsilon
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        return "VIOLATED: lower bound above the claim" if self.violated else "consistent"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without the scores."""
+        names = [n for n in self.__dataclass_fields__ if not n.startswith("scores_")]
+        return {**{n: getattr(self, n) for n in names}, "violated": self.violated}
+
+
+def many_runs(
+    experiment: Experiment | None = None,
+    *,
+    epsilon: float,
+    delta: float = 1e-5,
+    runs: int = 10_000,
+    confidence: float = 0.95,
+    allocation: str = "per_layer",
+    accountant: str = "prv",
+    seed: int | None = None,
+) -> AuditResult:
+    r"""Tell N records from N + 1 in many tiny runs of T steps, each a game of its own.
+
+    Every run is trained by the real `PrivacyEngine`, with the noise it calibrates for ε. A quarter of the runs chooses the score
+    and the thresholds, the others are guessed, and `statistics.independent_lower_bound` makes a bound of the guesses.
+
+    Guarantees: if every run is (ε, δ)-DP and the runs are independent, the result exceeds ε with probability at most
+    1 − `confidence`. Finding nothing proves nothing.
+
+    Args:
+        experiment: with one canary; by default `worst_case()`.
+        epsilon, delta: the claim to audit: the engine's noise is calibrated to it.
+        runs: games; a bound of half the claim takes 10 000 to 20 000 at ε = 4 and 8, 60 000 at ε = 1.
+        confidence: of the lower bound.
+        allocation, accountant: of the engine.
+        seed: repeat the audit exactly.
+
+    Raises:
+        ParameterError: not one canary, a learning rate, or fewer than 40 runs. LipdpError: what the engine refuses.
+
+    >>> result = lipdp.audit.many_runs(epsilon=8.0, runs=300, seed=0)
+    >>> 1 < result.lower_bound < result.claimed_epsilon, result.verdict
+    (True, 'consistent')
+
+    Source: Nasr et al. (2023), "Tight auditing of differentially private machine learning".
+    """
+    experiment = worst_case() if experiment is None else experiment
+    if len(experiment.canaries[0]) != 1 or experiment.learning_rate != 0.0:
+        raise ParameterError(
+            f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0 (given"
+            f" {experiment.learning_rate:g}), so that runs do not differ in anything else"
+        )
+    coins = fair_coins(_enough("runs", runs), seed)
+    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
+    scores, training = worlds(experiment, setting, coins)
+    (early, early_coins), (late, late_coins) = _split(scores, coins)
+    rule = choose(early, early_coins, delta=delta, confidence=confidence)
+    correct, guesses = rule.by_threshold(late, late_coins)
+    bound = independent_lower_bound(correct, guesses, len(late_coins), delta=delta, confidence=confidence)
+    return _result(
+        "many runs", training, setting, rule.score, scores, coins, float(bound), guesses, correct, delta, confidence
+    )
+
+
+def one_run(
+    experiment: Experiment | None = None,
+    *,
+    epsilon: float,
+    delta: float = 1e-5,
+    confidence: float = 0.95,
+    allocation: str = "per_layer",
+    accountant: str = "prv",
+    seed: int | None = None,
+) -> AuditResult:
+    """Guess which of m canaries took part in one single run.
+
+    The run is trained by the real `PrivacyEngine`; the adversary sees the weights at every step. A quarter of the canaries
+    chooses how many guesses to make of either kind, the others are guessed, those with the most extreme scores, and
+    `statistics.one_run_lower_bound` makes a bound of the guesses.
+
+    Guarantees: if the run is (ε, δ)-DP, the result exceeds ε with probability at most 1 − `confidence`, whatever the canaries
+    have to do with each other.
+
+    Args:
+        experiment: by default `gradient_canaries(32_768)`; `input_canaries` is an ordinary training.
+        Others: as `many_runs`.
+
+    >>> result = lipdp.audit.one_run(lipdp.audit.gradient_canaries(1024), epsilon=8.0, seed=0)
+    >>> 1 < result.lower_bound < result.claimed_epsilon
+    True
+
+    Source: Steinke, Nasr & Jagielski (2023), "Privacy auditing with one (1) training run", algorithm 1.
+    """
+    experiment = gradient_canaries(32_768) if experiment is None else experiment
+    coins = fair_coins(_enough("canaries", len(experiment.canaries[0])), seed)
+    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
+    scores, training = simultaneous(experiment, setting, torch.from_numpy(coins))
+    order = np.random.default_rng(seed).permutation(
+        len(coins)
+    )  # canaries may be sorted; which are held out must not be
+    (early, early_coins), (late, late_coins) = _split({n: s[order] for n, s in scores.items()}, coins[order])
+    rule = choose(early, early_coins, delta=delta, confidence=confidence)
+    correct, guesses = rule.by_rank(late, late_coins)
+    bound = one_run_lower_bound(correct, guesses, len(late_coins), delta=delta, confidence=confidence)
+    return _result("one run", training, setting, rule.score, scores, coins, bound, guesses, correct, delta, confidence)
+
+
+def _enough(what: str, count: int) -> int:
+    if count < 40:
+        raise ParameterError(f"{what}={count}: at least 40 are needed, and thousands for a bound that says something")
+    return count
+
+
+def _setting(
+    experiment: Experiment, epsilon: float, delta: float, allocation: str, accountant: str, seed: int | None
+) -> Setting:
+    sigma = calibrate(
+        target_epsilon=epsilon,
+        sampling_rate=experiment.sampling_rate,
+        steps=experiment.steps,
+        delta=delta,
+        accountant=accountant,
+    )
+    return Setting(sigma, allocation, accountant, seed)
+
+
+def _split(
+    scores: Mapping[str, Array], coins: NDArray[np.bool_]
+) -> tuple[tuple[dict[str, Array], NDArray[np.bool_]], tuple[dict[str, Array], NDArray[np.bool_]]]:
+    cut = round(_HELD_OUT * len(coins))
+    early, late = slice(None, cut), slice(cut, None)
+    return ({n: s[early] for n, s in scores.items()}, coins[early]), (
+        {n: s[late] for n, s in scores.items()},
+        coins[late],
+    )
+
+
+def _result(
+    method: str,
+    training: Training,
+    setting: Setting,
+    score: str,
+    scores: Mapping[str, Array],
+    coins: NDArray[np.bool_],
+    bound: float,
+    guesses: int,
+    correct: int,
+    delta: float,
+    confidence: float,
+) -> AuditResult:
+    return AuditResult(
+        method=method,
+        experiment=training.experiment.name,
+        claimed_epsilon=training.claimed_epsilon(delta),
+        lower_bound=bound,
+        confidence=confidence,
+        delta=delta,
+        trials=len(coins),
+        guesses=guesses,
+        correct=correct,
+        score=score,
+        noise_multiplier=setting.noise_multiplier,
+        sampling_rate=training.experiment.sampling_rate,
+        steps=training.experiment.steps,
+        scores_in=scores[score][coins],
+        scores_out=scores[score][~coins],
+    )

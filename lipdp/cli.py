@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands import account, sensitivity, train
+from lipdp.commands import account, plan, sensitivity, train
 from lipdp.errors import LipdpError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -28,6 +28,7 @@ app.command(epilog=train.EPILOG)(train.train)
 app.command(epilog=sensitivity.EPILOG)(sensitivity.sensitivity)
 app.command(epilog=account.EPSILON_EPILOG)(account.epsilon)
 app.command(epilog=account.CALIBRATE_EPILOG)(account.calibrate)
+app.add_typer(plan.app, name="plan")
 
 
 def _show_version(wanted: bool) -> None:

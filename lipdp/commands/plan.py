@@ -1,0 +1,213 @@
+"""`lipdp plan`: from N, δ, ε and a compute limit to (B, σ, T)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lipdp.commands.options import interruptible
+from lipdp.errors import ParameterError
+
+if TYPE_CHECKING:
+    from lipdp.planning.budget import Plan, Point
+    from lipdp.planning.repetitions import Repetitions
+
+EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp plan --records 50000 --epsilon 8 --delta 1e-5[/green]
+
+[green]lipdp plan --records 60000 --epsilon 1 --delta 1e-5 --max-epochs 40 --dataset mnist --out PLAN[/green]
+
+[green]lipdp plan --records 50000 --epsilon 8 --delta 1e-5 --steps 2500 --beside 4096,3,2500[/green]
+
+[green]lipdp plan --records 50000 --epsilon 8 --delta 1e-5 --private-search geometric --repetitions 10[/green]
+
+[green]lipdp plan simulate --help[/green]  (search hyper-parameters at a fraction of the compute)
+
+With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-against-compute.png and .svg."""
+
+app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True, epilog=EPILOG)
+@interruptible
+def plan(
+    context: typer.Context,
+    records: Annotated[int | None, typer.Option(help="N, a public constant")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="the budget ε")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ (default 1e-5, or the power of ten below 1/N)")] = None,
+    steps: Annotated[int | None, typer.Option(help="T (default at most 2500)")] = None,
+    max_epochs: Annotated[float | None, typer.Option(help="compute limit, in passes over the data")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
+    beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
+    accountant: Annotated[str, typer.Option(help="prv, pld, rdp")] = "prv",
+    private_search: Annotated[
+        str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
+    ] = None,
+    repetitions: Annotated[float | None, typer.Option(help="its mean number of runs")] = None,
+    dataset: Annotated[str | None, typer.Option(help="named in the command that follows")] = None,
+    out: Annotated[Path | None, typer.Option(help="write plan.json and the pictures there")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables")] = False,
+) -> None:
+    """Plan a private run: batch size, noise and steps for a budget, and what they cost."""
+    if context.invoked_subcommand is not None:
+        return
+    if records is None or epsilon is None:
+        raise ParameterError("give --records N and --epsilon ε (and --delta, --max-epochs or --max-samples)")
+
+    from lipdp.planning.budget import Budget
+    from lipdp.planning.budget import plan as make
+    from lipdp.training.config import default_delta
+
+    search = _search(private_search, repetitions)
+    budget = Budget(records, epsilon, default_delta(records) if delta is None else delta, accountant)
+    found = make(
+        budget,
+        steps=steps,
+        max_samples=_limit(records, max_epochs, max_samples),
+        beside=[_setting(b) for b in beside or ()],
+    )
+    facts = found.as_dict() | {"command": train_command(found.chosen, budget.epsilon, dataset)}
+    if search is not None:
+        facts["private_search"] = _search_facts(search, found)
+    if out is not None:
+        _write(out, found, facts)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _show(found, facts, out)
+
+
+def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
+    """The run of a point; σ follows there from ε, B and T."""
+    return (
+        f"lipdp train --dataset {shlex.quote(dataset or 'DATASET')} --epsilon {epsilon:g} --delta {point.delta:g} "
+        f"--batch-size {point.batch_size} --steps {point.steps}"
+    )
+
+
+def _limit(records: int, max_epochs: float | None, max_samples: int | None) -> int | None:
+    if max_epochs is None:
+        return max_samples
+    if max_samples is not None:
+        raise ParameterError("--max-epochs and --max-samples were both given: one follows from the other; give one")
+    if not 0 < max_epochs < 1e9:
+        raise ParameterError(f"--max-epochs {max_epochs}: a number > 0 is needed")
+    return max(1, int(max_epochs * records))
+
+
+def _setting(text: str) -> tuple[int, float, int]:
+    try:
+        batch, sigma, steps = text.split(",")
+        return int(batch), float(sigma), int(steps)
+    except ValueError as error:
+        raise ParameterError(f"--beside {text!r}: B,σ,T is needed, e.g. --beside 4096,3,2500") from error
+
+
+def _search(law: str | None, repetitions: float | None) -> Repetitions | None:
+    if law is None:
+        if repetitions is not None:
+            raise ParameterError("--repetitions goes with --private-search LAW, e.g. --private-search geometric")
+        return None
+
+    from lipdp.planning.repetitions import Repetitions
+
+    try:
+        return Repetitions(float(law), repetitions or 10.0)
+    except ParameterError:
+        raise
+    except ValueError:
+        return Repetitions(law, repetitions or 10.0)
+
+
+def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
+    from lipdp.privacy.events import Event
+
+    chosen = found.chosen
+    cost = search.epsilon(Event(chosen.noise_multiplier, chosen.sampling_rate, chosen.steps), chosen.delta)
+    sigma = search.calibrate(
+        target_epsilon=found.budget.epsilon,
+        sampling_rate=chosen.sampling_rate,
+        steps=chosen.steps,
+        delta=chosen.delta,
+    )
+    return {
+        "law": search.law,
+        "mean": search.mean,
+        "epsilon_at_plan": cost,
+        "noise_multiplier_within_budget": sigma,
+        "delta": chosen.delta,
+        "source": "Papernot & Steinke 2022",
+    }
+
+
+def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
+    from lipdp.planning.files import write_json
+    from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise, save_figure
+
+    write_json(out / "plan.json", facts)
+    for name, draw in (
+        ("epsilon-against-noise", epsilon_against_noise),
+        ("batch-against-compute", batch_against_compute),
+    ):
+        figure = draw(found)
+        for suffix in ("png", "svg"):
+            save_figure(figure, out / f"{name}.{suffix}")
+
+
+def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console, chosen, budget = Console(), found.chosen, found.budget
+    limit = "" if found.max_samples is None else f", at most {found.max_samples:,} records processed"
+    console.print(
+        f"N = {budget.records:,}, ε ≤ {budget.epsilon:g} at δ = {budget.delta:g} (add or remove one record){limit}",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("", "B", "σ", "T", "η", "ε exact", "ε_TAN", "B/σ", "B·T", "epochs"):
+        table.add_column(name, justify="left" if not name else "right")
+    for point in found.iso_budget:
+        plan_here = point.batch_size == chosen.batch_size
+        table.add_row("plan" if plan_here else "", *_cells(point), style="bold" if plan_here else None)
+    for point in found.beside:
+        table.add_row("beside", *_cells(point), style="dim")
+    console.print(table)
+    console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}", highlight=False)
+    wall = min(found.constant_eta, key=lambda pair: abs(pair[0] - 0.5), default=None)
+    if wall is not None and wall[0] < chosen.noise_multiplier:
+        console.print(
+            f"the same η at σ = {wall[0]:g} (B = {max(1, round(chosen.batch_size * wall[0] / chosen.noise_multiplier)):,})"
+            f" would cost ε = {wall[1]:.3g}: the wall",
+            highlight=False,
+        )
+    if "private_search" in facts:
+        search = facts["private_search"]
+        console.print(
+            f"a private search of {search['mean']:g} runs on average ({search['law']}): ε = {search['epsilon_at_plan']:.4g}"
+            f" as a whole at this σ; within the budget with σ = {search['noise_multiplier_within_budget']:.4g}",
+            highlight=False,
+        )
+    console.print(f"[bold]{facts['command']}[/bold]", highlight=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"[dim]written to {out}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _cells(point: Point) -> list[str]:
+    return [
+        f"{point.batch_size}",
+        f"{point.noise_multiplier:.3g}",
+        f"{point.steps}",
+        f"{point.eta:.3f}",
+        f"{point.epsilon:.3g}",
+        f"{point.tan_epsilon:.3g}",
+        f"{point.batch_size / point.noise_multiplier:.0f}",
+        f"{point.samples / 1e6:.3g} M",
+        f"{point.epochs:.3g}",
+    ]

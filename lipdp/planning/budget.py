@@ -1,0 +1,339 @@
+"""From a budget and a compute limit to (B, σ, T), with the exact ε of everything that is shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from lipdp.errors import CalibrationError, ParameterError
+from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
+from lipdp.privacy.accounting import checked_delta, get_accountant
+from lipdp.privacy.calibration import calibrate
+from lipdp.privacy.events import Event
+from lipdp.relation import Relation
+
+NOISE_MULTIPLIER = 3.0
+"""The σ a plan aims at: the middle of the sweet spot."""
+
+STEPS = 2500
+"""T where none is given, that of the published CIFAR-10 run. Utility asks for T, not privacy; see `plan simulate`."""
+
+_SEARCHING = "pld"  # for the curves: an upper bound too, within 0.03 % of ε and several times as quick as "prv"
+_CURVE = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0)  # B on the iso-budget curve, relative to the plan's
+_NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant η
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is given: N, (ε, δ) under *add or remove one record*, and whose account counts.
+
+    Args:
+        records: N, a public constant.
+        epsilon, delta: the target.
+        accountant: "prv", "pld" or "rdp", as for the run that will follow.
+
+    Raises:
+        ParameterError, UnknownNameError: a value outside its range.
+    """
+
+    records: int
+    epsilon: float
+    delta: float
+    accountant: str = "prv"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.records, bool) or not isinstance(self.records, int) or self.records < 1:
+            raise ParameterError(f"records={self.records!r}: a whole number of at least 1 is needed")
+        eta_for(self.epsilon, self.delta)
+        get_accountant(self.accountant)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to train: (B, σ, T) on N records, and its exact ε at δ.
+
+    Attributes:
+        records, batch_size, noise_multiplier, steps: N, B, σ, T.
+        delta, epsilon: ε is an upper bound by `accountant`.
+        accountant: the one that answered.
+    """
+
+    records: int
+    batch_size: int
+    noise_multiplier: float
+    steps: int
+    delta: float
+    epsilon: float
+    accountant: str
+
+    @property
+    def sampling_rate(self) -> float:
+        """q = B/N."""
+        return self.batch_size / self.records
+
+    @property
+    def eta(self) -> float:
+        """The inverse of the total amount of noise."""
+        return tan_eta(noise_multiplier=self.noise_multiplier, sampling_rate=self.sampling_rate, steps=self.steps)
+
+    @property
+    def tan_epsilon(self) -> float:
+        """ε_TAN, to stand beside the exact one."""
+        return tan_epsilon(self.eta, self.delta)
+
+    @property
+    def samples(self) -> int:
+        """The cost B·T: records processed."""
+        return self.batch_size * self.steps
+
+    @property
+    def epochs(self) -> float:
+        """The cost in passes over the data, q·T."""
+        return self.samples / self.records
+
+    @property
+    def move(self) -> Move:
+        """What the rule of the sweet spot says."""
+        return rule(self.noise_multiplier, sampling_rate=self.sampling_rate)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, the derived ones too."""
+        return {
+            "batch_size": self.batch_size,
+            "noise_multiplier": self.noise_multiplier,
+            "steps": self.steps,
+            "sampling_rate": self.sampling_rate,
+            "epsilon": self.epsilon,
+            "accountant": self.accountant,
+            "delta": self.delta,
+            "eta": self.eta,
+            "tan_epsilon": self.tan_epsilon,
+            "signal_to_noise": self.batch_size / self.noise_multiplier,
+            "samples": self.samples,
+            "epochs": self.epochs,
+            "rule": self.move.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A budget, the point chosen for it, and what surrounds it.
+
+    Attributes:
+        budget: what was given; max_samples: the compute limit, if any.
+        chosen: (B, σ, T).
+        beside: settings to compare with, accounted exactly.
+    """
+
+    budget: Budget
+    max_samples: int | None
+    chosen: Point
+    beside: tuple[Point, ...] = ()
+
+    @cached_property
+    def iso_budget(self) -> tuple[Point, ...]:
+        """The plan among other B at the same T, each with the least σ that keeps the budget; B increasing."""
+        quick = replace(self.budget, accountant=_SEARCHING)
+        batches = [round(self.chosen.batch_size * factor) for factor in _CURVE]
+        others = [p for p in iso_budget(quick, self.chosen.steps, batches) if p.batch_size != self.chosen.batch_size]
+        return tuple(sorted([*others, self.chosen], key=lambda point: point.batch_size))
+
+    @cached_property
+    def constant_eta(self) -> tuple[tuple[float, float], ...]:
+        """Pairs (σ, exact ε) at the plan's η and T, where B goes as σ: the privacy wall."""
+        return constant_eta(self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `plan.json` holds."""
+        budget = self.budget
+        return {
+            "records": budget.records,
+            "target_epsilon": budget.epsilon,
+            "delta": budget.delta,
+            "relation": Relation.ADD_OR_REMOVE_ONE.value,
+            "max_samples": self.max_samples,
+            "chosen": self.chosen.as_dict(),
+            "iso_budget": [point.as_dict() for point in self.iso_budget],
+            "constant_eta": [{"noise_multiplier": sigma, "epsilon": epsilon} for sigma, epsilon in self.constant_eta],
+            "beside": [point.as_dict() for point in self.beside],
+        }
+
+
+def evaluate(
+    *, records: int, batch_size: int, noise_multiplier: float, steps: int, delta: float, accountant: str = "prv"
+) -> Point:
+    """The exact account of one setting.
+
+    >>> point = evaluate(records=50_000, batch_size=4096, noise_multiplier=3.0, steps=2500, delta=1e-5)
+    >>> f"{point.epsilon:.2f} {point.tan_epsilon:.2f} {point.samples:,}"
+    '6.61 7.48 10,240,000'
+    """
+    _check_batch(batch_size, records)
+    spent = get_accountant(accountant).epsilon([Event(noise_multiplier, batch_size / records, steps)], delta)
+    return Point(records, batch_size, noise_multiplier, steps, delta, spent.epsilon, spent.accountant)
+
+
+def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
+    """The point of the budget with this B and T: the least σ with ε ≤ target.
+
+    Raises:
+        CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
+    """
+    _check_batch(batch_size, budget.records)
+    return _calibrated(budget, batch_size, steps)
+
+
+def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:
+    """The point of the budget near this σ, with T steps: B is what σ leaves to choose.
+
+    At fixed T and ε, η is nearly constant where σ is large, so `B = N·η·σ·√(2/T)` with the η of ε_TAN is a good guess,
+    and log σ goes as log B; secants from there meet σ to within 1 %, but for the rounding of B. Where B would exceed N it
+    is N, and σ what the budget leaves.
+
+    >>> point = with_noise_multiplier(Budget(50_000, 8.0, 1e-5), 3.0, 2500)
+    >>> abs(point.noise_multiplier / 3.0 - 1) < 0.02, 7.96 <= point.epsilon <= 8.0
+    (True, True)
+    """
+    quick = replace(budget, accountant=_SEARCHING)
+    goal, slope = math.log(noise_multiplier), 1.0
+    x = math.log(budget.records * eta_for(budget.epsilon, budget.delta) * math.sqrt(2.0 / steps)) + goal
+    gaps: dict[int, float] = {}  # B → log σ(B) − log σ
+    for _ in range(8):
+        batch = min(budget.records, max(1, round(math.exp(x))))
+        if batch in gaps:
+            break
+        gap = math.log(with_batch_size(quick, batch, steps).noise_multiplier) - goal
+        if gaps:
+            last, before = next(reversed(gaps.items()))
+            slope = min(max((gap - before) / math.log(batch / last), 0.1), 1.5)
+        gaps[batch] = gap
+        if abs(gap) < 0.01:
+            break
+        x = math.log(batch) - gap / slope
+    return with_batch_size(budget, min(gaps, key=lambda batch: abs(gaps[batch])), steps)
+
+
+def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[Point, ...]:
+    """The points of the budget with T steps and these B, in increasing order; those that nothing reaches are left out."""
+    points = []
+    for batch in sorted({min(max(1, batch), budget.records) for batch in batch_sizes}):
+        try:
+            points.append(with_batch_size(budget, batch, steps))
+        except CalibrationError:  # e.g. δ above the chance that a record is used at all: ε is 0 at every σ
+            continue
+    return tuple(points)
+
+
+def constant_eta(
+    eta: float, *, steps: int, delta: float, noise_multipliers: Sequence[float] = _NOISES, accountant: str = _SEARCHING
+) -> tuple[tuple[float, float], ...]:
+    """Pairs (σ, exact ε) with `q = η·σ·√(2/T)`: the privacy wall. The σ for which q would exceed 1 are left out.
+
+    >>> below, above = constant_eta(0.9655, steps=2500, delta=1e-5, noise_multipliers=(0.4, 3.0))
+    >>> below[1] > 5 * above[1]
+    True
+    """
+    rates = [(sigma, eta * sigma * math.sqrt(2.0 / steps)) for sigma in noise_multipliers]
+    account = get_accountant(accountant)
+    return tuple((s, account.epsilon([Event(s, q, steps)], delta).epsilon) for s, q in rates if q <= 1.0)
+
+
+def plan(
+    budget: Budget,
+    *,
+    steps: int | None = None,
+    max_samples: int | None = None,
+    beside: Sequence[tuple[int, float, int]] = (),
+) -> Plan:
+    """Choose (B, σ, T) for a budget.
+
+    σ = 3 at T steps, if the limit on B·T allows; else as much of B as it allows while σ ≥ 2; else fewer steps, at
+    σ = 2. A T that was given is kept: then σ may fall below 2, and the plan says so.
+
+    Args:
+        budget: N, ε, δ.
+        steps: T; where none is given, at most `STEPS`.
+        max_samples: the compute limit, B·T at most.
+        beside: settings (B, σ, T) to compare with.
+
+    Raises:
+        CalibrationError: no σ reaches the target at these B and T.
+        ParameterError: a value outside its range, or a limit that does not allow a single record a step.
+
+    >>> found = plan(Budget(50_000, 8.0, 1e-5), steps=2500, max_samples=8_000_000).chosen
+    >>> found.batch_size, 2.0 < found.noise_multiplier < 2.3
+    (3200, True)
+    """
+    for name, value in (("steps", steps), ("max_samples", max_samples)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
+    others = tuple(
+        evaluate(
+            records=budget.records, batch_size=batch, noise_multiplier=sigma, steps=count, delta=budget.delta,
+            accountant=budget.accountant,
+        )
+        for batch, sigma, count in beside
+    )  # fmt: skip
+    return Plan(budget, max_samples, _choose(budget, steps, max_samples), others)
+
+
+def _choose(budget: Budget, steps: int | None, max_samples: int | None) -> Point:
+    count = steps or STEPS
+    best = with_noise_multiplier(budget, NOISE_MULTIPLIER, count)
+    if max_samples is None or best.samples <= max_samples:
+        return best
+    allowed = max_samples // count
+    if allowed:
+        limited = with_batch_size(budget, allowed, count)
+        if steps is not None or limited.noise_multiplier >= SWEET_SPOT[0]:
+            return limited
+    elif steps is not None:
+        raise ParameterError(
+            f"max_samples={max_samples} in {steps} steps is less than one record a step: allow more, or take fewer steps"
+        )
+    return _fewer_steps(budget, best, max_samples)
+
+
+def _fewer_steps(budget: Budget, start: Point, max_samples: int) -> Point:
+    """At σ = 2 the cost is N·η·2·√(2T): the T that the limit allows, from the exact η, and then as much B as it allows.
+
+    Where that B is more than N, every step takes all records (q = 1, no wall), as often as the limit allows.
+    """
+    sigma, eta = SWEET_SPOT[0], start.eta
+    for _ in range(4):
+        count = max(1, math.floor((max_samples / (budget.records * eta * sigma)) ** 2 / 2.0))
+        batch = max_samples // count
+        if batch >= budget.records:
+            return with_batch_size(budget, budget.records, max_samples // budget.records)
+        point = with_batch_size(budget, batch, count)
+        if point.noise_multiplier >= sigma * 0.999:
+            break
+        eta = point.eta * sigma / point.noise_multiplier
+    return point
+
+
+def _check_batch(batch_size: int, records: int) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 0 < batch_size <= records:
+        raise ParameterError(f"batch_size={batch_size!r}: a whole number in 1 … N = {records} is needed")
+
+
+@lru_cache(maxsize=1024)
+def _calibrated(budget: Budget, batch_size: int, steps: int) -> Point:
+    sigma = calibrate(
+        target_epsilon=budget.epsilon,
+        sampling_rate=batch_size / budget.records,
+        steps=steps,
+        delta=checked_delta(budget.delta),
+        accountant=budget.accountant,
+    )
+    return evaluate(
+        records=budget.records,
+        batch_size=batch_size,
+        noise_multiplier=sigma,
+        steps=steps,
+        delta=budget.delta,
+        accountant=budget.accountant,
+    )

@@ -90,4 +90,4 @@ class ResumeError(LipdpError):
 
 
 class BoundViolation(LipdpError, AssertionError):
-    """`lipdp.testing` found a gradient larger than the declared bound."""
+    """A gradient larger than the declared bound, found by `lipdp.testing` or by a run's own check of its records."""

@@ -392,15 +392,14 @@ def test_a_parameter_the_trace_did_not_see_is_caught():
             self.bound = lnn.InputBound(1.0)
             self.a = nn.Linear(20, 5, bias=False)
             self.b = nn.Linear(20, 5, bias=False)
-            self.late = False
 
         def forward(self, x):
             x = self.bound(x)
-            return self.a(x) + self.b(x) if self.late else self.a(x)
+            return self.a(x) + self.b(x) if late else self.a(x)
 
-    model = Deceptive()
+    late, model = False, Deceptive()
     _, _, optimizer, loader, criterion = private(model)
-    model.late = True
+    late = True  # no attribute of the model, so that only the gradient shows it
     with pytest.raises(EngineError, match=r"step 1: b\.weight has a gradient"):
         train(model, optimizer, loader, criterion)
 

@@ -40,6 +40,13 @@ class PrivacyEngine:
     Args:
         accountant: "prv" (default), "pld" or "rdp".
         seed: makes the draws repeatable, for tests: a seeded run is NOT private and says so.
+        check_every: steps between looks at the gradients of a few records (`GradientCheck`); 0 never, None where it
+            costs 0.5 % of the run.
+
+    Raises:
+        EngineError, OptimizerError, BoundViolation, ConstraintError: from `optimizer.step()`, before anything is released:
+            the model, the loss or the optimiser is not the one that was bounded any more, the loop would count a record
+            twice or skip a batch, a gradient is longer than its bound, or a projection missed.
 
     >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
@@ -56,9 +63,9 @@ class PrivacyEngine:
     Source: Béthune et al. (2024), algorithm 2; Abadi et al. (2016) for the mechanism.
     """
 
-    def __init__(self, accountant: str = "prv", *, seed: int | None = None) -> None:
+    def __init__(self, accountant: str = "prv", *, seed: int | None = None, check_every: int | None = None) -> None:
         self.accountant = get_accountant(accountant)
-        self.seed = seed
+        self.seed, self.check_every = seed, check_every
         self.ledger = Ledger()
         self._run: Run | None = None
 
@@ -155,6 +162,7 @@ class PrivacyEngine:
             gate=gate,
             noise=GaussianNoise(self.seed, device=graph.device),
             ledger=self.ledger,
+            check_every=self.check_every,
         )
         return module, optimizer, loader, private
 

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipdp.bounds import BoundGraph, Sweep
 from lipdp.errors import CheckpointError, EngineError, NonFiniteError, OptimizerError
 from lipdp.nn import project_
+from lipdp.privacy.checks import GradientCheck, ProjectionCheck
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.events import Ledger, remaining_noise_multiplier
 from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplier
 from lipdp.privacy.sampling import BatchLoader
+from lipdp.privacy.snapshot import Snapshot
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep
 
@@ -35,12 +38,18 @@ class Run:
         gate: FixedGate | QuantileGate,
         noise: GaussianNoise,
         ledger: Ledger,
+        check_every: int | None,
     ) -> None:
         self.module, self.criterion, self.loader = module, criterion, loader
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
         self.graph, self.gate = criterion._graph, criterion._gate
         _refuse_private(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
+        self._vetted = set(self.names)
+        self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
+        batch_size = facts.expected_batch_size
+        self._gradients = GradientCheck(module, self.graph, criterion.loss, batch_size=batch_size, every=check_every)
+        self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=facts.steps)
         self.factor = Relation(facts.relation).sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate.noise_multiplier] if gate.noise_multiplier < math.inf else []
@@ -68,8 +77,10 @@ class Run:
 
     def _deltas_and_stds(self) -> tuple[Tensor, Tensor]:
         """Δ_l and s_l as float64 tensors, scaled so that the joint noise multiplier is exact whatever the allocation."""
-        swept = self.graph.sweep(self._start).parameters
-        deltas = torch.stack([swept[n] for n in self.names]) * self.factor
+        return self._shared(self.graph.sweep(self._start))
+
+    def _shared(self, sweep: Sweep) -> tuple[Tensor, Tensor]:
+        deltas = torch.stack([sweep.parameters[n] for n in self.names]) * self.factor
         stds = self.allocation.stds(deltas, self.sizes, self.gradient_multiplier)
         return deltas, stds * (self.gradient_multiplier / joint_noise_multiplier(deltas, stds))
 
@@ -90,13 +101,16 @@ class Run:
                 "a closure re-evaluates the gradient after the noise was added; call optimizer.step() without one"
             )
         self._check_order()
-        self.names, self.parameters, self.sizes = self._trainable(optimizer)
+        self._projections.read()
+        self._check_unchanged(optimizer)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-        deltas, stds = self._deltas_and_stds()
+        sweep = self.graph.sweep(self._start)
+        deltas, stds = self._shared(sweep)
         self._check_gradients(gradients, deltas, stds)
+        self._check_records(sweep)
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
         self.noise.add_(gradients, stds)
         torch._foreach_mul_(gradients, 1.0 / self.facts.expected_batch_size)
@@ -106,6 +120,25 @@ class Run:
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""
         project_(self.module)
+        self._projections.look(self.ledger.steps - self.before)
+
+    # -- what is checked at every step ---------------------------------------------------------------------------------
+
+    def _check_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser, the model and the loss are those that were bounded, weights and freezing excepted."""
+        self.names, self.parameters, self.sizes = self._trainable(optimizer)
+        for snapshot in self._snapshots:
+            snapshot.check()
+        if not self._vetted.issuperset(self.names):  # a parameter is trained that was frozen when the model was traced
+            BoundGraph(self.module, self.graph.input_shape, dtype=self.graph.dtype, input_bound=self.graph.input_bound)
+            self._vetted.update(self.names)
+
+    def _check_records(self, sweep: Sweep) -> None:
+        """Every so often: the gradients of a few records are within their bounds."""
+        step = self.ledger.steps - self.before
+        if self._gradients.due(step) and self.loader.last_batch_size:
+            bounds = {n: sweep.parameters[n] for n in self.names}
+            self._gradients.check(self.loader.last_batch, self._start(sweep.output), bounds, self.parameters, step=step)
 
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""
@@ -163,6 +196,7 @@ class Run:
             handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
+        self._projections.read()
         return {
             "facts": self.facts.as_dict(),
             "ledger": self.ledger.state_dict(),
@@ -216,3 +250,8 @@ def _refuse_private(optimizer: torch.optim.Optimizer) -> None:
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Run) for hook in hooks):
         raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
+    if hooks:
+        raise OptimizerError(
+            "the optimiser has a step pre-hook: it would run before the noise is added and could change gradients. Register it"
+            " after make_private, so that it sees the noisy ones"
+        )

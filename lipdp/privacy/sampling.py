@@ -232,6 +232,8 @@ class BatchLoader:
         self.sampler = sampler
         self.last_batch_size: int | None = None
         """Number of records in the last batch yielded; None before the first."""
+        self.last_batch: Any = None
+        """The last batch yielded, for checks of the records in it."""
         self._records: Dataset[Any]
         if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
             self._records, self._num_workers = _TensorRecords(dataset), 0
@@ -266,7 +268,9 @@ class BatchLoader:
         for batch in batches:
             self._require_newest(iteration)
             self.last_batch_size, self._consumed = ahead.popleft()
-            yield tuple(batch) if isinstance(batch, list) else batch
+            self.last_batch = tuple(batch) if isinstance(batch, list) else batch
+            del batch
+            yield self.last_batch
 
     def _draws(self, iteration: int, ahead: deque[tuple[int, dict[str, Any]]]) -> Iterator[np.ndarray]:
         """The indices of each batch; notes its size and the state after it for when the batch will be consumed."""
@@ -292,7 +296,7 @@ class BatchLoader:
         self.sampler.load_state_dict(state)
         self._consumed = self.sampler.state_dict()
         self._iteration += 1
-        self.last_batch_size = None
+        self.last_batch_size = self.last_batch = None
 
 
 class _TensorRecords(Dataset[Any]):

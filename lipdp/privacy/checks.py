@@ -1,0 +1,192 @@
+"""What a run checks on the side: that projections land, and that the gradients of its records are within their bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipdp.bounds import BoundGraph
+from lipdp.bounds.probe import probe_input, untouched
+from lipdp.errors import BoundViolation, ConstraintError, ParameterError
+from lipdp.losses import LipschitzLoss
+from lipdp.nn.constrained import Constrained
+
+_SHARE = 0.005  # of a step that each of the two checks may cost, on average
+
+
+class ProjectionCheck:
+    r"""Every so many steps: did the projection bring every weight within its constraint, as certified by `exceeds`?
+
+    The noise follows the norms as they are, so ε does not hang on this; the layers' Lipschitz constants do.
+
+    Cost, in multiply-adds and counting the float64 ones twice: a layer's Gram matrix takes 2 m d for d weights and m the
+    smaller side, its passes 3 B p d for p positions. Where the first come to 0.5 % of the second at most, as in
+    convolution nets, every projection is looked at; else every ceil(200 · ratio)-th and the last. On a CPU the answer is
+    read at once, elsewhere at the next step, where the run reads the device anyway.
+
+    Args:
+        graph: the traced model.
+        batch_size: B.
+        steps: T.
+    """
+
+    def __init__(self, graph: BoundGraph, *, batch_size: int, steps: int) -> None:
+        names = {id(m): path for path, m in graph.model.named_modules()}
+        self._layers = {names[id(s.module)]: s.module for s in graph.steps if isinstance(s.module, Constrained)}
+        checks = sum(2 * min(m.weight_matrix().shape[-2:]) * m.weight.numel() for m in self._layers.values())
+        passes = sum(
+            3 * s.module.weight.numel() * math.prod(s.output_shape) / s.module.weight.shape[0]
+            for s in graph.steps
+            if isinstance(s.module, Constrained)
+        )
+        self.every = max(1, math.ceil(checks / (_SHARE * batch_size * max(passes, 1))))
+        self._at_once, self._steps = graph.device.type == "cpu", steps
+        self._found: dict[str, Tensor] = {}
+
+    def look(self, step: int) -> None:
+        """After projection number `step`, counted from 1."""
+        last = step == self._steps
+        if last or step % self.every == 0:
+            self._found = {
+                f"{path}.{name}" if path else name: answer
+                for path, layer in self._layers.items()
+                for name, answer in layer.outside().items()
+            }
+            if self._at_once or last:
+                self.read()
+
+    def read(self) -> None:
+        """The answer to the last look, once.
+
+        Raises:
+            ConstraintError: a weight is outside. (One that is not finite is named at the next step, and by the trainer.)
+        """
+        found, self._found = self._found, {}
+        bad = [name for name, answer in found.items() if bool(answer)]
+        layers = [self._layers[name.rpartition(".")[0]] for name in bad]
+        bad = [n for n, m in zip(bad, layers, strict=True) if bool(getattr(m, n.rpartition(".")[2]).isfinite().all())]
+        if bad:
+            raise ConstraintError(
+                f"{', '.join(bad)} came out of the projection with a norm beyond the radius of its constraint (1 where it has"
+                " no `radius`): its project() is wrong, or failed numerically. The noise was calibrated to the norms as they"
+                " were, so ε holds; the Lipschitz constants of the layers do not"
+            )
+
+
+class GradientCheck:
+    r"""Every so many steps: are the gradients of a few records of the batch within Δ, parameter by parameter?
+
+    The record's own cotangent at the logits is lengthened to the gate's bound, the longest that the guarantee allows, and
+    pulled back alone through the model as it is. What comes out must have norm ≤ Δ. A model that is not what the rules
+    take it for (a wrong rule of a user's layer, a patched operation) shows here, while it trains.
+
+    Guarantees: no effect on the run: gradients are taken beside `.grad`; buffers and torch's generators are put back.
+    The norms are private and leave this object only in the error that ends the run. It is evidence, not proof: it can
+    miss a wrong bound that no record looked at exceeds.
+
+    Cost: one record's passes cost at most what a whole step does, and with B in the batch, on a CPU, about 80/B of it at
+    most (measured: 4/B for a convolution net to 76/B for an MLP). `every=None` looks at `records` of them every
+    ``ceil(200 · records · min(1, 80/B))`` steps on a CPU, every ``200 · records`` elsewhere: 0.5 % of a long run. The first
+    step is always looked at.
+
+    Args:
+        model, graph, loss: what trains, its traced graph, the per-sample loss.
+        batch_size: B.
+        every: steps from one look to the next; 0 never, None as above.
+        records: of each batch looked at.
+
+    Raises:
+        ParameterError: `every` is negative or not a whole number.
+    """
+
+    TOLERANCE = 1e-6  # relative
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: BoundGraph,
+        loss: LipschitzLoss,
+        *,
+        batch_size: int,
+        every: int | None = None,
+        records: int = 2,
+    ) -> None:
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 0):
+            raise ParameterError(f"check_every={every!r}: a whole number of steps, 0 for never, or None")
+        share = min(1.0, 80 / batch_size) if graph.device.type == "cpu" else 1.0
+        self.every = math.ceil(records * share / _SHARE) if every is None else every
+        self._model, self._graph, self._loss, self._records = model, graph, loss, records
+
+    def due(self, step: int) -> bool:
+        """Whether step number `step`, counted from 0, is one to look at."""
+        return self.every > 0 and step % self.every == 0
+
+    def check(
+        self, batch: Any, limit: float | Tensor, bounds: dict[str, Tensor], parameters: list[nn.Parameter], *, step: int
+    ) -> None:
+        """Look at a few records.
+
+        Args:
+            batch: (x, y) as the loader yielded it, not empty.
+            limit: the longest cotangent at the logits.
+            bounds: parameter name → Δ for one record.
+            parameters: in the order of `bounds`.
+            step: number of this step, counted from 0; also says which records.
+
+        Raises:
+            BoundViolation: a gradient is longer than its bound.
+        """
+        x, y = batch
+        count = min(self._records, len(x))
+        rows = [(step * 7919 + i * (len(x) // count)) % len(x) for i in range(count)]
+        limit = torch.as_tensor(limit, dtype=torch.float64, device=self._graph.device)
+        with self._beside():
+            inputs, targets = self._inputs(x[rows]), y[rows].to(self._graph.device)
+            norms = torch.stack(
+                [self._norms(inputs[i : i + 1], targets[i : i + 1], limit, parameters) for i in range(count)]
+            ).amax(0)
+        deltas = torch.stack(list(bounds.values()))
+        over = norms > deltas * (1 + self.TOLERANCE)
+        if bool(over.any()):
+            self._refuse(bounds, norms.tolist(), over.tolist(), step)
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Gradients on, in the precision of the run, without a trace."""
+        kind, dtype = self._graph.device.type, self._graph.dtype
+        precision = torch.autocast(kind, dtype=dtype) if dtype.itemsize < 4 else nullcontext()
+        with untouched(self._model), torch.enable_grad(), precision:
+            yield
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """The records as the model takes them; random ones where the loop must have turned them into another shape."""
+        like = probe_input(self._model, self._graph.input_shape, batch=len(x))
+        return x.to(like).reshape(like.shape) if x.numel() == like.numel() else like
+
+    def _norms(self, x: Tensor, y: Tensor, limit: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """(D,) norms of one record's gradients, at a cotangent of norm `limit`."""
+        logits = self._model(x)
+        apart = logits.detach().requires_grad_()
+        (cotangent,) = torch.autograd.grad(self._loss(apart, y).sum(), apart)
+        length = torch.linalg.vector_norm(cotangent.double())
+        cotangent = (cotangent.double() * torch.where(length > 0, limit / length, 0.0)).to(cotangent.dtype)
+        grads = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+        zero = torch.zeros((), dtype=torch.float64, device=logits.device)
+        return torch.stack([zero if g is None else torch.linalg.vector_norm(g.double()) for g in grads])
+
+    def _refuse(self, bounds: dict[str, Tensor], norms: list[float], over: list[bool], step: int) -> None:
+        found = [
+            f"{name}: {norm:.6g} > {float(delta):.6g}"
+            for (name, delta), norm, bad in zip(bounds.items(), norms, over, strict=True)
+            if bad
+        ]
+        raise BoundViolation(
+            f"step {step + 1}: one record's gradient is longer than the bound that the noise is calibrated to"
+            f" ({'; '.join(found)}), so what was released so far is not covered by ε. A rule or a layer is wrong:"
+            " lipdp.testing.falsify finds out which. (The norm is private: do not publish this message)"
+        )

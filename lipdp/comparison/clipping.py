@@ -1,87 +1,33 @@
-"""Ways to clip per-sample gradients, as strategies for Opacus' optimiser: what each sample's gradient is multiplied by.
-
-With g a sample's whole gradient every factor f obeys f ‖g‖ ≤ C: the sum moves by at most C when a record is added or
-removed, and noise of std σC costs what σ says.
-"""
+"""Opacus' optimiser with other ways to clip: any factors of `lipdp.comparison.factors`, and an adaptive norm."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
-from torch import Tensor
 
-
-class Clipping(Protocol):
-    """`factors(norms, bound)`: (n,) norms ≥ 0 and C to (n,) factors with factor · norm ≤ C."""
-
-    def factors(self, norms: Tensor, bound: float) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Automatic:
-    """C / (‖g‖ + γ): every gradient counts about the same, and no threshold is left to tune.
-
-    >>> Automatic(0.0).factors(torch.tensor([0.5, 4.0]), 2.0)
-    tensor([4.0000, 0.5000])
-
-    Source: Bu, Wang, Zha & Karypis (2022), "Automatic clipping", AUTO-S.
-    """
-
-    stability: float = 0.01
-
-    def factors(self, norms: Tensor, bound: float) -> Tensor:
-        return bound / (norms + self.stability)
-
-
-@dataclass(frozen=True)
-class GlobalScaled:
-    """(C/Z) 1(‖g‖ ≤ Z): gradients up to Z keep their direction and relative length, others are dropped.
-
-    >>> GlobalScaled(4.0).factors(torch.tensor([3.0, 5.0]), 2.0)
-    tensor([0.5000, 0.0000])
-
-    Source: Bu, Wang, Long & Su (2021), "On the convergence and calibration of deep learning with differential privacy",
-    first version.
-    """
-
-    threshold: float
-
-    def factors(self, norms: Tensor, bound: float) -> Tensor:
-        return (norms <= self.threshold).to(norms.dtype) * (bound / self.threshold)
-
-
-@dataclass(frozen=True)
-class Global:
-    """1(‖g‖ ≤ C): gradients up to C pass unchanged, others are dropped.
-
-    >>> Global().factors(torch.tensor([1.0, 3.0]), 2.0)
-    tensor([1., 0.])
-
-    Source: Bu, Wang, Long & Su (2021), later version.
-    """
-
-    def factors(self, norms: Tensor, bound: float) -> Tensor:
-        return (norms <= bound).to(norms.dtype)
+from lipdp.comparison.factors import Clipping
 
 
 class StrategyOptimizer(DPOptimizer):
-    """Opacus' optimiser with the factors of a `Clipping`; noise, division and step are Opacus' own."""
+    """Opacus' optimiser with the factors of a `Clipping`; noise, division and step are Opacus' own.
+
+    The clipping's bound is to be `max_grad_norm`, to which the noise is calibrated.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, clipping: Clipping, **options: Any) -> None:
         super().__init__(optimizer, **options)
         self.clipping = clipping
 
     def clip_and_accumulate(self) -> None:
-        """Σ_i f(‖g_i‖) g_i, added to `summed_grad` of every parameter."""
+        """Σ_i c_{i,r} g_{i,r}, added to `summed_grad` of every parameter r."""
         samples = self.grad_samples
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in map(_at_least_2d, samples)])
-        factors = self.clipping.factors(torch.linalg.vector_norm(norms, dim=0), self.max_grad_norm)
-        for parameter, gradients in zip(self.params, samples, strict=True):
-            total = torch.einsum("i,i...->...", factors.to(gradients.dtype), gradients)
+        norms = [torch.linalg.vector_norm(g.reshape(len(g), g[:1].numel()), dim=1) for g in samples]
+        factors = self.clipping.factors(torch.stack(norms, dim=1))
+        for parameter, gradients, factor in zip(self.params, samples, factors.unbind(1), strict=True):
+            total = torch.einsum("i,i...->...", factor.to(gradients.dtype), gradients)
             parameter.summed_grad = total if parameter.summed_grad is None else parameter.summed_grad + total
 
 
@@ -116,7 +62,3 @@ class AdaptiveOptimizer(AdaClipDPOptimizer):
         share = float(self.unclipped_num) / float(self.expected_batch_size or 1) + 0.5
         moved = self.max_grad_norm * math.exp(-self.clipbound_learning_rate * (share - self.target_unclipped_quantile))
         self.max_grad_norm = min(max(moved, self.min_clipbound), self.max_clipbound)
-
-
-def _at_least_2d(x: Tensor) -> Tensor:
-    return x[:, None] if x.dim() == 1 else x

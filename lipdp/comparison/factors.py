@@ -1,8 +1,8 @@
-"""Clipping as factors on per-sample gradients, block by block: the diagonal matrices of `lipdp.comparison.dynamics`.
+"""Clipping as factors on per-sample gradients, block by block: for trainers, and as the matrices of `dynamics`.
 
 With n samples and D parameter blocks, ‖g_i‖² = Σ_r ‖g_{i,r}‖². Flat kinds look at ‖g_i‖, per-layer kinds at each ‖g_{i,r}‖;
-local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor c_{i,r} is in [0, 1] and
-bounds what it multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
+local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor bounds what it
+multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
 """
 
 from __future__ import annotations
@@ -83,6 +83,30 @@ class PerLayer:
         """See `Clipping.factors`."""
         bounds = _shared_out("bound", self.bound, norms)
         return bounds / torch.maximum(norms, bounds)
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """Automatic clipping: c_i = C/(‖g_i‖ + γ); every gradient counts about the same, and no threshold is left to tune.
+
+    >>> Automatic(2.0, 0.0).factors(torch.tensor([[0.5], [4.0]]))
+    tensor([[4.0000],
+            [0.5000]])
+
+    Source: Bu, Wang, Zha & Karypis (2022), AUTO-S.
+    """
+
+    bound: float
+    stability: float = 0.01
+    name: ClassVar[str] = "automatic"
+
+    def __post_init__(self) -> None:
+        check_positive("bound", self.bound)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """See `Clipping.factors`."""
+        whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
+        return (self.bound / (whole + self.stability)).expand_as(norms)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lipdp.losses import LipschitzLoss
 from lipdp.nn import GradientGate
 from lipdp.privacy.events import Event
 from lipdp.privacy.sampling import BatchLoader, PoissonSampler
+from lipdp.training.choices import make_scheduler
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -30,6 +31,7 @@ class Task:
         batch_size, steps: B and T; q = B/N.
         noise_multiplier: the joint σ of everything a step releases. A non-private trainer leaves it alone.
         optimizer: makes one from parameters.
+        schedule: of the learning rate, as `lipdp.training.choices.make_scheduler` takes it.
         microbatch: samples a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
         seed: repeatable batches and noise: NOT private.
     """
@@ -40,6 +42,7 @@ class Task:
     steps: int
     noise_multiplier: float
     optimizer: MakeOptimizer
+    schedule: str = "constant"
     microbatch: int | None = None
     seed: int | None = None
 
@@ -118,10 +121,12 @@ class Trainer(ABC):
     def train(self, model: nn.Module, task: Task) -> Session:
         """All T steps."""
         session = self.start(model, task)
-        model.train()
+        session.model.train()
+        scheduler = make_scheduler(task.schedule, session.optimizer, steps=task.steps)
         try:
             for x, y in session.loader:
                 session.step(x, y)
+                scheduler.step()
         finally:
             session.close()
         return session

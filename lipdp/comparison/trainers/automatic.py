@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from opacus.optimizers import DPOptimizer
 
-from lipdp.comparison.clipping import Automatic, StrategyOptimizer
+from lipdp.comparison.clipping import StrategyOptimizer
+from lipdp.comparison.factors import Automatic
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 
 
@@ -26,5 +27,5 @@ class AutomaticClipping(OpacusTrainer):
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3, 1.0, 3.0)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
-        clipping = Automatic(self.stability)
+        clipping = Automatic(self.max_grad_norm, self.stability)
         return StrategyOptimizer(optimizer, clipping=clipping, max_grad_norm=self.max_grad_norm, **options)

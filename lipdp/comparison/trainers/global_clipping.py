@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from opacus.optimizers import DPOptimizer
 
-from lipdp.comparison.clipping import Global, GlobalScaled, StrategyOptimizer
+from lipdp.comparison.clipping import StrategyOptimizer
+from lipdp.comparison.factors import GlobalFlat
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 
 
@@ -27,7 +28,7 @@ class GlobalScaledClipping(OpacusTrainer):
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "threshold": (3.0, 10.0)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
-        clipping = GlobalScaled(self.threshold)
+        clipping = GlobalFlat(self.max_grad_norm, self.threshold)
         return StrategyOptimizer(optimizer, clipping=clipping, max_grad_norm=self.max_grad_norm, **options)
 
 
@@ -41,4 +42,5 @@ class GlobalClipping(OpacusTrainer):
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3), "max_grad_norm": (3.0, 10.0)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
-        return StrategyOptimizer(optimizer, clipping=Global(), max_grad_norm=self.max_grad_norm, **options)
+        clipping = GlobalFlat(self.max_grad_norm)
+        return StrategyOptimizer(optimizer, clipping=clipping, max_grad_norm=self.max_grad_norm, **options)

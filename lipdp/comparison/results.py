@@ -1,0 +1,99 @@
+"""A comparison's folder: `config.json`, and cells in `results.json`, written whole after every cell."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lipdp.data.files import written_whole
+from lipdp.errors import CheckpointError, ResumeError
+
+Cell = dict[str, Any]
+
+
+class Results:
+    """The cells measured so far, in a file if there is a folder.
+
+    A comparison that was killed goes on where it was: what is in the file is not measured again.
+
+    Args:
+        folder: of the comparison, or None to keep the cells in memory.
+        config: what is compared, how; a folder that holds another one is refused.
+        name: of the file of cells.
+
+    Raises:
+        ResumeError: the folder holds another comparison. CheckpointError: a file cannot be read or written.
+
+    >>> results = Results(None, config={})
+    >>> results.add({"trainer": "clipless", "batch_size": 64, "step_seconds": 0.1})
+    >>> results.find(trainer="clipless")[0]["batch_size"], results.find(trainer="opacus_hooks")
+    (64, [])
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, *, config: Mapping[str, Any], name: str = "results.json"
+    ) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.cells: list[Cell] = []
+        self._name = name
+        if self.folder is None:
+            return
+        plain = json.loads(json.dumps(dict(config)))
+        if (self.folder / "config.json").exists():
+            self._check_same(plain)
+        else:
+            self._write("config.json", plain)
+        if (self.folder / name).exists():
+            self.cells = self._read(name, list)
+
+    def add(self, cell: Mapping[str, Any]) -> None:
+        """One more cell; the file is whole before and after."""
+        self.cells.append(dict(cell))
+        if self.folder is not None:
+            self._write(self._name, self.cells)
+
+    def find(self, **key: Any) -> list[Cell]:
+        """The cells with these values, in the order they came."""
+        return [cell for cell in self.cells if all(cell.get(name) == value for name, value in key.items())]
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        before = self._read("config.json", dict)
+        names = sorted(n for n in {*before, *config} if before.get(n) != config.get(n))
+        if names:
+            changes = "; ".join(f"{n} was {before.get(n)!r}, is now {config.get(n)!r}" for n in names)
+            raise ResumeError(
+                f"{self.folder} holds another comparison ({changes}); give another --out, or the same options"
+            )
+
+    def _read(self, name: str, kind: type) -> Any:
+        path = Path(self.folder or "") / name
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); give another --out") from error
+        if not isinstance(content, kind):
+            raise CheckpointError(f"{path} is not a comparison's; give another --out")
+        return content
+
+    def _write(self, name: str, content: Any) -> None:
+        path = Path(self.folder or "") / name
+        try:
+            with written_whole(path) as stream:
+                stream.write((json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written ({error.strerror or error})") from error
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in GitHub's markdown.
+
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    titles, *body = ["| " + " | ".join(row) + " |" for row in (list(header), *rows)]
+    return "\n".join([titles, "|" + "---|" * (titles.count("|") - 1), *body])

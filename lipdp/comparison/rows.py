@@ -1,0 +1,93 @@
+"""The rows of a comparison: which trainer on which model, and the task each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lipdp.comparison.protocol import Trainer
+from lipdp.comparison.trainers import TRAINERS, get_trainer
+from lipdp.errors import ParameterError
+from lipdp.losses import LipschitzLoss
+from lipdp.models import build
+from lipdp.training.choices import make_loss
+
+KINDS = ("lipschitz", "plain")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trainer and a kind of model: with certified norms, or the unconstrained twin of the same shape."""
+
+    trainer: Trainer
+    plain: bool
+
+    def model_name(self, name: str) -> str:
+        """As the results call it: "cnn", or "cnn-twin"."""
+        return f"{name}-twin" if self.plain else name
+
+
+def rows(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[Row]:
+    """Every trainer named, on every kind of model that it trains; all trainers by default.
+
+    Raises:
+        UnknownNameError: no such trainer. ParameterError: no such kind.
+
+    >>> [row.model_name("cnn") for row in rows(["clipless", "opacus_hooks"])]
+    ['cnn', 'cnn', 'cnn-twin']
+    """
+    asked = list(kinds)
+    unknown = [kind for kind in asked if kind not in KINDS]
+    if unknown or not asked:
+        raise ParameterError(f"kinds of model are {' and '.join(KINDS)}, got {', '.join(map(str, unknown)) or 'none'}")
+    trainers = [get_trainer(name) for name in names] or list(TRAINERS.values())
+    found = [
+        Row(trainer, plain)
+        for trainer in dict.fromkeys(trainers)
+        for plain in (False, True)
+        if KINDS[plain] in asked and (trainer.plain if plain else trainer.lipschitz)
+    ]
+    if not found:
+        raise ParameterError(f"none of {', '.join(t.name for t in trainers)} trains a {' or '.join(asked)} model")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The model and the loss of a comparison, in both kinds.
+
+    Attributes:
+        model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz kind.
+        input_shape, num_classes: of the data.
+        loss, loss_options: as `lipdp.training.choices.make_loss` takes them, for the Lipschitz kind: its temperature makes
+            up for small logits. The twin has none to make up for: its temperature is 1.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    num_classes: int
+    loss: str
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    loss_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def loss_for(self, row: Row) -> LipschitzLoss:
+        """The loss of a row."""
+        return self._loss(row)[0]
+
+    def temperature(self, row: Row) -> float:
+        """τ, by which logits are multiplied before they are probabilities."""
+        return float(getattr(self.loss_for(row), "tau", 1.0))
+
+    def build(self, row: Row) -> nn.Module:
+        """A new model of a row's kind."""
+        outputs, options = self._loss(row)[1], dict(self.model_options)
+        return build(self.model, input_shape=self.input_shape, num_classes=outputs, twin=row.plain, **options)
+
+    def _loss(self, row: Row) -> tuple[LipschitzLoss, int]:
+        options = dict(self.loss_options)
+        if row.plain and "tau" in options:
+            options["tau"] = 1.0
+        return make_loss(self.loss, self.num_classes, options)

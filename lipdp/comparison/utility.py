@@ -1,0 +1,291 @@
+"""Accuracy, or AUROC, of every trainer at given budgets, over several seeds, after equally many tuning trials."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from lipdp.comparison.protocol import Session, Task, Trainer
+from lipdp.comparison.results import Cell, Results
+from lipdp.comparison.rows import Row, Setup, rows
+from lipdp.data import Split, split_validation
+from lipdp.errors import NonFiniteError, ParameterError
+from lipdp.privacy.accounting import get_accountant
+from lipdp.privacy.calibration import calibrate
+from lipdp.training.assembly import decided, prepare
+from lipdp.training.choices import make_optimizer
+from lipdp.training.config import TrainConfig, config_from_dict, configure
+from lipdp.training.evaluation import evaluate
+
+_BLOCK = 4 << 20  # per-sample gradients, in numbers, that a forward pass may leave: what keeps hooks within a few GiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class UtilityConfig:
+    """What is compared, where, and how each trainer is tuned.
+
+    Attributes:
+        datasets: as `lipdp.data.load` takes them.
+        data_dir, model, features, model_options: as for `lipdp.training.configure`; None takes the recipe's.
+        epsilons, delta: budgets; δ None takes the default for N.
+        trainers, kinds: see `lipdp.comparison.rows.rows`.
+        seeds: number of runs of each trainer at each budget. They give the initial weights, batches and noise: seeded
+            runs, which are repeatable and therefore not private themselves.
+        trials: number of tuning trials of each trainer at each budget, at most 4: the first of its declared grid.
+        validation: share of the training records that trials are judged by; the test part is seen by the final runs alone.
+        tune_scale: k; trials run at B/k and σ/k, with the signal-to-noise ratio of the full run at a k-th of its cost
+            (Sander et al. 2023). A non-private trainer has no noise to scale, and is tuned at B.
+        batch_size, epochs, optimizer, momentum, schedule: None takes the recipe's; the same for every trainer.
+    """
+
+    datasets: Sequence[str] = ("digits",)
+    data_dir: str | None = None
+    model: str | None = None
+    features: str | None = None
+    model_options: Mapping[str, Any] | None = None
+    epsilons: Sequence[float] = (1.0, 3.0)
+    delta: float | None = None
+    trainers: Sequence[str] = ()
+    kinds: Sequence[str] = ("lipschitz", "plain")
+    seeds: int = 3
+    trials: int = 4
+    validation: float = 0.1
+    tune_scale: int = 1
+    batch_size: int | None = None
+    epochs: float | None = None
+    optimizer: str | None = None
+    momentum: float | None = None
+    schedule: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.trials <= 4:
+            raise ParameterError(f"trials={self.trials}: every trainer declares a grid of 4; give 1 to 4")
+        for name in ("seeds", "tune_scale"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name}={getattr(self, name)}: at least 1 is needed")
+        if not self.datasets or not self.epsilons:
+            raise ParameterError("at least one dataset and one epsilon are needed")
+
+    def train_config(self, dataset: str) -> TrainConfig:
+        """The recipe for one of the data sets, with what was given."""
+        names = ("data_dir", "model", "features", "model_options", "delta", "batch_size", "epochs", "optimizer")
+        given = {name: getattr(self, name) for name in (*names, "momentum", "schedule")}
+        return configure(dataset=dataset, epsilon=1.0, **given)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run: a trial, or a final run with the settings that won.
+
+    Attributes:
+        dataset, row, epsilon: the cell; ε None without privacy.
+        settings: of the trainer, and "lr".
+        seed: of weights, batches and noise.
+        trial: judged on a validation part carved out of the training part, and scaled.
+    """
+
+    dataset: str
+    row: Row
+    epsilon: float | None
+    settings: tuple[tuple[str, Any], ...]
+    seed: int
+    trial: bool
+
+
+def utility(
+    config: UtilityConfig,
+    *,
+    out: str | None = None,
+    jobs: int = 1,
+    progress: Callable[[Cell], None] = lambda cell: None,
+) -> Results:
+    """Tune every trainer at every budget, then train it with its best settings, once for each seed.
+
+    Guarantees: every trainer gets the same data, expected batch size, number of steps, joint noise multiplier, optimiser,
+    schedule and number of trials. Settings are chosen on a validation part of the training records; the test part is
+    looked at once per final run, and chooses nothing. (None of the choices is covered by ε: they are made as one would on
+    public data, for all trainers alike.)
+
+    Args:
+        config: what is compared.
+        out: the folder, with `results.json` (final runs) and `tuning.json` (trials). One that was begun is completed.
+        jobs: processes, each with one thread, if more than one.
+        progress: is given every cell.
+
+    Returns:
+        Cells with trainer, model, dataset, batch_size, target_epsilon, epsilon, seed, accuracy (auroc), settings.
+    """
+    plain = {**asdict(config), "what": "utility"}
+    tuning = Results(out, config=plain, name="tuning.json")
+    results = Results(out, config=plain)
+    cells = [
+        (dataset, row, epsilon)
+        for dataset in config.datasets
+        for row in rows(config.trainers, config.kinds)
+        for epsilon in (config.epsilons if row.trainer.private else (None,))
+    ]
+    trials = [Job(*cell, settings, 0, True) for cell in cells for settings in _grid(cell[1].trainer, config.trials)]
+    _run(config, trials if config.trials > 1 else [], tuning, jobs, progress)
+    finals = []
+    for cell in cells:
+        settings = _best(config, tuning, cell)
+        finals += [Job(*cell, settings, seed, False) for seed in range(config.seeds)]
+    _run(config, finals, results, jobs, progress)
+    return results
+
+
+def _grid(trainer: Trainer, trials: int) -> Iterator[tuple[tuple[str, Any], ...]]:
+    """The first combinations of the declared grid; they begin with all learning rates."""
+    names, values = list(reversed(trainer.grid)), list(reversed(trainer.grid.values()))
+    combinations = itertools.product(*values)
+    return (tuple(zip(names, combination, strict=True)) for combination in itertools.islice(combinations, trials))
+
+
+def _best(config: UtilityConfig, tuning: Results, cell: tuple[str, Row, float | None]) -> tuple[tuple[str, Any], ...]:
+    settings = list(_grid(cell[1].trainer, config.trials))
+    if len(settings) == 1:
+        return settings[0]
+    return max(settings, key=lambda chosen: tuning.find(**_key(config, Job(*cell, chosen, 0, True)))[0]["score"])
+
+
+def _key(config: UtilityConfig, job: Job) -> Cell:
+    train = config.train_config(job.dataset)
+    return {
+        "trainer": job.row.trainer.name,
+        "model": job.row.model_name(train.model),
+        "dataset": job.dataset,
+        "target_epsilon": job.epsilon,
+        "settings": dict(job.settings),
+        "seed": job.seed,
+    }
+
+
+def _run(
+    config: UtilityConfig, asked: Iterable[Job], results: Results, jobs: int, progress: Callable[[Cell], None]
+) -> None:
+    """Run what is not in the results yet."""
+    left = [job for job in asked if not results.find(**_key(config, job))]
+    for cell in map(partial(run, config), left) if jobs == 1 else _in_processes(config, left, jobs):
+        results.add(cell)
+        progress(cell)
+
+
+def _in_processes(config: UtilityConfig, left: Sequence[Job], jobs: int) -> Iterator[Cell]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: list[Future[Cell]] = [pool.submit(run, config, job) for job in left]
+        try:
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@functools.lru_cache(maxsize=2)
+def _data(plain: str) -> tuple[Split, float | None]:
+    """The data of a configuration, in JSON, and a bound on the norm of the inputs if their features have one."""
+    return prepare(config_from_dict(json.loads(plain)))
+
+
+@functools.lru_cache(maxsize=64)
+def _noise_multiplier(epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
+    return calibrate(target_epsilon=epsilon, sampling_rate=sampling_rate, steps=steps, delta=delta)
+
+
+def run(config: UtilityConfig, job: Job) -> Cell:
+    """One training run and its cell."""
+    begin = time.perf_counter()
+    train = config.train_config(job.dataset)
+    split, input_bound = _data(json.dumps(train.as_dict()))
+    train = train.resolve(len(split.train_x), binary=split.task == "binary")
+    batch_size, steps, delta = decided(train.batch_size), decided(train.steps), decided(train.delta)
+    sigma = 1.0
+    if job.epsilon is not None:
+        sigma = _noise_multiplier(job.epsilon, batch_size / len(split.train_x), steps, delta)
+    if job.trial:
+        records, split = len(split.train_x), split_validation(split, fraction=config.validation)
+        scale = config.tune_scale if job.row.trainer.private else 1
+        batch_size = max(1, round(batch_size * len(split.train_x) / records / scale))  # the same q, over k
+        sigma /= scale
+    session = _trained(job, _setup(train, split, input_bound), train, split, batch_size=batch_size, sigma=sigma)
+    try:
+        scores = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
+    except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
+        scores = dict.fromkeys(("accuracy", "auroc") if split.task == "binary" else ("accuracy",), 0.0)
+    epsilon = None
+    if session.event is not None and not job.trial:
+        epsilon = get_accountant("prv").epsilon([session.event.with_steps(steps)], delta).epsilon
+    return {
+        **_key(config, job),
+        "batch_size": batch_size,
+        "steps": steps,
+        "noise_multiplier": sigma if job.row.trainer.private else None,
+        "epsilon": epsilon,
+        "delta": delta,
+        **({"score": scores.get("auroc", scores["accuracy"])} if job.trial else scores),
+        "private": False,  # seeded, and trials look at private records
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+
+
+def _setup(train: TrainConfig, split: Split, input_bound: float | None) -> Setup:
+    options = {**({} if input_bound is None else {"input_bound": input_bound}), **train.model_options}
+    return Setup(
+        model=train.model,
+        input_shape=split.input_shape,
+        num_classes=split.num_classes,
+        loss=str(train.loss),
+        model_options=options,
+        loss_options=train.loss_options,
+    )
+
+
+def _trained(job: Job, setup: Setup, train: TrainConfig, split: Split, *, batch_size: int, sigma: float) -> Session:
+    settings = dict(job.settings)
+    lr = settings.pop("lr")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        model = setup.build(job.row)
+        task = Task(
+            dataset=TensorDataset(split.train_x, split.train_y),
+            loss=setup.loss_for(job.row),
+            batch_size=batch_size,
+            steps=decided(train.steps),
+            noise_multiplier=sigma,
+            optimizer=partial(make_optimizer, train.optimizer, lr=lr, momentum=train.momentum),
+            schedule=train.schedule,
+            microbatch=max(32, min(512, _BLOCK // sum(p.numel() for p in model.parameters()))),
+            seed=job.seed,
+        )
+        return replace(job.row.trainer, **settings).train(model, task)
+
+
+def summary(results: Results) -> list[Cell]:
+    """Mean and spread over seeds, a cell for each trainer, model, data set and budget.
+
+    The spread is the standard deviation over the seeds (n − 1).
+    """
+    found = []
+    names = ("dataset", "model", "trainer", "target_epsilon")
+    for key in dict.fromkeys(tuple(cell[name] for name in names) for cell in results.cells):
+        cells = results.find(**dict(zip(names, key, strict=True)))
+        metric = "auroc" if "auroc" in cells[0] else "accuracy"
+        scores = [cell[metric] for cell in cells]
+        mean = sum(scores) / len(scores)
+        spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) if len(scores) > 1 else 0.0
+        found.append({**dict(zip(names, key, strict=True)), "metric": metric, "mean": mean, "spread": spread,
+                      "runs": len(scores), "settings": cells[0]["settings"], "epsilon": cells[0]["epsilon"]})  # fmt: skip
+    return found

@@ -1,4 +1,4 @@
-"""The `lipdp` command: exit code 0 done, 2 refused with one readable message, 130 interrupted."""
+"""The `lipdp` command: exit code 0 done, 1 an audit refutes the claim, 2 refused with one readable message, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands import account, plan, sensitivity, train
+from lipdp.commands import account, audit, compare, plan, sensitivity, train
 from lipdp.errors import LipdpError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
-_LISTS = ("--input-shape",)  # options that take several values in a row
+_LISTS = (
+    "--input-shape",
+    "--batch-sizes",
+    "--trainers",
+    "--kinds",
+    "--datasets",
+    "--epsilons",
+)  # options that take several values in a row
 
 app = typer.Typer(
     name="lipdp",
@@ -28,7 +35,9 @@ app.command(epilog=train.EPILOG)(train.train)
 app.command(epilog=sensitivity.EPILOG)(sensitivity.sensitivity)
 app.command(epilog=account.EPSILON_EPILOG)(account.epsilon)
 app.command(epilog=account.CALIBRATE_EPILOG)(account.calibrate)
+app.command(epilog=audit.EPILOG)(audit.audit)
 app.add_typer(plan.app, name="plan")
+app.add_typer(compare.app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -119,7 +119,7 @@ def worst_case(
     x = bright if opposed else torch.zeros_like(bright)
     y = -far if opposed else torch.zeros_like(far)
     return Experiment(
-        name="worst-case record" + (" against opposed records" if opposed else ""),
+        name="opposed records" if opposed else "worst-case record",
         model=_Witness(size, kernel),
         loss=MeanAbsoluteError(outputs),
         others=(x.expand(records, -1, -1, -1).clone(), y.expand(records, -1).clone()),

@@ -1,0 +1,152 @@
+"""Several audits of one claim, their report and their picture: what the command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lipdp.audit.experiments import gradient_canaries, input_canaries, worst_case
+from lipdp.audit.run import AuditResult, many_runs, one_run
+from lipdp.data.files import written_whole
+from lipdp.errors import ParameterError, UnknownNameError
+
+__all__ = ["METHODS", "Suite", "SuiteResult", "draw", "write"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to audit and how hard.
+
+    Attributes:
+        epsilon, delta: the claim.
+        confidence: of all lower bounds together: of k audits each has 1 − (1 − confidence)/k.
+        methods: names in `METHODS`.
+        runs: of each audit by many runs.
+        canaries: gradient canaries in one run.
+        input_canaries: records among the digits.
+        allocation, accountant: of the engine.
+        seed: repeat the audits exactly.
+    """
+
+    epsilon: float
+    delta: float = 1e-5
+    confidence: float = 0.95
+    methods: tuple[str, ...] = ("many-runs", "sampled-runs", "gradient-canaries", "input-canaries")
+    runs: int = 3000
+    canaries: int = 32_768
+    input_canaries: int = 250
+    allocation: str = "per_layer"
+    accountant: str = "prv"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise UnknownNameError("audit method", unknown[0], METHODS)
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ParameterError(f"methods={self.methods}: one or more of {', '.join(METHODS)}, each once")
+        if not 0.0 < self.confidence < 1.0:
+            raise ParameterError(f"confidence={self.confidence}: a probability in (0, 1) is needed, 0.95 say")
+
+    def run(self, progress: Callable[[AuditResult], None] = lambda result: None) -> SuiteResult:
+        """Every audit in turn; `progress` is told of each."""
+        results = []
+        with _random_state(self.seed):
+            for name in self.methods:
+                results.append(METHODS[name](self))
+                progress(results[-1])
+        return SuiteResult(tuple(results), self.confidence)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of each audit."""
+        each = 1.0 - (1.0 - self.confidence) / len(self.methods)
+        names = ("epsilon", "delta", "allocation", "accountant", "seed")
+        return {**{name: getattr(self, name) for name in names}, "confidence": each}
+
+
+METHODS: dict[str, Callable[[Suite], AuditResult]] = {
+    "many-runs": lambda suite: many_runs(runs=suite.runs, **suite.options),
+    "sampled-runs": lambda suite: many_runs(
+        worst_case(sampling_rate=0.25, records=16, opposed=True), runs=suite.runs, **suite.options
+    ),
+    "gradient-canaries": lambda suite: one_run(gradient_canaries(suite.canaries), **suite.options),
+    "input-canaries": lambda suite: one_run(input_canaries(suite.input_canaries), **suite.options),
+}
+
+
+@contextmanager
+def _random_state(seed: int | None) -> Iterator[None]:
+    """torch's generator as it was afterwards; the models' weights are drawn from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.seed() if seed is None else seed)
+        yield
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """The audits, and the strongest among them: the one with the largest lower bound over its claim."""
+
+    results: tuple[AuditResult, ...]
+    confidence: float
+
+    @property
+    def strongest(self) -> AuditResult:
+        """Of which the summary speaks."""
+        return max(self.results, key=lambda result: result.ratio)
+
+    @property
+    def violated(self) -> bool:
+        """Some lower bound is above its claim."""
+        return any(result.violated for result in self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `audit.json`: the strongest audit's figures, then all."""
+        best = self.strongest
+        names = ("claimed_epsilon", "lower_bound", "delta", "method", "experiment", "trials")
+        return {
+            **{name: getattr(best, name) for name in names},
+            "confidence": self.confidence,
+            "violated": self.violated,
+            "verdict": best.verdict,
+            "audits": [result.as_dict() for result in self.results],
+        }
+
+
+def write(result: SuiteResult, folder: Path) -> tuple[Path, Path]:
+    """`audit.json` and `audit.png` in the folder, each whole or not at all; the two paths."""
+    report, picture = folder / "audit.json", folder / "audit.png"
+    with written_whole(report) as stream:
+        stream.write((json.dumps(result.as_dict(), indent=2) + "\n").encode())
+    with written_whole(picture) as stream:
+        draw(result.results).savefig(stream, format="png", dpi=120)
+    return report, picture
+
+
+def draw(results: Sequence[AuditResult]) -> Any:
+    """The distributions of the scores, canary in and out, one panel an audit: a `matplotlib.figure.Figure`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 2.6 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
+    for panel, result in zip(panels, results, strict=True):
+        both = np.concatenate([result.scores_in, result.scores_out])
+        edges = np.linspace(float(np.quantile(both, 0.001)), float(np.quantile(both, 0.999)), 61)
+        for scores, label in ((result.scores_out, "canary out"), (result.scores_in, "canary in")):
+            panel.hist(scores, bins=edges, histtype="stepfilled", alpha=0.5, density=True, label=label)
+        panel.set_title(
+            f"{result.method}, {result.experiment}: ε ≥ {result.lower_bound:.2f} at {result.confidence:.4g},"
+            f" claimed {result.claimed_epsilon:.2f}",
+            fontsize=9,
+        )
+        panel.set_xlabel(f"score ({result.score})", fontsize=8)
+        panel.set_yticks([])
+        panel.legend(fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,95 @@
+"""`lipdp audit`: a lower bound on ε from attacks on the engine, beside what it claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lipdp.commands.options import interruptible
+
+VIOLATED = 1
+
+EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp audit --epsilon 4 --out DIR[/green]
+
+[green]lipdp audit --epsilon 1 --method gradient-canaries --canaries 65536[/green]  (seconds)
+
+[green]lipdp audit --epsilon 8 --method many-runs --runs 20000 --confidence 0.99[/green]
+
+Exit code: 0 consistent, 1 a lower bound is above the claim, 2 refused.
+DIR then holds audit.json and audit.png."""
+
+
+@interruptible
+def audit(
+    epsilon: Annotated[float, typer.Option(help="the claim to audit: the engine's noise is calibrated to it")],
+    delta: Annotated[float, typer.Option(help="δ, in (0, 1)")] = 1e-5,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="many-runs, sampled-runs, gradient-canaries, input-canaries; repeat for several; default: all"
+        ),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="of all lower bounds together")] = 0.95,
+    runs: Annotated[int, typer.Option(help="of each audit by many runs")] = 3000,
+    canaries: Annotated[int, typer.Option(help="gradient canaries in one run")] = 32_768,
+    input_canaries: Annotated[int, typer.Option(help="records in one run on the digits")] = 250,
+    allocation: Annotated[str, typer.Option(help="per_layer, global, min_variance")] = "per_layer",
+    accountant: Annotated[str, typer.Option(help="prv, pld, rdp")] = "prv",
+    out: Annotated[Path | None, typer.Option(help="folder for audit.json and audit.png")] = None,
+    seed: Annotated[int | None, typer.Option(help="repeat the audit exactly")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """Attack the engine as it is installed here, and bound ε from below by how well the attacks guess."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from lipdp.audit.suite import METHODS, Suite, write
+
+    suite = Suite(
+        epsilon=epsilon,
+        delta=delta,
+        confidence=confidence,
+        methods=tuple(method or METHODS),
+        runs=runs,
+        canaries=canaries,
+        input_canaries=input_canaries,
+        allocation=allocation,
+        accountant=accountant,
+        seed=seed,
+    )
+    console = Console(stderr=as_json)
+    result = suite.run(
+        lambda done: console.print(f"[dim]{done.method}, {done.experiment}: done[/dim]", highlight=False)
+    )
+    paths = write(result, out) if out is not None else ()
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        table = Table("audit", "trials", "right", "claimed", "ε at least", "conf.", "verdict", box=SIMPLE_HEAD)
+        for one in result.results:
+            table.add_row(
+                one.experiment,
+                f"{one.trials}",
+                f"{one.correct}/{one.guesses}",
+                f"{one.claimed_epsilon:.2f}",
+                f"{one.lower_bound:.2f}",
+                f"{one.confidence:.3f}",
+                "VIOLATED" if one.violated else "consistent",
+            )
+        console.print(table)
+        best = result.strongest
+        console.print(
+            f"ε ≥ {best.lower_bound:.3f} at δ = {delta:g} with confidence {confidence:g} (all audits together);"
+            f" claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]",
+            highlight=False,
+        )
+        for path in paths:
+            console.print(f"[dim]written to {path}[/dim]", highlight=False, soft_wrap=True)
+    if result.violated:
+        raise typer.Exit(VIOLATED)

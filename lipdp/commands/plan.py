@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lipdp.commands import simulate
 from lipdp.commands.options import interruptible
 from lipdp.errors import ParameterError
 
@@ -31,6 +32,7 @@ EPILOG = """[bold]Examples[/bold]
 With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-against-compute.png and .svg."""
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+app.command(epilog=simulate.EPILOG)(simulate.simulate)
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)

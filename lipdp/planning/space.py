@@ -1,0 +1,131 @@
+"""What a search varies: ranges and choices, written as on the command line."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.training.config import TrainConfig
+
+Scalar = bool | int | float | str | None
+
+_DATA = ("dataset", "data_dir", "download", "features", "feature_options", "bounding", "bounding_options")
+_ACCOUNT = ("epsilon", "delta", "noise_multiplier", "accountant", "sampling", "batch_size", "steps", "epochs", "seed")
+_MACHINE = ("device", "threads", "microbatch", "checkpoint_every", "log_every")
+FIXED = frozenset((*_DATA, *_ACCOUNT, *_MACHINE))
+"""Settings of `lipdp train` that a search leaves alone: what ε depends on, the data, and what changes no result."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number in [low, high], even in its logarithm if `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"low": self.low, "high": self.high, "log": self.log}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several values."""
+
+    values: tuple[Scalar, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"values": list(self.values)}
+
+
+Dimension = Range | Choice
+
+
+def parse_space(texts: Iterable[str]) -> dict[str, Dimension]:
+    """`name=low:high[:log]` and `name=a,b,c`, name a setting of `lipdp train`, `tau`, or e.g. `model_options.width`.
+
+    Raises:
+        ParameterError: not of that form, or a setting that a search must leave alone. UnknownNameError: no such setting.
+
+    >>> parse_space(["lr=0.05:5:log", "gate=off,0.3"])
+    {'lr': Range(low=0.05, high=5.0, log=True), 'gate': Choice(values=('off', 0.3))}
+    """
+    space: dict[str, Dimension] = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        check_name(name)
+        if name in space:
+            raise ParameterError(f"--search {text!r}: {name} is searched already")
+        space[name] = _dimension(text, values)
+    if not space:
+        raise ParameterError("nothing to search: give --search lr=0.05:5:log, or --search tau=8,16,32")
+    return space
+
+
+def check_name(name: str) -> None:
+    """Whether a search may vary it; see `parse_space`."""
+    head, dot, tail = name.partition(".")
+    known = {field.name for field in fields(TrainConfig)} | {"tau"}
+    if head not in known:
+        raise UnknownNameError("setting", head, known - FIXED)
+    if head in FIXED:
+        raise ParameterError(f"{name!r} cannot be searched: a simulation keeps the data and all that ε depends on")
+    options = head.endswith("_options")
+    if options != (bool(dot) and tail.isidentifier()):
+        raise ParameterError(
+            f"{name!r}: {f'name one option, as in {head}.width' if options else f'{head} has no parts'}"
+        )
+
+
+def merged(settings: Mapping[str, Any], drawn: Mapping[str, Scalar]) -> dict[str, Any]:
+    """The settings with what was drawn in their place; a dotted name goes into the options.
+
+    >>> merged({"lr": 1.0, "model_options": {"depth": 2}}, {"lr": 0.5, "model_options.width": 32})
+    {'lr': 0.5, 'model_options': {'depth': 2, 'width': 32}}
+    """
+    result = dict(settings)
+    for name, value in drawn.items():
+        head, dot, tail = name.partition(".")
+        result[head] = {**result.get(head, {}), tail: value} if dot else value
+    return result
+
+
+def _dimension(text: str, values: str) -> Dimension:
+    low, colon, rest = values.partition(":")
+    if not colon:
+        choices = tuple(_scalar(text, item) for item in values.split(",") if item.strip())
+        if len(set(map(repr, choices))) < max(1, len(choices)) or not choices:
+            raise ParameterError(
+                f"--search {text!r}: name=a,b,c with different values is needed, or name=low:high[:log]"
+            )
+        return Choice(choices)
+    high, _, kind = rest.partition(":")
+    try:
+        found = Range(float(low), float(high), kind == "log")
+    except ValueError as error:
+        raise ParameterError(f"--search {text!r}: two numbers are needed, as in lr=0.05:5:log") from error
+    if kind not in ("", "log") or not -math.inf < found.low < found.high < math.inf or (found.log and found.low <= 0):
+        raise ParameterError(f"--search {text!r}: name=low:high[:log] with low < high is needed, and low > 0 for log")
+    return found
+
+
+def _scalar(text: str, item: str) -> Scalar:
+    item = item.strip()
+    value: Any = item
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(item)
+            break
+        except (ValueError, SyntaxError):
+            continue
+    if not isinstance(value, (bool, int, float, str, type(None))):
+        raise ParameterError(f"--search {text!r}: a choice is a number, a text, true, false or null")
+    return value

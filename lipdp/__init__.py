@@ -19,6 +19,7 @@ _LAZY = {
 _MODULES = (
     "audit",
     "bounds",
+    "certify",
     "comparison",
     "constraints",
     "data",

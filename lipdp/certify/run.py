@@ -1,0 +1,219 @@
+"""A run's folder certified: its model, its test records and its preprocessing, what is written and what is drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lipdp.certify import Certificate, certify
+from lipdp.certify.attack import pgd
+from lipdp.certify.inputs import InputMap, apply_maps
+from lipdp.data import Split, bounding, default_bounding, load
+from lipdp.errors import BoundViolation, CheckpointError, ParameterError, UnknownNameError
+from lipdp.features import features
+from lipdp.models import build
+from lipdp.training.checkpoint import RunFolder
+from lipdp.training.choices import make_loss
+from lipdp.training.config import TrainConfig, config_from_dict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WEIGHTS = ("model", "ema")
+_CURVE_POINTS = 61
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What was trained, with the raw test records.
+
+    Attributes:
+        config: of the run. model: with the checkpoint's weights, in evaluation mode, on the CPU.
+        x, y: raw test inputs, and labels. maps: from them to what the model was given.
+        step: noisy steps the weights have behind them.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    maps: tuple[InputMap, ...]
+    step: int
+
+
+def load_run(
+    folder: str | os.PathLike[str], *, weights: str = "model", data_dir: str | os.PathLike[str] | None = None
+) -> LoadedRun:
+    """Read a run's folder.
+
+    Args:
+        folder: of `lipdp train`.
+        weights: "model", the last ones, or "ema", their average.
+        data_dir: where the data are, if not where the run read them.
+
+    Raises:
+        CheckpointError: the folder or its checkpoint cannot be read. DataError: the data cannot.
+    """
+    if weights not in WEIGHTS:
+        raise UnknownNameError("weights", weights, WEIGHTS)
+    runs = RunFolder(folder)
+    config = config_from_dict(runs.config())
+    checkpoint = runs.load()
+    split = load(config.dataset, data_dir=data_dir or config.data_dir)
+    config = config.resolve(len(split.train_x), binary=split.task == "binary")
+    maps = _maps(config, split)
+    model = _model(config, split, maps)
+    try:
+        model.load_state_dict(checkpoint[weights])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint in {runs} does not fit the run's model: {error}") from error
+    return LoadedRun(config, model.eval(), split.test_x, split.test_y, maps, int(checkpoint["step"]))
+
+
+def _maps(config: TrainConfig, split: Split) -> tuple[InputMap, ...]:
+    """As `lipdp.training.assembly.prepare` applies them."""
+    if config.bounding is None:
+        maps: tuple[InputMap, ...] = (default_bounding(split),)
+    else:
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
+        maps = (bounding(config.bounding, **options),)
+    return maps if config.features is None else (*maps, features(config.features, **config.feature_options))
+
+
+def _model(config: TrainConfig, split: Split, maps: Sequence[InputMap]) -> nn.Module:
+    """As `lipdp.training.assembly.assemble` builds it."""
+    _, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
+    options = dict(config.model_options)
+    if config.features is not None and ":" not in config.model:
+        spec = features(config.features, **config.feature_options)
+        options.setdefault("input_bound", spec.norm_bound(split.input_shape))
+    shape = tuple(apply_maps(maps, split.test_x[:1], torch.float32).shape[1:])
+    return build(config.model, input_shape=shape, num_classes=outputs, **options)
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Certified accuracy against radius, beside what an attack leaves.
+
+    Attributes:
+        certificate: of the samples.
+        radii: asked for. attacked: the accuracy an attack leaves at each, if there was one.
+        attacked_inside, broken_inside: samples attacked at their own certified radius, and those that gave way (none).
+        steps, restarts: of the attack.
+    """
+
+    certificate: Certificate
+    radii: tuple[float, ...]
+    attacked: tuple[float, ...] | None = None
+    attacked_inside: int = 0
+    broken_inside: int = 0
+    steps: int = 0
+    restarts: int = 0
+
+    @property
+    def certified(self) -> tuple[float, ...]:
+        """Certified accuracy at the radii."""
+        return tuple(self.certificate.accuracy(r) for r in self.radii)
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether there is an AUROC."""
+        return self.certificate.is_binary
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Radii and certified accuracy, for a figure."""
+        top = 1.25 * max((*self.radii, 1e-9))
+        points = [top * i / (_CURVE_POINTS - 1) for i in range(_CURVE_POINTS)]
+        return points, [self.certificate.accuracy(r) for r in points]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        certificate = self.certificate
+        points, accuracies = self.curve()
+        found: dict[str, Any] = {
+            "samples": len(certificate),
+            "accuracy": certificate.accuracy(),
+            "radii": list(self.radii),
+            "certified_accuracy": list(self.certified),
+            "attacked_accuracy": None if self.attacked is None else list(self.attacked),
+            "mean_radius": float(certificate.radii[certificate.radii.isfinite()].mean()),
+            "lipschitz": certificate.lipschitz,
+            "method": certificate.method,
+            "seconds_per_10000_samples": certificate.seconds_per_10_000,
+            "curve": {"radii": points, "certified_accuracy": accuracies},
+        }
+        if self.is_binary:
+            found |= {"auroc": certificate.auroc(), "certified_auroc": [certificate.auroc(r) for r in self.radii]}
+        if self.attacked is not None:
+            inside = {"attacked_at_own_radius": self.attacked_inside, "broken_at_own_radius": self.broken_inside}
+            found["attack"] = {"name": "L2 PGD (foolbox)", "steps": self.steps, "restarts": self.restarts, **inside}
+        return found
+
+
+def assess(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    radii: Sequence[float],
+    maps: Sequence[InputMap] = (),
+    attack: bool = False,
+    steps: int = 40,
+    restarts: int = 2,
+    convolution: str = "fourier",
+) -> Robustness:
+    """Certify, and if asked attack: every sample at every radius, and at its own certified radius.
+
+    Raises:
+        BoundViolation: an attack succeeded inside a certified radius, which is an error of this library.
+        ParameterError: no radius, or a negative one.
+    """
+    if not radii or min(radii) < 0:
+        raise ParameterError(f"radii={tuple(radii)}: give numbers of at least 0, in units of the raw input")
+    certificate = certify(model, x, y, maps=maps, convolution=convolution)
+    if not attack:
+        return Robustness(certificate, tuple(radii))
+    common = {"maps": maps, "steps": steps, "restarts": restarts}
+    attacked = [pgd(model, x, y, radius=radius, **common) for radius in radii]  # type: ignore[arg-type]
+    inside = (certificate.radii > 0) & certificate.radii.isfinite()
+    own = pgd(model, x[inside], y[inside], radius=certificate.radii[inside], **common)  # type: ignore[arg-type]
+    broken = int(own.broken.sum())
+    for radius, result in zip(radii, attacked, strict=True):
+        broken += int((result.broken & certificate.correct & (certificate.radii >= radius)).sum())
+    if broken:
+        raise BoundViolation(
+            f"PGD changed the label of {broken} samples inside their certified radius: the certificate is wrong. Please"
+            " report it with the model"
+        )
+    return Robustness(
+        certificate, tuple(radii), tuple(r.accuracy for r in attacked), int(inside.sum()), broken, steps, restarts
+    )
+
+
+def draw(results: Mapping[str, Robustness], *, title: str | None = None, unit: str = "L2 radius") -> Figure:
+    """Certified and attacked accuracy against radius, one colour per model.
+
+    Returns:
+        A figure that belongs to no window; `figure.savefig("certificate.png")` writes it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, result) in enumerate(results.items()):
+        prefix = f"{name}: " if name else ""
+        axes.plot(*result.curve(), color=f"C{i}", label=f"{prefix}certified")
+        if result.attacked is not None:
+            points = [(0.0, result.certificate.accuracy()), *zip(result.radii, result.attacked, strict=True)]
+            radii, accuracies = zip(*sorted(points), strict=True)
+            axes.plot(radii, accuracies, color=f"C{i}", linestyle="--", marker="o", label=f"{prefix}under PGD")
+    axes.set(xlabel=unit, ylabel="accuracy", ylim=(0, 1), title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure

@@ -1,0 +1,141 @@
+"""`lipdp certify`: certified accuracy of a run's model against the radius, beside what an attack leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lipdp.commands.options import interruptible
+
+if TYPE_CHECKING:
+    from lipdp.certify.run import LoadedRun, Robustness
+
+EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp certify RUN[/green]  (radii 36/255, 72/255, 108/255 and 1, in units of the raw input)
+
+[green]lipdp certify RUN --attack --samples 1000[/green]
+
+[green]lipdp certify RUN --radii 0.1 0.25 0.5 --weights ema --json[/green]
+
+RUN then also holds certificate.json, certificate.png and certificate.svg."""
+
+
+@interruptible
+def certify(
+    run: Annotated[Path, typer.Argument(help="the folder of a run of lipdp train", metavar="RUN", show_default=False)],
+    radii: Annotated[
+        list[str] | None,
+        typer.Option(help="L2, in units of the raw input; fractions such as 36/255 too", show_default=False),
+    ] = None,
+    attack: Annotated[bool, typer.Option("--attack", help="also run L2 PGD (foolbox) at every radius")] = False,
+    samples: Annotated[
+        int | None, typer.Option(help="test records, the first N; default: all", show_default=False)
+    ] = None,
+    weights: Annotated[str, typer.Option(help="model (the last ones) or ema (averaged)")] = "model",
+    convolution: Annotated[str, typer.Option(help="bound of convolutions: fourier or reshaped")] = "fourier",
+    steps: Annotated[int, typer.Option(help="of the attack")] = 40,
+    restarts: Annotated[int, typer.Option(help="of the attack")] = 2,
+    data_dir: Annotated[
+        str | None, typer.Option(help="default: as the run, or $LIPDP_DATA", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
+) -> None:
+    """Certified L2 robustness of a run's model: a radius per test record in which no input changes the answer."""
+    from lipdp.certify import IMAGE_RADII
+    from lipdp.certify.run import assess, draw, load_run
+    from lipdp.data.files import written_whole
+    from lipdp.errors import ParameterError
+
+    if samples is not None and samples < 1:
+        raise ParameterError(f"--samples {samples}: at least 1")
+    asked = [parse_radius(text) for text in radii] if radii else list(IMAGE_RADII)
+    loaded = load_run(run, weights=weights, data_dir=data_dir)
+    result = assess(
+        loaded.model, loaded.x[:samples], loaded.y[:samples], radii=asked, maps=loaded.maps, attack=attack,
+        convolution=convolution, steps=steps, restarts=restarts,
+    )  # fmt: skip
+    facts = {"run": str(run), "dataset": loaded.config.dataset, "weights": weights, "step": loaded.step, **_spent(run)}
+    content = json.dumps({**facts, **result.as_dict()}, indent=2)
+    figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))
+    with written_whole(run / "certificate.json") as stream:
+        stream.write((content + "\n").encode())
+    for kind in ("png", "svg"):
+        with written_whole(run / f"certificate.{kind}") as stream:
+            figure.savefig(stream, format=kind, dpi=150)
+    if as_json:
+        typer.echo(content)
+    else:
+        _show(result, loaded, run)
+
+
+def parse_radius(text: str) -> float:
+    """A number, or a fraction.
+
+    >>> parse_radius("51/255"), parse_radius("0.5")
+    (0.2, 0.5)
+    """
+    from lipdp.errors import ParameterError
+
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / (float(below) if slash else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ParameterError(
+            f"--radii {text!r}: a number such as 0.25, or a fraction such as 36/255, is needed"
+        ) from error
+
+
+def _unit(loaded: LoadedRun) -> str:
+    return "L2 radius, pixels in [0, 1]" if loaded.x.dim() > 2 else "L2 radius, units of the table"
+
+
+def _spent(run: Path) -> dict[str, float]:
+    """ε and δ from the run's own account, where it has one."""
+    try:
+        privacy = json.loads((run / "privacy.json").read_text())
+        return {"epsilon": privacy["epsilon"], "delta": privacy["delta"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _show(result: Robustness, loaded: LoadedRun, run: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lipdp.commands.tables import number
+
+    certificate = result.certificate
+    console = Console()
+    console.print(
+        f"[bold]{loaded.config.dataset}, {loaded.config.model}[/bold]: accuracy {certificate.accuracy():.2%} on"
+        f" {len(certificate):,} test records; network {number(certificate.lipschitz)}-Lipschitz",
+        highlight=False,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(_unit(loaded))
+    table.add_column("certified", justify="right")
+    if result.attacked is not None:
+        table.add_column("under PGD", justify="right")
+    if result.is_binary:
+        table.add_column("certified AUROC", justify="right")
+    for i, (radius, certified) in enumerate(zip(result.radii, result.certified, strict=True)):
+        cells = [number(radius), f"{certified:.2%}"]
+        cells += [] if result.attacked is None else [f"{result.attacked[i]:.2%}"]
+        cells += [f"{certificate.auroc(radius):.2%}"] if result.is_binary else []
+        table.add_row(*cells)
+    console.print(table)
+    if result.attacked is not None:
+        console.print(
+            f"PGD inside certified radii: {result.broken_inside} of {result.attacked_inside:,} samples gave way",
+            highlight=False,
+        )
+    console.print(
+        f"[dim]{number(certificate.seconds_per_10_000)} s per 10,000 samples; {certificate.method}[/dim]",
+        highlight=False,
+    )
+    console.print(f"[dim]written to {run / 'certificate.json'}, .png and .svg[/dim]", highlight=False, soft_wrap=True)

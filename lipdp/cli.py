@@ -9,11 +9,18 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands import account, audit, plan, sensitivity, train
+from lipdp.commands import account, audit, compare, plan, sensitivity, train
 from lipdp.errors import LipdpError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
-_LISTS = ("--input-shape",)  # options that take several values in a row
+_LISTS = (
+    "--input-shape",
+    "--batch-sizes",
+    "--trainers",
+    "--kinds",
+    "--datasets",
+    "--epsilons",
+)  # options that take several values in a row
 
 app = typer.Typer(
     name="lipdp",
@@ -30,6 +37,7 @@ app.command(epilog=account.EPSILON_EPILOG)(account.epsilon)
 app.command(epilog=account.CALIBRATE_EPILOG)(account.calibrate)
 app.command(epilog=audit.EPILOG)(audit.audit)
 app.add_typer(plan.app, name="plan")
+app.add_typer(compare.app)
 
 
 def _show_version(wanted: bool) -> None:

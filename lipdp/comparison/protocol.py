@@ -94,6 +94,7 @@ class Session(ABC):
         """Take the hooks off the model."""
 
 
+@dataclass(frozen=True)
 class Trainer(ABC):
     """A way to train, with its settings: a frozen dataclass that starts sessions.
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
+from lipdp.comparison.calibration import calibration
 from lipdp.comparison.protocol import Session, Task, Trainer
-from lipdp.comparison.results import Cell, Results
+from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows
 from lipdp.data import Split, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
@@ -29,7 +30,7 @@ from lipdp.training.choices import make_optimizer
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate
 
-_BLOCK = 4 << 20  # per-sample gradients, in numbers, that a forward pass may leave: what keeps hooks within a few GiB
+_BLOCK = 64 << 20  # per-sample gradients, in numbers, that a forward pass may leave: what keeps hooks within a few GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +149,8 @@ def utility(
 
 def _grid(trainer: Trainer, trials: int) -> Iterator[tuple[tuple[str, Any], ...]]:
     """The first combinations of the declared grid; they begin with all learning rates."""
-    names, values = list(reversed(trainer.grid)), list(reversed(trainer.grid.values()))
-    combinations = itertools.product(*values)
+    names = sorted(trainer.grid, key="lr".__eq__)  # the last one varies fastest
+    combinations = itertools.product(*(trainer.grid[name] for name in names))
     return (tuple(zip(names, combination, strict=True)) for combination in itertools.islice(combinations, trials))
 
 
@@ -220,7 +221,8 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         scale = config.tune_scale if job.row.trainer.private else 1
         batch_size = max(1, round(batch_size * len(split.train_x) / records / scale))  # the same q, over k
         sigma /= scale
-    session = _trained(job, _setup(train, split, input_bound), train, split, batch_size=batch_size, sigma=sigma)
+    setup = _setup(train, split, input_bound)
+    session = _trained(job, setup, train, split, batch_size=batch_size, sigma=sigma)
     try:
         scores = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
     except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
@@ -236,9 +238,19 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         "epsilon": epsilon,
         "delta": delta,
         **({"score": scores.get("auroc", scores["accuracy"])} if job.trial else scores),
+        **({} if job.trial or split.task == "binary" else _calibration(session, setup.temperature(job.row), split)),
         "private": False,  # seeded, and trials look at private records
         "seconds": round(time.perf_counter() - begin, 2),
     }
+
+
+def _calibration(session: Session, temperature: float, split: Split) -> Cell:
+    """How far its probabilities are from its accuracy; nothing where they are not numbers."""
+    try:
+        found = calibration(session.model, split.test_x, split.test_y, temperature=temperature)
+    except NonFiniteError:
+        return {}
+    return {"ece": found.ece, "nll": found.nll, "brier": found.brier}
 
 
 def _setup(train: TrainConfig, split: Split, input_bound: float | None) -> Setup:
@@ -289,3 +301,16 @@ def summary(results: Results) -> list[Cell]:
         found.append({**dict(zip(names, key, strict=True)), "metric": metric, "mean": mean, "spread": spread,
                       "runs": len(scores), "settings": cells[0]["settings"], "epsilon": cells[0]["epsilon"]})  # fmt: skip
     return found
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Mean ± spread in percent, a row for each data set, model and trainer, a column for each budget."""
+    budgets = sorted({cell["target_epsilon"] for cell in cells if cell["target_epsilon"] is not None})
+    keys = dict.fromkeys((cell["dataset"], cell["model"], cell["trainer"], cell["metric"]) for cell in cells)
+    body = []
+    for key in keys:
+        mine = [c for c in cells if (c["dataset"], c["model"], c["trainer"], c["metric"]) == key]
+        at = {c["target_epsilon"]: f"{100 * c['mean']:.1f} ± {100 * c['spread']:.1f}" for c in mine}
+        body.append([*key, *(at.get(budget, "") for budget in (*budgets, None))])
+    header = ["data set", "model", "trainer", "metric, %", *(f"ε = {b:g}" for b in budgets), "no privacy"]
+    return markdown(header, body)

@@ -18,7 +18,7 @@ class NonPrivate(Trainer):
 
     name: ClassVar[str] = "non_private"
     private: ClassVar[bool] = False
-    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.03, 0.1, 0.3, 1.0)}
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3, 1.0, 3.0)}
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return _Session(model, task)

@@ -1,0 +1,269 @@
+"""`lipdp compare`: sweeps that go on where they were killed, out-of-memory as a cell, pictures, messages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("opacus")
+from lipdp.cli import main
+from lipdp.comparison import peak as peak_module
+from lipdp.comparison import speed as speed_module
+from lipdp.comparison import utility as utility_module
+from lipdp.comparison.results import Results
+from lipdp.comparison.rows import Row, rows
+from lipdp.comparison.speed import SpeedConfig, speed
+from lipdp.comparison.trainers import TRAINERS, get_trainer
+from lipdp.comparison.utility import UtilityConfig, summary, utility
+from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = SpeedConfig(dataset="digits", model="linear", batch_sizes=(8, 16), repeat=2, memory=False)
+TWO = UtilityConfig(epochs=3, trials=2, seeds=2, epsilons=(3.0,), trainers=("clipless", "opacus_hooks"), model="linear")
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_trainer_has_a_row_for_every_kind_it_trains():
+    found = rows()
+    assert {row.trainer for row in found} == set(TRAINERS.values())
+    names = {(row.trainer.name, row.plain) for row in found}
+    assert ("clipless", True) not in names
+    assert ("backprop_clipping", False) not in names
+    assert {("opacus_ghost", True), ("opacus_ghost", False)} <= names
+    with pytest.raises(ParameterError, match="none of clipless trains a plain"):
+        rows(["clipless"], ["plain"])
+    with pytest.raises(ParameterError, match="kinds of model"):
+        rows([], ["convex"])
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def test_speed_measures_every_row_and_its_ratios(tmp_path):
+    results = speed(SMALL, out=str(tmp_path))
+    cells = json.loads((tmp_path / "results.json").read_text())
+    assert cells == results.cells
+    assert len(cells) == 2 * len(rows(SMALL.trainers))
+    for cell in cells:
+        assert cell["status"] == "measured"
+        assert cell["step_seconds"] > 0
+        assert cell["repetitions"] == 2
+        if cell["trainer"] == "non_private":
+            assert cell["ratio_to_non_private"] == 1.0
+        assert "ratio_to_plain_non_private" in cell
+    assert "| linear-twin | opacus_hooks |" in speed_module.table(results)
+
+
+def test_speed_goes_on_where_it_was(tmp_path, monkeypatch):
+    speed(replace(SMALL, batch_sizes=(8,)), out=str(tmp_path))
+    before = json.loads((tmp_path / "results.json").read_text())
+    measured = []
+    times = speed_module._times
+    monkeypatch.setattr(speed_module, "_times", lambda c, r, b: (measured.append(b), times(c, r, b))[1])
+    speed(SMALL, out=str(tmp_path))
+    assert measured == [16]
+    assert json.loads((tmp_path / "results.json").read_text())[: len(before)] == before
+    with pytest.raises(ResumeError, match="repeat was 2, is now 3"):
+        speed(replace(SMALL, repeat=3), out=str(tmp_path))
+
+
+def test_out_of_memory_is_a_cell(monkeypatch):
+    """A trainer that asks for 64 GiB, in the middle of the repetitions: its row says so, the others are measured."""
+    hooks = get_trainer("opacus_hooks")
+    begin = type(hooks).start
+
+    def greedy(self, model, task):
+        session = begin(self, model, task)
+        session.step = lambda x, y: torch.empty(2**44)
+        return session
+
+    monkeypatch.setattr(type(hooks), "start", greedy)
+    results = speed(SMALL)
+    states = {(c["trainer"], c["batch_size"]): c["status"] for c in results.cells if c["model"] == "linear"}
+    assert states["opacus_hooks", 8] == states["opacus_hooks", 16] == "out of memory"
+    assert states["clipless", 16] == states["opacus_ghost", 16] == "measured"
+    assert "out of memory" in speed_module.table(results)
+
+
+def test_a_process_over_its_limit_is_out_of_memory_and_harms_nobody():
+    """100 MiB are too few for B = 4096, enough for nothing else to be touched; 8 GiB are enough."""
+    config = SpeedConfig(dataset="mnist", model="cnn", memory_limit=600 * 2**20)
+    assert peak_module.peak(config, Row(get_trainer("opacus_hooks"), True), 4096)["status"] == "out of memory"
+    small = peak_module.peak(replace(config, memory_limit=8 * 2**30), Row(get_trainer("non_private"), True), 16)
+    assert small["status"] == "measured"
+    assert 50 * 2**20 < small["peak_bytes"] < 2 * 2**30
+
+
+def test_peak_memory_sees_an_allocation():
+    """Per-sample gradients of a batch of 1,024 through 118,016 weights are 461 MiB more than none."""
+    config = SpeedConfig(dataset="mnist", model="mlp")
+    base, hooks = (peak_module.peak(config, Row(get_trainer(n), True), 1024) for n in ("non_private", "opacus_hooks"))
+    assert hooks["peak_bytes"] - base["peak_bytes"] > 400 * 2**20
+
+
+def test_a_refused_model_is_a_cell(monkeypatch):
+    from lipdp.errors import UnsupportedLayerError
+
+    def refuse(self, model, task):
+        raise UnsupportedLayerError("no such layer")
+
+    monkeypatch.setattr(type(get_trainer("opacus_ghost")), "start", refuse)
+    cells = speed(SMALL).find(trainer="opacus_ghost")
+    assert {c["status"] for c in cells} == {"refused"}
+    assert cells[0]["reason"] == "no such layer"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_speed_on_cuda():
+    cells = speed(replace(SMALL, device="cuda", memory=True)).cells
+    assert all(c["status"] == "measured" and c["peak_bytes"] > 0 for c in cells)
+
+
+# --- utility ---------------------------------------------------------------------------------------------------------
+
+
+def test_utility_tunes_on_validation_and_tests_once(tmp_path, monkeypatch):
+    seen = []
+    evaluate = utility_module.evaluate
+    monkeypatch.setattr(
+        utility_module, "evaluate", lambda m, x, y, **o: (seen.append(len(x)), evaluate(m, x, y, **o))[1]
+    )
+    results = utility(TWO, out=str(tmp_path))
+    trials = json.loads((tmp_path / "tuning.json").read_text())
+    assert len(trials) == 3 * 2
+    assert len(results.cells) == 3 * 2
+    assert seen[:6] == [144] * 6  # a tenth of the 1,437 training records
+    assert seen[6:] == [360] * 6  # the test part
+    assert {frozenset(c["settings"]) for c in trials} == {frozenset({"lr", "gate"}), frozenset({"lr", "max_grad_norm"})}
+    for cell in results.cells:
+        mine = [t for t in trials if (t["trainer"], t["model"]) == (cell["trainer"], cell["model"])]
+        assert cell["settings"] == max(mine, key=lambda t: t["score"])["settings"]
+        assert 2.9 < cell["epsilon"] <= 3.0
+        assert cell["private"] is False  # seeded
+        assert 0 <= cell["ece"] <= 1
+        assert {"trainer", "model", "dataset", "batch_size", "epsilon", "seed", "accuracy"} <= set(cell)
+    means = {(c["trainer"], c["model"]): c for c in summary(results)}
+    scores = [c["accuracy"] for c in results.find(trainer="clipless")]
+    assert means["clipless", "linear"]["mean"] == pytest.approx(sum(scores) / 2)
+    assert means["clipless", "linear"]["spread"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+
+
+def test_trials_are_scaled():
+    """B/k and σ/k: the same signal to noise at a k-th of the cost; the validation part leaves q as it is."""
+    row = rows(["opacus_ghost"], ["plain"])[0]
+    settings = (("max_grad_norm", 1.0), ("lr", 0.3))
+    full = utility_module.run(TWO, utility_module.Job("digits", row, 3.0, settings, 0, False))
+    scaled = utility_module.run(replace(TWO, tune_scale=4), utility_module.Job("digits", row, 3.0, settings, 0, True))
+    assert scaled["noise_multiplier"] == pytest.approx(full["noise_multiplier"] / 4)
+    assert scaled["batch_size"] == pytest.approx(full["batch_size"] * 0.9 / 4, abs=1)
+    assert scaled["steps"] == full["steps"]
+    assert scaled["epsilon"] is None
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    """SIGKILL in the middle; the cells that were there stay as they were, and the whole is as if never killed."""
+    arguments = ["--model", "linear", "--epochs", "3", "--trials", "2", "--seeds", "2", "--epsilons", "3",
+                 "--trainers", "clipless", "opacus_hooks"]  # fmt: skip
+    command = [sys.executable, "-m", "lipdp", "compare", "utility", *arguments, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while not (tmp_path / "killed" / "tuning.json").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = json.loads((tmp_path / "killed" / "tuning.json").read_text())
+    assert 1 <= len(before) < 12
+    assert main(["compare", "utility", *arguments, "--out", str(tmp_path / "killed")]) == 0
+    assert main(["compare", "utility", *arguments, "--out", str(tmp_path / "whole")]) == 0
+    for name in ("tuning.json", "results.json"):
+        killed, whole = (json.loads((tmp_path / f / name).read_text()) for f in ("killed", "whole"))
+        assert [{**c, "seconds": 0} for c in killed] == [{**c, "seconds": 0} for c in whole]
+    assert json.loads((tmp_path / "killed" / "tuning.json").read_text())[: len(before)] == before
+
+
+def test_two_processes_find_the_same():
+    key = lambda cells: sorted((c["trainer"], c["model"], c["seed"], c["accuracy"]) for c in cells)  # noqa: E731
+    config = replace(TWO, trials=1)
+    assert key(utility(config, jobs=2).cells) == key(utility(config).cells)
+
+
+def test_a_learning_rate_that_explodes_is_the_worst_score(monkeypatch):
+    monkeypatch.setattr(type(get_trainer("non_private")), "grid", {"lr": (1e30, 0.3, 0.1, 0.03)})
+    results = utility(replace(TWO, trainers=("non_private",), kinds=("plain",), seeds=1))
+    assert results.cells[0]["settings"] == {"lr": 0.3}
+
+
+def test_a_binary_table_gets_an_auroc(tmp_path):
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 400)
+    x = generator.normal(size=(400, 5)) + 2 * y[:, None]
+    np.savez(tmp_path / "toy.npz", X=x.astype("float32"), y=y)
+    config = UtilityConfig(datasets=(str(tmp_path / "toy.npz"),), model="tabular", epochs=4, trials=1, seeds=1,
+                           epsilons=(3.0,), trainers=("clipless", "adaptive"))  # fmt: skip
+    for cell in utility(config).cells:
+        assert 0.5 < cell["auroc"] <= 1
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_tables_and_pictures(tmp_path, capsys):
+    arguments = ["--dataset", "digits", "--model", "linear", "--batch-sizes", "8", "--repeat", "2", "--trainers",
+                 "non_private", "clipless"]  # fmt: skip
+    assert main(["compare", "speed", *arguments, "--out", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "| linear | clipless |" in output
+    assert "MiB" in output
+    for name in ("speed", "memory"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert ET.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_the_utility_command_draws_the_front(tmp_path, capsys):
+    arguments = ["--model", "linear", "--epochs", "2", "--trials", "1", "--seeds", "1", "--epsilons", "1", "3",
+                 "--trainers", "non_private", "clipless"]  # fmt: skip
+    assert main(["compare", "utility", *arguments, "--out", str(tmp_path)]) == 0
+    assert "| digits | linear | clipless | accuracy |" in capsys.readouterr().out
+    assert ET.parse(tmp_path / "utility-digits.svg").getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed", "--dataset", "mnits"], "mnits"),
+        (["speed", "--batch-sizes", "0"], "at least 1"),
+        (["speed", "--trainers", "opacus"], "opacus_hooks"),
+        (["utility", "--trials", "9"], "trials=9"),
+        (["utility", "--seeds", "0"], "seeds=0"),
+        (["utility", "--jobs", "0"], "--jobs 0"),
+        (["utility", "--kinds", "convex"], "kinds of model"),
+        (["utility", "--datasets", "nowhere.npz"], "nowhere.npz"),
+    ],
+)
+def test_what_a_user_can_get_wrong(arguments, message, capsys):
+    assert main(["compare", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_results_file_is_named(tmp_path):
+    Results(str(tmp_path), config={}).add({"a": 1})
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(CheckpointError, match=r"results\.json"):
+        Results(str(tmp_path), config={})
+
+
+def test_unknown_names():
+    with pytest.raises(UnknownNameError):
+        utility(replace(TWO, trainers=("clippless",)))

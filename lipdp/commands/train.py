@@ -66,6 +66,9 @@ def train(
         str | None, _option("bound on every record's gradient at the logits, or off (the loss's own)", "Privacy")
     ] = None,
     gate_quantile: Annotated[float | None, _option("let the gate follow this quantile, privately", "Privacy")] = None,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="noise and batches from a cipher", rich_help_panel="Privacy")
+    ] = False,
     batch_size: Annotated[int | None, _option("expected batch size B", "Optimisation")] = None,
     epochs: Annotated[float | None, _option("passes over the data, T = epochs · N / B", "Optimisation")] = None,
     steps: Annotated[int | None, _option("T, instead of epochs", "Optimisation")] = None,
@@ -79,6 +82,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, _option("the run's folder; default: runs/DATASET-MODEL-TIME", "Run")] = None,
     resume: Annotated[Path | None, _option("go on with the run in this folder", "Run")] = None,
+    check_every: Annotated[
+        int | None, _option("steps between looks at the gradients of a few records; 0 never (default: by cost)", "Run")
+    ] = None,
     checkpoint_every: Annotated[int | None, _option("steps between checkpoints (default T/10)", "Run")] = None,
     log_every: Annotated[int | None, _option("steps between lines of metrics (default T/20)", "Run")] = None,
     device: Annotated[str | None, _option("auto (default), cpu, cuda, cuda:1, …", "Run")] = None,
@@ -87,8 +93,9 @@ def train(
 ) -> None:
     """Train a model with differential privacy; report ε and the accuracy on held-out records."""
     given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
-    if not download:
-        del given["download"]
+    for name in ("download", "secure"):
+        if not given[name]:
+            del given[name]
     for name in ("model_option", "loss_option", "feature_option", "bounding_option"):
         if name in given:
             given[f"{name}s"] = parse_options(f"--{name.replace('_', '-')}", given.pop(name))

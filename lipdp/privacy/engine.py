@@ -22,6 +22,7 @@ from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.noise import Allocation, GaussianNoise, get_allocation
 from lipdp.privacy.run import Run
 from lipdp.privacy.sampling import BatchLoader, FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.privacy.secure import SecureGaussianNoise
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity
 
@@ -40,6 +41,8 @@ class PrivacyEngine:
     Args:
         accountant: "prv" (default), "pld" or "rdp".
         seed: makes the draws repeatable, for tests: a seeded run is NOT private and says so.
+        secure: batches and noise from a cipher, seeded from the operating system, and noise whose low bits tell nothing:
+            `SecureGaussianNoise` says what that defends and what not. Needs the extra "secure".
         check_every: steps between looks at the gradients of a few records (`GradientCheck`); 0 never, None where it
             costs 0.5 % of the run.
 
@@ -63,9 +66,16 @@ class PrivacyEngine:
     Source: Béthune et al. (2024), algorithm 2; Abadi et al. (2016) for the mechanism.
     """
 
-    def __init__(self, accountant: str = "prv", *, seed: int | None = None, check_every: int | None = None) -> None:
+    def __init__(
+        self,
+        accountant: str = "prv",
+        *,
+        seed: int | None = None,
+        secure: bool = False,
+        check_every: int | None = None,
+    ) -> None:
         self.accountant = get_accountant(accountant)
-        self.seed, self.check_every = seed, check_every
+        self.seed, self.secure, self.check_every = seed, secure, check_every
         self.ledger = Ledger()
         self._run: Run | None = None
 
@@ -143,6 +153,7 @@ class PrivacyEngine:
             target_epsilon=target_epsilon,
             target_delta=target_delta,
             seeded=self.seed is not None,
+            secure=self.secure,
         )
         facts.step_event  # noqa: B018  (refuses a σ or q out of range)
         sampler = self._sampler(facts, _length(dataset))
@@ -160,7 +171,7 @@ class PrivacyEngine:
             facts=facts,
             allocation=get_allocation(allocation),
             gate=gate,
-            noise=GaussianNoise(self.seed, device=graph.device),
+            noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
             ledger=self.ledger,
             check_every=self.check_every,
         )
@@ -213,9 +224,10 @@ class PrivacyEngine:
         )
 
     def _sampler(self, facts: PrivacyFacts, population: int) -> Sampler:
+        options: dict[str, Any] = {"steps": facts.steps, "seed": self.seed, "secure": self.secure}
         if facts.sampling == "poisson":
-            return PoissonSampler(population, sampling_rate=facts.sampling_rate, steps=facts.steps, seed=self.seed)
-        return FixedSizeSampler(population, batch_size=facts.expected_batch_size, steps=facts.steps, seed=self.seed)
+            return PoissonSampler(population, sampling_rate=facts.sampling_rate, **options)
+        return FixedSizeSampler(population, batch_size=facts.expected_batch_size, **options)
 
     # -- during and after training -------------------------------------------------------------------------------------
 

@@ -234,7 +234,7 @@ class GaussianNoise:
     both, so one who sees every bit of a released sum can in principle tell neighbours apart (Mironov 2012); that
     everything is rounded again afterwards makes it hard, not impossible. The default source is not cryptographic: one
     who recovers a step's generator from its output recovers that step's noise (not another's: see `Ratchet`). Both
-    attacks need bit-exact access to single steps; where that is in the threat model, pass another `source`.
+    attacks need bit-exact access to single steps; where that is in the threat model, take `SecureGaussianNoise`.
 
     Args:
         seed: reproducible noise, **not private**; None seeds from the operating system (256 bits).
@@ -280,10 +280,13 @@ class GaussianNoise:
             _require_dense_float(index, tensor, self.source.device)
         if not tensors:
             return
+        self._add(tensors, stds.to(self.source.device, torch.float64))
+
+    def _add(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
         double = any(tensor.dtype == torch.float64 for tensor in tensors)
         dtype = torch.float64 if double else torch.float32
         # Rounding to float32 loses at most a relative 2**-24; the factor makes sure that it never rounds below.
-        scales = (stds.to(torch.float64) * (1.0 if double else 1.0 + 2.0**-23)).to(self.source.device, dtype).unbind()
+        scales = (stds * (1.0 if double else 1.0 + 2.0**-23)).to(dtype).unbind()
         sizes = [tensor.numel() for tensor in tensors]
         draws = self.normal(sum(sizes), dtype=dtype).split(sizes)
         for tensor, draw, scale in zip(tensors, draws, scales, strict=True):

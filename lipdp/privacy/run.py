@@ -14,7 +14,7 @@ from lipdp.nn import project_
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.events import Ledger, remaining_noise_multiplier
-from lipdp.privacy.facts import PrivacyFacts
+from lipdp.privacy.facts import PrivacyFacts, check_digest, with_digest
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplier
 from lipdp.privacy.sampling import BatchLoader
@@ -197,7 +197,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         self._projections.read()
-        return {
+        state: dict[str, Any] = {
             "facts": self.facts.as_dict(),
             "ledger": self.ledger.state_dict(),
             "before": self.before,
@@ -205,12 +205,14 @@ class Run:
             "noise": self.noise.state_dict(),
             "gate": self.gate.state_dict(),
         }
+        return with_digest(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = {"facts", "ledger", "before", "loader", "noise", "gate"} - set(state)
+        missing = {"facts", "ledger", "before", "loader", "noise", "gate", "digest"} - set(state)
         if missing:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
         self.facts.check_same(state["facts"])
+        check_digest(state, "the saved state of the engine")
         ledger = Ledger.from_state(state["ledger"])
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])

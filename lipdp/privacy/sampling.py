@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError
 from lipdp.privacy.ratchet import Ratchet
+from lipdp.privacy.secure import keystream
 from lipdp.relation import Relation
 
 
@@ -53,12 +54,17 @@ class _IndependentBatches(ABC):
 
     relation: ClassVar[Relation]
 
-    def __init__(self, population: int, steps: int, sampling_rate: float, seed: int | None) -> None:
+    def __init__(
+        self, population: int, steps: int, sampling_rate: float, seed: int | None, secure: bool = False
+    ) -> None:
         self.population = _positive("population", population)
         self.steps = _positive("steps", steps)
         self.sampling_rate = sampling_rate
         self.position = 0
-        self._ratchet = Ratchet("sampling", seed)
+        self.secure = secure
+        self._ratchet = Ratchet("secure sampling" if secure else "sampling", seed)
+        if secure:
+            keystream(0, 1)  # refuses here what it would refuse at the first step
 
     @property
     def seeded(self) -> bool:
@@ -70,13 +76,20 @@ class _IndependentBatches(ABC):
 
     def __iter__(self) -> Iterator[Tensor]:
         while self.position < self.steps:
-            indices = self._draw(self._ratchet.generator())
+            if self.secure:
+                indices = self._secure_draw(keystream(self._ratchet.advance(), self.population))
+            else:
+                indices = self._draw(self._ratchet.generator())
             self.position += 1
             yield torch.from_numpy(np.sort(indices))
 
     @abstractmethod
     def _draw(self, generator: np.random.Generator) -> np.ndarray:
         """(n,) int64, distinct."""
+
+    @abstractmethod
+    def _secure_draw(self, words: np.ndarray) -> np.ndarray:
+        """The same law, from one uniform 64-bit word a record."""
 
     def _subset(self, generator: np.random.Generator, size: int) -> np.ndarray:
         """A uniform `size`-subset. numpy runs Floyd's algorithm up to a twentieth of the population and a partial
@@ -123,11 +136,15 @@ class PoissonSampler(_IndependentBatches):
 
     Guarantees: the relation is *add or remove one record*. (numpy's binomial draws agree with the law to about 1e-13.)
 
+    Each step has a generator of its own, seeded with the next secret of a `Ratchet`. With `secure`, every record has a
+    word of ChaCha20 keystream instead, and is in the batch where the word is below ⌊q 2⁶⁴⌋: O(N), 4 ns a record.
+
     Args:
         population: N ≥ 1, the number of records present.
         sampling_rate: q in (0, 1], a public constant; not `batch_size / len(dataset)` of a secret dataset.
         steps: T ≥ 1, the number of batches in all.
         seed: reproducible batches, **not private**; None seeds from the operating system.
+        secure: draw from a cipher; needs the extra "secure".
 
     Raises:
         ParameterError: an argument outside its range.
@@ -142,13 +159,19 @@ class PoissonSampler(_IndependentBatches):
 
     relation: ClassVar[Relation] = Relation.ADD_OR_REMOVE_ONE
 
-    def __init__(self, population: int, *, sampling_rate: float, steps: int, seed: int | None = None) -> None:
+    def __init__(
+        self, population: int, *, sampling_rate: float, steps: int, seed: int | None = None, secure: bool = False
+    ) -> None:
         if not 0.0 < sampling_rate <= 1.0:
             raise ParameterError(f"sampling_rate is {sampling_rate}; it must be in (0, 1]")
-        super().__init__(population, steps, float(sampling_rate), seed)
+        super().__init__(population, steps, float(sampling_rate), seed, secure)
 
     def _draw(self, generator: np.random.Generator) -> np.ndarray:
         return self._subset(generator, int(generator.binomial(self.population, self.sampling_rate)))
+
+    def _secure_draw(self, words: np.ndarray) -> np.ndarray:
+        below = int(self.sampling_rate * 2**64)  # exact: q is a binary fraction
+        return np.flatnonzero(words < below) if below < 2**64 else np.arange(self.population)
 
 
 class FixedSizeSampler(_IndependentBatches):
@@ -164,6 +187,7 @@ class FixedSizeSampler(_IndependentBatches):
         batch_size: B, 1 ≤ B ≤ N.
         steps: T ≥ 1, the number of batches in all.
         seed: reproducible batches, **not private**; None seeds from the operating system.
+        secure: the records with the B smallest words of a cipher's keystream; needs the extra "secure".
 
     Raises:
         ParameterError: an argument outside its range.
@@ -177,14 +201,19 @@ class FixedSizeSampler(_IndependentBatches):
 
     relation: ClassVar[Relation] = Relation.REPLACE_ONE
 
-    def __init__(self, population: int, *, batch_size: int, steps: int, seed: int | None = None) -> None:
+    def __init__(
+        self, population: int, *, batch_size: int, steps: int, seed: int | None = None, secure: bool = False
+    ) -> None:
         self.batch_size = _positive("batch_size", batch_size)
         if self.batch_size > _positive("population", population):
             raise ParameterError(f"batch_size is {batch_size}, more than the {population} records; draw at most all")
-        super().__init__(population, steps, self.batch_size / population, seed)
+        super().__init__(population, steps, self.batch_size / population, seed, secure)
 
     def _draw(self, generator: np.random.Generator) -> np.ndarray:
         return self._subset(generator, self.batch_size)
+
+    def _secure_draw(self, words: np.ndarray) -> np.ndarray:
+        return np.argpartition(words, self.batch_size - 1)[: self.batch_size]
 
 
 class BatchLoader:

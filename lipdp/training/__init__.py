@@ -17,6 +17,7 @@ from lipdp.data import Split
 from lipdp.errors import CheckpointError, NonFiniteError, ResumeError
 from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
+from lipdp.privacy.facts import check_digest, with_digest
 from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, facts_digest
 from lipdp.training.config import TrainConfig, config_from_dict, configure
@@ -121,10 +122,12 @@ class Trainer:
         trainer = cls.__new__(cls)
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=_saved_noise_multiplier(saved))
         trainer.folder = folder
+        trainer.engine.facts.check_same(checkpoint.get("facts", {}))
         trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
         recorded = folder.recorded_digest()
         if recorded not in (None, facts_digest(trainer.engine.facts.as_dict())):
             raise ResumeError(f"privacy.json in {folder} has other privacy facts than the checkpoint: whose is it?")
+        folder.check_privacy()
         return trainer
 
     # -- construction --------------------------------------------------------------------------------------------------
@@ -259,7 +262,7 @@ class Trainer:
     def privacy(self) -> dict[str, Any]:
         """What `privacy.json` holds: the facts, and the ε spent so far."""
         facts = self.engine.facts.as_dict()
-        return {
+        report = {
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
             **facts,
@@ -275,6 +278,7 @@ class Trainer:
             "protects": f"each of the {facts['dataset_size']} training records, input and label",
             "not_covered": NOT_COVERED,
         }
+        return with_digest(report)
 
     def _save(self) -> None:
         """Let the step leave the process: its account first, then the checkpoint, then what is computed from the weights.
@@ -366,16 +370,17 @@ class Trainer:
         With the old keys the steps to come would be the draws of the lost ones, so that their gradients, if they differ at
         all (another machine, other threads, a corrected record), would differ by no noise.
         """
+        check_digest(engine, "the saved state of the engine")
         fresh = self.engine.state_dict()
         ledger = Ledger.from_state(engine["ledger"])
         ledger.append(self.engine.facts.step_event.with_steps(lost))
-        return {
-            **engine,
+        changed = {
             "ledger": ledger.state_dict(),
             "before": engine["before"] + lost,
             "loader": {**engine["loader"], "ratchet": fresh["loader"]["ratchet"]},
             "noise": fresh["noise"],
         }
+        return with_digest({**engine, **changed})
 
     def _plan_again(self) -> None:
         """ε of the steps taken again and of all of the run."""

@@ -88,7 +88,7 @@ def assemble(
         random = random_state(device)
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
     sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, len(split.train_x))
-    engine = PrivacyEngine(config.accountant, seed=config.seed)
+    engine = PrivacyEngine(config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every)
     _, _, loader, criterion = engine.make_private(
         module=model,
         optimizer=optimizer,

@@ -16,6 +16,7 @@ import torch
 
 from lipdp.data.files import written_whole
 from lipdp.errors import CheckpointError, ParameterError
+from lipdp.privacy.facts import check_digest
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -116,6 +117,12 @@ class RunFolder:
         if self._fell_back:
             steps.append(_number("steps", self._text("privacy.json")))
         return max(steps)
+
+    def check_privacy(self) -> None:
+        """ResumeError where `privacy.json` is there and was edited since it was written."""
+        report = _parsed(self._text("privacy.json"))
+        if "digest" in report:
+            check_digest(report, str(self.path / "privacy.json"))
 
     def recorded_digest(self) -> str | None:
         """`facts_digest` of `privacy.json`, if there is one."""

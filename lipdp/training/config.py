@@ -11,7 +11,7 @@ from typing import Any
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
 
-RUNTIME = frozenset({"data_dir", "device", "download", "threads", "checkpoint_every"})
+RUNTIME = frozenset({"data_dir", "device", "download", "threads", "checkpoint_every", "check_every"})
 """Settings that may change at a resume: they move numbers around without touching what is computed."""
 
 
@@ -40,6 +40,7 @@ class TrainConfig:
         optimizer, lr, momentum, schedule: as `lipdp.training.choices` takes them. ema: decay of the averaged weights.
         device: "auto", "cpu", "cuda", …; threads: of torch on the CPU.
         seed: repeatable draws, for tests: the run is NOT private then.
+        secure, check_every: as `lipdp.PrivacyEngine` takes them.
         checkpoint_every, log_every: in steps; None takes a tenth and a twentieth of the run.
     """
 
@@ -74,6 +75,8 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     seed: int | None = None
+    secure: bool = False
+    check_every: int | None = None
     checkpoint_every: int | None = None
     log_every: int | None = None
 
@@ -86,6 +89,10 @@ class TrainConfig:
             raise ParameterError(f"threads={self.threads}: at most {MAX_THREADS}")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise ParameterError(f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1 is needed")
+        if not isinstance(self.secure, bool):
+            raise ParameterError(f"secure={self.secure!r}: true or false is needed")
+        if self.check_every is not None and (type(self.check_every) is not int or self.check_every < 0):
+            raise ParameterError(f"check_every={self.check_every!r}: a whole number of steps, 0 for never")
         for name in ("epochs", "lr", "epsilon", "noise_multiplier", "gate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -114,9 +115,11 @@ def _plan(
         raise ParameterError("give --steps or --epochs, one of them")
     if not 0 < sampling_rate <= 1:
         raise ParameterError(f"--sampling-rate {sampling_rate}: a probability in (0, 1] is needed")
-    if steps is None:
-        steps = max(1, round((epochs or 0.0) / sampling_rate))
-    return sampling_rate, steps, _SAMPLINGS[sampling]
+    if epochs is not None:
+        if not 0 < epochs < math.inf:
+            raise ParameterError(f"--epochs {epochs}: a finite number > 0 is needed")
+        steps = max(1, round(epochs / sampling_rate))
+    return sampling_rate, steps or 0, _SAMPLINGS[sampling]
 
 
 def _facts(q: float, steps: int, delta: float, relation: str) -> dict[str, Any]:

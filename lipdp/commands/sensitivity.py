@@ -44,14 +44,13 @@ def sensitivity(
     from lipdp import Relation
     from lipdp import sensitivity as bound
     from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
-    from lipdp.models import build
     from lipdp.privacy.noise import get_allocation
-    from lipdp.training.choices import make_loss
+    from lipdp.training.choices import make_loss, make_model
 
     shape = parse_shape(input_shape)
     options = {**(parse_options("--loss-option", loss_option) or {}), **({} if tau is None else {"tau": tau})}
     criterion, outputs = make_loss(loss, num_classes, options)
-    net = build(model, input_shape=shape, num_classes=outputs, **(parse_options("--model-option", model_option) or {}))
+    net = make_model(model, shape, outputs, parse_options("--model-option", model_option) or {})
     limit = parse_gate(gate)
     bounds = bound(net, criterion, shape, gate=limit if isinstance(limit, float) else math.inf)
     sizes = {name: parameter.numel() for name, parameter in net.named_parameters()}

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lipdp.data import Split
-from lipdp.errors import CheckpointError, NonFiniteError, ResumeError
+from lipdp.errors import CheckpointError, LipdpError, NonFiniteError, ResumeError
 from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import check_digest, with_digest
 from lipdp.training.assembly import assemble, decided, prepare
-from lipdp.training.checkpoint import RunFolder, facts_digest
+from lipdp.training.checkpoint import RunFolder, facts_digest, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate
 from lipdp.training.monitor import Interrupted, Monitor, Result
@@ -338,21 +338,30 @@ class Trainer:
         }
 
     def _restore(self, model: Mapping[str, Tensor], state: Mapping[str, Any], *, released: int) -> None:
-        engine = state["engine"]
-        lost = released - _position(engine)
-        if lost > 0 and self.config.seed is None:
-            engine = self._counting(engine, lost)
-        self.engine.load_state_dict(engine)
         try:
+            engine = state["engine"]
+            lost = released - int(engine["loader"]["position"])
+            if lost > 0 and self.config.seed is None:
+                engine = self._counting(engine, lost)
+            self.engine.load_state_dict(engine)
             self.model.load_state_dict(model)
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             self.ema.load_state_dict(state["ema"])
             self._random = state["random"]
-            self.records = list(state["records"])
-            self.step, self._seconds, self._loss, self._samples = state["progress"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ResumeError(f"the checkpoint does not fit this run: {error}") from error
+            with own_random_state(self.device, self._random):
+                pass
+            self.records = [dict(record) for record in state["records"]]
+            self.step, self._seconds, self._loss, self._samples = map(plain_number, state["progress"])
+        except LipdpError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ResumeError(f"the checkpoint does not fit this run: {error!r}") from error
+        if not self.step == self.loader.position <= min(self.engine.steps_taken, self.total_steps):
+            raise ResumeError(
+                f"the checkpoint is of step {self.step}, with {self.loader.position} batches drawn and"
+                f" {self.engine.steps_taken} of {self.total_steps} steps in its account: it was edited"
+            )
         self._saved_at = self.step
         if self._again:
             self._plan_again()
@@ -393,13 +402,6 @@ class Trainer:
             self._again,
             self.planned.epsilon,
         )
-
-
-def _position(engine: Any) -> int:
-    try:
-        return int(engine["loader"]["position"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error
 
 
 def _saved_noise_multiplier(state: dict[str, Any]) -> float:

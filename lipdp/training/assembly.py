@@ -14,7 +14,6 @@ from lipdp.data import Split, bound_inputs, bounding, default_bounding, load
 from lipdp.errors import ParameterError
 from lipdp.features import Progress, apply, features
 from lipdp.losses import LipschitzLoss
-from lipdp.models import build
 from lipdp.privacy.accounting import Spent
 from lipdp.privacy.calibration import EpsilonCurve, calibrate
 from lipdp.privacy.criterion import PrivateCriterion
@@ -22,7 +21,7 @@ from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
 from lipdp.privacy.sampling import BatchLoader
 from lipdp.relation import Relation
-from lipdp.training.choices import make_loss, make_optimizer, make_scheduler
+from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig
 from lipdp.training.ema import Ema
 from lipdp.training.runtime import choose_device, own_random_state, random_state
@@ -84,7 +83,7 @@ def assemble(
         options.setdefault("input_bound", input_bound)
     with own_random_state(device):
         torch.manual_seed(config.seed if config.seed is not None else secrets.randbits(63))
-        model = build(config.model, input_shape=split.input_shape, num_classes=outputs, **options).to(device)
+        model = make_model(config.model, split.input_shape, outputs, options).to(device)
         random = random_state(device)
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
     sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, len(split.train_x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import zipfile
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 
 from lipdp.data.files import written_whole
-from lipdp.errors import CheckpointError, ParameterError
+from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.privacy.facts import check_digest
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-_KEYS = {"model", "step", "config"}
+_KEYS = {"model": dict, "step": int, "config": dict}
 
 
 class RunFolder:
@@ -64,7 +65,7 @@ class RunFolder:
         path = self.path / "config.json"
         try:
             config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}): is {self} the folder of a run?") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} is not the configuration of a run")
@@ -194,7 +195,7 @@ def facts_digest(facts: Mapping[str, Any]) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -229,6 +230,36 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file makes torch and pickle raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged ({reason[:120]})") from error
-    if not isinstance(checkpoint, dict) or not set(checkpoint) >= _KEYS:
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in _KEYS.items()):
         raise CheckpointError(f"{path} is not a checkpoint of lipdp")
     return checkpoint
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """`optimizer.load_state_dict`, which looks at next to nothing, after a look at what it is given.
+
+    Raises:
+        ResumeError: other settings than the optimiser's (but for the learning rate, which has a schedule), or a state that
+            is not made of finite numbers in the shape of the weights.
+    """
+    own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    if [_settings(group) for group in own] != [_settings(group) for group in saved]:
+        raise ResumeError("the checkpoint's optimizer has other settings than this run's")
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            tensor = torch.as_tensor(0.0 if value is None else value)
+            if (tensor.dim() and tensor.shape != shapes[index]) or not bool(torch.isfinite(tensor).all()):
+                raise ResumeError(f"the checkpoint's optimizer has a {name} that does not fit the weights")
+    optimizer.load_state_dict(dict(state))
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "lr"} | {"lr": type(plain_number(group["lr"]))}
+
+
+def plain_number(value: Any) -> Any:
+    """An int or a finite float as it is; TypeError for anything else."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no number")
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from lipdp.losses import (
     TauBCEWithLogits,
     TauCrossEntropy,
 )
+from lipdp.models import build
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
     except TypeError as error:
         raise ParameterError(f"loss {name!r}: {error}") from error
     return loss, 1 if choice.single_logit else num_classes
+
+
+def make_model(name: str, input_shape: Sequence[int], num_classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """`lipdp.models.build`, refusing options that belong to the data.
+
+    >>> make_model("mlp", (4,), 3, {"depth": 1})[-1].out_features
+    3
+    """
+    of_data = sorted({"name", "input_shape", "num_classes"} & set(options))
+    if of_data:
+        raise ParameterError(
+            f"{', '.join(of_data)} of model {name!r} follow from the data; leave them out of the options"
+        )
+    return build(name, input_shape=input_shape, num_classes=num_classes, **options)
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

@@ -134,7 +134,10 @@ class TrainConfig:
         Raises:
             ResumeError: `given` holds anything else that differs; ε would be wrong, or the run another one.
         """
-        plain, asked = self.as_dict(), json.loads(json.dumps(dict(given)))
+        try:
+            plain, asked = self.as_dict(), json.loads(json.dumps(dict(given)))
+        except (TypeError, ValueError) as error:
+            raise ResumeError(f"not the settings of a run: {error}") from error
         if "tau" in asked:
             asked["loss_options"] = {**asked.get("loss_options", {}), "tau": asked.pop("tau")}
         if asked.get("gate") == "off":

@@ -75,6 +75,14 @@ class AuditResult:
         return {**{n: getattr(self, n) for n in names}, "violated": self.violated}
 
 
+@dataclass(frozen=True)
+class Games:
+    """Coins, and by name the scores of the games they were tossed in."""
+
+    scores: Mapping[str, Array]
+    coins: NDArray[np.bool_]
+
+
 def many_runs(
     experiment: Experiment | None = None,
     *,
@@ -120,12 +128,18 @@ def many_runs(
     coins = fair_coins(_enough("runs", runs), seed)
     setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
     scores, training = worlds(experiment, setting, coins)
-    (early, early_coins), (late, late_coins) = _split(scores, coins)
-    rule = choose(early, early_coins, delta=delta, confidence=confidence)
-    correct, guesses = rule.by_threshold(late, late_coins)
-    bound = independent_lower_bound(correct, guesses, len(late_coins), delta=delta, confidence=confidence)
-    return _result(
-        "many runs", training, setting, rule.score, scores, coins, float(bound), guesses, correct, delta, confidence
+    early, late = _split(Games(scores, coins))
+    rule = choose(early.scores, early.coins, delta=delta, confidence=confidence)
+    correct, guesses = rule.by_threshold(late.scores, late.coins)
+    bound = independent_lower_bound(correct, guesses, len(late.coins), delta=delta, confidence=confidence)
+    return AuditResult(
+        method="many runs",
+        lower_bound=float(bound),
+        confidence=confidence,
+        guesses=guesses,
+        correct=correct,
+        **_facts(training, delta),
+        **_shown(Games(scores, coins), rule.score),
     )
 
 
@@ -165,11 +179,18 @@ def one_run(
     order = np.random.default_rng(seed).permutation(
         len(coins)
     )  # canaries may be sorted; which are held out must not be
-    (early, early_coins), (late, late_coins) = _split({n: s[order] for n, s in scores.items()}, coins[order])
-    rule = choose(early, early_coins, delta=delta, confidence=confidence)
-    correct, guesses = rule.by_rank(late, late_coins)
-    bound = one_run_lower_bound(correct, guesses, len(late_coins), delta=delta, confidence=confidence)
-    return _result("one run", training, setting, rule.score, scores, coins, bound, guesses, correct, delta, confidence)
+    early, late = _split(Games({name: values[order] for name, values in scores.items()}, coins[order]))
+    rule = choose(early.scores, early.coins, delta=delta, confidence=confidence)
+    correct, guesses = rule.by_rank(late.scores, late.coins)
+    return AuditResult(
+        method="one run",
+        lower_bound=one_run_lower_bound(correct, guesses, len(late.coins), delta=delta, confidence=confidence),
+        confidence=confidence,
+        guesses=guesses,
+        correct=correct,
+        **_facts(training, delta),
+        **_shown(Games(scores, coins), rule.score),
+    )
 
 
 def _enough(what: str, count: int) -> int:
@@ -191,44 +212,33 @@ def _setting(
     return Setting(sigma, allocation, accountant, seed)
 
 
-def _split(
-    scores: Mapping[str, Array], coins: NDArray[np.bool_]
-) -> tuple[tuple[dict[str, Array], NDArray[np.bool_]], tuple[dict[str, Array], NDArray[np.bool_]]]:
-    cut = round(_HELD_OUT * len(coins))
-    early, late = slice(None, cut), slice(cut, None)
-    return ({n: s[early] for n, s in scores.items()}, coins[early]), (
-        {n: s[late] for n, s in scores.items()},
-        coins[late],
+def _split(games: Games) -> tuple[Games, Games]:
+    """The games to choose the rule on, and those that count."""
+    cut = round(_HELD_OUT * len(games.coins))
+    early, late = (
+        Games({name: values[part] for name, values in games.scores.items()}, games.coins[part])
+        for part in (slice(None, cut), slice(cut, None))
     )
+    return early, late
 
 
-def _result(
-    method: str,
-    training: Training,
-    setting: Setting,
-    score: str,
-    scores: Mapping[str, Array],
-    coins: NDArray[np.bool_],
-    bound: float,
-    guesses: int,
-    correct: int,
-    delta: float,
-    confidence: float,
-) -> AuditResult:
-    return AuditResult(
-        method=method,
-        experiment=training.experiment.name,
-        claimed_epsilon=training.claimed_epsilon(delta),
-        lower_bound=bound,
-        confidence=confidence,
-        delta=delta,
-        trials=len(coins),
-        guesses=guesses,
-        correct=correct,
-        score=score,
-        noise_multiplier=setting.noise_multiplier,
-        sampling_rate=training.experiment.sampling_rate,
-        steps=training.experiment.steps,
-        scores_in=scores[score][coins],
-        scores_out=scores[score][~coins],
-    )
+def _facts(training: Training, delta: float) -> dict[str, Any]:
+    facts = training.engine.facts
+    return {
+        "experiment": training.experiment.name,
+        "claimed_epsilon": training.claimed_epsilon(delta),
+        "delta": delta,
+        "noise_multiplier": facts.noise_multiplier,
+        "sampling_rate": facts.sampling_rate,
+        "steps": training.experiment.steps,
+    }
+
+
+def _shown(games: Games, score: str) -> dict[str, Any]:
+    values = games.scores[score]
+    return {
+        "score": score,
+        "trials": len(games.coins),
+        "scores_in": values[games.coins],
+        "scores_out": values[~games.coins],
+    }

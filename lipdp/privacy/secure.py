@@ -93,7 +93,7 @@ class SecureGaussianNoise(GaussianNoise):
 
     Not defended, or not proved:
     - There is no proof for finite arithmetic: before the rounding, float64 shifts the border of a cell by ``2⁻⁵³ |v|`` for
-      a sum of v, which changes the cell's probability by a relative ``2⁻⁴² |v|/s``, 1e-12 where v is of the size of the
+      a sum of v, which changes the cell's probability by a relative ``2⁻⁴¹ |v|/s``, 1e-12 where v is of the size of the
       noise, and its tails end at 17 σ. A discrete Gaussian (Canonne, Kamath & Steinke 2020) has the proof.
     - *timing* (Jin et al. 2022): there is no rejection and no branch on a draw, but nothing promises that `log` and `cos`
       take the same time for all arguments, and the time of a step tells the size of its Poisson batch.

@@ -2,10 +2,12 @@
 
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import lipdp
@@ -35,6 +37,25 @@ def test_the_layer_example_runs_as_written():
         bounds.rules._RULES.update(known)
 
 
+def test_coming_from_opacus_is_five_changes_and_both_scripts_run(capsys):
+    """Both sides of the diff, as written, on the digits: each spends its budget and learns."""
+    pytest.importorskip("opacus")
+    lines = re.search(r"```diff\n(.*?)```", README, re.S).group(1).splitlines()
+    removed, added = ([line for line in lines if line[:1] == sign] for sign in "-+")
+    assert len(removed) == len(added) == 5
+    x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
+    x = x.float() / 16
+    for ours, others in (("+", "-"), ("-", "+")):
+        script = "\n".join(line[1:] for line in lines if line[:1] != others)
+        names = {"train": torch.utils.data.TensorDataset(x[:1500], y[:1500])}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if ours == "-" else "error")  # Opacus warns of itself
+            exec(compile(script, "README", "exec"), names)
+        assert 2.5 < float(capsys.readouterr().out) <= 3.01
+        accuracy = (names["model"](x[1500:]).argmax(1) == y[1500:]).float().mean()
+        assert accuracy > 0.5
+
+
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`(lipdp [a-z]+)", README))))
 def test_every_command_exists(command):
     result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--help"])
@@ -43,7 +64,8 @@ def test_every_command_exists(command):
 
 @pytest.mark.parametrize("option", sorted(set(re.findall(r"`lipdp [^`]*?(--[a-z][a-z-]+)", README))))
 def test_every_option_exists(option):
-    helps = [CliRunner().invoke(app, [c, "--help"], terminal_width=200).output for c in ("train", "sensitivity")]
+    commands = (["train"], ["sensitivity"], ["compare", "speed"], ["compare", "utility"])
+    helps = [CliRunner().invoke(app, [*c, "--help"], terminal_width=200).output for c in commands]
     assert any(option in text for text in helps)
 
 

@@ -18,6 +18,7 @@ from lipdp.nn.gates import InputBound, clip_norm, per_sample_norm
 from lipdp.sensitivity import sensitivity
 
 _FAR = 1e6  # a target out of reach: the absolute error's gradient is then ±1/C whatever the weights
+_MOST_CANARIES = 2**18
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,12 @@ def gradient_canaries(count: int, *, steps: int = 1, sampling_rate: float = 1.0)
     weights: in the basis :math:`h_k e_i^\top/\sqrt C` a Dirac in each block.
 
     Args:
-        count: m ≥ 2; rounded up to a power of two.
+        count: m from 2 to 2^18 (then 1 GB); rounded up to a power of two.
         steps: T.
         sampling_rate: q.
     """
-    if count < 2:
-        raise ParameterError(f"canaries={count}: at least 2 are needed")
+    if not 2 <= count <= _MOST_CANARIES:
+        raise ParameterError(f"canaries={count}: 2 to {_MOST_CANARIES} are needed")
     power = math.ceil(math.log2(count))
     outputs, features = 2 ** (power // 2), 2 ** (power - power // 2)
     hadamard = torch.ones(1, 1)

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import TensorDataset
 
 from lipdp.audit.experiments import Experiment
+from lipdp.errors import ParameterError
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.sampling import BatchLoader
@@ -246,4 +247,11 @@ def worlds(experiment: Experiment, setting: Setting, coins: NDArray[np.bool_]) -
 
 def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:
     """(count,) independent fair coins."""
+    check_seed(seed)
     return np.random.default_rng(seed).integers(0, 2, size=count).astype(bool)
+
+
+def check_seed(seed: int | None) -> None:
+    """ParameterError where it is not None or one that every generator takes."""
+    if seed is not None and not 0 <= seed < 2**62:
+        raise ParameterError(f"seed={seed}: a whole number from 0 to 2^62 - 1 is needed, or none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound
 from lipdp.errors import ParameterError
 from lipdp.privacy.calibration import calibrate
 
+_MOST_GAMES = 10_000_000
 _HELD_OUT = 0.25  # share of the games on which the guessing rule is chosen
 
 Array = NDArray[np.float64]
@@ -62,6 +64,8 @@ class AuditResult:
     @property
     def ratio(self) -> float:
         """lower_bound / claimed_epsilon; above 1 is a violation."""
+        if self.claimed_epsilon == 0.0:
+            return math.inf if self.violated else 0.0
         return self.lower_bound / self.claimed_epsilon
 
     @property
@@ -194,8 +198,10 @@ def one_run(
 
 
 def _enough(what: str, count: int) -> int:
-    if count < 40:
-        raise ParameterError(f"{what}={count}: at least 40 are needed, and thousands for a bound that says something")
+    if not 40 <= count <= _MOST_GAMES:
+        raise ParameterError(
+            f"{what}={count}: 40 to {_MOST_GAMES} are needed, and thousands for a bound that says something"
+        )
     return count
 
 

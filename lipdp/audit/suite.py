@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lipdp.audit.experiments import gradient_canaries, input_canaries, worst_case
+from lipdp.audit.observe import check_seed
 from lipdp.audit.run import AuditResult, many_runs, one_run
 from lipdp.data.files import written_whole
 from lipdp.errors import ParameterError, UnknownNameError
@@ -54,6 +55,7 @@ class Suite:
             raise ParameterError(f"methods={self.methods}: one or more of {', '.join(METHODS)}, each once")
         if not 0.0 < self.confidence < 1.0:
             raise ParameterError(f"confidence={self.confidence}: a probability in (0, 1) is needed, 0.95 say")
+        check_seed(self.seed)
 
     def run(self, progress: Callable[[AuditResult], None] = lambda result: None) -> SuiteResult:
         """Every audit in turn; `progress` is told of each."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lipdp.commands.options import interruptible
+from lipdp.errors import ParameterError
 
 VIOLATED = 1
 
@@ -51,6 +52,8 @@ def audit(
 
     from lipdp.audit.suite import METHODS, Suite, write
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
     suite = Suite(
         epsilon=epsilon,
         delta=delta,

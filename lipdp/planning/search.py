@@ -272,11 +272,17 @@ def _start(folder: Path, facts: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, plain)
         return
-    before = read_json(path)
-    changed = [name for name in sorted({*plain, *before}) if plain.get(name) != before.get(name)]
+    before, now = _flat(read_json(path)), _flat(plain)
+    changed = [name for name in sorted({*now, *before}) if now.get(name) != before.get(name)]
     if changed:
-        listed = "; ".join(f"{n} was {json.dumps(before.get(n))}, is now {json.dumps(plain.get(n))}" for n in changed)
+        listed = "; ".join(f"{n} was {json.dumps(before.get(n))}, is now {json.dumps(now.get(n))}" for n in changed)
         raise ResumeError(f"{folder} holds another search ({listed}): give the same settings, or another --out")
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What two searches must have in common, without what may change at a resume."""
+    settings = {name: value for name, value in facts.get("settings", {}).items() if name not in RUNTIME}
+    return {**{name: facts.get(name) for name in ("scale", "validation", "seed", "space", "full")}, **settings}
 
 
 @contextmanager

@@ -151,6 +151,7 @@ def simulation(
         raise ParameterError(
             f"seed={settings['seed']}: the full run is to be private; the simulated runs have a seed of their own"
         )
+    settings = {"dataset": "digits"} | {name: value for name, value in settings.items() if value is not None}
     config = configure(**settings)
     split, input_bound = prepare(config)
     records, binary = len(split.train_x), split.task == "binary"
@@ -165,7 +166,7 @@ def simulation(
         relation=relation,
     )
     found = Simulation(
-        settings=dict(settings),
+        settings=settings,
         scale=float(scale),
         validation=validation,
         seed=seed,

@@ -8,7 +8,7 @@ large logits) nor is flat (a network with a small constant).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,10 +100,13 @@ def pgd(
     with mode(model, False), _without_gradients(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for start in range(0, len(x), batch_size):
-            xb, yb, rb = (t[start : start + batch_size] for t in (x, y, radii))
-            ball = _Ball(model, maps, xb.to(like.device), rb.to(like.device) * _INSIDE, like.dtype)
-            ball.eval()
-            results.append(_attack(ball, yb.to(like.device), attacker, rb, steps, restarts, step_size))
+            batch = slice(start, start + batch_size)
+            xb, rb = x[batch].to(like.device), radii[batch].to(like.device)
+
+            def make(chosen: Tensor, xb: Tensor = xb, rb: Tensor = rb) -> _Ball:
+                return _Ball(model, maps, xb[chosen], rb[chosen] * _INSIDE, like.dtype).eval()
+
+            results.append(_attack(make, y[batch].to(like.device), attacker, rb, steps, restarts, step_size))
     return AttackResult(*(torch.cat(column) for column in zip(*results, strict=True)))
 
 
@@ -121,25 +124,37 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def _attack(
-    ball: _Ball, labels: Tensor, attacker: Any, radii: Tensor, steps: int, restarts: int, step_size: float
+    make: Callable[[Tensor], _Ball],
+    labels: Tensor,
+    attacker: Any,
+    radii: Tensor,
+    steps: int,
+    restarts: int,
+    step_size: float,
 ) -> tuple[Tensor, Tensor]:
+    """All restarts on one batch; `make` builds the balls of the samples at some indices. A broken sample is left alone."""
     import foolbox
 
-    start = torch.zeros_like(ball.x)
     with torch.no_grad():
-        clean = ball(start)
-        margin = clean.gather(1, labels[:, None]) - clean.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
-    ball.unit = margin.abs().clamp_min(1e-6)
-    distances = torch.where(clean.argmax(1) == labels, torch.inf, 0.0).double().cpu()
-    target = foolbox.PyTorchModel(ball, bounds=(-2.0, 2.0), device=ball.x.device)
+        everything = make(torch.arange(len(labels), device=labels.device))
+        clean = everything(torch.zeros_like(everything.x))
+    margins = clean.gather(1, labels[:, None]) - clean.scatter(1, labels[:, None], -torch.inf).amax(1, keepdim=True)
+    distances = torch.where(clean.argmax(1) == labels, torch.inf, 0.0).double()
     for attempt in range(restarts):
+        left = distances.isinf().nonzero()[:, 0]
+        if not len(left):
+            break
+        ball = make(left)
+        ball.unit = margins[left].clamp_min(1e-6)
+        target = foolbox.PyTorchModel(ball, bounds=(-2.0, 2.0), device=ball.x.device)
         attack = attacker(ball, steps=steps, rel_stepsize=step_size, random_start=attempt > 0)
-        u = attack.run(target, start, foolbox.criteria.Misclassification(labels), epsilon=1.0)
+        criterion = foolbox.criteria.Misclassification(labels[left])
+        u = attack.run(target, torch.zeros_like(ball.x), criterion, epsilon=1.0)
         with torch.no_grad():
-            wrong = (ball(u).argmax(1) != labels).cpu()
-            moved = torch.linalg.vector_norm((ball.perturbed(u).double() - ball.x.double()).flatten(1), dim=1).cpu()
-        found = wrong & (moved <= radii)
-        distances = torch.where(found, torch.minimum(distances, moved), distances)
+            wrong = ball(u).argmax(1) != labels[left]
+            moved = torch.linalg.vector_norm((ball.perturbed(u).double() - ball.x.double()).flatten(1), dim=1)
+        distances[left] = torch.where(wrong & (moved <= radii[left]), moved, torch.inf)
+    distances = distances.cpu()
     return distances < torch.inf, distances
 
 

@@ -66,7 +66,7 @@ def load_run(
     checkpoint = runs.load()
     split = load(config.dataset, data_dir=data_dir or config.data_dir)
     config = config.resolve(len(split.train_x), binary=split.task == "binary")
-    maps = _maps(config, split)
+    maps = maps_of(config, split)
     model = _model(config, split, maps)
     try:
         model.load_state_dict(checkpoint[weights])
@@ -75,7 +75,7 @@ def load_run(
     return LoadedRun(config, model.eval(), split.test_x, split.test_y, maps, int(checkpoint["step"]))
 
 
-def _maps(config: TrainConfig, split: Split) -> tuple[InputMap, ...]:
+def maps_of(config: TrainConfig, split: Split) -> tuple[InputMap, ...]:
     """As `lipdp.training.assembly.prepare` applies them."""
     if config.bounding is None:
         maps: tuple[InputMap, ...] = (default_bounding(split),)
@@ -178,20 +178,25 @@ def assess(
     certificate = certify(model, x, y, maps=maps, convolution=convolution)
     if not attack:
         return Robustness(certificate, tuple(radii))
-    common = {"maps": maps, "steps": steps, "restarts": restarts}
-    attacked = [pgd(model, x, y, radius=radius, **common) for radius in radii]  # type: ignore[arg-type]
+    options: dict[str, Any] = {"maps": maps, "steps": steps, "restarts": restarts}
     inside = (certificate.radii > 0) & certificate.radii.isfinite()
-    own = pgd(model, x[inside], y[inside], radius=certificate.radii[inside], **common)  # type: ignore[arg-type]
+    own = pgd(model, x[inside], y[inside], radius=certificate.radii[inside], **options)
     broken = int(own.broken.sum())
-    for radius, result in zip(radii, attacked, strict=True):
-        broken += int((result.broken & certificate.correct & (certificate.radii >= radius)).sum())
+    alive = certificate.correct.clone()
+    attacked: dict[float, float] = {}
+    for radius in sorted(radii):  # what gave way at a smaller radius has given way
+        fallen = alive.clone()
+        fallen[alive] = pgd(model, x[alive], y[alive], radius=radius, **options).broken
+        broken += int((fallen & (certificate.radii >= radius)).sum())
+        alive &= ~fallen
+        attacked[radius] = float(alive.double().mean())
     if broken:
         raise BoundViolation(
             f"PGD changed the label of {broken} samples inside their certified radius: the certificate is wrong. Please"
             " report it with the model"
         )
     return Robustness(
-        certificate, tuple(radii), tuple(r.accuracy for r in attacked), int(inside.sum()), broken, steps, restarts
+        certificate, tuple(radii), tuple(attacked[r] for r in radii), int(inside.sum()), broken, steps, restarts
     )
 
 

@@ -516,6 +516,23 @@ def test_a_run_with_the_check_is_bit_identical_to_one_without(gate):
         assert torch.equal(generator, ends[0][3])
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("linear", (64,)), ("mlp", (1, 8, 8)), ("cnn", (1, 28, 28)), ("vgg", (3, 16, 16)), ("resnet", (3, 16, 16)),
+     ("mixer", (3, 16, 16)), ("tabular", (20,))],
+)  # fmt: skip
+def test_no_false_alarm_on_the_models_of_the_zoo(name, shape):
+    model = lipdp.models.build(name, input_shape=shape, num_classes=4)
+    data = TensorDataset(torch.rand(64, *shape) * 3, torch.randint(4, (64,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    engine, model, optimizer, loader, criterion = private(
+        model, data, check_every=1, optimizer=optimizer, expected_batch_size=8, noise_multiplier=0.3
+    )
+    engine._run._projections.every = 1
+    train(model, optimizer, loader, criterion)
+    assert engine.steps_taken == 6
+
+
 def test_how_often():
     def every(**options):
         return private(**options)[0]._run._gradients.every

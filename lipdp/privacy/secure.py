@@ -121,8 +121,7 @@ class SecureGaussianNoise(GaussianNoise):
         super().__init__(source=ChaChaSource(seed, device=device))
 
     def _add(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
-        exponents = torch.frexp(stds)[1] - 1 - _GRID_BITS
-        grids = torch.ldexp(torch.ones_like(stds), exponents).unbind()
+        grids = (stds / torch.frexp(stds)[0] * 2.0 ** -(1 + _GRID_BITS)).unbind()  # s = f 2^e with ½ ≤ f < 1: exact
         for tensor, std, grid in zip(tensors, stds.unbind(), grids, strict=True):
             draw = self.normal(tensor.numel(), dtype=torch.float64).view(tensor.shape)
             noisy = draw.mul_(std).add_(tensor)

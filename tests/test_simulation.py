@@ -242,10 +242,10 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, sign):
 
 def _alive(group):
     """Whether a process of that group is left which is not a zombie."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
+    for name in os.listdir("/proc"):
+        if name.isdigit():
             try:
-                fields = Path(entry.path, "stat").read_text().rsplit(")", 1)[1].split()
+                fields = Path("/proc", name, "stat").read_text().rsplit(")", 1)[1].split()
             except OSError:
                 continue
             if int(fields[2]) == group and fields[0] != "Z":

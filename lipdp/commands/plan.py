@@ -210,6 +210,18 @@ def _cells(point: Point) -> list[str]:
         f"{point.epsilon:.3g}",
         f"{point.tan_epsilon:.3g}",
         f"{point.batch_size / point.noise_multiplier:.0f}",
-        f"{point.samples / 1e6:.3g} M",
-        f"{point.epochs:.3g}",
+        _count(point.samples),
+        f"{point.epochs:.0f}" if point.epochs >= 100 else f"{point.epochs:.3g}",
     ]
+
+
+def _count(records: int) -> str:
+    """`590 M`, `1.51 G`: three digits.
+
+    >>> _count(589_824_000), _count(640)
+    ('590 M', '640')
+    """
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if records >= size:
+            return f"{records / size:.3g}{unit}"
+    return str(records)

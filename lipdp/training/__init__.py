@@ -407,5 +407,5 @@ class Trainer:
 def _saved_noise_multiplier(state: dict[str, Any]) -> float:
     try:
         return float(state["engine"]["facts"]["noise_multiplier"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error

@@ -232,6 +232,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({reason[:120]})") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in _KEYS.items()):
         raise CheckpointError(f"{path} is not a checkpoint of lipdp")
+    try:
+        json.dumps([checkpoint["config"], checkpoint.get("facts")])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of lipdp ({error})") from error
     return checkpoint
 
 
@@ -248,8 +252,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     for index, values in state["state"].items():
         for name, value in values.items():
-            tensor = torch.as_tensor(0.0 if value is None else value)
-            if (tensor.dim() and tensor.shape != shapes[index]) or not bool(torch.isfinite(tensor).all()):
+            fits = isinstance(value, torch.Tensor) and value.shape == (() if name == "step" else shapes[index])
+            if value is not None and not (fits and bool(torch.isfinite(value).all())):
                 raise ResumeError(f"the checkpoint's optimizer has a {name} that does not fit the weights")
     optimizer.load_state_dict(dict(state))
 

@@ -1,0 +1,35 @@
+"""docs/testing.md and examples/test_my_layer.py: the test kit as a user meets it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "test_my_layer.py"
+GUIDE = (ROOT / "docs" / "testing.md").read_text()
+
+
+def test_the_example_runs_and_finds_what_is_wrong():
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", str(EXAMPLE)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > len(re.findall(r"^def test_", EXAMPLE.read_text(), re.M))  # the inherited checks too
+
+
+def test_the_guide_shows_what_the_example_does():
+    rule = re.search(r"@rule\(TokenBias\)\n.*?\n\n?```", GUIDE, re.S)
+    assert rule is not None
+    source = re.sub(r"  #.*", "", EXAMPLE.read_text())
+    assert rule[0].removesuffix("```").strip() in source
+
+
+def test_the_guide_names_what_there_is():
+    import lipdp
+
+    for name in set(re.findall(r"lipdp\.testing\.(\w+)", GUIDE)):
+        assert hasattr(lipdp.testing, name)
+    for path in re.findall(r"`((?:tests|examples)/[\w/.]+)`", GUIDE):
+        assert (ROOT / path).exists()

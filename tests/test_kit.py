@@ -33,3 +33,18 @@ def test_the_guide_names_what_there_is():
         assert hasattr(lipdp.testing, name)
     for path in re.findall(r"`((?:tests|examples)/[\w/.]+)`", GUIDE):
         assert (ROOT / path).exists()
+
+
+def test_the_pitfalls_name_what_there_is():
+    """Files, and words that stand for something in the code."""
+    text = (ROOT / "docs" / "pitfalls.md").read_text()
+    code = "\n".join(path.read_text() for path in (ROOT / "lipdp").rglob("*.py"))
+    for path in re.findall(r"`((?:tests|lipdp)/[\w/.]+)`", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"`(?:\w+\.)?(\w+)(?:=|\(\))?`", text):
+        assert re.search(rf"\b{name}\b", code), name
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Critical",
+        "## Theoretical",
+        "## Negligible",
+    ]

@@ -40,7 +40,7 @@ class Repetitions:
 
     and with K from the Poisson law of mean μ, for any :math:`\hat\delta` at which one run is
     :math:`(\ln\tfrac{\alpha}{\alpha-1}, \hat\delta)`-DP, :math:`D_\alpha^{search} \le \rho(\alpha) + \mu\hat\delta + \ln\mu/(\alpha-1)`.
-    The cost hardly grows with E[K], whereas E[K] runs that are all released cost about √E[K] times as much. For a pure-DP
+    The cost hardly grows with E[K], whereas E[K] runs that are all released cost √E[K] times as much or more. For a pure-DP
     run of ε the search is (2+s)ε-DP.
 
     Guarantees: an upper bound on the ε of the whole search, provided that K is drawn by `draw`, once and without looking

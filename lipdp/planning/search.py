@@ -20,7 +20,6 @@ from lipdp.planning.workers import workers
 from lipdp.training.config import RUNTIME, configure
 
 STUDY = "simulation-not-private"
-_STARTUP = 10  # random draws before the sampler models what it saw
 Progress = Callable[[int, dict[str, Any], "Found"], None]
 
 
@@ -136,9 +135,7 @@ class _Study:
     def __init__(self, folder: Path, space: Mapping[str, Dimension], *, trials: int, seed: int, jobs: int) -> None:
         optuna = _optuna()
         self._states = optuna.trial.TrialState
-        self._sampler = lambda number: optuna.samplers.TPESampler(
-            seed=seed + number, n_startup_trials=min(_STARTUP, max(1, trials // 2)), constant_liar=jobs > 1
-        )
+        self._sampler = lambda number: optuna.samplers.TPESampler(seed=seed + number, constant_liar=jobs > 1)
         self._space = {name: _distribution(optuna, dimension) for name, dimension in space.items()}
         self.running = set[int]()
         self._study = optuna.create_study(
@@ -289,7 +286,7 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _alone(folder: Path) -> Iterator[None]:
     """Only one search at a time in a folder; the lock goes with the process."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds figures of private records
         lock = (folder / "lock").open("a")
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}): give another --out") from error

@@ -537,8 +537,8 @@ def test_how_often():
     def every(**options):
         return private(**options)[0]._run._gradients.every
 
-    assert every() == 400  # one record may cost as much as a step of 32
-    assert every(dataset=images(4096), expected_batch_size=4096) == 8
+    assert every() == 667  # one record may cost as much as a step of 32
+    assert every(dataset=images(4096), expected_batch_size=4096) == 14
     assert every(check_every=5) == 5
     for bad in (-1, 1.5, True, "often"):
         with pytest.raises(ParameterError, match="check_every"):

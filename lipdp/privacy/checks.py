@@ -16,7 +16,7 @@ from lipdp.errors import BoundViolation, ConstraintError, ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.nn.constrained import Constrained
 
-_SHARE = 0.005  # of a step that each of the two checks may cost, on average
+_SHARE = 0.003  # of a step that each of the two checks may cost, on average
 
 
 class ProjectionCheck:
@@ -25,8 +25,8 @@ class ProjectionCheck:
     The noise follows the norms as they are, so ε does not hang on this; the layers' Lipschitz constants do.
 
     Cost, in multiply-adds and counting the float64 ones twice: a layer's Gram matrix takes 2 m d for d weights and m the
-    smaller side, its passes 3 B p d for p positions. Where the first come to 0.5 % of the second at most, as in
-    convolution nets, every projection is looked at; else every ceil(200 · ratio)-th and the last. On a CPU the answer is
+    smaller side, its passes 3 B p d for p positions. Where the first come to 0.3 % of the second at most, as in
+    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last. On a CPU the answer is
     read at once, elsewhere at the next step, where the run reads the device anyway.
 
     Args:
@@ -91,7 +91,7 @@ class GradientCheck:
 
     Cost: one record's passes cost at most what a whole step does, and with B in the batch, on a CPU, about 80/B of it at
     most (measured: 4/B for a convolution net to 76/B for an MLP). `every=None` looks at `records` of them every
-    ``ceil(200 · records · min(1, 80/B))`` steps on a CPU, every ``200 · records`` elsewhere: 0.5 % of a long run. The first
+    ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run. The first
     step is always looked at.
 
     Args:

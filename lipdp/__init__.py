@@ -30,6 +30,7 @@ _MODULES = (
     "nn",
     "planning",
     "privacy",
+    "report",
     "testing",
     "training",
 )

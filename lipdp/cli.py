@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands import account, audit, certify, compare, plan, sensitivity, train
+from lipdp.commands import account, audit, certify, compare, plan, report, sensitivity, train
 from lipdp.errors import LipdpError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
@@ -39,6 +39,7 @@ app.command(epilog=account.EPSILON_EPILOG)(account.epsilon)
 app.command(epilog=account.CALIBRATE_EPILOG)(account.calibrate)
 app.command(epilog=audit.EPILOG)(audit.audit)
 app.command(epilog=certify.EPILOG)(certify.certify)
+app.command(epilog=report.EPILOG)(report.report)
 app.add_typer(plan.app, name="plan")
 app.add_typer(compare.app)
 

@@ -1,0 +1,159 @@
+"""The privacy statement in words, and what must be said loudly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lipdp.errors import LipdpError
+from lipdp.privacy.accounting import get_accountant
+from lipdp.privacy.events import Event
+from lipdp.relation import Relation
+from lipdp.report.reading import Account, Run
+
+PUBLIC = (
+    "the number of training records N, the batch size B and with them the sampling rate q = B/N",
+    "the number of steps, δ, and every other setting of the run",
+    "the architecture, the bound on the inputs and the constants they are normalised with",
+    "the trained weights, after every step, and everything computed from them",
+)
+"""What the guarantee allows anybody to know."""
+
+NOT_COVERED = (
+    "the training loss and accuracy: exact figures of the training records",
+    "figures on the test records, if those are private too",
+    "constants computed from the private data and passed off as public",
+    "settings that were chosen by looking at private data, e.g. by comparing several runs",
+    "other models or statistics made from the same records: their ε add up",
+    "facts about a whole group, which are learned whether or not a given member took part",
+)
+"""What ε says nothing about."""
+
+_MOST = 700.0  # e^709 is the largest float
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a reader must not miss. `alarm`: the guarantee does not hold, or cannot be relied on."""
+
+    title: str
+    text: str
+    alarm: bool = False
+
+
+def best_guess(epsilon: float, delta: float) -> float:
+    r"""The most a membership test at even odds can be right, (e^ε + δ) / (1 + e^ε).
+
+    An (ε, δ)-DP mechanism makes the two errors of every test obey α + e^ε β ≥ 1 − δ and e^ε α + β ≥ 1 − δ, so
+    α + β ≥ 2 (1 − δ)/(1 + e^ε), and the test is right with probability 1 − (α + β)/2.
+
+    >>> best_guess(0.0, 0.0), round(best_guess(1.0, 1e-5), 3)
+    (0.5, 0.731)
+
+    Source: Kairouz, Oh & Viswanath (2015), theorem 2.1.
+    """
+    return 1.0 - (1.0 - delta) / (1.0 + math.exp(min(epsilon, _MOST)))
+
+
+def strength(epsilon: float) -> str:
+    """How such an ε is usually judged.
+
+    >>> strength(0.5), strength(3.0), strength(11.0)
+    ('strong', 'reasonable', 'weak')
+
+    Source: Ponomareva et al. (2023), "How to DP-fy ML", section 5.2: tiers at ε = 1 and 10.
+    """
+    return "strong" if epsilon <= 1 else "reasonable" if epsilon <= 10 else "weak"
+
+
+def paragraphs(account: Account) -> tuple[str, ...]:
+    """What the guarantee says, for somebody who has never heard of it."""
+    n = "the" if account.dataset_size is None else f"the {account.dataset_size:,}"
+    change, odds = {
+        Relation.ADD_OR_REMOVE_ONE: (
+            f"Add one record to {n} training records, or take one away",
+            "whether one particular record was among the training data",
+        ),
+        Relation.REPLACE_ONE: (
+            f"Replace one of {n} training records by any other",
+            "which of two particular records was among the training data",
+        ),
+    }[account.relation]
+    factor = math.exp(min(account.epsilon, _MOST))
+    how = f"{factor:,.2f}" if factor < 1000 else f"{factor:.2g}"
+    opening = (
+        f"{change}: no outcome of the training becomes more than e^ε = {how} times as likely, nor less likely by more than"
+        f" that factor, except with a probability of at most δ = {account.delta:g}. An outcome is everything that can be"
+        " seen of the model: its weights after every step, its predictions, whatever is computed from them."
+    )
+    practice = (
+        f"Put differently: somebody who knows all the other records and gives even odds to {odds} is right at most"
+        f" {100 * best_guess(account.epsilon, account.delta):.1f} % of the time after studying the model, where a coin is"
+        " right 50 % of the time. This is a bound for the worst record and the best attack, proved rather than measured."
+    )
+    judged = (
+        f"By the usual reading ε = {account.epsilon:.3g} is a {strength(account.epsilon)} guarantee (up to 1 strong, up to"
+        " 10 reasonable, above that weak: Ponomareva et al. 2023, How to DP-fy ML)."
+    )
+    return (opening, practice, judged)
+
+
+def recomputed_epsilon(account: Account) -> float | None:
+    """ε from σ, q, T and δ alone; None where they give none."""
+    try:
+        event = Event(account.noise_multiplier, account.sampling_rate, account.steps, account.relation)
+        return get_accountant(account.accountant).epsilon([event], account.delta).epsilon
+    except LipdpError:
+        return None
+
+
+_ALARMS: tuple[tuple[Callable[[Run], bool], str, str], ...] = (
+    (
+        lambda run: run.account.seeded,
+        "This run is NOT private",
+        "It was trained with a fixed seed, so anybody who knows the seed can repeat the noise and take it away. The figures"
+        " below are those of the same run without a seed. Use it for tests only; train again without --seed to release a model.",
+    ),
+    (
+        lambda run: run.account.intact is False,
+        "privacy.json was changed after it was written",
+        "Its digest does not agree with its contents, so no figure in it can be relied on.",
+    ),
+    (
+        lambda run: run.audit is not None and run.audit.violated,
+        "An audit refutes the claim",
+        "The audit's lower bound on ε is above the ε claimed: the guarantee did not hold where it was tested.",
+    ),
+)
+
+
+def notices(run: Run, recomputed: float | None) -> tuple[Notice, ...]:
+    """What must not be missed, the alarms first."""
+    account = run.account
+    found = [Notice(title, text, alarm=True) for holds, title, text in _ALARMS if holds(run)]
+    if recomputed is None:
+        found.append(
+            Notice("ε could not be checked", "No accountant gives an ε for the σ, q, T and δ of this run.", alarm=True)
+        )
+    elif account.epsilon < recomputed * (1 - 1e-3) - 1e-6:
+        text = f"From its own σ, q, T and δ this run spent ε = {recomputed:.4g}, and privacy.json claims {account.epsilon:.4g}."
+        found.append(Notice("ε is larger than claimed", text, alarm=True))
+    if account.dataset_size and account.delta >= 1 / account.dataset_size:
+        text = f"δ = {account.delta:g} is not below 1/N: a guarantee with such a δ may still publish a whole record."
+        found.append(Notice("δ is too large", text, alarm=True))
+    if not account.finished:
+        text = (
+            f"{account.steps} of {account.planned_steps} steps are taken. While a run can be resumed its checkpoint holds the"
+            " noise to come: keep the folder as secret as the data."
+        )
+        found.append(Notice("The run is not finished", text))
+    if account.counted_again:
+        text = f"{account.counted_again} steps were lost with a checkpoint and taken again; ε counts them twice."
+        found.append(Notice("Some steps are counted twice", text))
+    if account.note:
+        found.append(Notice("Another accountant answered", account.note))
+    if run.robustness and run.robustness.step not in (None, account.steps, account.steps - account.counted_again):
+        text = f"They were computed after step {run.robustness.step}. Run lipdp certify again."
+        found.append(Notice("The certified radii are of other weights", text))
+    return tuple(found)

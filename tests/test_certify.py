@@ -313,6 +313,51 @@ def test_a_clip_with_a_path_around_it_keeps_its_global_constant():
     assert attacked(model, x, certified(model, x))[0] == 0
 
 
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class DoubledConv(torch.nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("own", [Doubled, DoubledConv])
+def test_a_layer_of_your_own_is_bounded_by_its_own_rule(own, monkeypatch):
+    """It looks like a dense layer or a convolution, and computes something else."""
+    from lipdp.bounds import Local, rule
+    from lipdp.bounds.rules import _RULES
+
+    monkeypatch.setitem(_RULES, own, None)
+    rule(own)(lambda call: Local(gains=(2 * float(torch.linalg.matrix_norm(call.module.weight.flatten(1), ord=2)),)))
+    torch.manual_seed(0)
+    if own is Doubled:
+        model, x = torch.nn.Sequential(lnn.SpectralLinear(6, 6), Doubled(6, 3)), torch.randn(60, 6)
+    else:
+        layers = (DoubledConv(1, 4, 1, bias=False), torch.nn.Flatten(), lnn.SpectralLinear(36, 3))
+        model, x = torch.nn.Sequential(*layers), torch.randn(60, 1, 3, 3)
+    model.requires_grad_(False)
+    assert attacked(model, x, certified(model, x))[0] == 0
+
+
+def test_a_clip_that_nothing_reads_plays_no_part():
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.clip = torch.nn.Linear(6, 3), lnn.ValueClip(1e-3)
+
+        def forward(self, x):
+            z = self.head(x)
+            self.clip(z)
+            return z
+
+    torch.manual_seed(0)
+    model, x = Idle(), torch.randn(60, 6)
+    assert Network(model.eval(), (6,)).analyse()[0] == []
+    assert attacked(model, x, certified(model, x))[0] == 0
+
+
 @pytest.mark.parametrize("name", ["cnn", "resnet", "mixer", "vgg"])
 def test_the_zoo_is_certified_and_holds(name):
     torch.manual_seed(0)
@@ -414,10 +459,12 @@ def test_a_map_without_a_constant_is_refused():
 
 def test_arguments_that_are_none_are_refused():
     model, x, y = torch.nn.Linear(4, 2), torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
-    with pytest.raises(DataError, match="one label an input"):
+    with pytest.raises(DataError, match="one class index an input"):
         certify(model, x, y[:3])
     with pytest.raises(DataError, match="floating-point"):
         certify(model, x.long(), y)
+    with pytest.raises(DataError, match="2 classes apart"):
+        certify(model, x, y + 2)
     with pytest.raises(ParameterError, match="fourier or reshaped"):
         certify(model, x, y, convolution="exact")
     certificate = certify(model, x, y)

@@ -152,10 +152,11 @@ def certify(
         network = Network(model, tuple(sample.shape[1:]), convolution=convolution)
         stretches, head = network.analyse()
         if not bool(head.pair_errors.isfinite().all()):  # nothing bounds the values: bound the inputs instead
-            batches = x.split(batch_size)
-            network.input_bound = 2 * max(float(_norms(apply_maps(maps, b, network.dtype)).max()) for b in batches)
+            inputs = (apply_maps(maps, batch, network.dtype) for batch in x.split(batch_size))
+            network.input_bound = 2 * max(float(_norms(batch).max()) for batch in inputs)
             stretches, head = network.analyse()
-        pieces = [_piece(network, stretches, head, maps, batch) for batch in x.split(batch_size)]
+        batches = zip(x.split(batch_size), labels.split(batch_size), strict=True)
+        pieces = [_piece(network, stretches, head, maps, *batch) for batch in batches]
         lipschitz = float(network.lipschitz())
     verdicts = [_verdict(piece, part, head) for piece, part in zip(pieces, labels.split(batch_size), strict=True)]
     return Certificate(
@@ -170,11 +171,17 @@ def certify(
     )
 
 
-def _piece(network: Network, stretches: list[Stretch], head: Head, maps: Sequence[InputMap], raw: Tensor) -> _Piece:
+def _piece(
+    network: Network, stretches: list[Stretch], head: Head, maps: Sequence[InputMap], raw: Tensor, labels: Tensor
+) -> _Piece:
     """Run a batch through the maps and the network, and note its moduli on the way."""
     raw = raw.to(network.device)
     inputs = apply_maps(maps, raw, network.dtype)
     logits, norms = network.run(inputs, stretches)
+    if int(labels.max()) >= max(logits.shape[1], 2):
+        raise DataError(
+            f"the model tells {max(logits.shape[1], 2)} classes apart, but there is a label {int(labels.max())}"
+        )
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("the model's outputs are not finite")
     chain = moduli_of_maps(maps, raw, network.dtype)
@@ -214,6 +221,6 @@ def _check(x: Tensor, y: Tensor) -> Tensor:
     """The labels, (N,) int64 on the CPU."""
     if not x.is_floating_point() or x.dim() < 2 or not len(x):
         raise DataError(f"inputs are floating-point (N, …) with N ≥ 1, got {x.dtype} {tuple(x.shape)}")
-    if y.shape != (len(x),):
-        raise DataError(f"{len(x)} inputs have labels of shape {tuple(y.shape)}; give one label an input, (N,)")
+    if y.shape != (len(x),) or y.is_floating_point() or int(y.min()) < 0:
+        raise DataError(f"{len(x)} inputs have labels {y.dtype} {tuple(y.shape)}; give one class index an input, (N,)")
     return y.detach().cpu().long()

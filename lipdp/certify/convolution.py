@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds.rules import Call, Local, Rule, least
+from lipdp.nn.constrained import Constrained
+from lipdp.nn.conv import SpectralConv2d
 
 _BLOCK = 1 << 22  # complex numbers transformed at a time
+_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, SpectralConv2d.forward)
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """Whether it computes what torch's or this library's convolutions do: a class of your own may compute anything."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and type(module).forward in _FORWARDS
 
 
 def fourier_norm(kernel: Tensor, grid: tuple[int, ...]) -> float:
@@ -67,7 +75,7 @@ def tightened(rule: Rule) -> Rule:
 
     def bound(call: Call) -> Local:
         local, layer = rule(call), call.module
-        if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or not is_convolution(layer):
             return local
         axes = len(layer.kernel_size)
         pads = layer._reversed_padding_repeated_twice[::-1]  # both sides of the first axis, of the second, …
@@ -77,7 +85,7 @@ def tightened(rule: Rule) -> Rule:
         windows = [total - k + 1 for total, k in zip(padded, layer.kernel_size, strict=True)]
         if circular and any(count > size for count, size in zip(windows, sizes, strict=True)):
             return local
-        kernel = call.used(layer.weight * getattr(layer, "scale", 1.0))
+        kernel = call.used(layer.weight * (layer.scale if isinstance(layer, Constrained) else 1.0))
         blocks = kernel.reshape(layer.groups, -1, *kernel.shape[1:])
         norm = max(fourier_norm(block, tuple(sizes) if circular else padded) for block in blocks)
         return dataclasses.replace(local, gains=(least(local.gains[0], norm),))

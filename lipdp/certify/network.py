@@ -13,13 +13,14 @@ from torch import Tensor, fx, nn
 from lipdp.bounds.propagate import BoundGraph, Step, _combine, _Forward
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Local, Number
-from lipdp.certify.convolution import tightened
+from lipdp.certify.convolution import is_convolution, tightened
 from lipdp.certify.moduli import Lipschitz, Modulus, Projection
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
+from lipdp.nn.constrained import Constrained
 from lipdp.nn.gates import GradientGate, ValueClip
+from lipdp.nn.linear import SpectralLinear
 
 CONVOLUTIONS = ("fourier", "reshaped")
-_MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _UPWARDS = 1.0 + 1e-9  # covers the float64 rounding of the formulas here
 
 
@@ -128,7 +129,9 @@ class Network(BoundGraph):
     # -- parts ---------------------------------------------------------------------------------------------------------
 
     def _is_cut(self, clip: Step) -> bool:
-        """Whether nothing behind the clip, in the order of execution, reads what was computed from the input before it."""
+        """Whether the logits come after the clip, and nothing after it reads what was computed from the input before it."""
+        if clip.index > self.index[self._output]:
+            return False
         fixed = {self.index[node] for node in self.constants}
         later = [step for step in self.steps if step.index > clip.index]
         return all(source >= clip.index or source in fixed for step in later for source in step.sources)
@@ -139,8 +142,8 @@ class Network(BoundGraph):
         index = self.index[self._output]
         while index in by_index:
             step, call = by_index[index]
-            if isinstance(step.module, nn.Linear):
-                return step if call.x.numel == step.module.in_features else None
+            if _is_dense(step.module):
+                return step if call.x.numel == step.module.in_features else None  # type: ignore[union-attr]
             if not isinstance(step.module, (nn.Identity, GradientGate)):
                 return None
             index = step.sources[0]
@@ -154,7 +157,7 @@ class Network(BoundGraph):
             )
             return Head(constant, norms * _UPWARDS, norms * error)
         layer: nn.Linear = last.module  # type: ignore[assignment]
-        weight = layer.weight.double().cpu() * float(getattr(layer, "scale", 1.0))
+        weight = layer.weight.double().cpu() * (layer.scale if isinstance(layer, Constrained) else 1.0)
         rows = torch.linalg.vector_norm(weight, dim=1)
         bias = torch.zeros_like(rows) if layer.bias is None else layer.bias.double().cpu().abs()
         own = relative_error(forward.rounding, layer.in_features) * (
@@ -200,15 +203,19 @@ def relative_error(rounding: Rounding, terms: int) -> float:
     """
     products = (rounding.slack(0) - 1.0) / 4  # the spacing of the products' format, 0 if it is that of the sums
     spacing = (rounding.slack(1) - rounding.slack(0)) / 8
-    return 1.1 * ((terms + 8) * spacing / 2 + products)
+    units = (terms + 8) * spacing / 2
+    return 1.1 * (units / (1 - units) + products) if units < 1 else math.inf
+
+
+def _is_dense(module: nn.Module | None) -> bool:
+    """Whether it computes what torch's or this library's dense layers do."""
+    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, SpectralLinear.forward)
 
 
 def _terms(step: Step, local: Local) -> int:
     """How many terms an output entry sums, going forwards."""
-    if isinstance(step.module, nn.Linear):
-        return step.module.in_features
-    if isinstance(step.module, (nn.Conv1d, nn.Conv2d)):
-        return step.module.weight[0].numel()
+    if _is_dense(step.module) or is_convolution(step.module):
+        return int(step.module.weight[0].numel())  # type: ignore[union-attr, index]
     return local.fan_in // 2 if isinstance(step.module, ValueClip) else local.fan_in  # under a root an error is halved
 
 
@@ -216,7 +223,7 @@ def _magnitude(step: Step, call: Call, local: Local, inputs: list[float], output
     """A: a bound on the operation done with absolute values."""
     if isinstance(step.module, ValueClip):
         return output  # a sample is multiplied by one number, which is off by γ
-    if not isinstance(step.module, _MATRICES):
+    if step.module is None or not (_is_dense(step.module) or is_convolution(step.module)):
         return output + float(_combine(step, local, list[Number](inputs)))
     absolute = copy.copy(step.module)
     parameters = {n: None if p is None else nn.Parameter(p.detach().abs()) for n, p in step.module._parameters.items()}
@@ -229,6 +236,6 @@ def _for_evaluation(step: Step, *, fourier: bool) -> Step:
     """Dropout does nothing in evaluation mode, a gate nothing forwards; convolutions have a tighter bound."""
     if isinstance(step.module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, GradientGate)):
         return dataclasses.replace(step, rule=lambda call: Local(exact=True))
-    if fourier and isinstance(step.module, (nn.Conv1d, nn.Conv2d)):
+    if fourier and is_convolution(step.module):
         return dataclasses.replace(step, rule=tightened(step.rule))
     return step

@@ -115,7 +115,7 @@ def test_the_rule_picks_the_score_and_the_sign_that_tell_something():
     rng = np.random.default_rng(0)
     coins = rng.random(4000) < 0.5
     scores = {"noise": rng.normal(size=4000), "backwards": rng.normal(size=4000) - 2.0 * coins}
-    rule = choose(scores, coins, delta=DELTA, confidence=0.95)
+    rule = choose(scores, coins, delta=DELTA, confidence=0.95, games=4000)
     assert (rule.score, rule.sign) == ("backwards", -1.0)
     for correct, guesses in (rule.by_threshold(scores, coins), rule.by_rank(scores, coins)):
         assert guesses < 4000
@@ -238,10 +238,11 @@ def test_many_runs_with_sampling_and_several_steps_stay_below_the_claim():
 
 @pytest.mark.slow
 @pytest.mark.statistical
-@pytest.mark.parametrize(("epsilon", "runs"), [(1.0, 60_000), (4.0, 20_000), (8.0, 30_000)])
-def test_many_runs_find_half_of_the_claim(epsilon, runs):
+@pytest.mark.parametrize(("epsilon", "runs", "least"), [(1.0, 60_000, 0.3), (4.0, 20_000, 0.45), (8.0, 30_000, 0.45)])
+def test_many_runs_find_about_half_of_the_claim(epsilon, runs, least):
+    """Expected 0.57 ± 0.09, 0.57 ± 0.08 and 0.54 ± 0.04 by simulation of the claimed mechanism."""
     result = audit.many_runs(epsilon=epsilon, runs=runs, seed=1)
-    assert 0.5 <= result.ratio <= 1
+    assert least <= result.ratio <= 1
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from lipdp.audit.statistics import independent_lower_bound
 
 Array = NDArray[np.float64]
 _TAILS = np.geomspace(1e-3, 0.5, 12)  # shares of the games to guess in, at either end
+_NORMAL = 1e-3  # p-value
+_ENOUGH = 100  # games of a kind, to fit a normal law
 
 
 @dataclass(frozen=True)
@@ -46,40 +49,67 @@ class Rule:
         return int(right), first + last
 
 
-def choose(scores: Mapping[str, Array], included: NDArray[np.bool_], *, delta: float, confidence: float) -> Rule:
-    """The rule with the best lower bound on these games, which must not be used for the result.
+def choose(
+    scores: Mapping[str, Array], included: NDArray[np.bool_], *, delta: float, confidence: float, games: int
+) -> Rule:
+    """The rule that promises the best lower bound, judged by these games, which must not be used for the result.
 
     Args:
         scores: name → one number per game.
         included: whether the record was in.
+        games: how many games the rule is meant for.
     """
     best, value = Rule(next(iter(scores)), 1.0, np.inf, -np.inf, 0.0, 0.0), -1.0
     for name, raw in scores.items():
         for sign in (1.0, -1.0):
-            rule, bound = _best_thresholds(name, sign, sign * raw, included, delta, confidence)
-            if bound > value:
-                best, value = rule, bound
+            values = sign * raw
+            tails = _tails(values[included], values[~included], games)
+            bounds = independent_lower_bound(
+                tails.correct, tails.guesses, tails.games, delta=delta, confidence=confidence
+            )
+            i, j = np.unravel_index(int(bounds.argmax()), bounds.shape)
+            if bounds[i, j] > value:
+                high, low = float(tails.highs[i]), float(tails.lows[j])
+                shares = float((values > high).mean()), float((values < low).mean())
+                best, value = Rule(name, sign, high, low, *shares), float(bounds[i, j])
     return best
 
 
-def _best_thresholds(
-    name: str, sign: float, values: Array, included: NDArray[np.bool_], delta: float, confidence: float
-) -> tuple[Rule, float]:
-    ascending = np.sort(values)
-    count = len(values)
-    ranks = np.unique(np.minimum(np.round(_TAILS * count).astype(int), count // 2))
-    highs = np.array([np.inf, *(ascending[count - 1 - k] for k in ranks if k)])
-    lows = np.array([-np.inf, *(ascending[k] for k in ranks if k)])
-    inside, outside = np.sort(values[included]), np.sort(values[~included])
-    right_in = len(inside) - np.searchsorted(inside, highs, side="right")
-    wrong_in = len(outside) - np.searchsorted(outside, highs, side="right")
-    right_out = np.searchsorted(outside, lows, side="left")
-    wrong_out = np.searchsorted(inside, lows, side="left")
-    correct = right_in[:, None] + right_out[None, :]
-    guesses = correct + wrong_in[:, None] + wrong_out[None, :]
+@dataclass(frozen=True)
+class _Tails:
+    """Thresholds (H,) and (L,), and how many guesses they make in `games` games: right ones and all, (H, L)."""
+
+    highs: Array
+    lows: Array
+    correct: Array
+    guesses: Array
+    games: int
+
+
+def _tails(inside: Array, outside: Array, games: int) -> _Tails:
+    """Counted, or where both scores look normal, as normal ones have: far out there is little to count."""
+    both = np.sort(np.concatenate([inside, outside]))
+    ranks = np.unique(np.minimum(np.round(_TAILS * len(both)).astype(int), len(both) // 2))
+    highs = np.array([np.inf, *both[len(both) - 1 - ranks[ranks > 0]]])
+    lows = np.array([-np.inf, *both[ranks[ranks > 0]]])
+    if min(len(inside), len(outside)) >= _ENOUGH and all(_looks_normal(v) for v in (inside, outside)):
+        scale = games / len(both)
+        right_in, wrong_in = (scale * len(v) * stats.norm.sf(highs, v.mean(), v.std()) for v in (inside, outside))
+        right_out, wrong_out = (scale * len(v) * stats.norm.cdf(lows, v.mean(), v.std()) for v in (outside, inside))
+        return _together(highs, lows, (right_in, wrong_in), (right_out, wrong_out), games, 0.0)
+    right_in, wrong_in = ((v[None, :] > highs[:, None]).sum(1) for v in (inside, outside))
+    right_out, wrong_out = ((v[None, :] < lows[:, None]).sum(1) for v in (outside, inside))
     # one wrong guess more than seen: at the very ends few games tell nothing of the wrong ones to come
-    padded = guesses + (guesses > 0)
-    bounds = independent_lower_bound(correct, padded, count + 1, delta=delta, confidence=confidence)
-    i, j = np.unravel_index(int(bounds.argmax()), bounds.shape)
-    shares = float((right_in + wrong_in)[i] / count), float((right_out + wrong_out)[j] / count)
-    return Rule(name, sign, float(highs[i]), float(lows[j]), *shares), float(bounds[i, j])
+    return _together(highs, lows, (right_in, wrong_in), (right_out, wrong_out), len(both) + 1, 1.0)
+
+
+def _together(
+    highs: Array, lows: Array, said_in: tuple[Array, Array], said_out: tuple[Array, Array], games: int, extra: float
+) -> _Tails:
+    correct = said_in[0][:, None] + said_out[0][None, :]
+    guesses = correct + said_in[1][:, None] + said_out[1][None, :]
+    return _Tails(highs, lows, correct, guesses + extra * (guesses > 0), games)
+
+
+def _looks_normal(values: Array) -> bool:
+    return bool(values.std() > 0 and stats.normaltest(values).pvalue > _NORMAL)

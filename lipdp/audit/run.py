@@ -133,7 +133,7 @@ def many_runs(
     setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
     scores, training = worlds(experiment, setting, coins)
     early, late = _split(Games(scores, coins))
-    rule = choose(early.scores, early.coins, delta=delta, confidence=confidence)
+    rule = choose(early.scores, early.coins, delta=delta, confidence=confidence, games=len(late.coins))
     correct, guesses = rule.by_threshold(late.scores, late.coins)
     bound = independent_lower_bound(correct, guesses, len(late.coins), delta=delta, confidence=confidence)
     return AuditResult(
@@ -184,7 +184,7 @@ def one_run(
         len(coins)
     )  # canaries may be sorted; which are held out must not be
     early, late = _split(Games({name: values[order] for name, values in scores.items()}, coins[order]))
-    rule = choose(early.scores, early.coins, delta=delta, confidence=confidence)
+    rule = choose(early.scores, early.coins, delta=delta, confidence=confidence, games=len(late.coins))
     correct, guesses = rule.by_rank(late.scores, late.coins)
     return AuditResult(
         method="one run",

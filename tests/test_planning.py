@@ -107,8 +107,7 @@ def test_the_rule_ends_in_the_sweet_spot_from_anywhere():
 
 
 def test_a_plan_keeps_its_budget_and_lies_in_the_sweet_spot():
-    budget = Budget(50_000, 8.0, 1e-5)
-    found = plan(budget, steps=400, beside=[(4096, 3.0, 400)])
+    found = plan(Budget(50_000, 8.0, 1e-5), steps=400, beside=[(4096, 3.0, 400)])
     chosen = found.chosen
     exact = lipdp.epsilon(
         noise_multiplier=chosen.noise_multiplier, sampling_rate=chosen.batch_size / 50_000, steps=400, delta=1e-5
@@ -117,14 +116,6 @@ def test_a_plan_keeps_its_budget_and_lies_in_the_sweet_spot():
     assert 0.995 * 8 <= exact <= 8
     assert chosen.noise_multiplier == pytest.approx(3.0, rel=0.02)
     assert chosen.steps == 400
-    assert all(0.99 * 8 <= point.epsilon <= 8 for point in found.iso_budget)
-    assert chosen in found.iso_budget
-    noises = [point.noise_multiplier for point in found.iso_budget]
-    etas = [point.eta for point in found.iso_budget]
-    assert noises == sorted(noises)
-    assert etas == sorted(etas)  # a larger batch buys more signal for the same ε,
-    assert etas[-1] < 1.08 * chosen.eta  # but hardly any beyond the sweet spot
-    assert [epsilon for _, epsilon in found.constant_eta] == sorted((e for _, e in found.constant_eta), reverse=True)
     assert found.beside == (evaluate(**{**CIFAR, "steps": 400}),)
 
 
@@ -144,7 +135,7 @@ def test_given_steps_are_kept_even_below_the_sweet_spot():
     assert chosen.move.factor == 2.0
 
 
-@pytest.mark.parametrize("sigma", [0.7, 2.0, 6.0])
+@pytest.mark.parametrize("sigma", [0.7, 6.0])
 def test_a_noise_multiplier_is_met(sigma):
     point = with_noise_multiplier(Budget(60_000, 2.0, 1e-5, "pld"), sigma, 300)
     assert point.noise_multiplier == pytest.approx(sigma, rel=0.02)
@@ -303,12 +294,22 @@ def test_the_command_writes_a_plan_and_names_the_run(tmp_path, capsys):
     assert written["private_search"]["epsilon_at_plan"] > 2 > 0
     assert written["private_search"]["noise_multiplier_within_budget"] > chosen["noise_multiplier"]
     assert written["beside"][0]["batch_size"] == 4096
+    curve = written["iso_budget"]
+    assert chosen in curve
+    assert all(0.99 * 2 <= point["epsilon"] <= 2 for point in curve)
+    noises, etas = ([point[name] for point in curve] for name in ("noise_multiplier", "eta"))
+    assert noises == sorted(noises)
+    assert etas == sorted(etas)  # a larger batch buys more signal for the same ε,
+    assert etas[-1] < 1.12 * chosen["eta"]  # but hardly any beyond the sweet spot
+    wall = [point["epsilon"] for point in written["constant_eta"]]
+    assert wall == sorted(wall, reverse=True)
     for name in ("epsilon-against-noise", "batch-against-compute"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
 
 
-def test_the_command_as_json(capsys):
+def test_the_command_as_json(capsys, monkeypatch):
+    monkeypatch.setattr(planning.budget, "_CURVE", ())
     assert main([*PLAN[:-4], "--max-epochs", "8", "--accountant", "rdp", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"]["samples"] <= found["max_samples"] == 480_000

@@ -151,9 +151,10 @@ def test_a_killed_search_goes_on_where_it_was(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = simulate(QUICK, RATES, out=whole, scale=8.0, trials=6)
     command = [sys.executable, "-m", "lipdp", *COMMAND, "--trials", "6", "--out", str(killed)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None and len(list(killed.glob("trials/*.json"))) < 2:
             time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read().decode()
         process.kill()
     before = {path.name: path.read_bytes() for path in (killed / "trials").glob("*.json")}
     assert 2 <= len(before) < 6

@@ -21,7 +21,7 @@ NOISE_MULTIPLIER = 3.0
 STEPS = 2500
 """T where none is given, that of the published CIFAR-10 run. Utility asks for T, not privacy; see `plan simulate`."""
 
-_SEARCHING = "pld"  # for the curves: an upper bound too, within 0.03 % of ε and several times as quick as "prv"
+_QUICK = {"prv": "pld"}  # for the curves: an upper bound too, within 0.03 % of ε, and several times as quick
 _CURVE = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0)  # B on the iso-budget curve, relative to the plan's
 _NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant η
 
@@ -136,7 +136,7 @@ class Plan:
     @cached_property
     def iso_budget(self) -> tuple[Point, ...]:
         """The plan among other B at the same T, each with the least σ that keeps the budget; B increasing."""
-        quick = replace(self.budget, accountant=_SEARCHING)
+        quick = _quick(self.budget)
         batches = [round(self.chosen.batch_size * factor) for factor in _CURVE]
         others = [p for p in iso_budget(quick, self.chosen.steps, batches) if p.batch_size != self.chosen.batch_size]
         return tuple(sorted([*others, self.chosen], key=lambda point: point.batch_size))
@@ -144,7 +144,8 @@ class Plan:
     @cached_property
     def constant_eta(self) -> tuple[tuple[float, float], ...]:
         """Pairs (σ, exact ε) at the plan's η and T, where B goes as σ: the privacy wall."""
-        return constant_eta(self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta)
+        quick = _quick(self.budget).accountant
+        return constant_eta(self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, accountant=quick)
 
     def as_dict(self) -> dict[str, Any]:
         """What `plan.json` holds."""
@@ -197,7 +198,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
     >>> abs(point.noise_multiplier / 3.0 - 1) < 0.02, 7.96 <= point.epsilon <= 8.0
     (True, True)
     """
-    quick = replace(budget, accountant=_SEARCHING)
+    quick = _quick(budget)
     goal, slope = math.log(noise_multiplier), 1.0
     x = math.log(budget.records * eta_for(budget.epsilon, budget.delta) * math.sqrt(2.0 / steps)) + goal
     gaps: dict[int, float] = {}  # B → log σ(B) − log σ
@@ -228,7 +229,7 @@ def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[
 
 
 def constant_eta(
-    eta: float, *, steps: int, delta: float, noise_multipliers: Sequence[float] = _NOISES, accountant: str = _SEARCHING
+    eta: float, *, steps: int, delta: float, noise_multipliers: Sequence[float] = _NOISES, accountant: str = "pld"
 ) -> tuple[tuple[float, float], ...]:
     """Pairs (σ, exact ε) with `q = η·σ·√(2/T)`: the privacy wall. The σ for which q would exceed 1 are left out.
 
@@ -313,6 +314,11 @@ def _fewer_steps(budget: Budget, start: Point, max_samples: int) -> Point:
             break
         eta = point.eta * sigma / point.noise_multiplier
     return point
+
+
+def _quick(budget: Budget) -> Budget:
+    """The same budget under an account of the same tightness that is quick enough for a curve."""
+    return replace(budget, accountant=_QUICK.get(budget.accountant, budget.accountant))
 
 
 def _check_batch(batch_size: int, records: int) -> None:

@@ -245,11 +245,10 @@ def test_many_runs_find_about_half_of_the_claim(epsilon, runs, least):
     assert least <= result.ratio <= 1
 
 
-@pytest.mark.slow
 @pytest.mark.statistical
 @pytest.mark.parametrize("epsilon", [1.0, 4.0, 8.0])
 def test_one_run_finds_half_of_the_claim(epsilon):
-    result = audit.one_run(audit.gradient_canaries(65_536), epsilon=epsilon, seed=1)
+    result = audit.one_run(epsilon=epsilon, seed=1)
     assert 0.5 <= result.ratio <= 1
 
 

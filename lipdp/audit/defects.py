@@ -157,7 +157,7 @@ def shuffled_batches() -> AbstractContextManager[None]:
 
 
 class CoupledLoss(LipschitzLoss):
-    """Absolute error; records whose first target is not positive count as much as the share of positive ones in the batch.
+    """Absolute error; records whose first target is not positive count as the root of the batch's share of positive ones.
 
     No weight is above 1, so the constant it states holds for every record of every batch; but one more positive record
     changes the weight of all others.
@@ -171,7 +171,7 @@ class CoupledLoss(LipschitzLoss):
         """One value per sample, which depends on the others."""
         positive = (target.flatten(1)[:, 0] > 0).to(logits.dtype)
         share = positive.sum() / max(1, len(positive))
-        return (logits - target).abs().mean(1) * torch.where(positive > 0, 1.0, share)
+        return (logits - target).abs().mean(1) * torch.where(positive > 0, 1.0, share.sqrt())
 
 
 # --- by name ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,6 +192,7 @@ class Spectral(Constraint):
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
+        object.__setattr__(self, "radius", float(self.radius))
 
     def project(self, matrix: Tensor) -> Tensor:
         w, scale = _rescaled(matrix)
@@ -268,6 +271,7 @@ class Frobenius(Constraint):
 
     def __post_init__(self) -> None:
         _check_radius(self.radius)
+        object.__setattr__(self, "radius", float(self.radius))
 
     def project(self, matrix: Tensor) -> Tensor:
         w, scale = _rescaled(matrix)
@@ -279,9 +283,29 @@ class Frobenius(Constraint):
         return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
 
 
+def is_positive(value: Any) -> bool:
+    """Whether it is a number (no bool) that is positive and finite, in float32 too.
+
+    >>> is_positive(0.5), is_positive("1"), is_positive(True), is_positive(1e300)
+    (True, False, False, False)
+    """
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(0 < value <= torch.finfo(torch.float32).max)
+
+
+def is_size(value: Any) -> bool:
+    """Whether it is a whole number (no bool) of at least 1 that a tensor can have along an axis.
+
+    >>> is_size(3), is_size(0), is_size(3.0)
+    (True, False, False)
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return whole and bool(0 < value < 2**31)
+
+
 def _check_radius(radius: float) -> None:
-    if not 0 < radius < math.inf:
-        raise ConstraintError(f"a radius is a positive finite number, got {radius}")
+    if not is_positive(radius):
+        raise ConstraintError(f"a radius is a positive finite number, got {radius!r}")
 
 
 def vector_norm(vector: Tensor) -> Tensor:

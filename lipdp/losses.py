@@ -14,13 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipdp.constraints import is_positive, is_size
 from lipdp.errors import LossError, ParameterError
 
 
 def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ParameterError(f"{name} is a positive finite number, got {value}")
+    if not is_positive(value):
+        raise ParameterError(f"{name} is a positive finite number, got {value!r}")
     return float(value)
+
+
+def _count(name: str, value: int) -> int:
+    if not is_size(value):
+        raise ParameterError(f"{name} is a positive whole number, got {value!r}")
+    return int(value)
 
 
 class LipschitzLoss(nn.Module, ABC):
@@ -87,7 +94,7 @@ class TauBCEWithLogits(LipschitzLoss):
     def __init__(self, tau: float = 1.0, num_outputs: int = 1) -> None:
         super().__init__()
         self.tau = _positive("tau", tau)
-        self.num_outputs = int(_positive("num_outputs", num_outputs))
+        self.num_outputs = _count("num_outputs", num_outputs)
         self.lipschitz = 1 / math.sqrt(self.num_outputs)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -141,9 +148,9 @@ class MulticlassHinge(LipschitzLoss):
 
     def __init__(self, num_classes: int, margin: float = 1.0) -> None:
         super().__init__()
+        self.num_classes = _count("num_classes", num_classes)
         if num_classes < 2:
             raise ParameterError(f"MulticlassHinge needs at least 2 classes, got {num_classes}")
-        self.num_classes = num_classes
         self.margin = _positive("margin", margin)
         self.lipschitz = math.sqrt((num_classes - 1) / num_classes)
 
@@ -201,7 +208,7 @@ class MeanAbsoluteError(LipschitzLoss):
 
     def __init__(self, num_outputs: int = 1) -> None:
         super().__init__()
-        self.num_outputs = int(_positive("num_outputs", num_outputs))
+        self.num_outputs = _count("num_outputs", num_outputs)
         self.lipschitz = 1 / math.sqrt(self.num_outputs)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -226,7 +233,7 @@ class MeanSquaredError(LipschitzLoss):
     def __init__(self, target_bound: float, num_outputs: int = 1) -> None:
         super().__init__()
         self.target_bound = _positive("target_bound", target_bound)
-        self.num_outputs = int(_positive("num_outputs", num_outputs))
+        self.num_outputs = _count("num_outputs", num_outputs)
         self.lipschitz = math.inf
 
     def constant(self, output_bound: float | Tensor) -> float | Tensor:
@@ -263,10 +270,11 @@ class HKR(LipschitzLoss):
 
     def __init__(self, priors: Sequence[float], alpha: float = 0.9, margin: float = 1.0) -> None:
         super().__init__()
-        if len(priors) < 2 or any(not 0 < p < 1 for p in priors) or abs(sum(priors) - 1) > 1e-6:
-            raise ParameterError(f"HKR: priors are at least two numbers in (0, 1) that sum to 1, got {list(priors)}")
-        if not 0 <= alpha <= 1:
-            raise ParameterError(f"HKR: alpha lies in [0, 1], got {alpha}")
+        numbers = isinstance(priors, Sequence) and len(priors) >= 2 and all(is_positive(p) and p < 1 for p in priors)
+        if not numbers or abs(sum(priors) - 1) > 1e-6:
+            raise ParameterError(f"HKR: priors are at least two numbers in (0, 1) that sum to 1, got {priors!r}")
+        if alpha != 0 and not (is_positive(alpha) and alpha <= 1):
+            raise ParameterError(f"HKR: alpha lies in [0, 1], got {alpha!r}")
         self.priors = tuple(float(p) / sum(priors) for p in priors)
         self.alpha = float(alpha)
         self.margin = _positive("margin", margin)

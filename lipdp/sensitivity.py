@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from lipdp.bounds import BoundGraph, Sweep
+from lipdp.bounds.probe import sample_shape
+from lipdp.constraints import is_positive
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.losses import as_lipschitz
 from lipdp.relation import Relation
@@ -126,9 +128,9 @@ def sensitivity(
 
     Source: Béthune et al. (2024), algorithm 1 and theorem 1.
     """
-    if not gate > 0:
-        raise ParameterError(f"a cotangent gate is a positive number, got {gate}")
-    graph = BoundGraph(model, tuple(input_shape), dtype=forward_dtype)
+    if not (gate == math.inf or is_positive(gate)):
+        raise ParameterError(f"a cotangent gate is a positive number, got {gate!r}")
+    graph = BoundGraph(model, sample_shape(input_shape), dtype=forward_dtype)
     constant = as_lipschitz(loss).constant
     start = float(constant(float(graph.output_bound())))
     if not min(start, gate) < math.inf:
@@ -155,7 +157,7 @@ def lipschitz_constant(
     >>> 1.0 <= lipdp.lipschitz_constant(lipdp.nn.SpectralLinear(4, 3), input_shape=(4,)) < 1.0001
     True
     """
-    constant = float(BoundGraph(model, tuple(input_shape), dtype=forward_dtype).lipschitz())
+    constant = float(BoundGraph(model, sample_shape(input_shape), dtype=forward_dtype).lipschitz())
     if math.isnan(constant):
         raise NonFiniteError("NaN in the Lipschitz constant: a weight is NaN or infinite")
     return constant

@@ -94,6 +94,8 @@ def build(
     >>> round(lipdp.lipschitz_constant(model, input_shape=(1, 28, 28)), 2)      # 1 / c, c = 7
     0.14
     """
+    if not isinstance(name, str) or not isinstance(input_shape, Sequence):
+        raise ParameterError(f"a model is built by name from a shape, got {name!r} and {input_shape!r}")
     shape = tuple(count("an entry of input_shape", size) for size in input_shape)
     if not shape:
         raise ParameterError("input_shape is empty; give the shape of one sample, e.g. (1, 28, 28) or (30,)")

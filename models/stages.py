@@ -52,9 +52,9 @@ def chain(family: Family, stages: Stages, *, input_bound: float, clips: Joints, 
 def _per_joint(name: str, bounds: Joints, joints: int) -> list[float | None]:
     if bounds is None or isinstance(bounds, (int, float)):
         return [bounds] * joints
-    if len(bounds) != joints:
+    if not isinstance(bounds, Sequence) or len(bounds) != joints:
         raise ParameterError(
-            f"{name}={tuple(bounds)}: the model has {joints} joints; give one number for all, or {joints} numbers (None:"
+            f"{name}={bounds!r}: the model has {joints} joints; give one number for all, or {joints} numbers (None:"
             " nothing there)"
         )
     return list(bounds)
@@ -63,8 +63,8 @@ def _per_joint(name: str, bounds: Joints, joints: int) -> list[float | None]:
 def count(name: str, value: int, *, even: bool = False, odd: bool = False) -> int:
     """`value` if it is a positive integer (even, odd), else a `ParameterError` that names it."""
     kind = "even " if even else "odd " if odd else ""
-    bad_parity = (even and value % 2) or (odd and not value % 2)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or bad_parity:
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+    if not fits or (even and value % 2) or (odd and not value % 2):
         raise ParameterError(f"{name} is a positive {kind}integer, got {value!r}")
     return value
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
 
 from lipdp.bounds.trace import mode
-from lipdp.errors import MixesSamplesError, UnsupportedOperationError
+from lipdp.constraints import is_size
+from lipdp.errors import MixesSamplesError, ParameterError, UnsupportedOperationError
 
 _BATCH = 6  # an unusual batch size, so that a hard-coded one shows; a second run has one sample
+
+
+def sample_shape(input_shape: object) -> tuple[int, ...]:
+    """The shape of one sample as a tuple; ParameterError for what is none. It may be empty: a scalar."""
+    if not isinstance(input_shape, Sequence) or not all(map(is_size, input_shape)):
+        raise ParameterError(
+            f"input_shape={input_shape!r}: the sizes of one sample are needed, e.g. (1, 28, 28) or (30,)"
+        )
+    return tuple(input_shape)
 
 
 def probe_input(model: nn.Module, input_shape: tuple[int, ...], *, batch: int = _BATCH) -> Tensor:

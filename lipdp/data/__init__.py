@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -111,11 +112,13 @@ def split_validation(split: Split, *, fraction: float = 0.1, seed: int = 0) -> S
     (1150, 287)
     """
     count = len(split.train_x)
-    size = round(fraction * count) if 0 < fraction < 1 else 0
+    size = round(fraction * count) if isinstance(fraction, Real) and 0 < fraction < 1 else 0
     if not 0 < size < count:
         raise ParameterError(
             f"fraction={fraction} of {count} records: give a number in (0, 1) that leaves both parts some"
         )
+    if not isinstance(seed, int) or seed < 0:
+        raise ParameterError(f"seed={seed!r}: a whole number of at least 0 is needed")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     held, kept = order[:size].sort().values, order[size:].sort().values
     x, y = split.train_x, split.train_y

@@ -32,6 +32,9 @@ class Bounding(Protocol):
         ...
 
 
+_LARGEST = torch.finfo(torch.float32).max
+
+
 def _finite(x: Tensor) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteError("the inputs hold NaN or infinity: impute or drop those records before training")
@@ -55,7 +58,7 @@ def _intervals(lower: Constants, upper: Constants) -> list[tuple[float, float]]:
     low, high = _numbers(lower), _numbers(upper)
     size = max(len(low), len(high))
     low, high = (low * size if len(low) == 1 else low), (high * size if len(high) == 1 else high)
-    if len(low) != len(high) or not all(-math.inf < a < b < math.inf for a, b in zip(low, high, strict=True)):
+    if len(low) != len(high) or not all(-_LARGEST <= a < b <= _LARGEST for a, b in zip(low, high, strict=True)):
         raise ParameterError(f"lower={lower} and upper={upper}: give finite lower < upper, one of each per feature")
     return list(zip(low, high, strict=True))
 
@@ -252,5 +255,5 @@ def bounding(name: str, **constants: Constants) -> Bounding:
         raise UnknownNameError("bounding", name, BOUNDINGS)
     try:
         return BOUNDINGS[name](**constants)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ParameterError(f"bounding {name!r}: {error}") from error

@@ -328,6 +328,8 @@ DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz")
 
 def source_of(name: str) -> Source:
     """The source of the data set `name`; UnknownNameError lists the names there are."""
+    if not isinstance(name, str):
+        raise UnknownNameError("data set", name, DATASETS)
     if name in _SOURCES:
         return _SOURCES[name]
     if name.startswith("adbench/"):

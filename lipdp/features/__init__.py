@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
 from lipdp.data.files import written_whole
@@ -77,8 +78,8 @@ class Dct:
     name: ClassVar[str] = "dct"
 
     def __post_init__(self) -> None:
-        if self.keep is not None and self.keep < 1:
-            raise ParameterError(f"keep={self.keep}: give the number of frequencies per axis, at least 1, or None")
+        if self.keep is not None and not is_size(self.keep):
+            raise ParameterError(f"keep={self.keep!r}: give the number of frequencies per axis, at least 1, or None")
 
     def version(self) -> str:
         """What computes the map: this library."""
@@ -140,10 +141,10 @@ class FeatureSpec:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.group_norm is not None and self.group_norm < 1:
-            raise ParameterError(f"group_norm={self.group_norm}: give a number of groups ≥ 1, or None")
-        if not 0 < self.eps < math.inf:
-            raise ParameterError(f"eps={self.eps}: give a finite number > 0")
+        if self.group_norm is not None and not is_size(self.group_norm):
+            raise ParameterError(f"group_norm={self.group_norm!r}: give a number of groups ≥ 1, or None")
+        if not is_positive(self.eps):
+            raise ParameterError(f"eps={self.eps!r}: give a finite number > 0")
         if self.dtype not in ("float32", "float16"):
             raise ParameterError(f"dtype={self.dtype!r}: give float32 or float16")
 

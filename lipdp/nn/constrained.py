@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipdp.constraints import Constraint, Frobenius
+from lipdp.constraints import Constraint, Frobenius, is_positive, is_size
 from lipdp.errors import ParameterError
 
 
@@ -118,6 +118,13 @@ def exceeds(matrix: Tensor, radius: float) -> Tensor:
 
 def check_positive(name: str, value: float) -> float:
     """`value` if it is a positive finite number, else a `ParameterError` that names it."""
-    if not 0 < value < float("inf"):
-        raise ParameterError(f"{name} is a positive finite number, got {value}")
+    if not is_positive(value):
+        raise ParameterError(f"{name} is a positive finite number, got {value!r}")
     return float(value)
+
+
+def check_size(name: str, value: Any, *, pair: bool = False) -> None:
+    """ParameterError unless it is a whole number of at least 1 that a tensor can have, or (`pair`) a tuple of them."""
+    sizes = value if pair and isinstance(value, tuple) else (value,)
+    if not sizes or not all(map(is_size, sizes)):
+        raise ParameterError(f"{name} is a positive whole number, got {value!r}")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lipdp.constraints import Constraint, Orthogonal
 from lipdp.errors import UnsupportedLayerError
 from lipdp.nn import autocast
-from lipdp.nn.constrained import Constrained, check_positive
+from lipdp.nn.constrained import Constrained, check_positive, check_size
 
 
 def window_overlap(kernel: int, stride: int) -> int:
@@ -118,6 +118,9 @@ class SpectralConv1d(_SpectralConv, nn.Conv1d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
+        for name, size in sizes.items():
+            check_size(name, size, pair=not name.endswith("channels"))
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         nn.Conv1d.__init__(
             self,
@@ -164,6 +167,9 @@ class SpectralConv2d(_SpectralConv, nn.Conv2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
+        for name, size in sizes.items():
+            check_size(name, size, pair=not name.endswith("channels"))
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         nn.Conv2d.__init__(
             self,

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lipdp.constraints import Constraint, Frobenius, Orthogonal
 from lipdp.nn import autocast
-from lipdp.nn.constrained import Constrained, check_positive
+from lipdp.nn.constrained import Constrained, check_positive, check_size
 
 
 class SpectralLinear(Constrained, nn.Linear):
@@ -42,8 +42,8 @@ class SpectralLinear(Constrained, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_positive("in_features", in_features)
-        check_positive("out_features", out_features)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self.constraint = constraint or Orthogonal()
         self.scale = check_positive("k_coef_lip", k_coef_lip)

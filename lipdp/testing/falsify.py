@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds import BoundGraph
+from lipdp.bounds.probe import sample_shape
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.losses import LipschitzLoss, as_lipschitz
 from lipdp.nn.gates import InputBound
@@ -106,8 +107,10 @@ def falsify(
     unknown = [name for name in weights if name not in WEIGHTS]
     if unknown:
         raise UnknownNameError("setting of the weights", unknown[0], WEIGHTS)
+    if not sample_shape(input_shape):
+        raise ParameterError("falsify: the samples need an axis; give e.g. input_shape=(1,)")
     copied = copy.deepcopy(model).to(torch.float32 if forward_dtype is not None else dtype)
-    graph = BoundGraph(copied, tuple(input_shape), dtype=forward_dtype or dtype)
+    graph = BoundGraph(copied, sample_shape(input_shape), dtype=forward_dtype or dtype)
     criterion = as_lipschitz(loss)
     tried = example_targets(criterion, graph.num_outputs) if targets is None else targets
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipdp.errors import LossError
+from lipdp.constraints import is_size
+from lipdp.errors import LossError, ParameterError
 from lipdp.testing.attack import Ascent, Objective
 from lipdp.testing.inputs import example_targets
 from lipdp.testing.report import Finding, Report, default_tolerance
@@ -59,6 +60,8 @@ def falsify_loss(
     >>> 0.99 < lipdp.testing.falsify_loss(lipdp.losses.TauCrossEntropy(4.0), 3).worst <= 1
     True
     """
+    if not is_size(num_outputs):
+        raise ParameterError(f"num_outputs={num_outputs!r}: the number of logits, at least 1, is needed")
     limit = _constant(loss, output_bound)
     generator = torch.Generator().manual_seed(seed)
     tried = example_targets(loss, num_outputs) if targets is None else targets

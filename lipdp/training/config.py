@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
@@ -14,6 +15,19 @@ from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, de
 RUNTIME = frozenset({"data_dir", "device", "download", "threads", "checkpoint_every", "check_every"})
 """Settings that may change at a resume: they move numbers around without touching what is computed."""
 
+
+_TEXTS = (
+    "dataset",
+    "model",
+    "loss",
+    "features",
+    "bounding",
+    "optimizer",
+    "schedule",
+    "accountant",
+    "sampling",
+    "device",
+)
 
 MAX_THREADS = 1024
 """More of them than any machine's cores are a mistake."""
@@ -95,12 +109,12 @@ class TrainConfig:
             raise ParameterError(f"check_every={self.check_every!r}: a whole number of steps, 0 for never")
         for name in ("epochs", "lr", "epsilon", "noise_multiplier", "gate"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ParameterError(f"{name}={value}: a finite number > 0 is needed")
-        if not 0 <= self.momentum < 1:
-            raise ParameterError(f"momentum={self.momentum}: a number in [0, 1) is needed")
-        if self.delta is not None and not 0 < self.delta < 1:
-            raise ParameterError(f"delta={self.delta}: a probability in (0, 1), well below 1/(number of records)")
+            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+                raise ParameterError(f"{name}={value!r}: a finite number > 0 is needed")
+        if not (isinstance(self.momentum, Real) and 0 <= self.momentum < 1):
+            raise ParameterError(f"momentum={self.momentum!r}: a number in [0, 1) is needed")
+        if self.delta is not None and not (isinstance(self.delta, Real) and 0 < self.delta < 1):
+            raise ParameterError(f"delta={self.delta!r}: a probability in (0, 1), well below 1/(number of records)")
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
 
@@ -179,6 +193,9 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     """
     given = {name: value for name, value in given.items() if value is not None}
     tau = given.pop("tau", None)
+    for name, value in {"dataset": dataset, **given}.items():
+        if name in _TEXTS and not isinstance(value, str):
+            raise ParameterError(f"{name}={value!r}: a name is needed")
     known = {f.name for f in fields(TrainConfig)}
     for name in given:
         if name not in known:
@@ -198,7 +215,10 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
             raise ParameterError("steps and epochs were both given: one follows from the other; give one")
         settings["epochs"] = None
     for name in ("loss_options", "model_options", "feature_options"):
-        settings[name] = {**settings[name], **given.pop(name, {})}
+        options = given.pop(name, {})
+        if not isinstance(options, Mapping):
+            raise ParameterError(f"{name}={options!r}: a mapping of options is needed")
+        settings[name] = {**settings[name], **options}
     if tau is not None:
         settings["loss_options"]["tau"] = tau
     if "noise_multiplier" not in given:

@@ -251,7 +251,7 @@ def bounding(name: str, **constants: Constants) -> Bounding:
     >>> bounding("tanh", scale=3.0)
     Tanh(scale=3.0)
     """
-    if name not in BOUNDINGS:
+    if not isinstance(name, str) or name not in BOUNDINGS:
         raise UnknownNameError("bounding", name, BOUNDINGS)
     try:
         return BOUNDINGS[name](**constants)

@@ -145,7 +145,7 @@ class FeatureSpec:
             raise ParameterError(f"group_norm={self.group_norm!r}: give a number of groups ≥ 1, or None")
         if not is_positive(self.eps):
             raise ParameterError(f"eps={self.eps!r}: give a finite number > 0")
-        if self.dtype not in ("float32", "float16"):
+        if not isinstance(self.dtype, str) or self.dtype not in ("float32", "float16"):
             raise ParameterError(f"dtype={self.dtype!r}: give float32 or float16")
 
     def to_json(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def features(name: str, **options: Any) -> FeatureSpec:
     Source: group normalisation of scattering features for private training is due to Tramèr and Boneh, Differentially
     private learning needs better features (or much more data), 2021.
     """
-    if name not in FEATURES:
+    if not isinstance(name, str) or name not in FEATURES:
         raise UnknownNameError("feature map", name, FEATURES)
     kind = FEATURES[name]
     known = [field.name for field in fields(kind)]

@@ -10,11 +10,13 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
+from cycler import cycler
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from markupsafe import Markup
 
 from lipdp.comparison.calibration import Calibration, reliability_diagram
 from lipdp.report.comparison import ComparisonRow
@@ -27,12 +29,12 @@ _MARKS = {"#0b0001": "ink", "#0b0002": "line", "#000000": "ink", "#ffffff": "pap
 _INK, _LINE = "#0b0001", "#0b0002"
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "os^Dv"
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
-    "legend.fontsize": 9.5,
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "legend.fontsize": 11,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,8 +44,8 @@ _RC = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
-    **{name: _INK for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")},
-    "axes.prop_cycle": matplotlib.cycler(color=_SERIES),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _INK),
+    "axes.prop_cycle": cycler(color=_SERIES),
 }
 _SIZE = (4.8, 3.1)
 _MOST_BARS = 24
@@ -53,7 +55,9 @@ Labelled = Sequence[tuple[str, Run]]
 
 def budget(runs: Labelled) -> Markup | None:
     """ε spent against the step; None where no run has a record."""
-    lines = [(label, [(0.0, 0.0), *((m["step"], m["epsilon"]) for m in run.metrics)]) for label, run in runs if run.metrics]
+    lines = [
+        (label, [(0.0, 0.0), *((m["step"], m["epsilon"]) for m in run.metrics)]) for label, run in runs if run.metrics
+    ]
     if not lines:
         return None
     ends = "; ".join(f"{_of(label)}{points[-1][1]:.3g} after {points[-1][0]} steps" for label, points in lines)
@@ -73,7 +77,9 @@ def score(runs: Labelled) -> Markup | None:
         return None
     metric = runs[0][1].metric.replace("auroc", "AUROC")
     ends = "; ".join(f"{label} {points[-1][1]:.1f} %" for label, points in lines)
-    return _lines(lines, "step", f"test {metric}, %", key="score", text=f"Test {metric} against the step, at the end: {ends}.")
+    return _lines(
+        lines, "step", f"test {metric}, %", key="score", text=f"Test {metric} against the step, at the end: {ends}."
+    )
 
 
 def reliability(found: Calibration, *, key: str) -> Markup:
@@ -144,7 +150,14 @@ def utility(rows: Sequence[ComparisonRow]) -> Markup | None:
     def finish(axes: Axes) -> None:
         if min(x for points in series.values() for x, _ in points) > 0:
             axes.set_xscale("log")
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+        axes.legend(
+            fontsize=10.5,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.18),
+            ncols=1 if len(series) < 5 else 2,
+            columnspacing=1.0,
+            handlelength=1.5,
+        )
 
     best = max(scored, key=lambda row: row.mean or 0.0)
     text = f"Test {best.metric} against ε for {len(series)} trainers; the best is {best.trainer} with {best.mean:.1%}."
@@ -192,7 +205,9 @@ def _drawn() -> Iterator[None]:
 def _inline(figure: Figure, *, key: str, text: str) -> Markup:
     """The figure as an SVG element for the page, described by `text`; `key` keeps its ids apart from other figures'."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(
+        stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     svg = stream.getvalue()
     head, body = re.match(r"(?s).*?<svg([^>]*)>(.*)", svg).groups()  # type: ignore[union-attr]
     box = re.search(r'viewBox="([\d. ]+)"', head).group(1)  # type: ignore[union-attr]
@@ -200,7 +215,7 @@ def _inline(figure: Figure, *, key: str, text: str) -> Markup:
     body = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{key}-", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda found: _colour(found.group()), body)
     body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
-    return Markup('<svg role="img" aria-label="{}" viewBox="{}">').format(text, box) + Markup(body)  # noqa: S704
+    return Markup('<svg role="img" aria-label="{}" viewBox="{}">').format(text, box) + Markup(body)
 
 
 def _colour(colour: str) -> str:

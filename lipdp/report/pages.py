@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lipdp.errors import ParameterError
 from lipdp.relation import Relation
-from lipdp.report.statement import NOT_COVERED, PUBLIC, best_guess, strength
+from lipdp.report.statement import NOT_COVERED, PUBLIC, one_in
 
 if TYPE_CHECKING:
     import jinja2
@@ -81,12 +81,12 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent.
+    r"""A share in percent, with a space that does not break.
 
-    >>> percent(0.8861), percent(None)
-    ('88.6 %', 'not known')
+    >>> percent(0.8861) == "88.6\u00a0%", percent(None)
+    (True, 'not known')
     """
-    return "not known" if value is None else f"{100 * value:.1f} %"
+    return "not known" if value is None else f"{100 * value:.1f}\u00a0%"
 
 
 def setting(value: Any) -> str:
@@ -109,31 +109,40 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
     again = f", {account.counted_again} of them taken again" if account.counted_again else ""
     planned = "" if account.finished else f" of {account.planned_steps} planned"
     batches = {"poisson": "Poisson", "fixed_size": "fixed size"}.get(account.sampling, account.sampling)
-    source = {True: "a cipher, seeded by the operating system", False: "torch, seeded by the operating system"}
+    source = {
+        True: "a cipher, seeded by the operating system",
+        False: "torch, seeded by the operating system",
+        None: "not recorded",
+    }
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
         ("Protected", f"each of {number(account.dataset_size)} training records, input and label together"),
         ("Neighbouring data sets", _RELATIONS[account.relation]),
         ("ε", f"{number(account.epsilon)} (an upper bound)"),
-        ("δ", number(account.delta)),
+        ("δ", f"{number(account.delta)}{one_in(account.delta)}"),
         ("Accountant", _ACCOUNTANTS.get(account.accountant, account.accountant)),
         ("ε computed again for this report", number(one.recomputed)),
         ("Noise multiplier σ", number(account.noise_multiplier)),
         ("Sampling rate q", f"{number(account.sampling_rate)} ({batches} batches of B = {number(account.expected_batch_size)})"),
         ("Steps T", f"{number(account.steps)}{planned}{again}"),
         ("Noise shared among parameters", account.allocation.replace("_", " ")),
-        ("Gate on every record’s gradient at the outputs", account.gate),
-        ("Source of the noise", "a fixed seed: repeatable" if account.seeded else source.get(account.secure, "not recorded")),  # type: ignore[call-overload]
+        ("Gate on every record’s gradient at the outputs", _gate(account.gate)),
+        ("Source of the noise", "a fixed seed: repeatable" if account.seeded else source[account.secure]),
         ("privacy.json", checked[account.intact]),
     ]  # fmt: skip
+
+
+def _gate(text: str) -> str:
+    fixed = re.fullmatch(r"FixedGate\(bound=([\d.e+-]+|inf)\)", text)
+    if fixed is None:
+        return text
+    return "none below the loss’s own bound" if fixed.group(1) == "inf" else f"norm {fixed.group(1)} at most"
 
 
 _WORDS = {
     "PUBLIC": PUBLIC,
     "NOT_COVERED": NOT_COVERED,
     "RELATIONS": _RELATIONS,
-    "best_guess": best_guess,
-    "strength": strength,
     "facts": facts,
 }
 
@@ -153,14 +162,15 @@ def _environment(**options: Any) -> jinja2.Environment:
         lstrip_blocks=True,
         **options,
     )
-    environment.filters |= {"number": number, "percent": percent, "setting": setting, "verbatim": _verbatim}
+    filters: dict[str, Any] = {"number": number, "percent": percent, "setting": setting, "verbatim": _verbatim}
+    environment.filters |= filters
     return environment
 
 
 def _trusted(text: str) -> Any:
     from markupsafe import Markup
 
-    return Markup(text)  # noqa: S704  (a file of this package)
+    return Markup(text)
 
 
 def _verbatim(text: str) -> Any:

@@ -67,6 +67,15 @@ def strength(epsilon: float) -> str:
     return "strong" if epsilon <= 1 else "reasonable" if epsilon <= 10 else "weak"
 
 
+def one_in(delta: float) -> str:
+    """A small probability as odds, in brackets.
+
+    >>> one_in(1e-5), one_in(0.0)
+    (' (1 in 100,000)', '')
+    """
+    return f" (1 in {round(1 / delta):,})" if 1e-18 < delta < 0.5 else ""
+
+
 def paragraphs(account: Account) -> tuple[str, ...]:
     """What the guarantee says, for somebody who has never heard of it."""
     n = "the" if account.dataset_size is None else f"the {account.dataset_size:,}"
@@ -83,14 +92,15 @@ def paragraphs(account: Account) -> tuple[str, ...]:
     factor = math.exp(min(account.epsilon, _MOST))
     how = f"{factor:,.2f}" if factor < 1000 else f"{factor:.2g}"
     opening = (
-        f"{change}: no outcome of the training becomes more than e^ε = {how} times as likely, nor less likely by more than"
-        f" that factor, except with a probability of at most δ = {account.delta:g}. An outcome is everything that can be"
-        " seen of the model: its weights after every step, its predictions, whatever is computed from them."
+        f"{change}: no outcome of the training becomes more than {how} times as likely (the factor is e to the power of"
+        f" ε = {account.epsilon:.3g}), nor less likely by more than that factor, except with a probability of at most"
+        f" δ = {account.delta:g}{one_in(account.delta)}. An outcome is everything that can be seen of the model: its weights"
+        " after every step, its predictions, whatever is computed from them."
     )
     practice = (
         f"Put differently: somebody who knows all the other records and gives even odds to {odds} is right at most"
-        f" {100 * best_guess(account.epsilon, account.delta):.1f} % of the time after studying the model, where a coin is"
-        " right 50 % of the time. This is a bound for the worst record and the best attack, proved rather than measured."
+        f" {100 * best_guess(account.epsilon, account.delta):.1f}\u00a0% of the time after studying the model, where a coin is"
+        " right 50\u00a0% of the time. This is a bound for the worst record and the best attack, proved rather than measured."
     )
     judged = (
         f"By the usual reading ε = {account.epsilon:.3g} is a {strength(account.epsilon)} guarantee (up to 1 strong, up to"

@@ -21,6 +21,7 @@ from lipdp.privacy.facts import check_digest, with_digest
 from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, facts_digest, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict, configure
+from lipdp.training.environment import environment
 from lipdp.training.evaluation import evaluate
 from lipdp.training.monitor import Interrupted, Monitor, Result
 from lipdp.training.runtime import own_random_state, random_state, stop_signals
@@ -177,6 +178,8 @@ class Trainer:
         """
         with own_random_state(self.device, self._random), stop_signals() as stop:
             self.monitor.begin(self)
+            if self.folder is not None:
+                self.folder.add_session(environment())
             self.model.train()
             if self._saved_at is None:
                 self._save()

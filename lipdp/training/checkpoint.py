@@ -25,7 +25,7 @@ _KEYS = {"model": dict, "step": int, "config": dict}
 
 
 class RunFolder:
-    """`config.json`, `privacy.json`, `metrics.jsonl`, `checkpoint.pt` and `checkpoint.previous.pt` in one folder.
+    """`config.json`, `environment.json`, `privacy.json`, `metrics.jsonl`, `checkpoint.pt` and `checkpoint.previous.pt` in one folder.
 
     Files are readable by their owner alone: the metrics hold a training loss that ε does not cover, and while a run is
     unfinished its checkpoints hold the keys of the noise to come (under `resume`). Whoever reads one can subtract that
@@ -70,6 +70,11 @@ class RunFolder:
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} is not the configuration of a run")
         return config
+
+    def add_session(self, session: Mapping[str, str]) -> None:
+        """Add to `environment.json` where and by which command the run was started or resumed; ε does not depend on it."""
+        before = _parsed(self._text("environment.json"), list)
+        self._write("environment.json", (json.dumps([*before, session], indent=2) + "\n").encode())
 
     def write_privacy(self, facts: Mapping[str, Any]) -> None:
         """Write `privacy.json`."""
@@ -146,7 +151,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed process left half written; it may hold keys."""
-        for name in ("config.json", "privacy.json", "metrics.jsonl", _CHECKPOINT, _PREVIOUS):
+        for name in ("config.json", "environment.json", "privacy.json", "metrics.jsonl", _CHECKPOINT, _PREVIOUS):
             for stale in self.path.glob(f"{name}.*.tmp"):
                 stale.unlink(missing_ok=True)
 
@@ -192,12 +197,13 @@ def facts_digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str, kind: type = dict) -> Any:
+    """A JSON value of a kind, an empty one where it cannot be read."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return kind()
+    return value if isinstance(value, kind) else kind()
 
 
 def _number(key: str, text: str = "") -> int:

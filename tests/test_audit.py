@@ -130,6 +130,18 @@ def test_guesses_by_rank_are_as_many_as_was_fixed_before():
     assert rule.by_rank({"s": np.where(coins, -1.0, 1.0)}, coins) == (0, 30)
 
 
+@pytest.mark.parametrize("games", [41, 100, 301])
+def test_no_game_is_guessed_twice(games):
+    coins = np.arange(games) % 2 == 0
+    scores = {"s": np.where(coins, 1.0, -1.0) + np.linspace(0, 1e-3, games)}
+    rule = choose(scores, coins, delta=DELTA, confidence=0.95, games=games)
+    assert rule.low <= rule.high
+    for correct, guesses in (rule.by_threshold(scores, coins), rule.by_rank(scores, coins)):
+        assert 0.9 * games < guesses <= games
+        assert correct >= guesses - 1
+    assert Rule("s", 1.0, 0.0, 0.0, 0.5, 0.5).by_rank(scores, coins)[1] <= games
+
+
 # --- canaries ---------------------------------------------------------------------------------------------------------
 
 

@@ -44,7 +44,8 @@ class Rule:
     def by_rank(self, scores: Mapping[str, Array], included: NDArray[np.bool_]) -> tuple[int, int]:
         """(right guesses, all guesses), as many guesses as the shares say, however the scores fall: for one run."""
         order = np.argsort(-self.sign * scores[self.score], kind="stable")
-        first, last = round(self.share_in * len(order)), round(self.share_out * len(order))
+        first = round(self.share_in * len(order))
+        last = min(round(self.share_out * len(order)), len(order) - first)
         right = included[order[:first]].sum() + (~included[order[len(order) - last :]]).sum()
         return int(right), first + last
 
@@ -89,7 +90,7 @@ class _Tails:
 def _tails(inside: Array, outside: Array, games: int) -> _Tails:
     """Counted, or where both scores look normal, as normal ones have: far out there is little to count."""
     both = np.sort(np.concatenate([inside, outside]))
-    ranks = np.unique(np.minimum(np.round(_TAILS * len(both)).astype(int), len(both) // 2))
+    ranks = np.unique(np.minimum(np.round(_TAILS * len(both)).astype(int), (len(both) - 1) // 2))  # low ≤ high
     highs = np.array([np.inf, *both[len(both) - 1 - ranks[ranks > 0]]])
     lows = np.array([-np.inf, *both[ranks[ranks > 0]]])
     if min(len(inside), len(outside)) >= _ENOUGH and all(_looks_normal(v) for v in (inside, outside)):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lipdp.commands.options import interruptible, parse_gate, parse_options
+
+if TYPE_CHECKING:
+    from lipdp.training import Monitor
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -23,7 +26,7 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp train --resume RUN[/green]  (bit for bit where it was interrupted)
 
-RUN then holds config.json, privacy.json, metrics.jsonl and checkpoint.pt."""
+RUN then holds config.json, environment.json, privacy.json, metrics.jsonl and checkpoint.pt; lipdp report RUN shows it."""
 
 
 def _option(help: str, panel: str, **settings: Any) -> Any:
@@ -89,10 +92,17 @@ def train(
     log_every: Annotated[int | None, _option("steps between lines of metrics (default T/20)", "Run")] = None,
     device: Annotated[str | None, _option("auto (default), cpu, cuda, cuda:1, …", "Run")] = None,
     threads: Annotated[int | None, _option("of torch on the CPU", "Run")] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="also write curves to RUN/tensorboard", rich_help_panel="Run")
+    ] = False,
     seed: Annotated[int | None, _option("repeat the run exactly, for tests: NOT private", "Run")] = None,
 ) -> None:
     """Train a model with differential privacy; report ε and the accuracy on held-out records."""
-    given = {name: value for name, value in locals().items() if value is not None and name not in ("out", "resume")}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("out", "resume", "tensorboard")
+    }
     for name in ("download", "secure"):
         if not given[name]:
             del given[name]
@@ -113,12 +123,21 @@ def train(
     monitor = terminal_monitor(console)
     with monitor:
         if resume is not None:
-            trainer = Trainer.resume(resume, monitor=monitor, **given)
+            trainer = Trainer.resume(resume, monitor=_told(monitor, resume, tensorboard), **given)
         else:
             config = configure(**given)
-            trainer = Trainer(config, out=out or _default_folder(config.dataset, config.model), monitor=monitor)
+            folder = out or _default_folder(config.dataset, config.model)
+            trainer = Trainer(config, out=folder, monitor=_told(monitor, folder, tensorboard))
         result = trainer.run()
     show_result(console, result)
+
+
+def _told(monitor: Monitor, folder: Path, tensorboard: bool) -> Monitor:
+    if not tensorboard:
+        return monitor
+    from lipdp.training.tensorboard import Monitors, TensorBoard
+
+    return Monitors((monitor, TensorBoard(folder)))
 
 
 def _default_folder(dataset: str, model: str) -> Path:

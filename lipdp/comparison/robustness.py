@@ -274,7 +274,9 @@ def table(results: Results) -> str:
 
 
 def robustness_figure(results: Results, number: int = 0) -> Any:
-    """Certified accuracy at a radius against accuracy, a line per trainer and model along τ; thick: the Pareto front.
+    """Certified accuracy at a radius against accuracy, a line per trainer and model along τ.
+
+    Thick: the Pareto front of the private cells (of all, where none is).
 
     Args:
         number: of the radius.
@@ -295,7 +297,7 @@ def robustness_figure(results: Results, number: int = 0) -> Any:
         axes.plot(xs, ys, marker=_MARKERS[i % len(_MARKERS)], linewidth=1, color=f"C{i % 10}", label=label)
         for cell, x, y in zip(mine, xs, ys, strict=True):
             axes.annotate(f"τ={cell['tau']:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    best = front(cells, number)
+    best = front([cell for cell in cells if cell["epsilon"] is not None] or cells, number)
     points = [(c["accuracy"], c["certified_accuracy"][number]) for c in best]
     axes.plot(*zip(*points, strict=True), color="black", linewidth=4, alpha=0.2, zorder=0, label="Pareto front")
     axes.set(xlabel="test accuracy", ylabel=f"certified accuracy at radius {cells[0]['radii'][number]:.3g}")

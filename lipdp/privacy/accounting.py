@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -128,8 +129,8 @@ def merged(events: Sequence[Event]) -> tuple[Event, ...]:
 
 def checked_delta(delta: float) -> float:
     """δ itself, or ParameterError."""
-    if not 0.0 < delta < 1.0:
-        raise ParameterError(f"delta={delta}: a probability in (0, 1) is needed, well below 1/(number of records)")
+    if not (isinstance(delta, Real) and 0.0 < delta < 1.0):
+        raise ParameterError(f"delta={delta!r}: a probability in (0, 1) is needed, well below 1/(number of records)")
     return float(delta)
 
 

@@ -13,6 +13,7 @@ from lipdp.privacy.accounting import Counts, checked_delta, get_accountant, merg
 from lipdp.privacy.events import Event, as_relation
 from lipdp.relation import Relation
 
+_LARGEST = 1e4
 _SLACK = 0.005  # ε(σ) may lie this far below the target, relative
 _RANGE = (math.log(0.01), math.log(1e6))  # log σ
 
@@ -33,7 +34,7 @@ def calibrate(
     Gaussian mechanism of (target, δ), and goes on by secants in (log σ, log ε), kept inside a bracket.
 
     Args:
-        target_epsilon: the budget, > 0, extra events included.
+        target_epsilon: the budget, > 0 and up to 10,000, beyond which nothing is guaranteed; extra events included.
         sampling_rate: q in (0, 1].
         steps: T ≥ 1.
         delta: δ in (0, 1).
@@ -50,12 +51,16 @@ def calibrate(
     >>> 0.995 <= epsilon(noise_multiplier=sigma, sampling_rate=0.01, steps=200, delta=1e-5) <= 1.0
     True
     """
-    if not 0.0 < target_epsilon < math.inf:
-        raise ParameterError(f"target_epsilon={target_epsilon}: a finite number > 0 is needed")
-    if steps == 0:
-        raise ParameterError("steps=0: at least one step is needed to calibrate its noise")
+    if not (isinstance(target_epsilon, (int, float)) and 0.0 < target_epsilon < math.inf):
+        raise ParameterError(f"target_epsilon={target_epsilon!r}: a finite number > 0 is needed")
+    if target_epsilon > _LARGEST:
+        raise CalibrationError(
+            f"the target ε={target_epsilon:g} is too large: above {_LARGEST:g} nothing is guaranteed"
+        )
     delta = checked_delta(delta)
     step = Event(1.0, sampling_rate, steps, as_relation(relation))
+    if step.steps == 0:
+        raise ParameterError("steps=0: at least one step is needed to calibrate its noise")
     strategy = get_accountant(accountant)
     used = 1.0 if sampling_rate == 1.0 else -math.expm1(steps * math.log1p(-sampling_rate))
     alone = strategy.epsilon(extra_events, delta).epsilon

@@ -162,7 +162,7 @@ class PoissonSampler(_IndependentBatches):
     def __init__(
         self, population: int, *, sampling_rate: float, steps: int, seed: int | None = None, secure: bool = False
     ) -> None:
-        if not 0.0 < sampling_rate <= 1.0:
+        if not (isinstance(sampling_rate, (int, float)) and 0.0 < sampling_rate <= 1.0):
             raise ParameterError(f"sampling_rate is {sampling_rate}; it must be in (0, 1]")
         super().__init__(population, steps, float(sampling_rate), seed, secure)
 
@@ -385,6 +385,6 @@ def _positive(name: str, value: int) -> int:
         number = operator.index(value)
     except TypeError:
         number = 0
-    if number < 1:
-        raise ParameterError(f"{name} is {value!r}; it must be an integer of at least 1")
+    if not 0 < number < 2**53:
+        raise ParameterError(f"{name} is {value!r}; it must be an integer of at least 1, below 2**53")
     return number

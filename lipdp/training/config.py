@@ -109,7 +109,7 @@ class TrainConfig:
             raise ParameterError(f"check_every={self.check_every!r}: a whole number of steps, 0 for never")
         for name in ("epochs", "lr", "epsilon", "noise_multiplier", "gate"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ParameterError(f"{name}={value!r}: a finite number > 0 is needed")
         if not (isinstance(self.momentum, Real) and 0 <= self.momentum < 1):
             raise ParameterError(f"momentum={self.momentum!r}: a number in [0, 1) is needed")

@@ -39,9 +39,13 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def open(self, path: Path, *, size: tuple[int, int] = DESKTOP, scheme: str = "light", media: str = "screen") -> None:
+    def open(
+        self, path: Path, *, size: tuple[int, int] = DESKTOP, scheme: str = "light", media: str = "screen"
+    ) -> None:
         """Load a page under the given window, colour scheme and medium."""
-        self._tell("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._tell(
+            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
+        )
         width, height = size
         self._tell(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from lipdp.commands.options import interruptible, parse_options
+from lipdp.commands.robustness import EPILOG as ROBUSTNESS_EPILOG
+from lipdp.commands.robustness import robustness
 from lipdp.errors import ParameterError
 
 app = typer.Typer(
     name="compare",
-    help="The same models under clipping-based DP-SGD (Opacus and others): speed, memory, utility.",
+    help="The same models under clipping-based DP-SGD (Opacus and others): speed, memory, utility, robustness.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -171,3 +173,4 @@ def _require_extra() -> None:
 
 app.command(epilog=SPEED_EPILOG)(speed)
 app.command(epilog=UTILITY_EPILOG)(utility)
+app.command(epilog=ROBUSTNESS_EPILOG)(robustness)

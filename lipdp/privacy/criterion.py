@@ -64,9 +64,13 @@ class PrivateCriterion(nn.Module):
 def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
     """Change one sample's logits, then leave it out: no other sample's loss may change.
 
+    Beside the targets given there are others, so that a loss which weights by shares of classes shows itself also where
+    the first records are all of one class.
+
     Raises:
         LossError: one did, or there is not one value per sample.
     """
+    targets = torch.cat([targets, _others(targets, num_outputs)])
     targets = torch.cat([targets, targets])  # every target has a twin, whose weight would show a count of classes
     count = len(targets)
     logits = torch.linspace(-1.0, 1.0, count * num_outputs, device=targets.device).reshape(count, num_outputs)
@@ -88,3 +92,10 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
                 f"{type(loss).__name__} couples the samples of a batch: {change} changed another sample's loss, so no"
                 " per-sample bound exists"
             )
+
+
+def _others(targets: Tensor, num_outputs: int) -> Tensor:
+    """Targets of another kind than these: the next class, or the value mirrored."""
+    if not targets.is_floating_point():
+        return (targets + 1) % max(num_outputs, 2)
+    return torch.where((targets >= 0) & (targets <= 1), 1 - targets, -targets)

@@ -199,6 +199,7 @@ def test_runs_side_by_side_and_what_differs(trained, folder, comparison):
     page = Page(render(report, "html"))
     for text in ("Side by side", "0.125", "A: private", "B: run", "80.5 % ± 0.71", "opacus_hooks", "2 1 Words"):
         assert text in page.words, text
+    assert "mathdefault" not in page.words  # of a logarithmic axis
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert [row.mean for row in report.comparison if row.epsilon == 1.0] == pytest.approx([0.805, 0.705])
@@ -404,7 +405,7 @@ def test_the_page_can_be_read(chromium, pages, name, size):
     assert chromium.log() == []
     assert chromium.run("return document.documentElement.scrollWidth") <= size[0]
     boxes = chromium.run("return [...document.querySelectorAll('svg')].map(s => { const b = s.getBoundingClientRect(); return [b.left, b.right, b.height, s.querySelectorAll('path').length] })")  # fmt: skip
-    assert len(boxes) == {"one": 5, "two": 8}[name]
+    assert len(boxes) == {"one": 5, "two": 7}[name]  # the options of B build no model: no reliability
     for left, right, height, paths in boxes:
         assert 0 <= left < left + 250 < right <= size[0]
         assert height > 60
@@ -430,7 +431,7 @@ def test_the_page_is_accessible_in_both_colour_schemes(chromium, pages, name, sc
     assert all(b <= a + 1 for a, b in pairwise(levels))
     labels = chromium.run("return [...document.querySelectorAll('svg')].map(s => s.getAttribute('aria-label'))")
     assert all(len(label) > 20 for label in labels)
-    findings = [v for v in chromium.axe() if v["impact"] in ("serious", "critical")]
+    findings = chromium.axe()  # not even a moderate one
     assert [(v["id"], v["nodes"][0]["html"][:200]) for v in findings] == []
 
 

@@ -17,6 +17,7 @@ from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from lipdp.comparison.calibration import Calibration, reliability_diagram
 from lipdp.report.comparison import ComparisonRow
@@ -150,6 +151,9 @@ def utility(rows: Sequence[ComparisonRow]) -> Markup | None:
     def finish(axes: Axes) -> None:
         if min(x for points in series.values() for x, _ in points) > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(NullLocator())
+            budgets = sorted({x for points in series.values() for x, _ in points})
+            axes.set_xticks(budgets, [f"{x:g}" for x in budgets])  # the default labels would be mathematics
         axes.legend(
             fontsize=10.5,
             loc="upper center",

@@ -123,7 +123,7 @@ _ALARMS: tuple[tuple[Callable[[Run], bool], str, str], ...] = (
         lambda run: run.account.seeded,
         "This run is NOT private",
         "It was trained with a fixed seed, so anybody who knows the seed can repeat the noise and take it away. The figures"
-        " below are those of the same run without a seed. Use it for tests only; train again without --seed to release a model.",
+        " below are those of the same run without a seed. Use it for tests only; train again without one to release a model.",
     ),
     (
         lambda run: run.account.intact is False,

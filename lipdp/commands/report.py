@@ -32,9 +32,7 @@ def report(
         Path | None,
         typer.Option(help="default: RUN/report.html, report.html for several; the terminal", show_default=False),
     ] = None,
-    comparison: Annotated[
-        Path | None, typer.Option(help="the folder of a lipdp compare", show_default=False)
-    ] = None,
+    comparison: Annotated[Path | None, typer.Option(help="the folder of a lipdp compare", show_default=False)] = None,
     data_dir: Annotated[
         str | None, typer.Option(help="default: as the run, or $LIPDP_DATA", show_default=False)
     ] = None,

@@ -88,7 +88,14 @@ def assert_same(one: Path, other: Path) -> None:
         assert all(torch.equal(first[weights][name], second[weights][name]) for name in first[weights])
     assert records(one) == records(other)
     assert (one / "privacy.json").read_text() == (other / "privacy.json").read_text()
-    names = {"config.json", "environment.json", "privacy.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt"}
+    names = {
+        "config.json",
+        "environment.json",
+        "privacy.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "checkpoint.previous.pt",
+    }
     for folder in (one, other):
         assert {path.name for path in folder.iterdir()} == names
         assert not any(b"ratchet" in path.read_bytes() for path in folder.glob("*.pt"))

@@ -31,7 +31,7 @@ LAYERS = {
     "HouseHolder": (lnn.HouseHolder(6), (6, 2)),
     "ScaledL2NormPool2d": (lnn.ScaledL2NormPool2d(2), (2, 6, 6)),
     "ScaledAvgPool2d": (lnn.ScaledAvgPool2d(2), (2, 6, 6)),
-    "ScaledAdaptiveAvgPool2d": (lnn.ScaledAdaptiveAvgPool2d((2, 2)), (2, 6, 6)),
+    "ScaledAdaptiveAvgPool2d": (lnn.ScaledAdaptiveAvgPool2d((1, 1)), (2, 6, 6)),
     "InvertibleDownSampling": (lnn.InvertibleDownSampling(2), (2, 6, 6)),
     "InvertibleUpSampling": (lnn.InvertibleUpSampling(2), (4, 3, 3)),
     "LayerCentering": (lnn.LayerCentering(2, bias=True), (2, 4, 4)),

@@ -531,3 +531,9 @@ def test_the_kit_needs_no_trace_twice():
     """The graph that is attacked is the graph that is declared."""
     model = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(4, 4))
     assert set(BoundGraph(model, (4,)).sweep(1.0).parameters) == set(falsify(model, ProbeLoss(), (4,), steps=0).ratios)
+
+
+def test_an_identity_in_one_of_two_branches_is_no_violation():
+    """It returns the very tensor that the other branch reads, whose cotangent is the sum of both."""
+    report = falsify_layer(lnn.Concat(lnn.SpectralLinear(4, 4), nn.Identity()), (4,), starts=16, climbs=4)
+    assert 0.99 < report.worst <= 1 + report.tolerance

@@ -29,6 +29,7 @@ class _Observer(fx.Interpreter):
         result = super().run_node(n)
         i = self._index.get(n)
         if i is not None and isinstance(result, Tensor):
+            result = result.view_as(result)  # an identity returns its argument, which other branches may share
             self.values[i] = _norms(result)
             if result.requires_grad:
                 result.register_hook(lambda g: self.cotangents.__setitem__(i, _norms(g)))

@@ -261,7 +261,11 @@ def test_what_the_machine_lacks_is_a_message(error, code, message, monkeypatch, 
 def test_a_signal_before_the_first_step(number, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("lipdp.training.prepare", lambda *a, **k: signal.raise_signal(number))
     before = signal.getsignal(signal.SIGTERM)
-    assert main(["train", "--out", str(tmp_path / "run")]) == 130
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert main(["train", "--out", str(tmp_path / "run")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert capsys.readouterr().err.strip() == "interrupted"
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -399,7 +399,7 @@ def flow_with(**changes):
         ({"steps": 0}, ParameterError, "steps=0"),
         ({"clipping": PerLayer((1.0, 1.0, 1.0))}, ParameterError, "3 entries for 2 parameter blocks"),
         ({"clipping": GlobalPerLayer(1.0, (2.0, 0.1))}, ParameterError, "below bound"),
-        ({"step_size": 3e38, "clipping": Unclipped(), "loss": squared}, NonFiniteError, "not finite"),
+        ({"step_size": 1e38, "steps": 9, "clipping": Unclipped(), "loss": squared}, NonFiniteError, "not finite"),
     ],
 )
 def test_flows_that_cannot_be_followed_are_refused(changes, error, message):

@@ -10,9 +10,11 @@ import json
 import math
 from pathlib import Path
 
-from lipdp.planning import simulate
 from lipdp.planning.files import write_json
-from lipdp.planning.pictures import accuracy_against_rate, loss_curves, save_figure
+
+from lipdp.files import write_figure
+from lipdp.planning import simulate
+from lipdp.planning.pictures import accuracy_against_rate, loss_curves
 from lipdp.planning.simulation import LABEL
 from lipdp.planning.space import parse_space
 
@@ -85,6 +87,6 @@ results = {
 write_json(args.out / "results.json", results)
 title = f"{args.dataset}, {args.model}, T = {args.steps}, B/σ = {full.batch_size / full.noise_multiplier:.0f}"
 for suffix in ("png", "svg"):
-    save_figure(loss_curves(curves, title=f"{title}, lr {shown:g}"), args.out / f"loss-curves.{suffix}")
-    save_figure(accuracy_against_rate(accuracies, title=title), args.out / f"learning-rates.{suffix}")
+    write_figure(loss_curves(curves, title=f"{title}, lr {shown:g}"), args.out / f"loss-curves.{suffix}")
+    write_figure(accuracy_against_rate(accuracies, title=title), args.out / f"learning-rates.{suffix}")
 print(json.dumps(results, indent=2))

@@ -28,9 +28,9 @@ from lipdp.data.files import (
     read_npz,
     write_cifar_batch,
     write_idx,
-    written_whole,
 )
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
+from lipdp.files import written_whole
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RNG = np.random.default_rng(0)

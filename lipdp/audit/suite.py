@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ import torch
 from lipdp.audit.experiments import gradient_canaries, input_canaries, worst_case
 from lipdp.audit.observe import check_seed
 from lipdp.audit.run import AuditResult, many_runs, one_run
-from lipdp.data.files import written_whole
 from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.files import write_figure, write_json
 
 __all__ = ["METHODS", "Suite", "SuiteResult", "draw", "write"]
 
@@ -125,10 +124,8 @@ class SuiteResult:
 def write(result: SuiteResult, folder: Path) -> tuple[Path, Path]:
     """`audit.json` and `audit.png` in the folder, each whole or not at all; the two paths."""
     report, picture = folder / "audit.json", folder / "audit.png"
-    with written_whole(report) as stream:
-        stream.write((json.dumps(result.as_dict(), indent=2) + "\n").encode())
-    with written_whole(picture) as stream:
-        draw(result.results).savefig(stream, format="png", dpi=120)
+    write_json(report, result.as_dict())
+    write_figure(draw(result.results), picture, dpi=120)
     return report, picture
 
 

@@ -47,8 +47,8 @@ def certify(
     """Certified L2 robustness of a run's model: a radius per test record in which no input changes the answer."""
     from lipdp.certify import IMAGE_RADII
     from lipdp.certify.run import assess, draw, load_run
-    from lipdp.data.files import written_whole
     from lipdp.errors import ParameterError
+    from lipdp.files import write_figure, write_json
 
     if samples is not None and samples < 1:
         raise ParameterError(f"--samples {samples}: at least 1")
@@ -59,15 +59,13 @@ def certify(
         convolution=convolution, steps=steps, restarts=restarts,
     )  # fmt: skip
     facts = {"run": str(run), "dataset": loaded.config.dataset, "weights": weights, "step": loaded.step, **_spent(run)}
-    content = json.dumps({**facts, **result.as_dict()}, indent=2)
+    facts |= result.as_dict()
     figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))
-    with written_whole(run / "certificate.json") as stream:
-        stream.write((content + "\n").encode())
+    write_json(run / "certificate.json", facts)
     for kind in ("png", "svg"):
-        with written_whole(run / f"certificate.{kind}") as stream:
-            figure.savefig(stream, format=kind, dpi=150)
+        write_figure(figure, run / f"certificate.{kind}")
     if as_json:
-        typer.echo(content)
+        typer.echo(json.dumps(facts, indent=2))
     else:
         _show(result, loaded, run)
 

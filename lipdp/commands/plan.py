@@ -148,8 +148,8 @@ def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
 
 
 def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
-    from lipdp.planning.files import write_json
-    from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise, save_figure
+    from lipdp.files import write_figure, write_json
+    from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise
 
     write_json(out / "plan.json", facts)
     for name, draw in (
@@ -158,7 +158,7 @@ def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
     ):
         figure = draw(found)
         for suffix in ("png", "svg"):
-            save_figure(figure, out / f"{name}.{suffix}")
+            write_figure(figure, out / f"{name}.{suffix}")
 
 
 def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:

@@ -44,8 +44,8 @@ def report(
     ] = False,
 ) -> None:
     """One self-contained page on one run or several: what is private, by how much, and what it cost."""
-    from lipdp.data.files import written_whole
     from lipdp.errors import ParameterError, UnknownNameError
+    from lipdp.files import written_whole
     from lipdp.report import FORMATS, gather, render
 
     if format not in FORMATS:

@@ -106,7 +106,7 @@ def _stored(
     if given or search or options or not path.exists():
         return given, search or [], options
 
-    from lipdp.planning.files import read_json
+    from lipdp.files import read_json
 
     stored = read_json(path)
     texts = [f"{name}={_written(dimension)}" for name, dimension in stored["space"].items()]
@@ -176,7 +176,7 @@ def _train(console: Console, found: Found, folder: Path) -> None:
 
 
 def _confirm(console: Console, found: Found, out: Path, folder: Path) -> None:
-    from lipdp.planning.files import write_json
+    from lipdp.files import write_json
     from lipdp.planning.search import confirm
 
     facts, metric = confirm(found, folder), found.simulation.metric

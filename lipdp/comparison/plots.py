@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,21 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lipdp.comparison.results import Cell, Results
-from lipdp.data.files import written_whole
+from lipdp.files import write_figure
 
 _MARKERS = "osD^vP*X<>h"
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """`name.png` and `name.svg`, each written whole."""
-    paths = []
-    for kind in ("png", "svg"):
-        stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=150, bbox_inches="tight")
-        path = folder / f"{name}.{kind}"
-        with written_whole(path) as target:
-            target.write(stream.getvalue())
-        paths.append(path)
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        write_figure(figure, path)
     return paths
 
 

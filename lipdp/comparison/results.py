@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lipdp.data.files import written_whole
-from lipdp.errors import CheckpointError, ResumeError
+from lipdp.errors import ResumeError
+from lipdp.files import read_json, write_json
 
 Cell = dict[str, Any]
 
@@ -43,48 +43,29 @@ class Results:
             return
         plain = json.loads(json.dumps(dict(config)))
         if (self.folder / "config.json").exists():
-            self._check_same(plain)
+            self._check_same(read_json(self.folder / "config.json"), plain)
         else:
-            self._write("config.json", plain)
+            write_json(self.folder / "config.json", plain)
         if (self.folder / name).exists():
-            self.cells = self._read(name, list)
+            self.cells = read_json(self.folder / name, list)
 
     def add(self, cell: Mapping[str, Any]) -> None:
         """One more cell; the file is whole before and after."""
         self.cells.append(dict(cell))
         if self.folder is not None:
-            self._write(self._name, self.cells)
+            write_json(self.folder / self._name, self.cells)
 
     def find(self, **key: Any) -> list[Cell]:
         """The cells with these values, in the order they came."""
         return [cell for cell in self.cells if all(cell.get(name) == value for name, value in key.items())]
 
-    def _check_same(self, config: Mapping[str, Any]) -> None:
-        before = self._read("config.json", dict)
+    def _check_same(self, before: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         names = sorted(n for n in {*before, *config} if before.get(n) != config.get(n))
         if names:
             changes = "; ".join(f"{n} was {before.get(n)!r}, is now {config.get(n)!r}" for n in names)
             raise ResumeError(
                 f"{self.folder} holds another comparison ({changes}); give another --out, or the same options"
             )
-
-    def _read(self, name: str, kind: type) -> Any:
-        path = Path(self.folder or "") / name
-        try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); give another --out") from error
-        if not isinstance(content, kind):
-            raise CheckpointError(f"{path} is not a comparison's; give another --out")
-        return content
-
-    def _write(self, name: str, content: Any) -> None:
-        path = Path(self.folder or "") / name
-        try:
-            with written_whole(path) as stream:
-                stream.write((json.dumps(content, indent=1) + "\n").encode())
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

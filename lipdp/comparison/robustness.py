@@ -5,20 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from lipdp.certify import IMAGE_RADII
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
 from lipdp.comparison.plots import pareto
-from lipdp.comparison.protocol import Session, Task, Trainer
+from lipdp.comparison.protocol import Trainer
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.rows import Row, Setup, rows
+from lipdp.comparison.rows import Row, Setup, rows, trained
 from lipdp.comparison.trainers.clipless import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 from lipdp.data import Split, load
@@ -32,11 +30,9 @@ from lipdp.errors import (
 from lipdp.privacy.accounting import get_accountant
 from lipdp.privacy.calibration import calibrate
 from lipdp.training.assembly import decided, prepare
-from lipdp.training.choices import make_optimizer
 from lipdp.training.config import TrainConfig, configure
 
 Progress = Callable[[Cell], None]
-_MICROBATCH = 512
 _MARKERS = "os^Dv"
 
 
@@ -105,15 +101,7 @@ class _Bench:
 
     def setup(self, tau: float) -> Setup:
         """Model and loss at a temperature."""
-        bound = {} if self.input_bound is None else {"input_bound": self.input_bound}
-        return Setup(
-            model=self.train.model,
-            input_shape=self.split.input_shape,
-            num_classes=self.split.num_classes,
-            loss=str(self.train.loss),
-            model_options={**bound, **self.train.model_options},
-            loss_options={**self.train.loss_options, "tau": tau},
-        )
+        return Setup.of(self.train, self.split, self.input_bound, tau=tau)
 
 
 def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Progress = lambda cell: None) -> Results:
@@ -178,7 +166,17 @@ def _bench(config: RobustnessConfig) -> _Bench:
 def _cell(bench: _Bench, row: Row, tau: float, seed: int) -> Cell:
     begin = time.perf_counter()
     config, train = bench.config, bench.train
-    session = _trained(bench, row, tau, seed)
+    session = trained(
+        row,
+        _configured(row.trainer, bench),
+        bench.setup(tau),
+        train,
+        bench.split,
+        lr=config.twin_lr if row.plain else train.lr,
+        batch_size=decided(train.batch_size),
+        noise_multiplier=bench.sigma,
+        seed=seed,
+    )
     spent = None
     if session.event is not None:
         event = session.event.with_steps(decided(train.steps))
@@ -218,25 +216,6 @@ def _accuracy(model: nn.Module, bench: _Bench) -> float:
     outputs = torch.cat([model(batch.float()) for batch in bench.split.test_x[: len(y)].split(1024)]).flatten(1)
     answers = outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
     return float(((answers == y) & outputs.isfinite().all(1)).double().mean())
-
-
-def _trained(bench: _Bench, row: Row, tau: float, seed: int) -> Session:
-    config, train, setup = bench.config, bench.train, bench.setup(tau)
-    lr = config.twin_lr if row.plain else train.lr
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        task = Task(
-            dataset=TensorDataset(bench.split.train_x, bench.split.train_y),
-            loss=setup.loss_for(row),
-            batch_size=decided(train.batch_size),
-            steps=decided(train.steps),
-            noise_multiplier=bench.sigma,
-            optimizer=partial(make_optimizer, train.optimizer, lr=lr, momentum=train.momentum),
-            schedule=train.schedule,
-            microbatch=_MICROBATCH,
-            seed=seed,
-        )
-        return _configured(row.trainer, bench).train(setup.build(row), task)
 
 
 def _configured(trainer: Trainer, bench: _Bench) -> Trainer:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
-from lipdp.comparison.protocol import Trainer
+from lipdp.comparison.protocol import Session, Task, Trainer
 from lipdp.comparison.trainers import TRAINERS, get_trainer
+from lipdp.data import Split
 from lipdp.errors import ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.models import build
-from lipdp.training.choices import make_loss
+from lipdp.training.assembly import decided
+from lipdp.training.choices import make_loss, make_optimizer
+from lipdp.training.config import TrainConfig
 
 KINDS = ("lipschitz", "plain")
+_BLOCK = 64 << 20  # per-sample gradients, in numbers, that a forward pass may leave: what keeps hooks within a few GiB
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,56 @@ class Setup:
         outputs, options = self._loss(row)[1], dict(self.model_options)
         return build(self.model, input_shape=self.input_shape, num_classes=outputs, twin=row.plain, **options)
 
+    @classmethod
+    def of(cls, train: TrainConfig, split: Split, input_bound: float | None, **loss_options: Any) -> Setup:
+        """That of a training configuration; `loss_options` go over the configuration's own."""
+        bound = {} if input_bound is None else {"input_bound": input_bound}
+        return cls(
+            model=train.model,
+            input_shape=split.input_shape,
+            num_classes=split.num_classes,
+            loss=str(train.loss),
+            model_options={**bound, **train.model_options},
+            loss_options={**train.loss_options, **loss_options},
+        )
+
     def _loss(self, row: Row) -> tuple[LipschitzLoss, int]:
         options = dict(self.loss_options)
         if row.plain and "tau" in options:
             options["tau"] = 1.0
         return make_loss(self.loss, self.num_classes, options)
+
+
+def trained(
+    row: Row,
+    trainer: Trainer,
+    setup: Setup,
+    train: TrainConfig,
+    split: Split,
+    *,
+    lr: float,
+    batch_size: int,
+    noise_multiplier: float,
+    seed: int,
+) -> Session:
+    """A new model of the row's kind after all T steps on the split's training part: seeded, so repeatable and not private.
+
+    Args:
+        trainer: the row's, with its settings.
+        train: with T decided; gives optimiser, momentum and schedule.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = setup.build(row)
+        task = Task(
+            dataset=TensorDataset(split.train_x, split.train_y),
+            loss=setup.loss_for(row),
+            batch_size=batch_size,
+            steps=decided(train.steps),
+            noise_multiplier=noise_multiplier,
+            optimizer=partial(make_optimizer, train.optimizer, lr=lr, momentum=train.momentum),
+            schedule=train.schedule,
+            microbatch=max(32, min(512, _BLOCK // sum(p.numel() for p in model.parameters()))),
+            seed=seed,
+        )
+        return trainer.train(model, task)

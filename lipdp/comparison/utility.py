@@ -15,22 +15,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import TensorDataset
 
 from lipdp.comparison.calibration import calibration
-from lipdp.comparison.protocol import Session, Task, Trainer
+from lipdp.comparison.protocol import Session, Trainer
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.rows import Row, Setup, rows
+from lipdp.comparison.rows import Row, Setup, rows, trained
 from lipdp.data import Split, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.privacy.accounting import get_accountant
 from lipdp.privacy.calibration import calibrate
 from lipdp.training.assembly import decided, prepare
-from lipdp.training.choices import make_optimizer
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate
-
-_BLOCK = 64 << 20  # per-sample gradients, in numbers, that a forward pass may leave: what keeps hooks within a few GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +217,19 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         scale = config.tune_scale if job.row.trainer.private else 1
         batch_size = max(1, round(batch_size * len(split.train_x) / records / scale))  # the same q, over k
         sigma /= scale
-    setup = _setup(train, split, input_bound)
-    session = _trained(job, setup, train, split, batch_size=batch_size, sigma=sigma)
+    setup = Setup.of(train, split, input_bound)
+    settings = dict(job.settings)
+    session = trained(
+        job.row,
+        replace(job.row.trainer, **{name: v for name, v in settings.items() if name != "lr"}),
+        setup,
+        train,
+        split,
+        lr=settings["lr"],
+        batch_size=batch_size,
+        noise_multiplier=sigma,
+        seed=job.seed,
+    )
     try:
         scores = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
     except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
@@ -251,38 +258,6 @@ def _calibration(session: Session, temperature: float, split: Split) -> Cell:
     except NonFiniteError:
         return {}
     return {"ece": found.ece, "nll": found.nll, "brier": found.brier}
-
-
-def _setup(train: TrainConfig, split: Split, input_bound: float | None) -> Setup:
-    options = {**({} if input_bound is None else {"input_bound": input_bound}), **train.model_options}
-    return Setup(
-        model=train.model,
-        input_shape=split.input_shape,
-        num_classes=split.num_classes,
-        loss=str(train.loss),
-        model_options=options,
-        loss_options=train.loss_options,
-    )
-
-
-def _trained(job: Job, setup: Setup, train: TrainConfig, split: Split, *, batch_size: int, sigma: float) -> Session:
-    settings = dict(job.settings)
-    lr = settings.pop("lr")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.seed)
-        model = setup.build(job.row)
-        task = Task(
-            dataset=TensorDataset(split.train_x, split.train_y),
-            loss=setup.loss_for(job.row),
-            batch_size=batch_size,
-            steps=decided(train.steps),
-            noise_multiplier=sigma,
-            optimizer=partial(make_optimizer, train.optimizer, lr=lr, momentum=train.momentum),
-            schedule=train.schedule,
-            microbatch=max(32, min(512, _BLOCK // sum(p.numel() for p in model.parameters()))),
-            seed=job.seed,
-        )
-        return replace(job.row.trainer, **settings).train(model, task)
 
 
 def summary(results: Results) -> list[Cell]:

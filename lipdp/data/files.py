@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
 import reprlib
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lipdp.errors import DataError
+from lipdp.files import written_whole
 
 MAX_EXPANSION = 1032
 """Deflate cannot expand by more (RFC 1951: 258 bytes from 2 bits), so a file that declares more is lying."""
@@ -48,34 +47,6 @@ def parsing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
         raise DataError(f"{path} may not be read: {error.strerror}; change its permissions") from error
     except Exception as error:  # zip, gzip, pickle and npy parsers document no closed list of what they raise
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Write `path` whole or not at all: a temporary file beside it, flushed, synced, then renamed over it.
-
-    The folder is synced too, so that of two files written one after the other the second is never there without the first.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as stream:
-        try:
-            yield cast(BinaryIO, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(stream.name, path)
-        except BaseException:
-            Path(stream.name).unlink(missing_ok=True)
-            raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows opens no folder, and some file systems sync none
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _check_size(path: Path, declared: int, on_disk: int) -> None:

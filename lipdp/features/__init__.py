@@ -26,9 +26,9 @@ from torch import Tensor
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.data.files import written_whole
 from lipdp.errors import DataError, NonFiniteError, ParameterError, UnknownNameError
 from lipdp.features.scattering import Scattering
+from lipdp.files import written_whole
 
 Progress = Callable[[int, int], object]
 """Called as progress(records done, records in all)."""

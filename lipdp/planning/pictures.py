@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lipdp.data.files import written_whole
 from lipdp.planning.tan import SWEET_SPOT, WALL
 
 if TYPE_CHECKING:
@@ -92,12 +90,6 @@ def accuracy_against_rate(curves: Mapping[str, Sequence[tuple[float, float]]], *
     axes.set(xscale="log", xlabel="learning rate", ylabel="accuracy", title=title)
     axes.legend(fontsize="small")
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write it as PNG, SVG, …, by the name; whole or not at all."""
-    with written_whole(path) as stream:
-        figure.savefig(stream, format=path.suffix.removeprefix("."))
 
 
 def _axes() -> tuple[Figure, Axes]:

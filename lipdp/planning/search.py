@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
-from lipdp.planning.files import read_json, write_json
+from lipdp.files import read_json, write_json
 from lipdp.planning.simulation import LABEL, Simulation, simulation
 from lipdp.planning.space import Choice, Dimension, Scalar
 from lipdp.planning.workers import workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
@@ -51,7 +52,7 @@ def calibrate(
     >>> 0.995 <= epsilon(noise_multiplier=sigma, sampling_rate=0.01, steps=200, delta=1e-5) <= 1.0
     True
     """
-    if not (isinstance(target_epsilon, (int, float)) and 0.0 < target_epsilon < math.inf):
+    if not (isinstance(target_epsilon, Real) and 0.0 < target_epsilon < math.inf):
         raise ParameterError(f"target_epsilon={target_epsilon!r}: a finite number > 0 is needed")
     if target_epsilon > _LARGEST:
         raise CalibrationError(

@@ -96,6 +96,8 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
 
 def _others(targets: Tensor, num_outputs: int) -> Tensor:
     """Targets of another kind than these: the next class, or the value mirrored."""
+    if targets.dtype is torch.bool:
+        return ~targets
     if not targets.is_floating_point():
         return (targets + 1) % max(num_outputs, 2)
     return torch.where((targets >= 0) & (targets <= 1), 1 - targets, -targets)

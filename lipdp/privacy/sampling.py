@@ -6,6 +6,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -162,7 +163,7 @@ class PoissonSampler(_IndependentBatches):
     def __init__(
         self, population: int, *, sampling_rate: float, steps: int, seed: int | None = None, secure: bool = False
     ) -> None:
-        if not (isinstance(sampling_rate, (int, float)) and 0.0 < sampling_rate <= 1.0):
+        if not (isinstance(sampling_rate, Real) and 0.0 < sampling_rate <= 1.0):
             raise ParameterError(f"sampling_rate is {sampling_rate}; it must be in (0, 1]")
         super().__init__(population, steps, float(sampling_rate), seed, secure)
 

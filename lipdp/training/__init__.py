@@ -19,7 +19,7 @@ from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import check_digest, with_digest
 from lipdp.training.assembly import assemble, decided, prepare
-from lipdp.training.checkpoint import RunFolder, facts_digest, load_optimizer, plain_number
+from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.environment import environment
 from lipdp.training.evaluation import evaluate
@@ -125,10 +125,7 @@ class Trainer:
         trainer.folder = folder
         trainer.engine.facts.check_same(checkpoint.get("facts", {}))
         trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
-        recorded = folder.recorded_digest()
-        if recorded not in (None, facts_digest(trainer.engine.facts.as_dict())):
-            raise ResumeError(f"privacy.json in {folder} has other privacy facts than the checkpoint: whose is it?")
-        folder.check_privacy()
+        folder.check_privacy(trainer.engine.facts.as_dict())
         return trainer
 
     # -- construction --------------------------------------------------------------------------------------------------
@@ -269,7 +266,6 @@ class Trainer:
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
             **facts,
-            "facts_digest": facts_digest(facts),
             "steps": self.engine.steps_taken,
             "steps_counted_again": self._again,
             "planned_steps": self.total_steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -15,8 +14,8 @@ from typing import Any
 
 import torch
 
-from lipdp.data.files import written_whole
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
+from lipdp.files import write_bytes, write_json, written_whole
 from lipdp.privacy.facts import check_digest
 
 _log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class RunFolder:
     def start(self, config: Mapping[str, Any]) -> None:
         """Make the folder and write `config.json`; refused where a run lies already."""
         self.require_free()
-        self._write_json("config.json", config)
+        write_json(self.path / "config.json", config)
 
     def config(self) -> dict[str, Any]:
         """What `start` wrote; CheckpointError if it cannot be read."""
@@ -74,15 +73,15 @@ class RunFolder:
     def add_session(self, session: Mapping[str, str]) -> None:
         """Add to `environment.json` where and by which command the run was started or resumed; ε does not depend on it."""
         before = _parsed(self._text("environment.json"), list)
-        self._write("environment.json", (json.dumps([*before, session], indent=2) + "\n").encode())
+        write_json(self.path / "environment.json", [*before, session])
 
     def write_privacy(self, facts: Mapping[str, Any]) -> None:
         """Write `privacy.json`."""
-        self._write_json("privacy.json", facts)
+        write_json(self.path / "privacy.json", facts)
 
     def write_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write `metrics.jsonl`, one JSON object a line."""
-        self._write("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+        write_bytes(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Write a new `checkpoint.pt`; the one there becomes `checkpoint.previous.pt`, unless `load` found it damaged."""
@@ -124,16 +123,19 @@ class RunFolder:
             steps.append(_number("steps", self._text("privacy.json")))
         return max(steps)
 
-    def check_privacy(self) -> None:
-        """ResumeError where `privacy.json` is there and was edited since it was written."""
-        report = _parsed(self._text("privacy.json"))
-        if "digest" in report:
-            check_digest(report, str(self.path / "privacy.json"))
+    def check_privacy(self, facts: Mapping[str, Any]) -> None:
+        """Refuse `privacy.json` where it was edited, or states other facts than these; a lost one is written again.
 
-    def recorded_digest(self) -> str | None:
-        """`facts_digest` of `privacy.json`, if there is one."""
-        digest = _parsed(self._text("privacy.json")).get("facts_digest")
-        return None if digest is None else str(digest)
+        Raises:
+            ResumeError: says which.
+        """
+        report = _parsed(self._text("privacy.json"))
+        if "digest" not in report:
+            return
+        check_digest(report, str(self.path / "privacy.json"))
+        stated = {name: report.get("planned_steps" if name == "steps" else name) for name in facts}
+        if stated != dict(facts):
+            raise ResumeError(f"privacy.json in {self} has other privacy facts than the checkpoint: whose is it?")
 
     def seal(self) -> None:
         """Take out of the checkpoints what only a resume needs: the run is over, and its keys tell the noise."""
@@ -173,28 +175,6 @@ class RunFolder:
             return (self.path / name).read_text()
         except (OSError, ValueError):
             return ""
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        self._write(name, (json.dumps(value, indent=2) + "\n").encode())
-
-    def _write(self, name: str, content: bytes) -> None:
-        path = self.path / name
-        try:
-            with written_whole(path) as stream:
-                stream.write(content)
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be written ({error.strerror or error}): give another --out, or free some space"
-            ) from error
-
-
-def facts_digest(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of the facts that ε depends on, as JSON with sorted keys: two runs with one digest have one ε per step.
-
-    >>> facts_digest({"a": 1, "b": 2.0}) == facts_digest({"b": 2.0, "a": 1})
-    True
-    """
-    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()
 
 
 def _parsed(text: str, kind: type = dict) -> Any:

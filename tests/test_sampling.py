@@ -15,7 +15,8 @@ from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError
-from lipdp.privacy.sampling import BatchLoader, FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.privacy.loader import BatchLoader
+from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.relation import Relation
 
 FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass

@@ -15,7 +15,7 @@ from lipdp.audit.experiments import Experiment
 from lipdp.errors import ParameterError
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.privacy.sampling import BatchLoader
+from lipdp.privacy.loader import BatchLoader
 
 Array = NDArray[np.float64]
 Tensors = dict[str, Tensor]

@@ -15,7 +15,8 @@ from lipdp.errors import ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.nn import GradientGate
 from lipdp.privacy.events import Event
-from lipdp.privacy.sampling import BatchLoader, PoissonSampler
+from lipdp.privacy.loader import BatchLoader
+from lipdp.privacy.sampling import PoissonSampler
 from lipdp.training.choices import make_scheduler
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

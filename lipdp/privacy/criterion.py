@@ -9,7 +9,7 @@ from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.sampling import BatchLoader
+from lipdp.privacy.loader import BatchLoader
 
 
 class PrivateCriterion(nn.Module):

@@ -19,9 +19,10 @@ from lipdp.privacy.criterion import PrivateCriterion, check_loss
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, get_allocation
 from lipdp.privacy.run import Run
-from lipdp.privacy.sampling import BatchLoader, FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.privacy.secure import SecureGaussianNoise
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity

@@ -16,8 +16,8 @@ from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.events import Ledger, remaining_noise_multiplier
 from lipdp.privacy.facts import PrivacyFacts, check_digest, with_digest
 from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplier
-from lipdp.privacy.sampling import BatchLoader
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep

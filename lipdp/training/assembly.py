@@ -19,7 +19,7 @@ from lipdp.privacy.calibration import EpsilonCurve, calibrate
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.sampling import BatchLoader
+from lipdp.privacy.loader import BatchLoader
 from lipdp.relation import Relation
 from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig

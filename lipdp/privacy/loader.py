@@ -1,0 +1,179 @@
+"""The loader: feeds a dataset's records to the training loop in the batches that a sampler draws."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from lipdp.errors import DataError, EngineError, ParameterError
+from lipdp.privacy.sampling import Sampler
+
+
+class BatchLoader:
+    """Feeds a dataset's records to the training loop in the batches that a sampler draws.
+
+    Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
+    each batch not yet consumed; an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
+    iterating again all continue after the last batch that was *yielded*; after `steps` batches nothing more comes, for
+    `steps` is the privacy budget. Only the newest iteration is live: going on with an older one is an error, since it
+    would hand out the same draw twice. There is no `collate_fn`: a collation that mixes records (mix-up) would break
+    the per-record sensitivity.
+
+    A `TensorDataset` is indexed directly, in this process and on its own device. Any other map-style dataset goes
+    through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer. Index
+    draws are bit-identical on resume; random augmentation inside workers is torch's and is not. torch's global
+    generator is left alone.
+
+    Args:
+        dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`.
+        sampler: owned by the loader from here on; save and load it through the loader.
+        num_workers: processes that read records, for a dataset that is not a `TensorDataset`.
+        pin_memory: page-locked batches, where CUDA is available.
+
+    Raises:
+        EngineError: an `IterableDataset`, or one without a length: it can't be sampled.
+        ParameterError: a length that is not the sampler's population, or a negative `num_workers`.
+
+    >>> dataset = TensorDataset(torch.zeros(100, 3), torch.zeros(100, dtype=torch.int64))
+    >>> loader = BatchLoader(dataset, PoissonSampler(100, sampling_rate=0.05, steps=2, seed=0))
+    >>> for x, y in loader:
+    ...     print(x.shape == (loader.last_batch_size, 3), len(x) == len(y))
+    True True
+    True True
+    >>> len(loader), loader.position, list(loader)
+    (2, 2, [])
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], sampler: Sampler, *, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        _require_map_style(dataset, sampler.population)
+        if num_workers < 0:
+            raise ParameterError(f"num_workers is {num_workers}; it must be 0 or more")
+        self.dataset = dataset
+        self.sampler = sampler
+        self.last_batch_size: int | None = None
+        """Number of records in the last batch yielded; None before the first."""
+        self.last_batch: Any = None
+        """The last batch yielded, for checks of the records in it."""
+        self._records: Dataset[Any]
+        if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
+            self._records, self._num_workers = _TensorRecords(dataset), 0
+        else:
+            self._records, self._num_workers = _MapStyleRecords(dataset), num_workers
+        self._pin_memory = pin_memory and torch.cuda.is_available()
+        self._consumed = sampler.state_dict()
+        self._iteration = 0
+
+    def __len__(self) -> int:
+        return self.sampler.steps
+
+    @property
+    def position(self) -> int:
+        """Number of batches yielded so far, over all iterations and resumptions."""
+        return int(self._consumed["position"])
+
+    def __iter__(self) -> Iterator[Any]:
+        self._iteration += 1
+        iteration = self._iteration
+        self.sampler.load_state_dict(self._consumed)  # take back what an abandoned iteration had drawn ahead
+        ahead: deque[tuple[int, dict[str, Any]]] = deque()
+        batches = DataLoader(
+            self._records,
+            batch_size=None,
+            sampler=self._draws(iteration, ahead),
+            num_workers=self._num_workers,
+            collate_fn=_unchanged,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),
+        )
+        for batch in batches:
+            self._require_newest(iteration)
+            self.last_batch_size, self._consumed = ahead.popleft()
+            self.last_batch = tuple(batch) if isinstance(batch, list) else batch
+            del batch
+            yield self.last_batch
+
+    def _draws(self, iteration: int, ahead: deque[tuple[int, dict[str, Any]]]) -> Iterator[np.ndarray]:
+        """The indices of each batch; notes its size and the state after it for when the batch will be consumed."""
+        draws = iter(self.sampler)
+        while True:
+            self._require_newest(iteration)
+            indices = next(draws, None)
+            if indices is None:
+                return
+            ahead.append((indices.numel(), self.sampler.state_dict()))
+            yield indices.numpy()
+
+    def _require_newest(self, iteration: int) -> None:
+        if iteration != self._iteration:
+            raise EngineError("this loader has been iterated again since; go on with the newest iteration only")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's state after the last batch yielded, whatever workers have drawn ahead."""
+        return self._consumed
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch at which `state` was taken; errors as the sampler's. Ends running iterations."""
+        self.sampler.load_state_dict(state)
+        self._consumed = self.sampler.state_dict()
+        self._iteration += 1
+        self.last_batch_size = self.last_batch = None
+
+
+class _TensorRecords(Dataset[Any]):
+    """Whole batches of a `TensorDataset`, one gather per tensor, where the tensors are."""
+
+    def __init__(self, dataset: TensorDataset) -> None:
+        self._tensors = dataset.tensors
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, ...]:
+        picked = torch.from_numpy(indices)
+        return tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
+
+
+class _MapStyleRecords(Dataset[Any]):
+    """Whole batches of any map-style dataset, collated; the empty batch is an empty slice of record 0."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, indices: np.ndarray) -> Any:
+        if indices.size == 0:
+            return _emptied(default_collate([self._dataset[0]]))
+        many = getattr(self._dataset, "__getitems__", None)
+        picked = indices.tolist()
+        return default_collate(many(picked) if callable(many) else [self._dataset[index] for index in picked])
+
+
+def _emptied(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:0]
+    if isinstance(batch, dict):
+        return {key: _emptied(value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return [_emptied(value) for value in batch]
+    raise DataError(
+        f"a record holds a {type(batch).__name__}; records must be tensors, arrays or numbers to be trained on"
+    )
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _require_map_style(dataset: Dataset[Any], population: int) -> None:
+    kind = type(dataset).__name__
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise EngineError(
+            f"{kind} can't be sampled: every record must be drawn independently, by its index. "
+            "Give a map-style dataset, with __len__ and __getitem__ (a TensorDataset, say)"
+        )
+    if len(dataset) != population:
+        raise ParameterError(f"{kind} has {len(dataset)} records but the sampler draws from {population}")

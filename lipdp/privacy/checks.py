@@ -1,9 +1,9 @@
-"""What a run checks on the side: that projections land, and that the gradients of its records are within their bounds."""
+"""What a run checks: that gradients are finite and possible, that projections land, that its records keep to their bounds."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,11 +12,85 @@ from torch import Tensor, nn
 
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.probe import probe_input, untouched
-from lipdp.errors import BoundViolation, ConstraintError, ParameterError
+from lipdp.errors import BoundViolation, ConstraintError, EngineError, NonFiniteError, ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.nn.constrained import Constrained
+from lipdp.privacy.later import Later
 
 _SHARE = 0.003  # of a step that each of the two checks may cost, on average
+
+
+class StepCheck:
+    r"""At every step, before anything is added: is all finite, and no gradient where the bound says there is none?
+
+    A gradient with Δ_l = 0 gets no noise, so one that is not 0 would be released as it is.
+
+    At once, the host reads the answer and raises before the step changes anything. Deferred, the device goes on: the answer
+    is read at the next step, or before (`PrivacyEngine.settle`). Nothing is released in between, whoever reads the weights:
+    where the answer is no, `scale` is NaN, and every gradient of the step with it, so that what the step leaves behind
+    tells nothing of the records but the answer, which the error tells as well.
+
+    Args:
+        deferred: whether the answer is read later.
+
+    Source: ours; that nothing but the answer is released is the definition of `scale`.
+    """
+
+    def __init__(self, *, deferred: bool) -> None:
+        self.deferred = deferred
+        self._pending: tuple[Later, int, list[str], Tensor, Tensor] | None = None
+
+    def look(
+        self, names: Sequence[str], gradients: Sequence[Tensor], deltas: Tensor, stds: Tensor, *, step: int
+    ) -> Tensor:
+        """Whether the step may be taken: () bool on the device of the gradients; read here unless deferred.
+
+        Args:
+            names, gradients: of the D parameters.
+            deltas, stds: (D,) Δ_l and s_l.
+            step: number of this step, counted from 1.
+        """
+        wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
+        norms = torch.stack([torch.linalg.vector_norm(g).double() for g in wide])
+        finite = torch.isfinite(norms + stds)
+        possible = (deltas > 0) | (norms == 0)
+        sound = (finite & possible).all()
+        self._pending = Later(sound), step, list(names), finite, possible
+        if not self.deferred:
+            self.read()
+        return sound
+
+    def scale(self, sound: Tensor, factor: float) -> float | Tensor:
+        """What the noisy sums are multiplied by: `factor`, and deferred NaN where the step was not to be taken."""
+        return torch.where(sound, factor, math.nan) if self.deferred else factor
+
+    def read(self) -> None:
+        """The answer to the last look, once.
+
+        Raises:
+            NonFiniteError, EngineError: it is no.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None or bool(pending[0].read()):
+            return
+        _, step, names, finite, possible = pending
+        lost = (
+            f"this was found after the step, whose weights are lost (NaN; nothing was released): go on from a checkpoint"
+            f" of step {step - 1} or before"
+            if self.deferred
+            else "nothing was released or changed"
+        )
+        bad = [n for n, ok in zip(names, finite.tolist(), strict=True) if not ok]
+        if bad:
+            raise NonFiniteError(
+                f"step {step}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; {lost}. Look for NaN in the"
+                " inputs, or lower the learning rate and resume from the last checkpoint"
+            )
+        bad = [n for n, ok in zip(names, possible.tolist(), strict=True) if not ok]
+        raise EngineError(
+            f"step {step}: {', '.join(bad)} has a gradient, but nothing leads from it to the output in the model as it was"
+            f" traced by make_private; the model computes something else now (train() against eval()?); {lost}"
+        )
 
 
 class ProjectionCheck:
@@ -26,16 +100,17 @@ class ProjectionCheck:
 
     Cost, in multiply-adds and counting the float64 ones twice: a layer's Gram matrix takes 2 m d for d weights and m the
     smaller side, its passes 3 B p d for p positions. Where the first come to 0.3 % of the second at most, as in
-    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last. On a CPU the answer is
-    read at once, elsewhere at the next step, where the run reads the device anyway.
+    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last. The answer is read at once,
+    or deferred to the next step.
 
     Args:
         graph: the traced model.
         batch_size: B.
         steps: T.
+        deferred: whether the answer is read later; None: on a CPU at once, elsewhere later.
     """
 
-    def __init__(self, graph: BoundGraph, *, batch_size: int, steps: int) -> None:
+    def __init__(self, graph: BoundGraph, *, batch_size: int, steps: int, deferred: bool | None = None) -> None:
         names = {id(m): path for path, m in graph.model.named_modules()}
         self._layers = {names[id(s.module)]: s.module for s in graph.steps if isinstance(s.module, Constrained)}
         checks = sum(2 * min(m.weight_matrix().shape[-2:]) * m.weight.numel() for m in self._layers.values())
@@ -45,18 +120,19 @@ class ProjectionCheck:
             if isinstance(s.module, Constrained)
         )
         self.every = max(1, math.ceil(checks / (_SHARE * batch_size * max(passes, 1))))
-        self._at_once, self._steps = graph.device.type == "cpu", steps
-        self._found: dict[str, Tensor] = {}
+        self._at_once, self._steps = graph.device.type == "cpu" if deferred is None else not deferred, steps
+        self._found: tuple[list[str], Later] | None = None
 
     def look(self, step: int) -> None:
         """After projection number `step`, counted from 1."""
         last = step == self._steps
         if last or step % self.every == 0:
-            self._found = {
+            found = {
                 f"{path}.{name}" if path else name: answer
                 for path, layer in self._layers.items()
                 for name, answer in layer.outside().items()
             }
+            self._found = (list(found), Later(torch.stack(list(found.values())))) if found else None
             if self._at_once or last:
                 self.read()
 
@@ -66,8 +142,10 @@ class ProjectionCheck:
         Raises:
             ConstraintError: a weight is outside. (One that is not finite is named at the next step, and by the trainer.)
         """
-        found, self._found = self._found, {}
-        bad = [name for name, answer in found.items() if bool(answer)]
+        found, self._found = self._found, None
+        if found is None:
+            return
+        bad = [name for name, answer in zip(found[0], found[1].read().tolist(), strict=True) if answer]
         layers = [self._layers[name.rpartition(".")[0]] for name in bad]
         bad = [n for n, m in zip(bad, layers, strict=True) if bool(getattr(m, n.rpartition(".")[2]).isfinite().all())]
         if bad:

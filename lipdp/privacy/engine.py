@@ -46,6 +46,8 @@ class PrivacyEngine:
             `SecureGaussianNoise` says what that defends and what not. Needs the extra "secure".
         check_every: steps between looks at the gradients of a few records (`GradientCheck`); 0 never, None where it
             costs 0.3 % of the run.
+        deferred: whether the checks of a step leave their answers on the device, to be read at the next step, so that no step
+            waits for the device; see `settle`. None: on a CPU at once, elsewhere deferred.
 
     Raises:
         EngineError, OptimizerError, BoundViolation, ConstraintError: from `optimizer.step()`, before anything is released:
@@ -74,9 +76,10 @@ class PrivacyEngine:
         seed: int | None = None,
         secure: bool = False,
         check_every: int | None = None,
+        deferred: bool | None = None,
     ) -> None:
         self.accountant = get_accountant(accountant)
-        self.seed, self.secure, self.check_every = seed, secure, check_every
+        self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
         self.ledger = Ledger()
         self._run: Run | None = None
 
@@ -175,6 +178,7 @@ class PrivacyEngine:
             noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
             ledger=self.ledger,
             check_every=self.check_every,
+            deferred=self.deferred,
         )
         return module, optimizer, loader, private
 
@@ -262,6 +266,17 @@ class PrivacyEngine:
     def noise_stds(self) -> dict[str, float]:
         """Standard deviation of the noise on each parameter's *summed* gradient, at the weights as they are."""
         return self._current().noise_stds()
+
+    def settle(self) -> None:
+        """Read what the checks of the last step found, where they are deferred; then the weights may be saved or shown.
+
+        A step that was not to be taken leaves NaN behind, so weights that are saved too early are lost but tell nothing. The
+        next step, the last of the budget, `state_dict`, `sensitivity` and `detach` settle by themselves.
+
+        Raises:
+            NonFiniteError, EngineError, ConstraintError: from the checks of the last step.
+        """
+        self._current().settle()
 
     def detach(self) -> None:
         """Remove the hooks: what remains is the plain torch model and optimiser."""

@@ -107,14 +107,15 @@ class GateState:
     """The gate of one run: its current bound and, for a quantile, the private count of the step in progress.
 
     Attributes:
-        bound: the gate is at the smaller of this and the loss's constant.
+        bound: the gate is at the smaller of this and the loss's constant. For a quantile, from its first use on, a float64
+            tensor on the device of the logits, which nothing reads on the host.
         samples: batch number → cotangents that went through since the last step, one for every backward pass. Passes
             whose gradients are gone (`torch.autograd.grad`, `zero_grad()`) are forgotten.
         unused: whether no parameter holds a gradient; set by the engine.
     """
 
     def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:
-        self.bound = bound
+        self.bound: float | Tensor = bound
         self.samples: Counter[int] = Counter()
         self.unused: Callable[[], bool] = lambda: False
         self._pass = -1
@@ -123,7 +124,13 @@ class GateState:
 
     def apply(self, logits: Tensor, constant: float | Tensor, batch: int) -> Tensor:
         """The logits of (a part of) batch number `batch`, with cotangents gated at min(bound, the loss's constant)."""
-        limit = min(self.bound, constant) if isinstance(constant, float) else constant.clamp(max=self.bound)
+        if self._rule is not None and not isinstance(self.bound, Tensor):
+            self.bound = torch.full((), self.bound, dtype=torch.float64, device=logits.device)
+        limit: float | Tensor
+        if isinstance(constant, Tensor):
+            limit = constant.clamp(max=self.bound)
+        else:
+            limit = self.bound.clamp(max=constant) if isinstance(self.bound, Tensor) else min(self.bound, constant)
         return _Gate.apply(logits, limit, partial(self._observe, batch))
 
     def _observe(self, batch: int, cotangent: Tensor) -> None:
@@ -145,9 +152,9 @@ class GateState:
         count = torch.zeros(1, dtype=torch.float64, device=noise.source.device)
         if seen is not None:
             count += seen
-        noise.add_([count], torch.tensor([rule.count_std * sensitivity_factor]))
-        share = float(count) / batch_size + 0.5
-        self.bound *= math.exp(-rule.learning_rate * (share - rule.quantile))
+        noise.add_([count], torch.full_like(count, rule.count_std * sensitivity_factor))
+        share = count[0] / batch_size + 0.5
+        self.bound = (-rule.learning_rate * (share - rule.quantile)).exp() * self.bound
 
     def _forget(self) -> None:
         self.samples.clear()
@@ -155,7 +162,7 @@ class GateState:
 
     def state_dict(self) -> dict[str, float]:
         """The bound; a count never outlives its step."""
-        return {"bound": self.bound}
+        return {"bound": float(self.bound)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue at a saved bound."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds import BoundGraph, Sweep
-from lipdp.errors import CheckpointError, EngineError, NonFiniteError, OptimizerError
+from lipdp.errors import CheckpointError, EngineError, OptimizerError
 from lipdp.nn import project_
-from lipdp.privacy.checks import GradientCheck, ProjectionCheck
+from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.events import Ledger, remaining_noise_multiplier
 from lipdp.privacy.facts import PrivacyFacts, check_digest, with_digest
@@ -39,6 +39,7 @@ class Run:
         noise: GaussianNoise,
         ledger: Ledger,
         check_every: int | None,
+        deferred: bool | None = None,
     ) -> None:
         self.module, self.criterion, self.loader = module, criterion, loader
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
@@ -49,7 +50,11 @@ class Run:
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         batch_size = facts.expected_batch_size
         self._gradients = GradientCheck(module, self.graph, criterion.loss, batch_size=batch_size, every=check_every)
-        self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=facts.steps)
+        self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
+        self._step_check = StepCheck(deferred=self.deferred)
+        self._projections = ProjectionCheck(
+            self.graph, batch_size=batch_size, steps=facts.steps, deferred=self.deferred
+        )
         self.factor = Relation(facts.relation).sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate.noise_multiplier] if gate.noise_multiplier < math.inf else []
@@ -73,7 +78,9 @@ class Run:
 
     def _start(self, output_bound: Tensor) -> Tensor:
         constant = self.criterion.loss.constant(output_bound)
-        return torch.as_tensor(constant, dtype=torch.float64, device=self.graph.device).clamp(max=self.gate.bound)
+        if not isinstance(constant, Tensor):  # `full`, which copies nothing from the host
+            constant = torch.full((), constant, dtype=torch.float64, device=self.graph.device)
+        return constant.to(self.graph.device, torch.float64).clamp(max=self.gate.bound)
 
     def _deltas_and_stds(self) -> tuple[Tensor, Tensor]:
         """Δ_l and s_l as float64 tensors, scaled so that the joint noise multiplier is exact whatever the allocation."""
@@ -85,6 +92,7 @@ class Run:
         return deltas, stds * (self.gradient_multiplier / joint_noise_multiplier(deltas, stds))
 
     def sensitivity(self) -> Sensitivity:
+        self.settle()
         start = float(self._start(self.graph.output_bound()))
         return read_sweep(self.graph.sweep(self._start), start, Relation(self.facts.relation))
 
@@ -101,7 +109,7 @@ class Run:
                 "a closure re-evaluates the gradient after the noise was added; call optimizer.step() without one"
             )
         self._check_order()
-        self._projections.read()
+        self.settle()
         self._check_unchanged(optimizer)
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -109,18 +117,26 @@ class Run:
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
         sweep = self.graph.sweep(self._start)
         deltas, stds = self._shared(sweep)
-        self._check_gradients(gradients, deltas, stds)
+        sound = self._step_check.look(self.names, gradients, deltas, stds, step=self.ledger.steps + 1)
         self._check_records(sweep)
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
         self.noise.add_(gradients, stds)
-        torch._foreach_mul_(gradients, 1.0 / self.facts.expected_batch_size)
+        torch._foreach_mul_(gradients, self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size))
         self.gate.release(self.noise, self.facts.expected_batch_size, self.factor)
         self._taken_at = self.loader.position
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""
         project_(self.module)
-        self._projections.look(self.ledger.steps - self.before)
+        step = self.ledger.steps - self.before
+        self._projections.look(step)
+        if step == self.facts.steps:
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what the deferred checks of the last step found."""
+        self._step_check.read()
+        self._projections.read()
 
     # -- what is checked at every step ---------------------------------------------------------------------------------
 
@@ -168,35 +184,15 @@ class Run:
                 " that one, criterion(model(x), y).backward(): only there is every sample's gradient bounded"
             )
 
-    def _check_gradients(self, gradients: list[Tensor], deltas: Tensor, stds: Tensor) -> None:
-        """Refuse what is not finite, and a gradient where the bound says that there is none. One read of the device."""
-        wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
-        norms = torch.stack([torch.linalg.vector_norm(g).double() for g in wide])
-        finite = torch.isfinite(norms + stds)
-        possible = (deltas > 0) | (norms == 0)
-        if bool((finite & possible).all()):
-            return
-        step = self.ledger.steps + 1
-        bad = [n for n, ok in zip(self.names, finite.tolist(), strict=True) if not ok]
-        if bad:
-            raise NonFiniteError(
-                f"step {step}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; nothing was released or"
-                " changed. Look for NaN in the inputs, or lower the learning rate and resume from the last checkpoint"
-            )
-        bad = [n for n, ok in zip(self.names, possible.tolist(), strict=True) if not ok]
-        raise EngineError(
-            f"step {step}: {', '.join(bad)} has a gradient, but nothing leads from it to the output in the model as it was"
-            " traced by make_private; the model computes something else now (train() against eval()?)"
-        )
-
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        self._projections.read()
+        self.settle()
         state: dict[str, Any] = {
             "facts": self.facts.as_dict(),
             "ledger": self.ledger.state_dict(),

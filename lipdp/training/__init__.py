@@ -18,6 +18,7 @@ from lipdp.errors import CheckpointError, LipdpError, NonFiniteError, ResumeErro
 from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import check_digest, with_digest
+from lipdp.privacy.later import Later
 from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict, configure
@@ -146,7 +147,9 @@ class Trainer:
         self.planned, self._curve, self._random = parts.planned, parts.curve, parts.random
         self._epsilons = {self.total_steps: self.planned.epsilon}
         self.records: list[dict[str, Any]] = []
-        self.step, self._seconds, self._loss, self._samples = 0, 0.0, 0.0, 0
+        self.step, self._seconds, self._samples = 0, 0.0, 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._shown: Later | None = None
         self._saved_at: int | None = None
 
     @property
@@ -216,9 +219,12 @@ class Trainer:
         self.scheduler.step()
         self.ema.update()
         self.step += 1
-        self._loss += float(total)
+        self._loss += total
         self._samples += len(x)
-        self.monitor.step(self.step, float(total) / max(len(x), 1), self.epsilon_at(self._next_record()))
+        mean = Later(total.double() / max(len(x), 1))
+        # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
+        shown, self._shown = mean if self.device.type == "cpu" else self._shown or mean, mean
+        self.monitor.step(self.step, float(shown.read()), self.epsilon_at(self._next_record()))
 
     def epsilon_at(self, step: int) -> float:
         """An upper bound on ε after `step` steps of this run; at the end, what `engine.get_epsilon` says."""
@@ -242,7 +248,7 @@ class Trainer:
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss_not_private": self._loss / max(self._samples, 1),
+            "train_loss_not_private": float(self._loss) / max(self._samples, 1),
         }
         if self.config.gate_quantile is not None:
             record["gate"] = self.engine.state_dict()["gate"]["bound"]
@@ -250,7 +256,8 @@ class Trainer:
         with self.ema.applied():
             averaged = {f"test_{n}_ema": v for n, v in self._evaluate().items()}
         record |= {**test, **averaged, "seconds": round(self._seconds, 2)}
-        self._loss, self._samples = 0.0, 0
+        self._loss.zero_()
+        self._samples = 0
         self.records.append(record)
         self._save()
         self.monitor.record(record)
@@ -316,6 +323,7 @@ class Trainer:
         }
 
     def _check_weights(self) -> None:
+        self.engine.settle()
         bad = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
             kept = f"; the last good checkpoint is of step {self._saved_at}" if self._saved_at is not None else ""
@@ -333,7 +341,7 @@ class Trainer:
             "engine": self.engine.state_dict(),
             "random": random_state(self.device),
             "records": self.records,
-            "progress": [self.step, self._seconds, self._loss, self._samples],
+            "progress": [self.step, self._seconds, float(self._loss), self._samples],
         }
 
     def _restore(self, model: Mapping[str, Tensor], state: Mapping[str, Any], *, released: int) -> None:
@@ -351,7 +359,8 @@ class Trainer:
             with own_random_state(self.device, self._random):
                 pass
             self.records = [dict(record) for record in state["records"]]
-            self.step, self._seconds, self._loss, self._samples = map(plain_number, state["progress"])
+            self.step, self._seconds, loss, self._samples = map(plain_number, state["progress"])
+            self._loss.fill_(loss)
         except LipdpError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

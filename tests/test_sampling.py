@@ -15,8 +15,11 @@ from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError
+from lipdp.privacy import sampling
 from lipdp.privacy.loader import BatchLoader
+from lipdp.privacy.ratchet import Ratchet
 from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.privacy.secure import keystream, keystream_blocks
 from lipdp.relation import Relation
 
 FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass
@@ -136,9 +139,95 @@ def test_fixed_size_batches_are_uniform_and_independent():
     assert independent_columns(np.array([table[:-1].ravel(), table[1:].ravel()]).T, 0.2)
 
 
+def subset_frequencies(batches, population, q) -> float:
+    """p-value of the χ² test of all 2^N subsets against q^|S| (1−q)^(N−|S|), those expected under 10 times in one cell."""
+    codes = [int((1 << batch.numpy()).sum()) for batch in batches]
+    observed = np.bincount(codes, minlength=1 << population).astype(float)
+    sizes = np.array([bin(code).count("1") for code in range(1 << population)])
+    expected = len(codes) * q**sizes * (1 - q) ** (population - sizes)
+    rare = expected < 10
+    pool = lambda cells: np.append(cells[~rare], cells[rare].sum()) if rare.any() else cells  # noqa: E731
+    return stats.chisquare(pool(observed), pool(expected)).pvalue
+
+
 @pytest.mark.statistical
-def test_a_billion_records_cost_no_memory():
-    population, seen = 10**9, []
+@pytest.mark.parametrize("way", ["binomial", "arrivals", "secure"])
+def test_every_subset_comes_as_often_as_coin_flips_give_it(way, monkeypatch):
+    if way == "arrivals":
+        monkeypatch.setattr(sampling, "_MANY", 0)
+        monkeypatch.setattr(sampling, "_SPARSE", 1.0)
+    if way == "secure":
+        pytest.importorskip("cryptography")
+    batches = list(PoissonSampler(6, sampling_rate=0.3, steps=20_000, seed=1, secure=way == "secure"))
+    assert subset_frequencies(batches, 6, 0.3) > FALSE_ALARM
+    for wrong in (0.3 * 0.95, 0.3 * 1.05):
+        assert subset_frequencies(batches, 6, wrong) < FALSE_ALARM
+    dependent = [torch.arange(6)[torch.rand(1).expand(6) < 0.3] for _ in range(2000)]  # right marginals, all or nothing
+    assert subset_frequencies(dependent, 6, 0.3) < FALSE_ALARM
+
+
+@pytest.mark.statistical
+def test_the_batches_of_a_very_large_population_are_drawn_otherwise_and_alike(monkeypatch):
+    """What serves beyond 2²⁰ records passes every test on 100 records that the binomial draw passes."""
+    monkeypatch.setattr(sampling, "_MANY", 0)
+    found = verdicts(list(PoissonSampler(100, sampling_rate=0.05, steps=4000, seed=1)), 100, 0.05)
+    assert all(found.values()), found
+    batches = list(PoissonSampler(100, sampling_rate=0.0525, steps=4000, seed=1))
+    assert not verdicts(batches, 100, 0.05)["marginals"]
+    monkeypatch.setattr(sampling, "_SPARSE", 1.0)
+    assert not verdicts(list(PoissonSampler(100, sampling_rate=0.0525, steps=4000, seed=1)), 100, 0.05)["sizes"]
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("population", [2**20 + 1, 10**9, 2**40])
+def test_sizes_and_records_of_a_very_large_population(population):
+    """Mean, spread and place of 400 batches; each test would notice 5 % in q."""
+    q, steps = 4096 / population, 400
+    batches = list(PoissonSampler(population, sampling_rate=q, steps=steps, seed=3))
+    sizes = np.array([len(batch) for batch in batches])
+    z = (sizes.sum() - 4096 * steps) / math.sqrt(4096 * steps * (1 - q))
+    assert abs(z) < stats.norm.isf(FALSE_ALARM / 2)
+    assert abs(sizes.sum() * 1.05 - 4096 * steps) / math.sqrt(4096 * steps) > stats.norm.isf(FALSE_ALARM / 2)
+    spread = ((sizes - 4096) ** 2).sum() / (4096 * (1 - q))
+    assert stats.chi2.ppf(FALSE_ALARM / 2, steps) < spread < stats.chi2.isf(FALSE_ALARM / 2, steps)
+    groups = np.bincount(np.concatenate([batch.numpy() * 64 // population for batch in batches]), minlength=64)
+    assert stats.chisquare(groups).pvalue > FALSE_ALARM
+    assert all(bool((batch.diff() > 0).all()) for batch in batches)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 17])
+def test_secure_batches_do_not_depend_on_the_blocks_they_are_drawn_in(block, monkeypatch):
+    pytest.importorskip("cryptography")
+    monkeypatch.setattr(sampling, "keystream_blocks", lambda key, count: keystream_blocks(key, count, block=block))
+    poisson, fixed = (
+        PoissonSampler(50, sampling_rate=0.3, steps=5, seed=0, secure=True),
+        FixedSizeSampler(50, batch_size=9, steps=5, seed=0, secure=True),
+    )
+    ratchet = Ratchet("secure sampling", 0)
+    for batch, other in zip(poisson, fixed, strict=True):
+        words = keystream(ratchet.advance(), 50)
+        assert batch.tolist() == np.flatnonzero(words < 0.3 * 2**64).tolist()
+        assert other.tolist() == sorted(np.argsort(words)[:9].tolist())
+
+
+@pytest.mark.parametrize("kind", [PoissonSampler, FixedSizeSampler])
+def test_secure_batches_cost_memory_for_a_block_and_the_batch_only(kind):
+    pytest.importorskip("cryptography")
+    population = 3 * 10**6  # 24 MB of words
+    size = {"sampling_rate": 1e-4} if kind is PoissonSampler else {"batch_size": 300}
+    sampler = kind(population, steps=2, seed=0, secure=True, **size)
+    tracemalloc.start()
+    batches = list(sampler)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(200 < len(batch) < 400 for batch in batches)
+    assert peak < 6e6
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("population", [10**9, 2**40])
+def test_a_billion_records_cost_no_memory(population):
+    seen = []
     sampler = PoissonSampler(population, sampling_rate=4096 / population, steps=20, seed=4)
     tracemalloc.start()
     for batch in sampler:

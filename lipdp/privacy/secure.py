@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,24 @@ def keystream(key: int, count: int) -> np.ndarray:
 
     Source: Bernstein (2008), "ChaCha, a variant of Salsa20"; RFC 8439 (the first of its test vectors is the example).
     """
+    return next(keystream_blocks(key, count, block=max(count, 1)), np.empty(0, np.uint64))
+
+
+def keystream_blocks(key: int, count: int, *, block: int = 1 << 17) -> Iterator[np.ndarray]:
+    """The words of `keystream(key, count)` in order, at most `block` of them at a time and in memory.
+
+    >>> [len(words) for words in keystream_blocks(0, 5, block=2)]
+    [2, 2, 1]
+    """
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
     except ImportError as error:
         raise ParameterError(f'secure=True needs cryptography ({error}): pip install "lipdp[secure]"') from error
-    raw = bytearray(8 * count)
-    Cipher(algorithms.ChaCha20(key.to_bytes(32, "little"), bytes(16)), mode=None).encryptor().update_into(raw, raw)
-    return np.frombuffer(raw, np.uint64)
+    cipher = Cipher(algorithms.ChaCha20(key.to_bytes(32, "little"), bytes(16)), mode=None).encryptor()
+    for start in range(0, count, block):
+        raw = bytearray(8 * min(block, count - start))
+        cipher.update_into(raw, raw)
+        yield np.frombuffer(raw, np.uint64)
 
 
 class ChaChaSource:

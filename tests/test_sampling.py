@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
 import tracemalloc
 
 import numpy as np
@@ -502,6 +505,71 @@ def test_a_failing_record_does_not_count_as_consumed():
     with pytest.raises(OSError, match="disk"):
         next(iter(loader))
     assert loader.position == 0
+
+
+class Noisy(Records):
+    """Adds a draw of torch's generator to every record."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()), y
+
+
+def test_what_a_dataset_draws_is_the_same_with_any_number_of_workers_and_on_resume():
+    def noise(loader):
+        return [(x[:, 0, 0] - y).tolist() for x, y in loader]
+
+    state = torch.get_rng_state()
+    alone, helped = (noise(BatchLoader(Noisy(40), poisson(q=0.5), num_workers=n)) for n in (0, 2))
+    assert alone == helped
+    assert torch.equal(state, torch.get_rng_state())
+    drawn = [value for batch in alone for value in batch]
+    assert len({round(value, 4) for value in drawn}) > 0.95 * len(drawn)  # fresh for every record and step
+    assert 0.4 < np.mean(drawn) < 0.6
+    loader = BatchLoader(Noisy(40), poisson(q=0.5))
+    batches = iter(loader)
+    for _ in range(7):
+        next(batches)
+    resumed = BatchLoader(Noisy(40), poisson(seed=None, q=0.5), num_workers=2)
+    resumed.load_state_dict(loader.state_dict())
+    assert noise(resumed) == alone[7:]
+    assert noise(BatchLoader(Noisy(40), poisson(seed=1, q=0.5))) != alone
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_library_in_a_worker_keeps_its_kind_and_message(workers):
+    class Refuses(Records):
+        def __getitem__(self, index):
+            raise DataError("record 3 is no image")
+
+    with pytest.raises(DataError) as caught:
+        list(BatchLoader(Refuses(40), poisson(q=1.0), num_workers=workers))
+    assert str(caught.value) == "record 3 is no image"
+
+
+def test_a_worker_that_ends_is_an_error_that_says_what_to_do():
+    class Ends(Records):
+        def __getitem__(self, index):
+            os._exit(1)
+
+    with pytest.raises(DataError, match="try fewer workers"):
+        list(BatchLoader(Ends(40), poisson(q=1.0), num_workers=1))
+
+
+def test_workers_end_with_the_iteration_and_an_interrupt_is_for_the_process_that_trains():
+    def children():
+        return set(multiprocessing.active_children())
+
+    before = children()
+    batches = iter(BatchLoader(Records(40), poisson(), num_workers=2))
+    next(batches), next(batches)  # one of each worker
+    started = children() - before
+    assert len(started) == 2
+    for worker in started:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(next(batches)) == 2
+    batches.close()
+    assert children() == before
 
 
 @pytest.mark.gpu

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import signal
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from lipdp.errors import DataError, EngineError, ParameterError
+from lipdp.errors import DataError, EngineError, LipdpError, ParameterError
 from lipdp.privacy.sampling import Sampler
+
+Drawn: TypeAlias = tuple[np.ndarray, int]
+"""The indices of a batch, and a seed for what the dataset draws while it reads them."""
 
 
 class BatchLoader:
@@ -26,9 +33,10 @@ class BatchLoader:
     the per-record sensitivity.
 
     A `TensorDataset` is indexed directly, in this process and on its own device. Any other map-style dataset goes
-    through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer. Index
-    draws are bit-identical on resume; random augmentation inside workers is torch's and is not. torch's global
-    generator is left alone.
+    through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer. torch's
+    global generator is left alone: while a dataset reads a batch, it is seeded from the step's key, so that what the
+    dataset draws from it (random crops, say) is the same on resume and with any number of workers, and fresh at every step.
+    Those draws do not touch the account: see `lipdp.data.augment`.
 
     Args:
         dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`.
@@ -40,6 +48,7 @@ class BatchLoader:
         EngineError: an `IterableDataset`, or one without a length: it can't be sampled.
         ParameterError: a length that is not the sampler's population, or a negative `num_workers`.
 
+    >>> from lipdp.privacy.sampling import PoissonSampler
     >>> dataset = TensorDataset(torch.zeros(100, 3), torch.zeros(100, dtype=torch.int64))
     >>> loader = BatchLoader(dataset, PoissonSampler(100, sampling_rate=0.05, steps=2, seed=0))
     >>> for x, y in loader:
@@ -79,7 +88,7 @@ class BatchLoader:
         """Number of batches yielded so far, over all iterations and resumptions."""
         return int(self._consumed["position"])
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         self._iteration += 1
         iteration = self._iteration
         self.sampler.load_state_dict(self._consumed)  # take back what an abandoned iteration had drawn ahead
@@ -92,15 +101,16 @@ class BatchLoader:
             collate_fn=_unchanged,
             pin_memory=self._pin_memory,
             generator=torch.Generator(),
+            worker_init_fn=_ignore_interrupts,
         )
-        for batch in batches:
+        for batch in _told(batches):
             self._require_newest(iteration)
             self.last_batch_size, self._consumed = ahead.popleft()
             self.last_batch = tuple(batch) if isinstance(batch, list) else batch
             del batch
             yield self.last_batch
 
-    def _draws(self, iteration: int, ahead: deque[tuple[int, dict[str, Any]]]) -> Iterator[np.ndarray]:
+    def _draws(self, iteration: int, ahead: deque[tuple[int, dict[str, Any]]]) -> Iterator[Drawn]:
         """The indices of each batch; notes its size and the state after it for when the batch will be consumed."""
         draws = iter(self.sampler)
         while True:
@@ -108,8 +118,9 @@ class BatchLoader:
             indices = next(draws, None)
             if indices is None:
                 return
-            ahead.append((indices.numel(), self.sampler.state_dict()))
-            yield indices.numpy()
+            state = self.sampler.state_dict()
+            ahead.append((indices.numel(), state))
+            yield indices.numpy(), _seed_of(state)
 
     def _require_newest(self, iteration: int) -> None:
         if iteration != self._iteration:
@@ -133,8 +144,8 @@ class _TensorRecords(Dataset[Any]):
     def __init__(self, dataset: TensorDataset) -> None:
         self._tensors = dataset.tensors
 
-    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, ...]:
-        picked = torch.from_numpy(indices)
+    def __getitem__(self, drawn: Drawn) -> tuple[Tensor, ...]:
+        picked = torch.from_numpy(drawn[0])
         return tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
 
 
@@ -144,12 +155,56 @@ class _MapStyleRecords(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, indices: np.ndarray) -> Any:
+    def __getitem__(self, drawn: Drawn) -> Any:
+        indices, seed = drawn
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            try:
+                return self._read(indices)
+            except LipdpError as error:
+                return _Refusal(error)
+
+    def _read(self, indices: np.ndarray) -> Any:
         if indices.size == 0:
             return _emptied(default_collate([self._dataset[0]]))
         many = getattr(self._dataset, "__getitems__", None)
         picked = indices.tolist()
         return default_collate(many(picked) if callable(many) else [self._dataset[index] for index in picked])
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """An error of this library on its way out of a worker; torch would send its traceback as the message."""
+
+    error: LipdpError
+
+
+def _told(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; what kept one from being read is raised here."""
+    try:
+        for batch in batches:
+            if isinstance(batch, _Refusal):
+                raise batch.error
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a process that reads records ended ({str(error).splitlines()[0]}): killed, or short of memory or of shared"
+            " memory; try fewer workers, or none (--num-workers 0)"
+        ) from error
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the one that trains takes a checkpoint, then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _seed_of(state: dict[str, Any]) -> int:
+    """For what a dataset draws while it reads the batch: a hash of the state, its secret key included, and of the rank."""
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    text = json.dumps([state, rank], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7, person=b"lipdp.views").digest(), "little")
 
 
 def _emptied(batch: Any) -> Any:

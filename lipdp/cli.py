@@ -22,6 +22,8 @@ _LISTS = (
     "--epsilons",
     "--radii",
     "--taus",
+    "--devices",
+    "--sizes",
 )  # options that take several values in a row
 
 app = typer.Typer(

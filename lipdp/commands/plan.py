@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands import simulate
+from lipdp.commands import scale, simulate
 from lipdp.commands.options import interruptible
 from lipdp.errors import ParameterError
 
@@ -29,10 +29,13 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp plan simulate --help[/green]  (search hyper-parameters at a fraction of the compute)
 
+[green]lipdp plan --scale --help[/green]  (what a run costs in time and memory on W devices)
+
 With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-against-compute.png and .svg."""
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, cls=scale.PlanGroup)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
+app.command(epilog=scale.EPILOG)(scale.scale)
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)

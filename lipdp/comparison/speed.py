@@ -17,6 +17,7 @@ from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows
 from lipdp.errors import LipdpError, ParameterError
+from lipdp.processes import is_out_of_memory
 from lipdp.training.recipes import recipe
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -205,12 +206,6 @@ def _timed(session: Session, batch: Any, device: str) -> float:
 def _summary(seconds: Sequence[float]) -> Cell:
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else (seconds[0],) * 3
     return {"step_seconds": statistics.median(seconds), "step_seconds_iqr": high - low, "repetitions": len(seconds)}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on any device, says that there is no memory left."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def table(results: Results) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -15,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from lipdp import __version__
 from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
@@ -137,6 +139,22 @@ def _gate(trainer: Trainer) -> str:
     config = trainer.config
     bound = number(config.gate or trainer.criterion.loss.lipschitz)
     return f"gate {bound}" if config.gate_quantile is None else f"gate from {bound} to quantile {config.gate_quantile}"
+
+
+def show_profile(console: Console, table: dict[str, Any]) -> None:
+    """The parts of a step, the longest first."""
+    first, last = table["steps"]
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    rows.add_column(f"steps {first} to {last}")
+    rows.add_column("ms", justify="right")
+    rows.add_column("share", justify="right")
+    for name, part in sorted(table["parts"].items(), key=lambda item: -item[1]["seconds"]):
+        rows.add_row(name, f"{1e3 * part['seconds']:.2f}", f"{part['share']:.1%}")
+    rows.add_row("step", f"{1e3 * table['step_seconds']:.2f}", "", style="bold")
+    load = "" if table["load"] is None else f", load {table['load'][0]:.1f}"
+    console.print()
+    console.print(rows)
+    console.print(f"[dim]{table['device']}, {table['threads']} threads{load}[/dim]", highlight=False)
 
 
 def describe(record: dict[str, Any]) -> str:

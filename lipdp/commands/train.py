@@ -95,13 +95,17 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="also write curves to RUN/tensorboard", rich_help_panel="Run")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="where a step's time goes: RUN/profile.json, trace.json", rich_help_panel="Run"),
+    ] = False,
     seed: Annotated[int | None, _option("repeat the run exactly, for tests: NOT private", "Run")] = None,
 ) -> None:
     """Train a model with differential privacy; report ε and the accuracy on held-out records."""
     given = {
         name: value
         for name, value in locals().items()
-        if value is not None and name not in ("out", "resume", "tensorboard")
+        if value is not None and name not in ("out", "resume", "tensorboard", "profile")
     }
     for name in ("download", "secure"):
         if not given[name]:
@@ -116,19 +120,24 @@ def train(
 
     from rich.console import Console
 
-    from lipdp.commands.display import show_result, terminal_monitor
+    from lipdp.commands.display import show_profile, show_result, terminal_monitor
     from lipdp.training import Trainer, configure
+    from lipdp.training.profile import StepProfile
 
     console = Console()
     monitor = terminal_monitor(console)
     with monitor:
         if resume is not None:
-            trainer = Trainer.resume(resume, monitor=_told(monitor, resume, tensorboard), **given)
+            profiled = StepProfile(resume) if profile else None
+            trainer = Trainer.resume(resume, monitor=_told(monitor, resume, tensorboard), profile=profiled, **given)
         else:
             config = configure(**given)
             folder = out or _default_folder(config.dataset, config.model)
-            trainer = Trainer(config, out=folder, monitor=_told(monitor, folder, tensorboard))
+            profiled = StepProfile(folder) if profile else None
+            trainer = Trainer(config, out=folder, monitor=_told(monitor, folder, tensorboard), profile=profiled)
         result = trainer.run()
+    if profiled is not None and profiled.table is not None:
+        show_profile(console, profiled.table)
     show_result(console, result)
 
 

@@ -26,6 +26,7 @@ from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.privacy.secure import SecureGaussianNoise
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity
+from lipdp.timing import Timer
 
 _RELATIONS = {"poisson": Relation.ADD_OR_REMOVE_ONE, "fixed_size": Relation.REPLACE_ONE}
 
@@ -277,6 +278,11 @@ class PrivacyEngine:
             NonFiniteError, EngineError, ConstraintError: from the checks of the last step.
         """
         self._current().settle()
+
+    def time_with(self, timer: Timer) -> None:
+        """Name the parts of the following steps to `timer`: sampler, bound, checks, noise, projection."""
+        run = self._current()
+        run.timer = run.loader.timer = timer
 
     def detach(self) -> None:
         """Remove the hooks: what remains is the plain torch model and optimiser."""

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lipdp.errors import DataError, EngineError, LipdpError, ParameterError
 from lipdp.privacy.sampling import Sampler
+from lipdp.timing import UNTIMED, Timer
 
 Drawn: TypeAlias = tuple[np.ndarray, int]
 """The indices of a batch, and a seed for what the dataset draws while it reads them."""
@@ -71,6 +72,7 @@ class BatchLoader:
         """Number of records in the last batch yielded; None before the first."""
         self.last_batch: Any = None
         """The last batch yielded, for checks of the records in it."""
+        self.timer: Timer = UNTIMED
         self._records: Dataset[Any]
         if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
             self._records, self._num_workers = _TensorRecords(dataset), 0
@@ -115,7 +117,8 @@ class BatchLoader:
         draws = iter(self.sampler)
         while True:
             self._require_newest(iteration)
-            indices = next(draws, None)
+            with self.timer("sampler"):
+                indices = next(draws, None)
             if indices is None:
                 return
             state = self.sampler.state_dict()

@@ -21,6 +21,7 @@ from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplie
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep
+from lipdp.timing import UNTIMED, Timer
 
 
 class Run:
@@ -44,6 +45,7 @@ class Run:
         self.module, self.criterion, self.loader = module, criterion, loader
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
         self.graph, self.gate = criterion._graph, criterion._gate
+        self.timer: Timer = UNTIMED
         _refuse_private(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
@@ -108,30 +110,36 @@ class Run:
             raise OptimizerError(
                 "a closure re-evaluates the gradient after the noise was added; call optimizer.step() without one"
             )
-        self._check_order()
-        self.settle()
-        self._check_unchanged(optimizer)
+        with self.timer("checks"):
+            self._check_order()
+            self.settle()
+            self._check_unchanged(optimizer)
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-        sweep = self.graph.sweep(self._start)
-        deltas, stds = self._shared(sweep)
-        sound = self._step_check.look(self.names, gradients, deltas, stds, step=self.ledger.steps + 1)
-        self._check_records(sweep)
+        with self.timer("bound"):
+            sweep = self.graph.sweep(self._start)
+            deltas, stds = self._shared(sweep)
+        with self.timer("checks"):
+            sound = self._step_check.look(self.names, gradients, deltas, stds, step=self.ledger.steps + 1)
+            self._check_records(sweep)
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
-        self.noise.add_(gradients, stds)
-        torch._foreach_mul_(gradients, self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size))
-        self.gate.release(self.noise, self.facts.expected_batch_size, self.factor)
+        with self.timer("noise"):
+            self.noise.add_(gradients, stds)
+            torch._foreach_mul_(gradients, self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size))
+            self.gate.release(self.noise, self.facts.expected_batch_size, self.factor)
         self._taken_at = self.loader.position
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""
-        project_(self.module)
-        step = self.ledger.steps - self.before
-        self._projections.look(step)
-        if step == self.facts.steps:
-            self.settle()
+        with self.timer("projection"):
+            project_(self.module)
+        with self.timer("checks"):
+            step = self.ledger.steps - self.before
+            self._projections.look(step)
+            if step == self.facts.steps:
+                self.settle()
 
     def settle(self) -> None:
         """Read what the deferred checks of the last step found."""

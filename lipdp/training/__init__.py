@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import check_digest, with_digest
 from lipdp.privacy.later import Later
+from lipdp.timing import UNTIMED, Timer
 from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.environment import environment
 from lipdp.training.evaluation import evaluate
 from lipdp.training.monitor import Interrupted, Monitor, Result
+from lipdp.training.profile import StepProfile
 from lipdp.training.runtime import own_random_state, random_state, stop_signals
 
 __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "configure", "train"]
@@ -66,6 +69,7 @@ class Trainer:
         out: the run's folder; refused if it holds a run.
         split: the data, if they are not to be read as the configuration says.
         monitor: is told how it goes.
+        profile: times the parts of a few steps.
 
     Attributes:
         config: with every number decided.
@@ -81,7 +85,9 @@ class Trainer:
         out: str | os.PathLike[str] | None = None,
         split: Split | None = None,
         monitor: Monitor | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
+        self.profile = profile
         self.folder = None if out is None else RunFolder(out)
         if self.folder is not None:
             self.folder.require_free()  # before any long work
@@ -96,13 +102,14 @@ class Trainer:
         *,
         split: Split | None = None,
         monitor: Monitor | None = None,
+        profile: StepProfile | None = None,
         **given: Any,
     ) -> Trainer:
         """Go on with an interrupted run.
 
         Args:
             out: its folder.
-            split, monitor: as for a new run.
+            split, monitor, profile: as for a new run.
             given: settings; those of `config.RUNTIME` may differ from the run's.
 
         Raises:
@@ -112,7 +119,7 @@ class Trainer:
         folder = RunFolder(out)
         config = config_from_dict(folder.config())
         if folder.is_unstarted():
-            trainer = cls(config.resumed(given), split=split, monitor=monitor)
+            trainer = cls(config.resumed(given), split=split, monitor=monitor, profile=profile)
             trainer.folder = folder
             return trainer
         checkpoint = folder.load()
@@ -122,6 +129,7 @@ class Trainer:
         config = config.resumed(checkpoint["config"]).resumed(given)
         saved = checkpoint["resume"]
         trainer = cls.__new__(cls)
+        trainer.profile = profile
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=_saved_noise_multiplier(saved))
         trainer.folder = folder
         trainer.engine.facts.check_same(checkpoint.get("facts", {}))
@@ -150,6 +158,7 @@ class Trainer:
         self.step, self._seconds, self._samples = 0, 0.0, 0
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._shown: Later | None = None
+        self._timer: Timer = UNTIMED
         self._saved_at: int | None = None
 
     @property
@@ -186,8 +195,12 @@ class Trainer:
             else:
                 self._restate()
             clock = time.perf_counter() - self._seconds
-            for x, y in self._batches(stop):
-                self._take_step(x, y)
+            batches = iter(self.loader)
+            while self._goes_on(stop):
+                with self._timed():
+                    with self._timer("data"):
+                        x, y = next(batches)
+                    self._take_step(x, y)
                 self._seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()
@@ -195,16 +208,24 @@ class Trainer:
                     self._save()
         return self._finish()
 
-    def _batches(self, stop: threading.Event) -> Iterator[tuple[Tensor, Tensor]]:
-        """The loader's batches, until a signal comes: then a checkpoint and `Interrupted`."""
-        batches = iter(self.loader)
-        while self.step < self.total_steps:
-            if stop.is_set():
-                if self._saved_at != self.step:
-                    self._save()
-                where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
-                raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
-            yield next(batches)
+    def _goes_on(self, stop: threading.Event) -> bool:
+        """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
+        if self.step < self.total_steps and stop.is_set():
+            if self._saved_at != self.step:
+                self._save()
+            where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
+            raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
+        return self.step < self.total_steps
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """One step, its parts named to the profile, if there is one."""
+        if self.profile is None:
+            yield
+            return
+        with self.profile.step(self.step, self.total_steps, self.device) as self._timer:
+            self.engine.time_with(self._timer)
+            yield
 
     def _take_step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -212,12 +233,18 @@ class Trainer:
         size = self.config.microbatch or (_CPU_MICROBATCH if self.device.type == "cpu" else max(len(x), 1))
         for xb, yb in self.engine.microbatches(x, y, size):
             if len(xb):  # an empty batch has no gradient, and its step is noise
-                loss = self.criterion(self.model(xb.float()), yb)
-                loss.backward()
-                total += loss.detach()
-        self.optimizer.step()
-        self.scheduler.step()
-        self.ema.update()
+                with self._timer("model"):
+                    logits = self.model(xb.float())
+                with self._timer("loss"):
+                    loss = self.criterion(logits, yb)
+                    total += loss.detach()
+                with self._timer("backward"):
+                    loss.backward()
+                del logits, loss  # with the graph they hold
+        with self._timer("optimiser"):
+            self.optimizer.step()
+            self.scheduler.step()
+            self.ema.update()
         self.step += 1
         self._loss += total
         self._samples += len(x)

@@ -708,22 +708,285 @@ def test_another_criterion_is_refused():
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_closure_is_refused():
-    _, model, optimizer, loader, criterion = private()
-    x, y = next(iter(loader))
+# --- closures ---------------------------------------------------------------------------------------------------------
 
+
+def closed(model, optimizer, criterion, x, y, calls=None):
     def closure():
+        if calls is not None:
+            calls.append(torch.is_grad_enabled())
         optimizer.zero_grad()
         loss = criterion(model(x), y)
         loss.backward()
         return loss
 
-    with pytest.raises(OptimizerError, match="closure"):
+    return closure
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword", "none"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_closure_is_evaluated_once_and_releases_what_the_plain_step_does(kind, how):
+    results = []
+    for closure_given in (False, True):
+        torch.manual_seed(0)
+        model = lipschitz_net()
+        engine, model, optimizer, loader, criterion = private(model, optimizer=kind(model.parameters(), lr=0.1))
+        for x, y in loader:
+            calls = []
+            closure = closed(model, optimizer, criterion, x, y, calls)
+            with torch.set_grad_enabled(not closure_given):  # a step may be taken where gradients are off
+                if not closure_given:
+                    closure()
+                    optimizer.step(None)
+                elif how == "none":
+                    with torch.enable_grad():
+                        closure()
+                    assert optimizer.step(closure=None) is None
+                else:
+                    loss = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+                    assert loss.ndim == 0
+            assert calls == [True]
+        results.append((weights(model), engine.get_epsilon(1e-5)))
+    assert all(torch.equal(results[0][0][n], w) for n, w in results[1][0].items())
+    assert results[0][1] == results[1][1]
+
+
+def test_a_schedule_hands_the_closure_on():
+    engine, model, optimizer, loader, criterion = private(steps=2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps optimizer.step
+    for x, y in loader:
+        optimizer.step(closed(model, optimizer, criterion, x, y))
+        schedule.step()
+    assert engine.steps_taken == 2
+
+
+def test_the_gradient_of_a_closure_has_its_noise():
+    """Were the noise added before the closure, `zero_grad` inside it would take it away."""
+    _, model, optimizer, loader, criterion = private(plain_net(), table(features=100, classes=50), lr=1.0)
+    x, y = next(iter(loader))
+    before = weights(model)
+
+    def closure():
+        optimizer.zero_grad()
+        (criterion(model(x), y) * 0.0).backward()
+
+    optimizer.step(closure)
+    assert all((p.detach() != before[n]).float().mean() > 0.99 for n, p in model.named_parameters())
+
+
+class Extragradient(torch.optim.SGD):
+    """Takes a second gradient where the first one led, as SAM and extragradient methods do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for _ in range(2):
+            with torch.enable_grad():
+                loss = closure()
+            super().step.__wrapped__(self)
+        return loss
+
+
+def test_an_optimiser_that_evaluates_its_closure_again_is_refused():
+    model = lipschitz_net()
+    with pytest.raises(OptimizerError, match="LBFGS evaluates the gradient several times"):
+        private(model, optimizer=torch.optim.LBFGS(model.parameters()))
+    engine, model, optimizer, loader, criterion = private(
+        model, optimizer=Extragradient(model.parameters(), lr=0.1), steps=2
+    )
+    x, y = next(iter(loader))
+    calls = []
+    with pytest.raises(OptimizerError, match="more than once a step"):
+        optimizer.step(closed(model, optimizer, criterion, x, y, calls))
+    assert len(calls) == 1
+    assert engine.steps_taken == 1  # the noise of the first was drawn, so it counts
+
+
+def test_a_closure_that_returns_before_backward_is_refused():
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    before = weights(model)
+    with pytest.raises(EngineError, match="no gradient went through the criterion"):
+        optimizer.step(lambda: criterion(model(x), y))
+    assert engine.steps_taken == 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_closure_that_takes_the_gradient_twice_is_refused():
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+
+    def closure():
+        for _ in range(2):
+            criterion(model(x), y).backward()
+
+    with pytest.raises(EngineError, match="more than once"):
         optimizer.step(closure)
-    with pytest.raises(OptimizerError, match="closure"):
-        optimizer.step(closure=closure)
-    closure()
-    optimizer.step(None)
+    assert engine.steps_taken == 0
+
+
+def test_a_closure_that_steps_is_refused_after_the_one_step():
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+
+    def closure():
+        closed(model, optimizer, criterion, x, y)()
+        optimizer.step()
+        closed(model, optimizer, criterion, x, y)()
+
+    with pytest.raises(EngineError, match="without a new batch"):
+        optimizer.step(closure)
+    assert engine.steps_taken == 1
+
+
+@pytest.mark.parametrize("what", ["layer", "weights", "constraint"])
+def test_a_closure_that_changes_the_model_is_refused(what):
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+
+    def closure():
+        closed(model, optimizer, criterion, x, y)()
+        if what == "layer":
+            model[2] = nn.ReLU()
+        elif what == "constraint":
+            model[3].constraint = None
+        else:
+            with torch.no_grad():
+                model[3].weight.mul_(0.1)  # smaller bounds than those of the gradients
+
+    with pytest.raises(EngineError, match="changed"):
+        optimizer.step(closure)
+    assert engine.steps_taken == 0
+
+
+def test_a_step_takes_nothing_else():
+    _, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+    for arguments, named in (
+        ({"closure": 3}, "got 3"),
+        ({"inner_steps": 2}, "got inner_steps"),
+        ({"grad_scaler": None}, "GradScaler"),
+    ):
+        with pytest.raises(OptimizerError, match=named):
+            optimizer.step(**arguments)
+
+
+# --- between backward and step ----------------------------------------------------------------------------------------
+
+
+def clip_norm(model, optimizer):
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def clip_value(model, optimizer):
+    nn.utils.clip_grad_value_(model.parameters(), 0.1)
+
+
+def replace(model, optimizer):
+    model[1].weight.grad = model[1].weight.grad * 2
+
+
+def drop(model, optimizer):
+    optimizer.zero_grad()
+
+
+def add(model, optimizer):
+    model[3].weight.grad.add_(1.0)
+
+
+def shrink_weights(model, optimizer):
+    with torch.no_grad():
+        model[3].weight.mul_(0.1)
+
+
+@pytest.mark.parametrize("change", [clip_norm, clip_value, replace, drop, add, shrink_weights])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_backward_left_is_what_the_step_must_find(change, parts):
+    engine, model, optimizer, loader, criterion = private(steps=3)
+    batches = iter(loader)
+    x, y = next(batches)
+    for xb, yb in engine.microbatches(x, y, math.ceil(len(x) / parts)):
+        criterion(model(xb), yb).backward()
+    change(model, optimizer)
+    with pytest.raises(EngineError, match="were changed between"):
+        optimizer.step()
+    assert engine.steps_taken == 0
+
+
+def test_a_gradient_changed_between_two_parts_of_a_batch_is_refused():
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    first, second = engine.microbatches(x, y, math.ceil(len(x) / 2))
+    criterion(model(first[0]), first[1]).backward()
+    clip_norm(model, optimizer)
+    with pytest.raises(EngineError, match="were changed between"):
+        criterion(model(second[0]), second[1]).backward()
+    assert engine.steps_taken == 0
+
+
+def test_why_clipping_a_sum_is_refused():
+    """Layer 0 of one record, at its bound, changes what clipping leaves of layer 1 by far more than layer 1's bound."""
+    deltas = torch.tensor([10.0, 0.01])
+    others = torch.tensor([0.0, 5.0])  # what the other records sum to
+
+    def clipped(total, limit=5.0):
+        return total * min(1.0, limit / float(total.norm()))
+
+    moved = (clipped(others + torch.tensor([10.0, 0.0])) - clipped(others)).abs()
+    assert moved[1] > 100 * deltas[1]
+    stds = torch.tensor([2**0.5 * 10.0, 2**0.5 * 0.01])  # per layer, joint σ = 1
+    assert (moved / stds).norm() > 100  # where σ = 1 allows 1
+
+
+def test_weights_may_change_between_the_steps_and_gradients_after_the_noise():
+    engine, model, optimizer, loader, criterion = private(steps=4)
+    optimizer.register_step_pre_hook(lambda *_: clip_norm(model, optimizer) and None)  # sees the noisy gradients
+    for set_to_none, (x, y) in zip((True, False, False, True), loader, strict=True):
+        criterion(model(x), y)  # a look with gradients, unused
+        with torch.no_grad():
+            model[3].weight.mul_(0.9)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert engine.steps_taken == 4
+
+
+def test_a_fused_optimiser_under_a_scaler_is_refused():
+    model = lipschitz_net()
+    engine, model, optimizer, loader, criterion = private(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    )
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = next(iter(loader))
+    scaler.scale(criterion(model(x), y)).backward()
+    with pytest.raises(OptimizerError, match="bf16"):
+        scaler.step(optimizer)
+    assert engine.steps_taken == 0
+
+
+# --- a restored optimiser ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_restored_optimiser_without_its_account_is_refused(momentum):
+    engine, model, optimizer, loader, criterion = private(momentum=momentum)
+    train(model, optimizer, loader, criterion, steps=2)
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "engine": engine.state_dict()}, file)
+    train(model, optimizer, loader, criterion, steps=1)  # the state stays that of step 2
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again, model, optimizer, loader, criterion = private(momentum=momentum)
+    optimizer.load_state_dict(state["optimizer"])
+    for _ in range(2):
+        with pytest.raises(EngineError, match="restored after 2 private steps but the account has 0"):
+            train(model, optimizer, loader, criterion, steps=1)
+    again.load_state_dict(state["engine"])
+    train(model, optimizer, loader, criterion)
+    assert again.steps_taken == 5
+    optimizer.load_state_dict(state["optimizer"])  # an earlier one: the account has more steps, which is safe
+    again.detach()
+    assert "lipdp_steps" not in optimizer.state_dict()["param_groups"][0]
 
 
 def test_an_optimiser_over_other_parameters_is_refused():
@@ -835,8 +1098,20 @@ def test_autocast_needs_its_dtype_in_the_bound():
         logits = model(x)
         with pytest.raises(EngineError, match=r"forward_dtype=torch\.bfloat16"):
             criterion(logits.float(), y)  # the logits look like float32, the layers were not
-    with pytest.raises(EngineError, match=r"forward_dtype=torch\.bfloat16"):
-        criterion(logits, y)
+    for cast in (logits, logits.float()):  # outside of autocast, and as trainers cast it back for the loss
+        with pytest.raises(EngineError, match=r"forward_dtype=torch\.bfloat16"):
+            criterion(cast, y)
+    assert criterion(logits.detach().float(), y) > 0  # a metric needs no bound
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_float16_is_refused_with_the_reason(dtype):
+    _, model, _, loader, criterion = private(forward_dtype=dtype)
+    x, y = next(iter(loader))
+    with torch.autocast("cpu", dtype=torch.float16):
+        logits = model(x)
+    with pytest.raises(EngineError, match="16-mixed"):
+        criterion(logits.float(), y)
 
 
 def test_autocast_within_the_bound():

@@ -118,8 +118,8 @@ def realised_batch_size() -> AbstractContextManager[None]:
 
     def make(add_noise: Callable[..., None]) -> Callable[..., None]:
         @torch.no_grad()
-        def divided(self: Run, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            add_noise(self, optimizer, args, kwargs)
+        def divided(self: Run, optimizer: torch.optim.Optimizer) -> None:
+            add_noise(self, optimizer)
             drawn = max(1, self.loader.last_batch_size or 0)
             for parameter in self.parameters:
                 if parameter.grad is not None:

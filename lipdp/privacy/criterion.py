@@ -50,14 +50,41 @@ class PrivateCriterion(nn.Module):
         return float(constant) if not isinstance(constant, Tensor) else constant
 
     def _check(self, logits: Tensor) -> None:
-        lowest = logits.dtype
-        if torch.is_autocast_enabled(logits.device.type):
-            lowest = min(lowest, torch.get_autocast_dtype(logits.device.type), key=lambda dtype: dtype.itemsize)
+        kind = logits.device.type
+        outer = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
+        dtypes = {outer, *_computed_in(logits)}
+        lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+        if torch.float16 in dtypes:
+            raise EngineError(
+                "the forward pass runs in float16 (precision='16-mixed', mixed_precision='fp16'), which needs a scaled loss: the gate"
+                " at the logits would cut the scaled gradients of all records to the bound, and steps would be left out depending"
+                " on the records. Use bfloat16 with forward_dtype=torch.bfloat16"
+            )
         if lowest.itemsize < self._graph.dtype.itemsize:
             raise EngineError(
                 f"the forward pass runs in {lowest} but the bounds were computed for {self._graph.dtype}: pass"
                 f" forward_dtype={lowest} to make_private, so that the bounds include its rounding"
             )
+
+
+_HALF = frozenset({torch.bfloat16, torch.float16})
+
+
+def _computed_in(logits: Tensor) -> set[torch.dtype]:
+    """The dtype of the logits and the half-precision ones on the way to them, which trainers cast back out of sight."""
+    found = {logits.dtype}
+    if torch.compiler.is_compiling():
+        return found
+    waiting, seen = [logits.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not hasattr(node, "variable"):  # a weight, in whatever dtype it is kept
+            found.update(_HALF.intersection(m.dtype for m in getattr(node, "_input_metadata", ()) if m is not None))
+        waiting.extend(source for source, _ in node.next_functions)
+    return found
 
 
 @torch.no_grad()

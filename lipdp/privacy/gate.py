@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lipdp.errors import ParameterError
 from lipdp.nn.gates import clip_norm, per_sample_norm
 from lipdp.privacy.noise import GaussianNoise
+from lipdp.privacy.seal import GradientSeal
 
 
 class _Gate(torch.autograd.Function):
@@ -112,12 +113,14 @@ class GateState:
         samples: batch number → cotangents that went through since the last step, one for every backward pass. Passes
             whose gradients are gone (`torch.autograd.grad`, `zero_grad()`) are forgotten.
         unused: whether no parameter holds a gradient; set by the engine.
+        seal: the gradients as the last backward pass left them; set by the engine.
     """
 
     def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:
         self.bound: float | Tensor = bound
         self.samples: Counter[int] = Counter()
         self.unused: Callable[[], bool] = lambda: False
+        self.seal = GradientSeal(list)
         self._pass = -1
         self._rule = quantile
         self._count: Tensor | None = None
@@ -131,12 +134,14 @@ class GateState:
             limit = constant.clamp(max=self.bound)
         else:
             limit = self.bound.clamp(max=constant) if isinstance(self.bound, Tensor) else min(self.bound, constant)
-        return _Gate.apply(logits, limit, partial(self._observe, batch))
+        return _Gate.apply(logits, limit, partial(self._observe, batch, self.seal.weights()))
 
-    def _observe(self, batch: int, cotangent: Tensor) -> None:
+    def _observe(self, batch: int, weights: list[tuple[Tensor, int]], cotangent: Tensor) -> None:
         current = torch._C._current_graph_task_id()
-        if current != self._pass and self.unused():  # a new backward pass, and nothing is left of earlier ones
-            self._forget()
+        if current != self._pass:  # a new backward pass
+            if self.unused():  # and nothing is left of earlier ones
+                self._forget()
+            self.seal.begin(weights)
         self._pass = current
         self.samples[batch] += len(cotangent)
         if self._rule is not None:
@@ -158,6 +163,7 @@ class GateState:
 
     def _forget(self) -> None:
         self.samples.clear()
+        self.seal.open()
         self._count = None
 
     def state_dict(self) -> dict[str, float]:

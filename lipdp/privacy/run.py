@@ -12,16 +12,20 @@ from lipdp.bounds import BoundGraph, Sweep
 from lipdp.errors import CheckpointError, EngineError, OptimizerError
 from lipdp.nn import project_
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
+from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.events import Ledger, remaining_noise_multiplier
 from lipdp.privacy.facts import PrivacyFacts, check_digest, with_digest
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplier
+from lipdp.privacy.seal import GradientSeal
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.timing import UNTIMED, Timer
+
+_STEPS = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
 
 
 class Run:
@@ -43,10 +47,12 @@ class Run:
         deferred: bool | None = None,
     ) -> None:
         self.module, self.criterion, self.loader = module, criterion, loader
+        self._optimizer = optimizer
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
         self.graph, self.gate = criterion._graph, criterion._gate
         self.timer: Timer = UNTIMED
         _refuse_private(optimizer)
+        refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
@@ -65,9 +71,11 @@ class Run:
         self.before = ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
         self.gate.unused = lambda: all(p.grad is None for p in self.parameters)
+        self.gate.seal = GradientSeal(lambda: (p for group in optimizer.param_groups for p in group["params"]))
         self._handles = [
-            optimizer.register_step_pre_hook(self._add_noise),
+            optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._project),
+            optimizer.register_state_dict_pre_hook(self._stamp),
         ]
 
     # -- bounds --------------------------------------------------------------------------------------------------------
@@ -101,17 +109,26 @@ class Run:
     def noise_stds(self) -> dict[str, float]:
         return dict(zip(self.names, self._deltas_and_stds()[1].tolist(), strict=True))
 
-    # -- the two hooks -------------------------------------------------------------------------------------------------
+    # -- the hooks -----------------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """Evaluate a closure, once; then the noise. The step itself is given the closure's value, not the closure."""
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            self._add_noise(optimizer)
+            return None
+        with torch.enable_grad():
+            value = closure()
+        self._add_noise(optimizer)
+        return (args[0], Evaluated(value)), {}  # args[0] is the optimiser
 
     @torch.no_grad()
-    def _add_noise(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _add_noise(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: check, account, add noise to the summed gradients, divide by the public batch size."""
-        if any(a is not None for a in (*args[1:], *kwargs.values())):  # args[0] is the optimiser
-            raise OptimizerError(
-                "a closure re-evaluates the gradient after the noise was added; call optimizer.step() without one"
-            )
         with self.timer("checks"):
             self._check_order()
+            self._check_account(optimizer)
+            self.gate.seal.check()
             self.settle()
             self._check_unchanged(optimizer)
         for parameter in self.parameters:
@@ -146,6 +163,10 @@ class Run:
         self._step_check.read()
         self._projections.read()
 
+    def _stamp(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimiser's state says how many noisy steps it has behind it, for `_check_account` after a resume."""
+        optimizer.param_groups[0][_STEPS] = self.ledger.steps
+
     # -- what is checked at every step ---------------------------------------------------------------------------------
 
     def _check_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
@@ -156,6 +177,17 @@ class Run:
         if not self._vetted.issuperset(self.names):  # a parameter is trained that was frozen when the model was traced
             BoundGraph(self.module, self.graph.input_shape, dtype=self.graph.dtype, input_bound=self.graph.input_bound)
             self._vetted.update(self.names)
+
+    def _check_account(self, optimizer: torch.optim.Optimizer) -> None:
+        """A restored optimiser comes with the account of the steps that it took."""
+        taken = optimizer.param_groups[0].get(_STEPS, 0)
+        if taken > self.ledger.steps:
+            raise EngineError(
+                f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε would leave the"
+                " others out. Restore the engine with it: engine.load_state_dict (Lightning: the callback"
+                " lipdp.integrations.lightning.PrivacyBudget; Accelerate: accelerator.register_for_checkpointing(engine); Fabric:"
+                " engine among the objects of save and load)"
+            )
 
     def _check_records(self, sweep: Sweep) -> None:
         """Every so often: the gradients of a few records are within their bounds."""
@@ -178,7 +210,8 @@ class Run:
         if batches > 1 and not (first and set(self.gate.samples) <= {self.loader.position}):
             raise EngineError(
                 f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was skipped,"
-                " which tells that it was empty. Take one step per batch, also when it is empty"
+                " which tells that it was empty. Take one step per batch, also when it is empty: no accumulate_grad_batches,"
+                " gradient_accumulation_steps or the like; the parts of one batch come from engine.microbatches"
             )
         drawn, seen = self.loader.last_batch_size or 0, self.gate.samples.total()
         if seen > drawn:
@@ -195,6 +228,7 @@ class Run:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
+        self._optimizer.param_groups[0].pop(_STEPS, None)
         for handle in self._handles:
             handle.remove()
         self.settle()

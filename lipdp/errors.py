@@ -69,6 +69,10 @@ class EngineError(LipdpError):
     """The engine was used in an order, or with a batch, that would break the guarantee."""
 
 
+class PeerError(EngineError):
+    """Another process of the run refused; it raises the error itself, this one repeats its message."""
+
+
 class CalibrationError(LipdpError):
     """No noise multiplier reaches the target ε; the message says why."""
 

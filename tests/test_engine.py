@@ -28,6 +28,7 @@ from lipdp.errors import (
 )
 from lipdp.privacy.gate import QuantileGate
 from lipdp.privacy.noise import GaussianNoise, MinVarianceAllocation
+from lipdp.privacy.world import Alone
 
 FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
 EMPTY_FIRST = 0  # a seed whose first batch, of 1 in 200 records on average, is empty
@@ -426,7 +427,7 @@ def test_the_count_of_the_quantile_gate_has_its_noise(factor):
     for _ in range(1000):
         gate.bound = 1.0
         (gate.apply(logits, 2.0, batch=1) * 0.4).sum().backward()  # norm 0.8: all 30 pass, the centred count is 15
-        gate.release(noise, 64, factor)
+        gate.release(noise, 64, factor, Alone())
         share = rule.quantile - math.log(gate.bound) / rule.learning_rate
         draws.append((share - 0.5) * 64 - 15)
     assert has_std(torch.tensor(draws), factor * 10.0)

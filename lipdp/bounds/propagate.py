@@ -125,6 +125,8 @@ class BoundGraph:
         input_shape: of one sample.
         dtype: what the forward pass computes in; the model's own dtype by default, `torch.bfloat16` for autocast.
         input_bound: a public bound on the input norm, for a model without `InputBound`.
+        gated: whether gates inside the model bound the cotangents. They do for one sample of full weight; where a unit is
+            several samples of weights w_i, a gate lets c through for each, not w_i c, and the bound must do without it.
 
     Raises:
         UnsupportedOperationError, UnsupportedLayerError: an operation without a sound rule.
@@ -141,8 +143,10 @@ class BoundGraph:
         *,
         dtype: torch.dtype | None = None,
         input_bound: float = math.inf,
+        gated: bool = True,
     ) -> None:
         self.model = model
+        self.gated = gated
         self.input_shape = tuple(input_shape)
         self.input_bound = float(input_bound)
         self._dtype = dtype
@@ -326,7 +330,7 @@ class BoundGraph:
         trail: list[tuple[str, str, Number, Number, tuple[str, ...]]] = []
         for step, call, local, slack in reversed(forward.calls):
             g = cotangents[step.index]
-            inner = times(least(g, local.cotangent_cap), slack)
+            inner = times(least(g, local.cotangent_cap if self.gated else math.inf), slack)
             for i, gain in zip(step.sources, local.gains, strict=True):
                 cotangents[i] = cotangents[i] + times(gain, inner)
             own = _module_parameters(call, local, names)

@@ -13,11 +13,16 @@ from lipdp.privacy.loader import BatchLoader
 
 
 class PrivateCriterion(nn.Module):
-    """`criterion(logits, target)`: Σ_i ℓ(z_i, y_i), with every sample's cotangent gated.
+    r"""`criterion(logits, target)`: Σ_i ℓ(z_i, y_i), with every sample's cotangent gated.
 
     A sum, because the noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
     gate counts the samples of every backward pass, so that the engine can refuse a step in which a record was used
     twice. Whatever multiplies the value returned, each sample's cotangent at the logits stays within the constant.
+
+    Where records are grouped by owner, `criterion(logits, target, weight)` is :math:`\sum_i w_i \ell_i` and row i is gated at
+    :math:`w_i` times the constant. The weights of an owner add up to 1 at most, so
+    :math:`\|\sum_i w_i \nabla\ell_i\| \le \sum_i w_i \Delta \le \Delta`: the bound of one record holds for the owner. Of K views of a
+    record each counts as a row of its own; the engine divides their sum by K.
 
     Attributes:
         loss: the per-sample loss.
@@ -30,17 +35,32 @@ class PrivateCriterion(nn.Module):
         self._gate = gate
         self._loader = loader
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        weights = self._weights(logits, weight)
         if torch.is_grad_enabled() and logits.requires_grad:
             self._check(logits)
-            logits = self._gate.apply(logits, self.constant(), self._loader.position)
+            logits = self._gate.apply(logits, self.constant(), self._loader.position, weights)
         values = self.loss(logits, target)
         if values.shape != (len(logits),):
             raise LossError(
                 f"{type(self.loss).__name__} returned shape {tuple(values.shape)} for {len(logits)} samples; it must return one"
                 " value per sample, without reduction"
             )
-        return values.sum()
+        return values.sum() if weights is None else (values * weights).sum()
+
+    def _weights(self, logits: Tensor, weight: Tensor | None) -> Tensor | None:
+        """(n,) of every row, or None where all are 1."""
+        if self._loader.owners is not None and (weight is None or weight.shape != logits.shape[:1]):
+            given = "none" if weight is None else f"weights of shape {tuple(weight.shape)}"
+            raise EngineError(
+                f"the records are grouped by owner: the loader yields (x, y, weight), and criterion(model(x), y, weight) needs"
+                f" one weight a row, got {given} for {len(logits)} rows"
+            )
+        if self._loader.owners is None and weight is not None:
+            raise EngineError(
+                "every record counts alike; leave the weight out (pass group= to make_private for owners)"
+            )
+        return weight
 
     def constant(self) -> float | Tensor:
         """The loss's constant, at the current weights where it depends on the bound of the logits."""

@@ -21,9 +21,12 @@ from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, get_allocation
+from lipdp.privacy.parallel import check_alike, own_reduction
+from lipdp.privacy.population import Group, Population, first_records
 from lipdp.privacy.run import Run
 from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.privacy.secure import SecureGaussianNoise
+from lipdp.privacy.world import World, current_world
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity
 from lipdp.timing import Timer
@@ -49,6 +52,8 @@ class PrivacyEngine:
             costs 0.3 % of the run.
         deferred: whether the checks of a step leave their answers on the device, to be read at the next step, so that no step
             waits for the device; see `settle`. None: on a CPU at once, elsewhere deferred.
+        world: the processes that train together; by default all of torch.distributed's default group. They share one
+            account: one draw of the batch, of which each process takes its part, gradients summed, one draw of the noise.
 
     Raises:
         EngineError, OptimizerError, BoundViolation, ConstraintError: from `optimizer.step()`, before anything is released:
@@ -78,8 +83,10 @@ class PrivacyEngine:
         secure: bool = False,
         check_every: int | None = None,
         deferred: bool | None = None,
+        world: World | None = None,
     ) -> None:
         self.accountant = get_accountant(accountant)
+        self._world = world
         self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
         self.ledger = Ledger()
         self._run: Run | None = None
@@ -102,6 +109,9 @@ class PrivacyEngine:
         dataset_size: int | None = None,
         input_shape: tuple[int, ...] | None = None,
         forward_dtype: torch.dtype | None = None,
+        group: Group | None = None,
+        multiplicity: int = 1,
+        shards: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
         target_epsilon: float | None = None,
@@ -119,7 +129,14 @@ class PrivacyEngine:
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
             gate: a lower cotangent gate at the logits: a number, or a `QuantileGate`.
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
-                then treats as public.
+                then treats as public. With `group`, of owners.
+            group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of whose
+                gradients an owner contributes the mean, and ε protects the owner (`Owners`). The loader yields
+                (x, y, weight), for criterion(model(x), y, weight).
+            multiplicity: K: an input in the dataset is K views of its record, (K, *features), and contributes the mean of
+                their gradients, at the same Δ. The loader yields the views as K rows.
+            shards: where several processes train together: each has records that no other has. By default each has
+                the whole dataset, and reads its part of every batch.
             input_shape: of one sample; by default that of record 0.
             forward_dtype: `torch.bfloat16` if the forward pass will run under autocast.
             num_workers, pin_memory: of the loader.
@@ -134,22 +151,24 @@ class PrivacyEngine:
             )
         if sampling not in _RELATIONS:
             raise UnknownNameError("sampling", sampling, _RELATIONS)
+        if type(multiplicity) is not int or multiplicity < 1:
+            raise ParameterError(f"multiplicity={multiplicity!r}: how many views of a record are averaged, 1 or more")
+        world = self._world or current_world()
+        population = Population.of(dataset, world, size=dataset_size, group=group, shards=shards)
+        rate = population.rate(expected_batch_size)
         relation = _RELATIONS[sampling]
-        population = dataset_size if dataset_size is not None else _length(dataset)
-        if not 0 < expected_batch_size <= population:
-            raise ParameterError(f"expected_batch_size lies in 1 … N = {population}, got {expected_batch_size}")
-        if relation is Relation.REPLACE_ONE and population != _length(dataset):
+        if relation is Relation.REPLACE_ONE and population.size != population.present:
             raise ParameterError(
-                f"dataset_size={population} but the dataset has {_length(dataset)} records: with batches of a fixed size"
+                f"dataset_size={population.size} but the dataset has {population.present} records: with batches of a fixed size"
                 " q = B/N is exact, and N is public; leave dataset_size out"
             )
         gate = gate if isinstance(gate, (FixedGate, QuantileGate)) else FixedGate(math.inf if gate is None else gate)
         facts = PrivacyFacts(
             noise_multiplier=float(noise_multiplier),
-            sampling_rate=expected_batch_size / population,
+            sampling_rate=rate,
             steps=steps,
             expected_batch_size=expected_batch_size,
-            dataset_size=population,
+            dataset_size=population.size,
             relation=relation.value,
             sampling=sampling,
             allocation=getattr(get_allocation(allocation), "name", type(allocation).__name__),
@@ -159,28 +178,46 @@ class PrivacyEngine:
             target_delta=target_delta,
             seeded=self.seed is not None,
             secure=self.secure,
+            unit="record" if group is None else "owner",
         )
         facts.step_event  # noqa: B018  (refuses a σ or q out of range)
-        sampler = self._sampler(facts, _length(dataset))
-        loader = BatchLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
-        x, targets = _first_records(dataset)
-        graph = BoundGraph(module, tuple(input_shape or x.shape[1:]), dtype=forward_dtype)
-        loss = as_lipschitz(criterion)
-        check_loss(loss, targets.to(graph.device), graph.num_outputs)
-        private = PrivateCriterion(loss, graph, gate.start(), loader)
-        self._run = Run(
-            module,
-            optimizer,
-            criterion=private,
-            loader=loader,
-            facts=facts,
-            allocation=get_allocation(allocation),
-            gate=gate,
-            noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
-            ledger=self.ledger,
-            check_every=self.check_every,
-            deferred=self.deferred,
-        )
+        check_alike(world, facts)
+        x, targets = first_records(dataset, world, shards=shards)
+        inner = own_reduction(module)
+        world.spread_([*inner.parameters(), *inner.buffers()])
+        with world.together():
+            loader = BatchLoader(
+                dataset,
+                self._sampler(facts, population.present),
+                part=population.part,
+                owners=population.owners,
+                views=multiplicity,
+                records=population.records,
+                empty=[x[:1], targets[:1]],
+                num_workers=num_workers,
+                pin_memory=pin_memory,
+            )
+            shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
+            graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
+            loss = as_lipschitz(criterion)
+            check_loss(loss, targets.to(graph.device), graph.num_outputs)
+            private = PrivateCriterion(loss, graph, gate.start(), loader)
+            run = Run(
+                inner,
+                optimizer,
+                criterion=private,
+                loader=loader,
+                facts=facts,
+                allocation=get_allocation(allocation),
+                gate=gate,
+                noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
+                ledger=self.ledger,
+                check_every=self.check_every,
+                deferred=self.deferred,
+                world=world,
+            )
+        run.share_keys()
+        self._run = run
         return module, optimizer, loader, private
 
     def make_private_with_epsilon(
@@ -206,12 +243,13 @@ class PrivacyEngine:
         """
         if sampling not in _RELATIONS:
             raise UnknownNameError("sampling", sampling, _RELATIONS)
-        population = dataset_size if dataset_size is not None else _length(dataset)
-        if not 0 < expected_batch_size <= population:
-            raise ParameterError(f"expected_batch_size lies in 1 … N = {population}, got {expected_batch_size}")
+        world = self._world or current_world()
+        population = Population.of(
+            dataset, world, size=dataset_size, group=options.get("group"), shards=options.get("shards", False)
+        )
         sigma = calibrate(
             target_epsilon=target_epsilon,
-            sampling_rate=expected_batch_size / population,
+            sampling_rate=population.rate(expected_batch_size),
             steps=steps,
             delta=target_delta,
             accountant=self.accountant.name,
@@ -237,14 +275,16 @@ class PrivacyEngine:
 
     # -- during and after training -------------------------------------------------------------------------------------
 
-    def microbatches(self, x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def microbatches(
+        self, x: Tensor, y: Tensor, size: int, weight: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
         """The logical batch in pieces of at most `size`: one `backward` each, then one `optimizer.step()`, one noise draw.
 
-        An empty batch gives one empty piece.
+        An empty batch gives one empty piece. With `weight`, pieces of (x, y, weight).
         """
         if size < 1:
             raise ParameterError(f"a micro-batch has at least one sample, got size={size}")
-        yield from zip(x.split(size), y.split(size), strict=True)
+        yield from zip(*(part.split(size) for part in (x, y, weight) if part is not None), strict=True)
 
     def get_epsilon(self, delta: float) -> float:
         """An upper bound on ε at δ for the steps taken so far, under the run's relation."""
@@ -307,20 +347,3 @@ class PrivacyEngine:
         if self._run is None:
             raise EngineError("call make_private or make_private_with_epsilon first")
         return self._run
-
-
-def _length(dataset: Any) -> int:
-    if not hasattr(dataset, "__len__"):
-        raise EngineError(
-            f"{type(dataset).__name__} has no length: sampling needs a map-style dataset (e.g. a TensorDataset)"
-        )
-    return len(dataset)
-
-
-def _first_records(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Up to four records, for shapes and for the check that the loss keeps samples apart."""
-    records = [dataset[i] for i in range(min(4, len(dataset)))]
-    if not records or any(not isinstance(r, (tuple, list)) or len(r) != 2 for r in records):
-        raise EngineError("the dataset must hold (input, target) pairs, and at least one")
-    inputs, targets = zip(*records, strict=True)
-    return torch.stack([torch.as_tensor(x) for x in inputs]), torch.stack([torch.as_tensor(y) for y in targets])

@@ -31,6 +31,7 @@ class PrivacyFacts:
         target_epsilon, target_delta: what was asked for, if it was.
         seeded: the draws can be repeated by whoever knows the seed, so the run is NOT private.
         secure: batches and noise come from a cipher (`SecureGaussianNoise`).
+        unit: what one step draws and ε protects: a "record", or an "owner" with all records.
     """
 
     noise_multiplier: float
@@ -47,6 +48,7 @@ class PrivacyFacts:
     target_delta: float | None
     seeded: bool
     secure: bool = False
+    unit: str = "record"
 
     @property
     def step_event(self) -> Event:
@@ -68,6 +70,7 @@ class PrivacyFacts:
                 "the run to resume states no privacy facts; its files were edited, or are of another program"
             )
         names = [f.name for f in fields(self)]
+        saved = {"unit": "record", **saved}  # what runs of version 0.1 drew
         different = [n for n in names if saved.get(n) != getattr(self, n)]
         if different or set(saved) - set(names):
             listed = "; ".join(f"{n} was {saved.get(n)!r}, is now {getattr(self, n)!r}" for n in different)

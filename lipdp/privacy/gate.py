@@ -17,6 +17,7 @@ from lipdp.errors import ParameterError
 from lipdp.nn.gates import clip_norm, per_sample_norm
 from lipdp.privacy.noise import GaussianNoise
 from lipdp.privacy.seal import GradientSeal
+from lipdp.privacy.world import World
 
 
 class _Gate(torch.autograd.Function):
@@ -125,8 +126,11 @@ class GateState:
         self._rule = quantile
         self._count: Tensor | None = None
 
-    def apply(self, logits: Tensor, constant: float | Tensor, batch: int) -> Tensor:
-        """The logits of (a part of) batch number `batch`, with cotangents gated at min(bound, the loss's constant)."""
+    def apply(self, logits: Tensor, constant: float | Tensor, batch: int, weights: Tensor | None = None) -> Tensor:
+        """The logits of (a part of) batch number `batch`, with cotangents gated at min(bound, the loss's constant).
+
+        With `weights` (n,), row i is gated at w_i times that, and counts w_i.
+        """
         if self._rule is not None and not isinstance(self.bound, Tensor):
             self.bound = torch.full((), self.bound, dtype=torch.float64, device=logits.device)
         limit: float | Tensor
@@ -134,22 +138,27 @@ class GateState:
             limit = constant.clamp(max=self.bound)
         else:
             limit = self.bound.clamp(max=constant) if isinstance(self.bound, Tensor) else min(self.bound, constant)
-        return _Gate.apply(logits, limit, partial(self._observe, batch, self.seal.weights()))
+        if weights is not None:
+            limit = limit * weights.double().view(-1, *[1] * (logits.ndim - 1))
+        return _Gate.apply(logits, limit, partial(self._observe, batch, weights, self.seal.weights()))
 
-    def _observe(self, batch: int, weights: list[tuple[Tensor, int]], cotangent: Tensor) -> None:
+    def _observe(self, batch: int, weights: Tensor | None, sealed: list[tuple[Tensor, int]], cotangent: Tensor) -> None:
         current = torch._C._current_graph_task_id()
         if current != self._pass:  # a new backward pass
             if self.unused():  # and nothing is left of earlier ones
                 self._forget()
-            self.seal.begin(weights)
+            self.seal.begin(sealed)
         self._pass = current
         self.samples[batch] += len(cotangent)
         if self._rule is not None:
-            centred = (per_sample_norm(cotangent) <= self.bound).double().sum() - len(cotangent) / 2
+            share = torch.ones(len(cotangent)) if weights is None else weights
+            share = share.to(cotangent.device, torch.float64)
+            passes = per_sample_norm(cotangent).flatten() <= self.bound * share
+            centred = (share * (passes.double() - 0.5)).sum()
             self._count = centred if self._count is None else self._count + centred
 
-    def release(self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float) -> None:
-        """End the step: forget its samples; for a quantile noise their count and move the bound."""
+    def release(self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float, world: World) -> None:
+        """End the step: forget its samples; for a quantile noise the count of all processes and move the bound."""
         rule, seen = self._rule, self._count
         self._forget()
         if rule is None:
@@ -157,6 +166,7 @@ class GateState:
         count = torch.zeros(1, dtype=torch.float64, device=noise.source.device)
         if seen is not None:
             count += seen
+        world.sum_([count])
         noise.add_([count], torch.full_like(count, rule.count_std * sensitivity_factor))
         share = count[0] / batch_size + 0.5
         self.bound = (-rule.learning_rate * (share - rule.quantile)).exp() * self.bound

@@ -17,10 +17,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lipdp.errors import DataError, EngineError, LipdpError, ParameterError
 from lipdp.privacy.sampling import Sampler
+from lipdp.privacy.units import EveryNth, Owners, Part, flattened_views
 from lipdp.timing import UNTIMED, Timer
 
 Drawn: TypeAlias = tuple[np.ndarray, int]
-"""The indices of a batch, and a seed for what the dataset draws while it reads them."""
+"""The records of a batch, and a seed for what the dataset draws while it reads them."""
+
+_Ahead: TypeAlias = tuple[int, Tensor | None, dict[str, Any]]
+"""Of a batch that was drawn: its units, the weights of their records, the sampler's state afterwards."""
 
 
 class BatchLoader:
@@ -39,9 +43,16 @@ class BatchLoader:
     dataset draws from it (random crops, say) is the same on resume and with any number of workers, and fresh at every step.
     Those draws do not touch the account: see `lipdp.data.augment`.
 
+    With `owners` the sampler draws owners, and a batch is `(x, y, weight)`: all records of the owners drawn, with the
+    weight of each, for the criterion. With `views` = K > 1 the inputs of a record are K views of it, (K, *features), and
+    a batch has K rows for each.
+
     Args:
         dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`.
         sampler: owned by the loader from here on; save and load it through the loader.
+        part: which of the units drawn are read here, where several processes share the work; by default all.
+        records: how many the data set must hold; by default the sampler's population.
+        empty: a batch whose empty slice is an empty batch, for a data set of no records.
         num_workers: processes that read records, for a dataset that is not a `TensorDataset`.
         pin_memory: page-locked batches, where CUDA is available.
 
@@ -61,15 +72,30 @@ class BatchLoader:
     """
 
     def __init__(
-        self, dataset: Dataset[Any], sampler: Sampler, *, num_workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: Dataset[Any],
+        sampler: Sampler,
+        *,
+        part: Part | None = None,
+        owners: Owners | None = None,
+        views: int = 1,
+        records: int | None = None,
+        empty: Any = None,
+        num_workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        _require_map_style(dataset, sampler.population)
+        expected = owners.total if owners is not None else sampler.population
+        _require_map_style(dataset, expected if records is None else records)
         if num_workers < 0:
             raise ParameterError(f"num_workers is {num_workers}; it must be 0 or more")
         self.dataset = dataset
         self.sampler = sampler
+        self.part: Part = part or EveryNth()
+        self.owners, self.views = owners, views
         self.last_batch_size: int | None = None
-        """Number of records in the last batch yielded; None before the first."""
+        """Number of rows in the last batch yielded; None before the first."""
+        self.last_units: int | None = None
+        """Number of units (records, or owners) that they belong to."""
         self.last_batch: Any = None
         """The last batch yielded, for checks of the records in it."""
         self.timer: Timer = UNTIMED
@@ -77,7 +103,7 @@ class BatchLoader:
         if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
             self._records, self._num_workers = _TensorRecords(dataset), 0
         else:
-            self._records, self._num_workers = _MapStyleRecords(dataset), num_workers
+            self._records, self._num_workers = _MapStyleRecords(dataset, empty), num_workers
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._consumed = sampler.state_dict()
         self._iteration = 0
@@ -94,7 +120,7 @@ class BatchLoader:
         self._iteration += 1
         iteration = self._iteration
         self.sampler.load_state_dict(self._consumed)  # take back what an abandoned iteration had drawn ahead
-        ahead: deque[tuple[int, dict[str, Any]]] = deque()
+        ahead: deque[_Ahead] = deque()
         batches = DataLoader(
             self._records,
             batch_size=None,
@@ -107,13 +133,24 @@ class BatchLoader:
         )
         for batch in _told(batches):
             self._require_newest(iteration)
-            self.last_batch_size, self._consumed = ahead.popleft()
-            self.last_batch = tuple(batch) if isinstance(batch, list) else batch
+            self.last_units, weights, self._consumed = ahead.popleft()
+            self.last_batch, self.last_batch_size = self._arranged(batch, weights)
             del batch
             yield self.last_batch
 
-    def _draws(self, iteration: int, ahead: deque[tuple[int, dict[str, Any]]]) -> Iterator[Drawn]:
-        """The indices of each batch; notes its size and the state after it for when the batch will be consumed."""
+    def _arranged(self, batch: Any, weights: Tensor | None) -> tuple[Any, int]:
+        """A collated batch as it is yielded, and its number of rows."""
+        batch = tuple(batch) if isinstance(batch, list) else batch
+        rows = self.last_units or 0
+        if weights is not None:
+            rows = len(weights)
+            batch = (*batch, weights.to(batch[0].device, non_blocking=True))
+        if self.views > 1:
+            batch = flattened_views(batch, self.views)
+        return batch, rows * self.views
+
+    def _draws(self, iteration: int, ahead: deque[_Ahead]) -> Iterator[Drawn]:
+        """The records of each batch; notes its size and the state after it for when the batch will be consumed."""
         draws = iter(self.sampler)
         while True:
             self._require_newest(iteration)
@@ -121,9 +158,14 @@ class BatchLoader:
                 indices = next(draws, None)
             if indices is None:
                 return
+            units = self.part.take(indices.numpy())
+            records, weights = units, None
+            if self.owners is not None:
+                records, shares = self.owners.records(units)
+                weights = torch.from_numpy(shares)
             state = self.sampler.state_dict()
-            ahead.append((indices.numel(), state))
-            yield indices.numpy(), _seed_of(state)
+            ahead.append((len(units), weights, state))
+            yield records, _seed_of(state)
 
     def _require_newest(self, iteration: int) -> None:
         if iteration != self._iteration:
@@ -138,7 +180,7 @@ class BatchLoader:
         self.sampler.load_state_dict(state)
         self._consumed = self.sampler.state_dict()
         self._iteration += 1
-        self.last_batch_size = self.last_batch = None
+        self.last_batch_size = self.last_units = self.last_batch = None
 
 
 class _TensorRecords(Dataset[Any]):
@@ -155,8 +197,8 @@ class _TensorRecords(Dataset[Any]):
 class _MapStyleRecords(Dataset[Any]):
     """Whole batches of any map-style dataset, collated; the empty batch is an empty slice of record 0."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset[Any], empty: Any) -> None:
+        self._dataset, self._empty = dataset, empty
 
     def __getitem__(self, drawn: Drawn) -> Any:
         indices, seed = drawn
@@ -169,7 +211,7 @@ class _MapStyleRecords(Dataset[Any]):
 
     def _read(self, indices: np.ndarray) -> Any:
         if indices.size == 0:
-            return _emptied(default_collate([self._dataset[0]]))
+            return _emptied(default_collate([self._dataset[0]]) if self._empty is None else self._empty)
         many = getattr(self._dataset, "__getitems__", None)
         picked = indices.tolist()
         return default_collate(many(picked) if callable(many) else [self._dataset[index] for index in picked])
@@ -234,4 +276,4 @@ def _require_map_style(dataset: Dataset[Any], population: int) -> None:
             "Give a map-style dataset, with __len__ and __getitem__ (a TensorDataset, say)"
         )
     if len(dataset) != population:
-        raise ParameterError(f"{kind} has {len(dataset)} records but the sampler draws from {population}")
+        raise ParameterError(f"{kind} has {len(dataset)} records where {population} are drawn from")

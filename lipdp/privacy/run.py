@@ -21,6 +21,7 @@ from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplier
 from lipdp.privacy.seal import GradientSeal
 from lipdp.privacy.snapshot import Snapshot
+from lipdp.privacy.world import World
 from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.timing import UNTIMED, Timer
@@ -45,7 +46,9 @@ class Run:
         ledger: Ledger,
         check_every: int | None,
         deferred: bool | None = None,
+        world: World,
     ) -> None:
+        self.world = world
         self.module, self.criterion, self.loader = module, criterion, loader
         self._optimizer = optimizer
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
@@ -94,10 +97,12 @@ class Run:
 
     def _deltas_and_stds(self) -> tuple[Tensor, Tensor]:
         """Δ_l and s_l as float64 tensors, scaled so that the joint noise multiplier is exact whatever the allocation."""
-        return self._shared(self.graph.sweep(self._start))
+        return self._shared(self._deltas(self.graph.sweep(self._start)))
 
-    def _shared(self, sweep: Sweep) -> tuple[Tensor, Tensor]:
-        deltas = torch.stack([sweep.parameters[n] for n in self.names]) * self.factor
+    def _deltas(self, sweep: Sweep) -> Tensor:
+        return torch.stack([sweep.parameters[n] for n in self.names]) * self.factor
+
+    def _shared(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
         stds = self.allocation.stds(deltas, self.sizes, self.gradient_multiplier)
         return deltas, stds * (self.gradient_multiplier / joint_noise_multiplier(deltas, stds))
 
@@ -125,19 +130,16 @@ class Run:
     @torch.no_grad()
     def _add_noise(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: check, account, add noise to the summed gradients, divide by the public batch size."""
-        with self.timer("checks"):
+        with self.timer("checks"), self.world.together():
             self._check_order()
             self._check_account(optimizer)
             self.gate.seal.check()
             self.settle()
             self._check_unchanged(optimizer)
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
         with self.timer("bound"):
             sweep = self.graph.sweep(self._start)
-            deltas, stds = self._shared(sweep)
+            deltas, stds = self._shared(self.world.largest(self._deltas(sweep)))
+        gradients = self._summed_gradients()
         with self.timer("checks"):
             sound = self._step_check.look(self.names, gradients, deltas, stds, step=self.ledger.steps + 1)
             self._check_records(sweep)
@@ -145,8 +147,23 @@ class Run:
         with self.timer("noise"):
             self.noise.add_(gradients, stds)
             torch._foreach_mul_(gradients, self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size))
-            self.gate.release(self.noise, self.facts.expected_batch_size, self.factor)
+            self.gate.release(self.noise, self.facts.expected_batch_size, self.factor, self.world)
         self._taken_at = self.loader.position
+
+    def _summed_gradients(self) -> list[Tensor]:
+        r"""Σ over the batch of all processes, each record's the mean over its views.
+
+        `DistributedDataParallel` has replaced every process's gradient by their mean where it synchronised, and left it
+        where it did not; the sum over processes is :math:`\sum_r g_r` in both cases.
+        """
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        self.world.sum_(gradients)
+        if self.loader.views > 1:
+            torch._foreach_mul_(gradients, 1.0 / self.loader.views)
+        return gradients
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""
@@ -192,12 +209,17 @@ class Run:
     def _check_records(self, sweep: Sweep) -> None:
         """Every so often: the gradients of a few records are within their bounds."""
         step = self.ledger.steps - self.before
-        if self._gradients.due(step) and self.loader.last_batch_size:
-            bounds = {n: sweep.parameters[n] for n in self.names}
-            self._gradients.check(self.loader.last_batch, self._start(sweep.output), bounds, self.parameters, step=step)
+        if not self._gradients.due(step):
+            return
+        bounds = {n: sweep.parameters[n] for n in self.names}
+        with self.world.together():
+            if self.loader.last_batch_size:
+                batch = self.loader.last_batch[:2]
+                self._gradients.check(batch, self._start(sweep.output), bounds, self.parameters, step=step)
 
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""
+        self.world.check()
         if self.ledger.steps - self.before >= self.facts.steps:
             raise EngineError(f"all {self.facts.steps} steps of the budget are taken; a further one would exceed ε")
         batches = self.loader.position - self._taken_at
@@ -226,6 +248,13 @@ class Run:
             )
 
     # -- state ---------------------------------------------------------------------------------------------------------
+
+    def share_keys(self) -> None:
+        """Every process draws with the keys of the first."""
+        if self.world.size > 1:
+            loader, noise = self.world.share((self.loader.state_dict(), self.noise.state_dict()))
+            self.loader.load_state_dict(loader)
+            self.noise.load_state_dict(noise)
 
     def detach(self) -> None:
         self._optimizer.param_groups[0].pop(_STEPS, None)

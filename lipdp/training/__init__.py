@@ -20,6 +20,8 @@ from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import check_digest, with_digest
 from lipdp.privacy.later import Later
+from lipdp.privacy.parallel import check_same_weights
+from lipdp.privacy.world import World, current_world
 from lipdp.timing import UNTIMED, Timer
 from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
@@ -70,6 +72,8 @@ class Trainer:
         split: the data, if they are not to be read as the configuration says.
         monitor: is told how it goes.
         profile: times the parts of a few steps.
+        world: the processes that train together; by default those of torch.distributed. The first one writes, and alone
+            has a `folder`.
 
     Attributes:
         config: with every number decided.
@@ -86,14 +90,17 @@ class Trainer:
         split: Split | None = None,
         monitor: Monitor | None = None,
         profile: StepProfile | None = None,
+        world: World | None = None,
     ) -> None:
-        self.profile = profile
-        self.folder = None if out is None else RunFolder(out)
-        if self.folder is not None:
-            self.folder.require_free()  # before any long work
+        self.profile, self.world = profile, world or current_world()
+        self.folder = None if out is None or self.world.rank > 0 else RunFolder(out)
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.require_free()  # before any long work
         self._set_up(config, split, monitor or Monitor(), noise_multiplier=None)
-        if self.folder is not None:
-            self.folder.start(self.config.as_dict())
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.start(self.config.as_dict())
 
     @classmethod
     def resume(
@@ -103,38 +110,46 @@ class Trainer:
         split: Split | None = None,
         monitor: Monitor | None = None,
         profile: StepProfile | None = None,
+        world: World | None = None,
         **given: Any,
     ) -> Trainer:
         """Go on with an interrupted run.
 
         Args:
             out: its folder.
-            split, monitor, profile: as for a new run.
+            split, monitor, profile, world: as for a new run; the number of processes may be another.
             given: settings; those of `config.RUNTIME` may differ from the run's.
 
         Raises:
             ResumeError: the run is finished, or another setting differs, first of all one that ε depends on.
             CheckpointError: no checkpoint can be read.
         """
+        world = world or current_world()
         folder = RunFolder(out)
-        config = config_from_dict(folder.config())
-        if folder.is_unstarted():
-            trainer = cls(config.resumed(given), split=split, monitor=monitor, profile=profile)
-            trainer.folder = folder
+        with world.together():
+            config = config_from_dict(folder.config())
+            unstarted = folder.is_unstarted()
+            checkpoint = {} if unstarted else folder.load()
+            if not unstarted and "resume" not in checkpoint:
+                if world.rank == 0:
+                    folder.seal()
+                raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
+            config = config.resumed(checkpoint.get("config", {})).resumed(given)
+        if unstarted:
+            trainer = cls(config, split=split, monitor=monitor, profile=profile, world=world)
+            trainer.folder = folder if world.rank == 0 else None
             return trainer
-        checkpoint = folder.load()
-        if "resume" not in checkpoint:
-            folder.seal()
-            raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
-        config = config.resumed(checkpoint["config"]).resumed(given)
-        saved = checkpoint["resume"]
+        with world.together():
+            saved = checkpoint["resume"]
+            sigma = _saved_noise_multiplier(saved)
         trainer = cls.__new__(cls)
-        trainer.profile = profile
-        trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=_saved_noise_multiplier(saved))
-        trainer.folder = folder
-        trainer.engine.facts.check_same(checkpoint.get("facts", {}))
-        trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
-        folder.check_privacy(trainer.engine.facts.as_dict())
+        trainer.profile, trainer.world = profile, world
+        trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
+        with world.together():  # and all have read the folder before the first process writes to it
+            trainer.engine.facts.check_same(checkpoint.get("facts", {}))
+            trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
+            folder.check_privacy(trainer.engine.facts.as_dict())
+        trainer.folder = folder if world.rank == 0 else None
         return trainer
 
     # -- construction --------------------------------------------------------------------------------------------------
@@ -145,10 +160,11 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         input_bound = None
-        if split is None:
-            split, input_bound = prepare(config, progress=monitor.features)
-        config = config.resolve(len(split.train_x), binary=split.task == "binary")
-        parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier)
+        with self.world.together():
+            if split is None:
+                split, input_bound = prepare(config, progress=monitor.features)
+            config = config.resolve(len(split.train_x), binary=split.task == "binary")
+        parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
         self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
         self.engine, self.loader, self.criterion = parts.engine, parts.loader, parts.criterion
@@ -210,7 +226,7 @@ class Trainer:
 
     def _goes_on(self, stop: threading.Event) -> bool:
         """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
-        if self.step < self.total_steps and stop.is_set():
+        if self.step < self.total_steps and self.world.any(stop.is_set()):
             if self._saved_at != self.step:
                 self._save()
             where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
@@ -270,19 +286,24 @@ class Trainer:
 
     def _record(self) -> None:
         self._check_weights()
+        progress = torch.stack([self._loss, self._loss.new_tensor(float(self._samples))])
+        self.world.sum_([progress])
+        loss, samples = progress.tolist()
         record: dict[str, Any] = {
             "step": self.step,
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss_not_private": float(self._loss) / max(self._samples, 1),
+            "train_loss_not_private": loss / max(samples, 1),
         }
         if self.config.gate_quantile is not None:
             record["gate"] = self.engine.state_dict()["gate"]["bound"]
-        test = {f"test_{n}": v for n, v in self._evaluate().items()}
-        with self.ema.applied():
-            averaged = {f"test_{n}_ema": v for n, v in self._evaluate().items()}
-        record |= {**test, **averaged, "seconds": round(self._seconds, 2)}
+        with self.world.together():
+            if self.world.rank == 0:
+                record |= {f"test_{n}": v for n, v in self._evaluate().items()}
+                with self.ema.applied():
+                    record |= {f"test_{n}_ema": v for n, v in self._evaluate().items()}
+        record = self.world.share({**record, "seconds": round(self._seconds, 2)})
         self._loss.zero_()
         self._samples = 0
         self.records.append(record)
@@ -320,10 +341,11 @@ class Trainer:
         it for the first time. Whatever was shown is counted in `privacy.json`.
         """
         self._check_weights()
-        if self.folder is not None:
-            self.folder.write_privacy(self.privacy())
-            self.folder.save({**self._weights(), "resume": self._state()})
-            self.folder.write_metrics(self.records)
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.write_privacy(self.privacy())
+                self.folder.save({**self._weights(), "resume": self._state()})
+                self.folder.write_metrics(self.records)
         self._saved_at = self.step
 
     def _restate(self) -> None:
@@ -334,9 +356,10 @@ class Trainer:
             self.folder.write_metrics(self.records)
 
     def _finish(self) -> Result:
-        if self.folder is not None:
-            self.folder.save(self._weights())
-            self.folder.seal()
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.save(self._weights())
+                self.folder.seal()
         epsilon = self.engine.get_epsilon(self.delta)
         return Result(self.records[-1], epsilon, self.delta, self.step, self.folder)
 
@@ -357,6 +380,7 @@ class Trainer:
             raise NonFiniteError(
                 f"step {self.step}: NaN or infinity in {', '.join(bad)}; lower the learning rate{kept}"
             )
+        check_same_weights(self.world, self.model)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -387,7 +411,7 @@ class Trainer:
                 pass
             self.records = [dict(record) for record in state["records"]]
             self.step, self._seconds, loss, self._samples = map(plain_number, state["progress"])
-            self._loss.fill_(loss)
+            self._loss.fill_(loss if self.world.rank == 0 else 0.0)
         except LipdpError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -20,6 +20,7 @@ from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
 from lipdp.privacy.loader import BatchLoader
+from lipdp.privacy.world import Alone, World
 from lipdp.relation import Relation
 from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig
@@ -63,7 +64,12 @@ class Parts:
 
 
 def assemble(
-    config: TrainConfig, split: Split, *, input_bound: float | None = None, noise_multiplier: float | None = None
+    config: TrainConfig,
+    split: Split,
+    *,
+    input_bound: float | None = None,
+    noise_multiplier: float | None = None,
+    world: World | None = None,
 ) -> Parts:
     """Build a run from a configuration that was resolved for the split. Nothing is released.
 
@@ -72,10 +78,12 @@ def assemble(
         split: the data.
         input_bound: of the model, where it names none.
         noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
+        world: the processes that train together.
 
     Raises:
         LipdpError: no bound, no calibration, a name or a number that is not one.
     """
+    world = world or Alone()
     device = choose_device(config.device)
     loss, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
     options = dict(config.model_options)
@@ -86,8 +94,10 @@ def assemble(
         model = make_model(config.model, split.input_shape, outputs, options).to(device)
         random = random_state(device)
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
-    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, len(split.train_x))
-    engine = PrivacyEngine(config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every)
+    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, len(split.train_x), world)
+    engine = PrivacyEngine(
+        config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
+    )
     _, _, loader, criterion = engine.make_private(
         module=model,
         optimizer=optimizer,
@@ -118,16 +128,20 @@ def assemble(
     )
 
 
-def _calibrated(config: TrainConfig, records: int) -> float:
-    poisson = config.sampling == "poisson"
-    return calibrate(
-        target_epsilon=decided(config.epsilon),
-        sampling_rate=decided(config.batch_size) / records,
-        steps=decided(config.steps),
-        delta=decided(config.delta),
-        accountant=config.accountant,
-        relation=Relation.ADD_OR_REMOVE_ONE if poisson else Relation.REPLACE_ONE,
-    )
+def _calibrated(config: TrainConfig, records: int, world: World) -> float:
+    """σ, found by the first process."""
+    poisson, sigma = config.sampling == "poisson", 0.0
+    with world.together():
+        if world.rank == 0:
+            sigma = calibrate(
+                target_epsilon=decided(config.epsilon),
+                sampling_rate=decided(config.batch_size) / records,
+                steps=decided(config.steps),
+                delta=decided(config.delta),
+                accountant=config.accountant,
+                relation=Relation.ADD_OR_REMOVE_ONE if poisson else Relation.REPLACE_ONE,
+            )
+    return world.share(sigma)
 
 
 def _gate(config: TrainConfig, loss: LipschitzLoss, sigma: float) -> float | QuantileGate | None:

@@ -165,9 +165,13 @@ class RunFolder:
                 torch.save(dict(checkpoint), stream)
                 if keep and path.exists():  # the new one is written, and takes its place at the end of the block
                     _link(path, self.path / _PREVIOUS)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch reports a full disk as a RuntimeError, and the reason behind it
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
             raise CheckpointError(
-                f"{path} cannot be written ({error}); the previous checkpoint is untouched"
+                f"{path} cannot be written ({reason}); the previous checkpoint is untouched"
             ) from error
 
     def _text(self, name: str) -> str:

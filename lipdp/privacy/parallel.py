@@ -1,0 +1,69 @@
+"""What data-parallel wrappers do to gradients, and how the engine takes their sum over itself."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lipdp.errors import EngineError
+from lipdp.privacy.facts import PrivacyFacts
+from lipdp.privacy.world import World
+
+
+def own_reduction(module: nn.Module) -> nn.Module:
+    """The model inside a wrapper, whose reduction is switched off for good: the engine sums, exactly once, at every step.
+
+    Then a process with an empty batch need not run a backward pass, the number of micro-batches may differ, and no
+    communication hook rounds or averages on the way.
+
+    Raises:
+        EngineError: `DataParallel`, which copies the model within one process.
+    """
+    if isinstance(module, DataParallel):
+        raise EngineError(
+            "DataParallel runs copies of the model that the engine cannot bound; start one process per device with torchrun, and"
+            " pass the model itself, or in DistributedDataParallel"
+        )
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = False
+        return module.module
+    return module
+
+
+def check_alike(world: World, facts: PrivacyFacts) -> None:
+    """Refuse processes that would not draw the same batches and noise.
+
+    Raises:
+        EngineError: facts, or the versions that draws depend on, differ between processes.
+    """
+    own = {**facts.as_dict(), "torch": str(torch.__version__), "numpy": numpy.__version__}
+    for rank, other in enumerate(world.gather(own)):
+        different = [
+            f"{name} is {value!r} here, {other[name]!r} there" for name, value in own.items() if value != other[name]
+        ]
+        if different:
+            raise EngineError(
+                f"process {world.rank} and process {rank} would not train the same model: {'; '.join(different)}"
+            )
+
+
+@torch.no_grad()
+def check_same_weights(world: World, model: nn.Module) -> None:
+    """Refuse to go on where processes hold different weights.
+
+    They start from the same, and add the same numbers; processors of different kinds round differently.
+
+    Raises:
+        EngineError: they differ.
+    """
+    if world.size == 1:
+        return
+    own = [(float(p.double().sum()), float(p.double().square().sum())) for p in model.parameters()]
+    for rank, other in enumerate(world.gather(own)):
+        if other != own:
+            raise EngineError(
+                f"the weights of process {world.rank} are not those of process {rank} any more: run all on the same kind of"
+                " processor and the same libraries, and go on from the last checkpoint"
+            )

@@ -1,0 +1,122 @@
+"""What is drawn, a record or an owner of records, and which of the records drawn this process reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lipdp.errors import ParameterError
+
+Indices = npt.NDArray[np.int64]
+
+
+class Part(Protocol):
+    """Which of the units drawn by all processes are this one's. Every unit drawn is one process's, and of one only."""
+
+    def take(self, drawn: Indices) -> Indices:
+        """Sorted indices of units in; of those that are in this process's data set, as numbered there, out."""
+        ...
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """Every process has the whole data set, and reads the drawn units number `rank`, `rank + size`, …: equal shares.
+
+    >>> EveryNth(1, 3).take(np.array([2, 5, 7, 11, 13])).tolist()
+    [5, 13]
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def take(self, drawn: Indices) -> Indices:
+        """See `Part`."""
+        return drawn[self.rank :: self.size]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every process has units of its own, number `start` up to `stop` of all; it reads those of them that were drawn.
+
+    The restriction of a Poisson batch of all units to a shard is a Poisson batch of the shard, with the same q.
+
+    >>> Shard(5, 12).take(np.array([2, 5, 7, 11, 13])).tolist()
+    [0, 2, 6]
+    """
+
+    start: int
+    stop: int
+
+    def take(self, drawn: Indices) -> Indices:
+        """See `Part`."""
+        low, high = np.searchsorted(drawn, [self.start, self.stop])
+        return drawn[low:high] - self.start
+
+
+class Owners:
+    r"""Records grouped by owner: a batch of owners as their records, each weighted by one over its owner's number.
+
+    With n records of owner o, each of gradient norm ≤ Δ, :math:`\|\sum_{i \in o} \nabla\ell_i / n\| \le \Delta`: the owner, with all
+    records, moves the sum over a batch of owners by Δ at most, however many they are. Nothing is clipped.
+
+    Guarantees: the weights of an owner's records add up to 1 at most, also as float32 (they are rounded down).
+
+    Args:
+        owner_of: (N,) the owner of every record: whole numbers, in any order.
+
+    Raises:
+        ParameterError: no records, or ids that are not whole numbers.
+
+    >>> owners = Owners([7, 7, 3, 7])
+    >>> len(owners), [part.tolist() for part in owners.records(np.array([0, 1]))]
+    (2, [[2, 0, 1, 3], [1.0, 0.3333333134651184, 0.3333333134651184, 0.3333333134651184]])
+
+    Source: McMahan et al. (2018), "Learning differentially private recurrent language models", section 2 (user-level privacy).
+    """
+
+    def __init__(self, owner_of: Sequence[int] | Tensor | npt.NDArray[Any]) -> None:
+        ids = np.asarray(owner_of.cpu() if isinstance(owner_of, Tensor) else owner_of)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise ParameterError(
+                f"group: one whole number a record, its owner, is needed; got {ids.dtype} of shape {ids.shape}"
+            )
+        _, number, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        self.total = len(ids)
+        self._order = np.argsort(number, kind="stable")
+        self._ends = np.cumsum(counts)
+        self._counts = counts
+        self._weights = _rounded_down(1.0 / counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def records(self, owners: Indices) -> tuple[Indices, npt.NDArray[np.float32]]:
+        """The records of these owners and the weight of each."""
+        counts = self._counts[owners]
+        first = np.repeat(self._ends[owners] - counts, counts)
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return self._order[first + within], np.repeat(self._weights[owners], counts)
+
+
+def _rounded_down(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    narrow = values.astype(np.float32)
+    return np.where(narrow > values, np.nextafter(narrow, np.float32(0)), narrow).astype(np.float32)
+
+
+def flattened_views(batch: tuple[Any, ...], views: int) -> tuple[Any, ...]:
+    """(x of (n, K, *), y of (n, …)) as (x of (nK, *), y with every row K times).
+
+    Raises:
+        ParameterError: x does not hold K views of every record.
+    """
+    x, *others = batch
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != views:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ParameterError(f"multiplicity={views} takes records of shape ({views}, ...), got a batch of {shape}")
+    return x.flatten(0, 1), *(torch.repeat_interleave(other, views, dim=0) for other in others)

@@ -1,0 +1,57 @@
+"""The processes that `torchrun` started, as one world."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lipdp.errors import ParameterError
+from lipdp.privacy.world import Alone, Processes, World
+
+TIMEOUT = 30.0
+"""Minutes after which a silent process counts as lost."""
+
+
+@contextmanager
+def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
+    """Join the processes that `torchrun` started, on a GPU each where there are GPUs; alone where it started none.
+
+    Args:
+        timeout: minutes to wait for a process before it counts as lost. One that ends is noticed at once.
+
+    Raises:
+        ParameterError: the environment is not torchrun's, or the processes do not meet.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield Alone()
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+    except (ValueError, RuntimeError) as error:
+        raise ParameterError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet ({str(error).splitlines()[0]}); start them"
+            " with torchrun --nproc-per-node=W -m lipdp train ..."
+        ) from error
+    try:
+        yield Processes()
+    finally:
+        dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` started these processes again, after some of them ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def may_restart() -> bool:
+    """Whether `torchrun` would start these processes again."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0

@@ -411,7 +411,10 @@ class Trainer:
                 pass
             self.records = [dict(record) for record in state["records"]]
             self.step, self._seconds, loss, self._samples = map(plain_number, state["progress"])
-            self._loss.fill_(loss if self.world.rank == 0 else 0.0)
+            self._loss.fill_(loss)
+            if self.world.rank > 0:  # what was saved is the first process's part
+                self._loss.zero_()
+                self._samples = 0
         except LipdpError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from lipdp.certify import Certificate, certify
 from lipdp.certify.attack import pgd
 from lipdp.certify.inputs import InputMap, apply_maps
-from lipdp.data import Split, bounding, default_bounding, load
+from lipdp.data import DataSplit
 from lipdp.errors import BoundViolation, CheckpointError, ParameterError, UnknownNameError
 from lipdp.features import features
 from lipdp.models import build
+from lipdp.training.assembly import bounding_of, open_configured
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.choices import make_loss
 from lipdp.training.config import TrainConfig, config_from_dict
@@ -64,35 +65,32 @@ def load_run(
     runs = RunFolder(folder)
     config = config_from_dict(runs.config())
     checkpoint = runs.load()
-    split = load(config.dataset, data_dir=data_dir or config.data_dir)
-    config = config.resolve(len(split.train_x), binary=split.task == "binary")
+    split = open_configured(config, data_dir=data_dir)
+    config = config.resolve(split.records, binary=split.task == "binary")
     maps = maps_of(config, split)
-    model = _model(config, split, maps)
+    x, y = split.test_part()
+    model = _model(config, split, maps, x[:1])
     try:
         model.load_state_dict(checkpoint[weights])
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint in {runs} does not fit the run's model: {error}") from error
-    return LoadedRun(config, model.eval(), split.test_x, split.test_y, maps, int(checkpoint["step"]))
+    return LoadedRun(config, model.eval(), x, y, maps, int(checkpoint["step"]))
 
 
-def maps_of(config: TrainConfig, split: Split) -> tuple[InputMap, ...]:
+def maps_of(config: TrainConfig, split: DataSplit) -> tuple[InputMap, ...]:
     """As `lipdp.training.assembly.prepare` applies them."""
-    if config.bounding is None:
-        maps: tuple[InputMap, ...] = (default_bounding(split),)
-    else:
-        options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
-        maps = (bounding(config.bounding, **options),)
+    maps: tuple[InputMap, ...] = (bounding_of(config, split),)
     return maps if config.features is None else (*maps, features(config.features, **config.feature_options))
 
 
-def _model(config: TrainConfig, split: Split, maps: Sequence[InputMap]) -> nn.Module:
+def _model(config: TrainConfig, split: DataSplit, maps: Sequence[InputMap], raw: Tensor) -> nn.Module:
     """As `lipdp.training.assembly.assemble` builds it."""
     _, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
     options = dict(config.model_options)
     if config.features is not None and ":" not in config.model:
         spec = features(config.features, **config.feature_options)
         options.setdefault("input_bound", spec.norm_bound(split.input_shape))
-    shape = tuple(apply_maps(maps, split.test_x[:1], torch.float32).shape[1:])
+    shape = tuple(apply_maps(maps, raw, torch.float32).shape[1:])
     return build(config.model, input_shape=shape, num_classes=outputs, **options)
 
 

@@ -36,11 +36,27 @@ def _option(help: str, panel: str, **settings: Any) -> Any:
 @interruptible
 def train(
     dataset: Annotated[
-        str | None, _option("digits (default), mnist, fashion-mnist, cifar10, adbench/NAME, or an .npz file", "Data")
+        str | None,
+        _option(
+            "digits (default), mnist, fashion-mnist, cifar10, adbench/NAME, an .npz file, or a folder of .npy files or of"
+            " Hugging Face datasets, read batch by batch",
+            "Data",
+        ),
     ] = None,
     data_dir: Annotated[str | None, _option("where the files are; default: $LIPDP_DATA", "Data")] = None,
     download: Annotated[
         bool, typer.Option("--download", help="fetch what is not there", rich_help_panel="Data")
+    ] = False,
+    input_column: Annotated[str | None, _option("of a datasets folder, if not its only image column", "Data")] = None,
+    label_column: Annotated[str | None, _option("of a datasets folder, if not its only class column", "Data")] = None,
+    image_size: Annotated[
+        tuple[int, int] | None, _option("bring images to this height and width", "Data", metavar="H W")
+    ] = None,
+    augment: Annotated[str | None, _option("random views of images: crop, flip, crop-flip", "Data")] = None,
+    augment_multiplicity: Annotated[int | None, _option("views of each record in one gradient", "Data")] = None,
+    num_workers: Annotated[int | None, _option("processes that read records (default 0)", "Data")] = None,
+    pin_memory: Annotated[
+        bool, typer.Option("--pin-memory", help="page-locked batches for a GPU", rich_help_panel="Data")
     ] = False,
     features: Annotated[str | None, _option("a fixed feature map: scattering, dct", "Data")] = None,
     feature_option: Annotated[list[str] | None, _option("key=value, e.g. J=2, group_norm=27", "Data")] = None,
@@ -107,7 +123,7 @@ def train(
         for name, value in locals().items()
         if value is not None and name not in ("out", "resume", "tensorboard", "profile")
     }
-    for name in ("download", "secure"):
+    for name in ("download", "secure", "pin_memory"):
         if not given[name]:
             del given[name]
     for name in ("model_option", "loss_option", "feature_option", "bounding_option"):

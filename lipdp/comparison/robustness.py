@@ -152,7 +152,8 @@ def _key(config: RobustnessConfig, row: Row, tau: float, seed: int) -> Cell:
 def _bench(config: RobustnessConfig) -> _Bench:
     train = config.train_config()
     raw = load(config.dataset, data_dir=config.data_dir)
-    split, input_bound = prepare(train)
+    data, input_bound = prepare(train)
+    split = data.in_memory()
     train = train.resolve(len(split.train_x), binary=split.task == "binary")
     sigma = calibrate(
         target_epsilon=config.epsilon,

@@ -194,7 +194,8 @@ def _in_processes(config: UtilityConfig, left: Sequence[Job], jobs: int) -> Iter
 @functools.lru_cache(maxsize=2)
 def _data(plain: str) -> tuple[Split, float | None]:
     """The data of a configuration, in JSON, and a bound on the norm of the inputs if their features have one."""
-    return prepare(config_from_dict(json.loads(plain)))
+    split, input_bound = prepare(config_from_dict(json.loads(plain)))
+    return split.in_memory(), input_bound
 
 
 @functools.lru_cache(maxsize=64)

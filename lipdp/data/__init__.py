@@ -3,12 +3,14 @@
     split = load("mnist", data_dir="~/data")
     split.train_x.shape, split.num_classes, split.task
 
-The readers of each format are in `files`, the sets in `sources`, the bounding of inputs in `scaling`.
+What a set is to training is in `split`, sets that stay on disk in `stored` and `hub`, the readers of each format in
+`files`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -29,7 +31,9 @@ from lipdp.data.scaling import (
     clip_features,
     public_standardisation,
 )
-from lipdp.data.sources import DATASETS, WHERE, Split, source_of
+from lipdp.data.sources import DATASETS, WHERE, Columns, source_of
+from lipdp.data.split import DataSplit, Split
+from lipdp.data.stored import Stored
 from lipdp.errors import DataError, ParameterError
 
 __all__ = [
@@ -37,16 +41,20 @@ __all__ = [
     "DATASETS",
     "Bounding",
     "Clip",
+    "Columns",
+    "DataSplit",
     "Rescale",
     "SignedLog",
     "Split",
     "Standardise",
+    "Stored",
     "Tanh",
     "bound_inputs",
     "bounding",
     "clip_features",
     "default_bounding",
     "load",
+    "open_split",
     "public_standardisation",
     "split_validation",
 ]
@@ -54,6 +62,25 @@ __all__ = [
 
 def load(name: str, *, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Split:
     """Load a data set by name, with a split into train and test that does not depend on the data's values.
+
+    `open_split`, and everything read; a set that stays on disk only where it is small enough for that.
+
+    >>> split = load("digits")
+    >>> split.input_shape, len(split.train_x), len(split.test_x), split.num_classes, split.task
+    ((1, 8, 8), 1437, 360, 10, 'multiclass')
+    """
+    return open_split(name, data_dir=data_dir, download=download).in_memory()
+
+
+def open_split(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    columns: Columns | None = None,
+    image_size: Sequence[int] | None = None,
+) -> DataSplit:
+    """Read a data set by name, or open one that stays on disk, with a split that does not depend on the data's values.
 
     `digits`: the 1797 images of 8 × 8 pixels embedded in scikit-learn, divided by 16; every fifth record (index
     0, 5, 10, …) is for test. `mnist`, `fashion-mnist`, `cifar10`: the published split. `adbench/NAME` and any `.npz`
@@ -67,25 +94,34 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None, download:
         name: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `adbench/NAME` (`11_donors`, or `donors`), or the path of
             an `.npz` file with numeric arrays `X` and `y`, and optionally `X_test` and `y_test`. There `X` is a table
             (N, d), or images (N, H, W) or (N, C, H, W) as bytes or as floats in [0, 1]; the set of labels is public.
+            Or a folder, which is not read but mapped: `train_x.npy`, `train_y.npy`, `test_x.npy`, `test_y.npy` (see
+            `lipdp.data.stored.open_npy`), or what `datasets.DatasetDict.save_to_disk` writes (`lipdp.data.hub.open_hub`).
         data_dir: where to look; by default `$LIPDP_DATA`. It holds `MNIST/raw/*-ubyte[.gz]`,
             `FashionMNIST/raw/*-ubyte[.gz]`, `cifar-10-batches-py/*`, `adbench/*.npz`, or the files themselves.
         download: if the files are absent, fetch them from OpenML into that layout (images only), under `data_dir`,
             else `$LIPDP_DATA`, else `$LIPDP_CACHE/data`. CIFAR-10 then has OpenML's order: its first 50 000 records
             are taken for training.
+        columns: of a `datasets` folder, or whose the records are, where that is to be read.
+        image_size: (height, width), a public choice: what images are brought to.
 
     Raises:
         UnknownNameError: no such data set or table; the message lists those there are.
         DataError: a missing, truncated or corrupt file, or a failing download.
+        ParameterError: columns or an image size where there are none.
 
-    >>> split = load("digits")
-    >>> split.input_shape, len(split.train_x), len(split.test_x), split.num_classes, split.task
-    ((1, 8, 8), 1437, 360, 10, 'multiclass')
+    >>> open_split("digits", image_size=(4, 4)).input_shape
+    (1, 4, 4)
     """
-    source = source_of(name)
-    if not source.needs_folder:
-        return source.read(Path())
+    split = _read(name, data_dir, download, columns or Columns())
+    return split if image_size is None else split.resized(image_size)
+
+
+def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, columns: Columns) -> DataSplit:
     given = data_dir or os.environ.get("LIPDP_DATA")
     root = Path(given).expanduser() if given else cache_root() / "data"
+    source = source_of(name, columns, root=root)
+    if not source.needs_folder:
+        return source.read(Path())
     if download and not source.present(root):
         source.fetch(root)
     if not root.is_dir():
@@ -122,7 +158,8 @@ def split_validation(split: Split, *, fraction: float = 0.1, seed: int = 0) -> S
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     held, kept = order[:size].sort().values, order[size:].sort().values
     x, y = split.train_x, split.train_y
-    return replace(split, train_x=x[kept], train_y=y[kept], test_x=x[held], test_y=y[held])
+    owner = None if split.train_owner is None else split.train_owner[kept]
+    return replace(split, train_x=x[kept], train_y=y[kept], test_x=x[held], test_y=y[held], train_owner=owner)
 
 
 def bound_inputs(split: Split, bounding: Bounding) -> Split:
@@ -131,13 +168,13 @@ def bound_inputs(split: Split, bounding: Bounding) -> Split:
     >>> bound_inputs(load("digits"), Rescale(0.0, 1.0)).train_x.min().item()
     -1.0
     """
-    return replace(split, train_x=bounding(split.train_x), test_x=bounding(split.test_x))
+    return split.bounded(bounding)
 
 
 _BINARY_TABLES = ("adbench/8_celeba",)
 
 
-def default_bounding(split: Split) -> Bounding:
+def default_bounding(split: DataSplit) -> Bounding:
     """The map to use when the user names none: by kind of input and by name, never by value.
 
     Images: `Clip(0, 1)`, their natural range. Tables: `SignedLog()`, which copes with features of unknown and

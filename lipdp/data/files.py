@@ -282,8 +282,8 @@ def write_cifar_batch(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDA
 # ------------------------------------------------------------------------------------------------------------- npz
 
 
-def _read_npy(path: Path, archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any]:
-    """Read one numeric member of an npz archive, checking its declared size before reading it."""
+def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = False) -> npt.NDArray[Any]:
+    """Read one numeric member of an npz archive (or one of text), checking its declared size before reading it."""
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{path}: {key} is not stored or deflated; write the file with numpy.savez or savez_compressed")
@@ -294,7 +294,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any
             raise DataError(f"{path}: {key} has npy version {version}, not 1.0 or 2.0; {REMEDY}")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(stream)
-        if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        if not (text and dtype.kind in "US") and (dtype.kind not in "biuf" or dtype.itemsize > 8):
             raise DataError(f"{path}: {key} has dtype {dtype}; write integers or floats of at most 64 bits")
         declared = dtype.itemsize * math.prod(shape)
         body = stream.read()  # to the end, which checks the archive's CRC; bounded by info.file_size
@@ -303,8 +303,10 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str) -> npt.NDArray[Any
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def read_npz(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, npt.NDArray[Any]]:
-    """Read named numeric arrays of an npz archive, without pickle and without trusting its headers.
+def read_npz(
+    path: Path, required: Sequence[str], optional: Sequence[str] = (), *, text: Sequence[str] = ()
+) -> dict[str, npt.NDArray[Any]]:
+    """Read named numeric arrays of an npz archive (those in `text` may be of text), without pickle or trust in its headers.
 
     Raises:
         DataError: missing or corrupt file, failed checksum, a required key absent, a dtype that is not a number.
@@ -314,4 +316,5 @@ def read_npz(path: Path, required: Sequence[str], optional: Sequence[str] = ()) 
         absent = sorted(set(required) - held)
         if absent:
             raise DataError(f"{path} lacks {', '.join(absent)} (it holds {', '.join(sorted(held)) or 'nothing'})")
-        return {key: _read_npy(path, archive, key) for key in (*required, *optional) if key in held}
+        wanted = [key for key in (*required, *optional) if key in held]
+        return {key: _read_npy(path, archive, key, text=key in text) for key in wanted}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lipdp.data.download import fetch_images
 from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
-from lipdp.errors import DataError, UnknownNameError
+from lipdp.data.hub import open_hub
+from lipdp.data.split import DataSplit, Split, Task
+from lipdp.data.stored import Stored, open_npy, owner_ids
+from lipdp.errors import DataError, ParameterError, UnknownNameError
 
-Task = Literal["multiclass", "binary"]
 Array = npt.NDArray[Any]
 
 WHERE = (
@@ -25,32 +27,17 @@ WHERE = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """A data set cut in a training part, which is the private one, and a test part.
+@dataclass(frozen=True)
+class Columns:
+    """What to take from a file or folder of the user's, where it is not found by itself.
 
     Attributes:
-        name: what it was loaded as, e.g. `mnist` or `adbench/11_donors`.
-        train_x, test_x: float32; images (N, C, H, W) in [0, 1], tables (N, d) as they are on disk.
-        train_y, test_y: int64 (N,), in 0..num_classes − 1.
-        num_classes: the number of classes, a public fact.
-        task: `multiclass` (report accuracy) or `binary` (a table with two classes: report AUROC).
-        note: what a reader of figures must know, e.g. "JPEG copy"; the readers leave it empty.
+        input, label: columns, of a `datasets` folder. owner: array or column of whose the records are.
     """
 
-    name: str
-    train_x: Tensor
-    train_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    num_classes: int
-    task: Task
-    note: str = ""
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, e.g. (1, 28, 28) or (d,)."""
-        return tuple(self.train_x.shape[1:])
+    input: str | None = None
+    label: str | None = None
+    owner: str | None = None
 
 
 class Source(Protocol):
@@ -69,8 +56,8 @@ class Source(Protocol):
         """Download the set into `root`, in the layout `read` expects."""
         ...
 
-    def read(self, root: Path) -> Split:
-        """Read and check the set; DataError if it is not whole and valid."""
+    def read(self, root: Path) -> DataSplit:
+        """Read or open the set and check it; DataError if it is not whole and valid."""
         ...
 
 
@@ -230,9 +217,10 @@ class _Cifar10:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """Arrays X and y, optionally X_test and y_test, in one npz file."""
+    """Arrays X and y, optionally X_test and y_test, in one npz file; and whose the records of X are, under any name."""
 
     path: Path
+    owner: str | None = None
 
     @property
     def needs_folder(self) -> bool:
@@ -246,21 +234,24 @@ class NpzFile:
 
     def read(self, root: Path) -> Split:
         path = root / self.path
-        arrays = read_npz(path, ("X", "y"), ("X_test", "y_test"))
+        named = () if self.owner is None else (self.owner,)
+        arrays = read_npz(path, ("X", "y", *named), ("X_test", "y_test"), text=named)
         if ("X_test" in arrays) != ("y_test" in arrays):
             raise DataError(f"{path} holds only one of X_test and y_test; give both or neither")
         x, classes = _inputs(path, "X", arrays["X"]), _count_classes(path, arrays)
         y = _labels(path, "y", arrays["y"], count=len(x), classes=classes)
+        owner = None if self.owner is None else owner_ids(path, arrays[self.owner], count=len(x))
         if "X_test" in arrays:
             test_x = _inputs(path, "X_test", arrays["X_test"])
             test_y = _labels(path, "y_test", arrays["y_test"], count=len(test_x), classes=classes)
             if test_x.shape[1:] != x.shape[1:]:
                 raise DataError(f"{path}: X has inputs of shape {x.shape[1:]} but X_test {test_x.shape[1:]}")
-            return _split(str(self.path), (x, y, test_x, test_y), classes)
+            return replace(_split(str(self.path), (x, y, test_x, test_y), classes), train_owner=owner)
         if len(x) < 2:
             raise DataError(f"{path} holds one record, too few to split in train and test")
         train, test = _first_fifth(len(x))
-        return _split(str(self.path), (x[train], y[train], x[test], y[test]), classes)
+        split = _split(str(self.path), (x[train], y[train], x[test], y[test]), classes)
+        return split if owner is None else replace(split, train_owner=owner[torch.from_numpy(train)])
 
 
 def _count_classes(path: Path, arrays: dict[str, Array]) -> int:
@@ -322,18 +313,69 @@ _SOURCES: dict[str, Source] = {
     "cifar10": _Cifar10(),
 }
 
-DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz")
-"""The names `load` takes; the last two stand for a table's name and a file's path."""
+
+@dataclass(frozen=True)
+class Folder:
+    """A set that stays on disk: `.npy` files, or what `datasets.DatasetDict.save_to_disk` writes."""
+
+    path: Path
+    columns: Columns = Columns()
+
+    @property
+    def needs_folder(self) -> bool:
+        return not self.path.is_dir()
+
+    def present(self, root: Path) -> bool:
+        return (root / self.path).is_dir()
+
+    def fetch(self, root: Path) -> None:
+        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a folder that exists")
+
+    def read(self, root: Path) -> Stored:
+        folder, columns = root / self.path, self.columns
+        if (folder / "dataset_dict.json").is_file():
+            options = {"input": columns.input, "label": columns.label, "owner": columns.owner}
+            return open_hub(folder, **options, name=str(self.path))
+        if not any(folder.glob("t*_x.npy")):
+            raise DataError(
+                f"{folder} is no data set: give a folder with train_x.npy, train_y.npy, test_x.npy and test_y.npy, or one"
+                " that datasets.DatasetDict.save_to_disk wrote, with splits train and test"
+            )
+        if columns.input is not None or columns.label is not None:
+            raise ParameterError(
+                f"{folder} holds .npy files, which have no columns to choose for the input or the label"
+            )
+        return open_npy(folder, owner=columns.owner, name=str(self.path))
 
 
-def source_of(name: str) -> Source:
-    """The source of the data set `name`; UnknownNameError lists the names there are."""
-    if not isinstance(name, str):
+DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz", "DIR")
+"""The names `open_split` takes; the last three stand for a table's name, a file's path and a folder's."""
+
+
+def source_of(name: str, columns: Columns = Columns(), *, root: Path | None = None) -> Source:
+    """The source of the data set `name`; a folder may be in `root`.
+
+    Raises:
+        UnknownNameError: there is none; lists those there are. ParameterError: columns of a set that has none.
+    """
+    if not isinstance(name, str) or not name:
         raise UnknownNameError("data set", name, DATASETS)
+    path = Path(name).expanduser()
+    known = name in _SOURCES or name.startswith("adbench/")
+    if not known and name.endswith(".npz") and columns.input is None and columns.label is None:
+        return NpzFile(path, columns.owner)
+    if not known and not name.endswith(".npz") and (path.is_dir() or _is_set(path, root) or len(path.parts) > 1):
+        return Folder(path, columns)
+    if columns != Columns():
+        raise ParameterError(
+            f"{name} has no columns to choose: leave out --input-column, --label-column, --owner-column"
+        )
     if name in _SOURCES:
         return _SOURCES[name]
-    if name.startswith("adbench/"):
+    if known:
         return _AdBench(name.removeprefix("adbench/").removesuffix(".npz"))
-    if name.endswith(".npz"):
-        return NpzFile(Path(name).expanduser())
     raise UnknownNameError("data set", name, DATASETS)
+
+
+def _is_set(path: Path, root: Path | None) -> bool:
+    return root is not None and any((root / path / file).is_file() for file in ("train_x.npy", "dataset_dict.json"))

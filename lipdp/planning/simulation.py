@@ -153,7 +153,8 @@ def simulation(
         )
     settings = {"dataset": "digits"} | {name: value for name, value in settings.items() if value is not None}
     config = configure(**settings)
-    split, input_bound = prepare(config)
+    data, input_bound = prepare(config)
+    split = data.in_memory()
     records, binary = len(split.train_x), split.task == "binary"
     config = config.resolve(records, binary=binary)
     relation = Relation.ADD_OR_REMOVE_ONE if config.sampling == "poisson" else Relation.REPLACE_ONE

@@ -48,7 +48,8 @@ class BatchLoader:
     a batch has K rows for each.
 
     Args:
-        dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`.
+        dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`; if it has
+            `__getitems__(indices)` or `read_batch(indices)`, a whole batch is read by that.
         sampler: owned by the loader from here on; save and load it through the loader.
         part: which of the units drawn are read here, where several processes share the work; by default all.
         records: how many the data set must hold; by default the sampler's population.
@@ -212,8 +213,11 @@ class _MapStyleRecords(Dataset[Any]):
     def _read(self, indices: np.ndarray) -> Any:
         if indices.size == 0:
             return _emptied(default_collate([self._dataset[0]]) if self._empty is None else self._empty)
-        many = getattr(self._dataset, "__getitems__", None)
         picked = indices.tolist()
+        whole = getattr(self._dataset, "read_batch", None)  # what `default_collate` would make of them, at once
+        if callable(whole):
+            return whole(picked)
+        many = getattr(self._dataset, "__getitems__", None)
         return default_collate(many(picked) if callable(many) else [self._dataset[index] for index in picked])
 
 

@@ -8,13 +8,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipdp.data import Split
+from lipdp.data import DataSplit
 from lipdp.errors import CheckpointError, LipdpError, NonFiniteError, ResumeError
 from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
@@ -27,7 +27,7 @@ from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.environment import environment
-from lipdp.training.evaluation import evaluate
+from lipdp.training.evaluation import evaluate_batches
 from lipdp.training.monitor import Interrupted, Monitor, Result
 from lipdp.training.profile import StepProfile
 from lipdp.training.runtime import own_random_state, random_state, stop_signals
@@ -36,6 +36,7 @@ __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "config
 
 _log = logging.getLogger(__name__)
 _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
+_EVALUATED = 1024  # test records at a time
 NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 
 
@@ -87,7 +88,7 @@ class Trainer:
         config: TrainConfig,
         *,
         out: str | os.PathLike[str] | None = None,
-        split: Split | None = None,
+        split: DataSplit | None = None,
         monitor: Monitor | None = None,
         profile: StepProfile | None = None,
         world: World | None = None,
@@ -107,7 +108,7 @@ class Trainer:
         cls,
         out: str | os.PathLike[str],
         *,
-        split: Split | None = None,
+        split: DataSplit | None = None,
         monitor: Monitor | None = None,
         profile: StepProfile | None = None,
         world: World | None = None,
@@ -155,7 +156,7 @@ class Trainer:
     # -- construction --------------------------------------------------------------------------------------------------
 
     def _set_up(
-        self, config: TrainConfig, split: Split | None, monitor: Monitor, *, noise_multiplier: float | None
+        self, config: TrainConfig, split: DataSplit | None, monitor: Monitor, *, noise_multiplier: float | None
     ) -> None:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -163,7 +164,7 @@ class Trainer:
         with self.world.together():
             if split is None:
                 split, input_bound = prepare(config, progress=monitor.features)
-            config = config.resolve(len(split.train_x), binary=split.task == "binary")
+            config = config.resolve(split.records, binary=split.task == "binary")
         parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
         self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
@@ -201,7 +202,8 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
             NonFiniteError: NaN or infinity; the last good checkpoint is left as it is.
         """
-        with own_random_state(self.device, self._random), stop_signals() as stop:
+        batches = iter(self.loader)
+        with own_random_state(self.device, self._random), stop_signals() as stop, closing(batches):
             self.monitor.begin(self)
             if self.folder is not None:
                 self.folder.add_session(environment())
@@ -211,11 +213,10 @@ class Trainer:
             else:
                 self._restate()
             clock = time.perf_counter() - self._seconds
-            batches = iter(self.loader)
             while self._goes_on(stop):
                 with self._timed():
                     with self._timer("data"):
-                        x, y = next(batches)
+                        x, y = (part.to(self.device, non_blocking=True) for part in next(batches))
                     self._take_step(x, y)
                 self._seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
@@ -312,7 +313,8 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         split = self.split
-        return evaluate(self.model, split.test_x, split.test_y, binary=split.task == "binary", device=self.device)
+        batches = split.test_batches(_EVALUATED)
+        return evaluate_batches(self.model, batches, binary=split.task == "binary", device=self.device)
 
     def privacy(self) -> dict[str, Any]:
         """What `privacy.json` holds: the facts, and the ε spent so far."""

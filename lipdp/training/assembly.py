@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
-from lipdp.data import Split, bound_inputs, bounding, default_bounding, load
+from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, open_split
+from lipdp.data.augment import Augmented, augment
 from lipdp.errors import ParameterError
 from lipdp.features import Progress, apply, features
 from lipdp.losses import LipschitzLoss
@@ -28,22 +30,47 @@ from lipdp.training.ema import Ema
 from lipdp.training.runtime import choose_device, own_random_state, random_state
 
 
-def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[Split, float | None]:
-    """The data of a run: read, bounded by public constants, turned into features.
+def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | None = None) -> DataSplit:
+    """The data of a run as they are, resized if it says so. `data_dir`: where, if not where the configuration says."""
+    columns = Columns(config.input_column, config.label_column, config.owner_column)
+    return open_split(
+        config.dataset,
+        data_dir=data_dir or config.data_dir,
+        download=config.download,
+        columns=columns,
+        image_size=config.image_size,
+    )
+
+
+def bounding_of(config: TrainConfig, split: DataSplit) -> Bounding:
+    """The public map of a run's inputs."""
+    if config.bounding is None:
+        return default_bounding(split)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
+    return bounding(config.bounding, **options)
+
+
+def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[DataSplit, float | None]:
+    """The data of a run: read or opened, bounded by public constants, turned into features.
+
+    Features are computed of everything at once: a set that stays on disk is read for them, or refused if it is too large.
 
     Returns:
         The split, and a bound on the norm of its inputs where the features have one.
     """
-    split = load(config.dataset, data_dir=config.data_dir, download=config.download)
-    if config.bounding is None:
-        split = bound_inputs(split, default_bounding(split))
-    else:
-        split = bound_inputs(split, bounding(config.bounding, **config.bounding_options))
+    split = open_configured(config)
+    split = split.bounded(bounding_of(config, split))
     if config.features is None:
         return split, None
     spec = features(config.features, **config.feature_options)
     bound = spec.norm_bound(split.input_shape)
-    return apply(split, spec, progress=progress), bound
+    return apply(split.in_memory(), spec, progress=progress), bound
+
+
+def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dataset[Any]:
+    if config.augment is None:
+        return split.training_dataset(device)
+    return Augmented(split.training_dataset(), augment(config.augment), multiplicity=config.augment_multiplicity)
 
 
 @dataclass(frozen=True)
@@ -65,7 +92,7 @@ class Parts:
 
 def assemble(
     config: TrainConfig,
-    split: Split,
+    split: DataSplit,
     *,
     input_bound: float | None = None,
     noise_multiplier: float | None = None,
@@ -94,7 +121,7 @@ def assemble(
         model = make_model(config.model, split.input_shape, outputs, options).to(device)
         random = random_state(device)
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
-    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, len(split.train_x), world)
+    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, split.records, world)
     engine = PrivacyEngine(
         config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
     )
@@ -102,13 +129,16 @@ def assemble(
         module=model,
         optimizer=optimizer,
         criterion=loss,
-        dataset=TensorDataset(split.train_x.to(device), split.train_y.to(device)),
+        dataset=_dataset(config, split, device),
+        input_shape=split.input_shape,
         expected_batch_size=decided(config.batch_size),
         steps=decided(config.steps),
         noise_multiplier=sigma,
         allocation=config.allocation,
         sampling=config.sampling,
         gate=_gate(config, loss, sigma),
+        num_workers=config.num_workers,
+        pin_memory=config.pin_memory,
         target_epsilon=config.epsilon,
         target_delta=config.delta,
     )

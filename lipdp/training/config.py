@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
 
-RUNTIME = frozenset({"data_dir", "device", "download", "threads", "checkpoint_every", "check_every"})
+RUNTIME = frozenset(
+    {"data_dir", "device", "download", "threads", "num_workers", "pin_memory", "checkpoint_every", "check_every"}
+)
 """Settings that may change at a resume: they move numbers around without touching what is computed."""
 
 
@@ -27,6 +29,10 @@ _TEXTS = (
     "accountant",
     "sampling",
     "device",
+    "input_column",
+    "label_column",
+    "owner_column",
+    "augment",
 )
 
 MAX_THREADS = 1024
@@ -38,7 +44,11 @@ class TrainConfig:
     """Everything a run is given. `configure(...)` fills in the recipe; `resolve(N)` what depends on the public N.
 
     Attributes:
-        dataset: as `lipdp.data.load` takes it; data_dir, download: too.
+        dataset, data_dir, download, image_size: as `lipdp.data.open_split` takes them; input_column, label_column,
+            owner_column: its columns.
+        augment, augment_multiplicity: random views of images, by name (`lipdp.data.augment`), and K of them in one record.
+        num_workers, pin_memory: processes that read records, and page-locked batches on the way to a GPU; for sets on disk
+            and for augmented ones.
         features, feature_options: a fixed feature map ("scattering", "dct") and its options, or None.
         bounding, bounding_options: the public map of the inputs; None takes `lipdp.data.default_bounding`.
         model, model_options: as `lipdp.models.build` takes them.
@@ -78,6 +88,14 @@ class TrainConfig:
     bounding_options: Mapping[str, Any] = field(default_factory=dict)
     data_dir: str | None = None
     download: bool = False
+    input_column: str | None = None
+    label_column: str | None = None
+    owner_column: str | None = None
+    image_size: Sequence[int] | None = None
+    augment: str | None = None
+    augment_multiplicity: int = 1
+    num_workers: int = 0
+    pin_memory: bool = False
     epsilon: float | None = None
     delta: float | None = None
     noise_multiplier: float | None = None
@@ -103,8 +121,10 @@ class TrainConfig:
             raise ParameterError(f"threads={self.threads}: at most {MAX_THREADS}")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise ParameterError(f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1 is needed")
-        if not isinstance(self.secure, bool):
-            raise ParameterError(f"secure={self.secure!r}: true or false is needed")
+        for name in ("secure", "pin_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise ParameterError(f"{name}={getattr(self, name)!r}: true or false is needed")
+        self._check_data()
         if self.check_every is not None and (type(self.check_every) is not int or self.check_every < 0):
             raise ParameterError(f"check_every={self.check_every!r}: a whole number of steps, 0 for never")
         for name in ("epochs", "lr", "epsilon", "noise_multiplier", "gate"):
@@ -117,6 +137,25 @@ class TrainConfig:
             raise ParameterError(f"delta={self.delta!r}: a probability in (0, 1), well below 1/(number of records)")
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
+
+    def _check_data(self) -> None:
+        workers, size, views = self.num_workers, self.image_size, self.augment_multiplicity
+        if type(workers) is not int or not 0 <= workers <= MAX_THREADS:
+            raise ParameterError(f"num_workers={workers!r}: a whole number from 0 to {MAX_THREADS} is needed")
+        if size is not None and (
+            not isinstance(size, (tuple, list))
+            or len(size) != 2
+            or any(type(n) is not int or not 1 <= n <= 2**15 for n in size)
+        ):
+            raise ParameterError(f"image_size={size!r}: a height and a width are needed, in pixels")
+        if type(views) is not int or not 1 <= views <= 1024:
+            raise ParameterError(f"augment_multiplicity={views!r}: a whole number of views from 1 to 1024 is needed")
+        if views > 1 and self.augment is None:
+            raise ParameterError(
+                f"augment_multiplicity={views}, but no augment: all views of a record would be the same"
+            )
+        if self.augment is not None and self.features is not None:
+            raise ParameterError("augment and features were both given: features are computed once, not of every view")
 
     def resolve(self, records: int, *, binary: bool = False) -> TrainConfig:
         """The same with B, T, δ and the loss decided, from the public number of training records and kind of task.

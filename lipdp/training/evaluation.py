@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
@@ -41,18 +43,38 @@ def evaluate(
     >>> evaluate(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 0]))
     {'accuracy': 0.5}
     """
-    if not len(x):
-        raise DataError("there are no records to evaluate on")
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True) if len(x) else ()
+    return evaluate_batches(model, batches, binary=binary, device=device)
+
+
+@torch.no_grad()
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    binary: bool = False,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """`evaluate` on records that come in batches, of which only the outputs are kept.
+
+    >>> evaluate_batches(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))] * 3)
+    {'accuracy': 0.5}
+    """
     was_training = model.training
     model.eval()
+    chunks, truths = [], []
     try:
-        chunks = [model(chunk.to(device or x.device).float()).double().cpu() for chunk in x.split(batch_size)]
+        for x, y in batches:
+            chunks.append(model(x.to(device or x.device, non_blocking=True).float()).double().cpu())
+            truths.append(y.cpu())
     finally:
         model.train(was_training)
+    if not chunks:
+        raise DataError("there are no records to evaluate on")
     outputs = torch.cat(chunks).flatten(1) if chunks[0].dim() > 1 else torch.cat(chunks)[:, None]
     if bool(torch.isnan(outputs).any()):
         raise NonFiniteError("the model's outputs are NaN")
-    truth = y.cpu()
+    truth = torch.cat(truths)
     if not binary:
         return {"accuracy": float((outputs.argmax(1) == truth).double().mean())}
     scores = outputs[:, 0] if outputs.shape[1] == 1 else outputs[:, 1] - outputs[:, 0]

@@ -121,8 +121,7 @@ def _noise(trainer: Trainer) -> dict[str, float]:
 
 
 def _robustness(trainer: Trainer) -> dict[str, float]:
-    split = trainer.split
-    x, y = split.test_x[:_CERTIFIED], split.test_y[:_CERTIFIED]
+    x, y = next(iter(trainer.split.test_batches(_CERTIFIED)))
     try:
         radii = certify(trainer.model, x.to(trainer.device), y.to(trainer.device)).radii
     except LipdpError:  # no certified constant: no radius, and the run goes on

@@ -1,0 +1,231 @@
+"""Folders of Hugging Face `datasets`, as `DatasetDict.save_to_disk` writes them: images decoded where they are read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lipdp.data.files import parsing
+from lipdp.data.split import resize
+from lipdp.data.stored import Stored, largest_label, owner_ids
+from lipdp.errors import DataError, ParameterError
+
+_REMEDY = "write the folder with DatasetDict.save_to_disk"
+_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+@dataclass(frozen=True)
+class HubRecords:
+    """One part of a saved `datasets` folder; its Arrow files are memory-mapped.
+
+    Images are decoded from the bytes in the folder: a record that names a file or an address instead is refused, for it
+    could name any.
+
+    Attributes:
+        path: the part's folder. x, y: columns of inputs and labels.
+        mode: "L" or "RGB", what images are brought to; None for a column of numbers.
+    """
+
+    path: Path
+    x: str
+    y: str
+    mode: str | None
+
+    @cached_property
+    def _table(self) -> Any:
+        return open_part(self.path).select_columns([self.x, self.y]).with_format("arrow" if self.mode else "numpy")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The records, decoded."""
+        rows = list(map(int, indices))
+        with parsing(self.path, _REMEDY):
+            return self._numbers(rows) if self.mode is None else self._images(rows, size)
+
+    def _images(self, rows: list[int], size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        batch = self._table[rows]
+        images = [
+            self._image(f"{self.path}, record {row}", stored, size)
+            for row, stored in zip(rows, batch.column(self.x).to_pylist(), strict=True)
+        ]
+        odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
+        if odd is not None:
+            this, first = ("×".join(map(str, images[i].shape[1:])) for i in (odd, 0))
+            raise DataError(
+                f"{self.path}: record {rows[odd]} is an image of {this} pixels, record {rows[0]} one of {first}: give"
+                " --image-size (image_size=), which all are brought to"
+            )
+        return torch.stack(images), torch.from_numpy(batch.column(self.y).to_numpy().astype(np.int64))
+
+    def _image(self, where: str, stored: Any, size: Sequence[int] | None) -> Tensor:
+        image = decode(_content(where, stored), self.mode or "RGB", where)
+        return image if size is None else resize(image[None], size)[0]
+
+    def _numbers(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        batch = self._table[rows]
+        x = np.asarray(batch[self.x])
+        if x.dtype.kind not in "biuf" or x.ndim != 2:
+            raise DataError(f"{self.path}: the records in {self.x!r} are not lists of numbers of one length")
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(np.asarray(batch[self.y], dtype=np.int64))
+
+
+def _content(where: str, stored: Any) -> bytes:
+    content = stored.get("bytes") if isinstance(stored, dict) else None
+    if not content:
+        raise DataError(f"{where} holds no image's bytes; {_REMEDY}, which puts them in")
+    return bytes(content)
+
+
+def decode(content: bytes, mode: str, where: str) -> Tensor:
+    """(C, H, W) float32 in [0, 1] from an encoded image (PNG, JPEG, …); DataError where it is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode not in _EIGHT_BITS:
+                raise DataError(
+                    f"{where}: pixels of mode {image.mode}, not of 8 bits a channel; convert them to RGB or L"
+                )
+            pixels = np.array(image.convert(mode))
+    except DataError:
+        raise
+    except Exception as error:  # decoders document no closed list of what they raise on damaged bytes
+        raise DataError(f"{where}: no image can be decoded ({type(error).__name__}: {error})") from error
+    planes = torch.from_numpy(pixels)
+    return (planes[None] if planes.dim() == 2 else planes.permute(2, 0, 1)).to(torch.float32).div_(255).contiguous()
+
+
+def open_part(path: Path) -> Any:
+    """A `datasets.Dataset` on disk, not read."""
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ParameterError(f'{path} needs Hugging Face datasets ({error}): pip install "lipdp[hf]"') from error
+    with parsing(path, _REMEDY):
+        try:
+            return load_from_disk(str(path), keep_in_memory=False)
+        except FileNotFoundError as error:
+            raise DataError(f"{path} is not whole ({error}); {_REMEDY}") from error
+
+
+def open_hub(
+    path: Path,
+    *,
+    input: str | None = None,
+    label: str | None = None,
+    owner: str | None = None,
+    name: str | None = None,
+) -> Stored:
+    """A `datasets` folder with splits `train` and `test`; labels are read, inputs are not.
+
+    The input is the one column of images, else the one column of lists of numbers; the label the one `ClassLabel`, else
+    the one column of integers that is not named. `input`, `label` say otherwise. Images come as grey or RGB, whichever
+    the first one is.
+
+    Args:
+        path: the folder. input, label: columns. owner: the column of whose the records are.
+
+    Raises:
+        DataError: no such folder, split or column, labels that are not 0, 1, 2, …, or a first image that is none.
+        ParameterError: `datasets` is not installed.
+    """
+    absent = [part for part in ("train", "test") if not (path / part / "state.json").is_file()]
+    if absent:
+        found = sorted(folder.parent.name for folder in path.glob("*/state.json"))
+        raise DataError(
+            f"{path} lacks the split {' and '.join(absent)} (it holds {', '.join(found) or 'none'}); {_REMEDY}"
+        )
+    train, test = open_part(path / "train"), open_part(path / "test")
+    if train.features != test.features:
+        raise DataError(f"{path}: train and test have other columns")
+    columns = train.features
+    x = _column(path, columns, input, "input", (_is_image, _is_list))
+    y = _column(path, columns, label, "label", (_is_class, lambda c: _is_integer(c) and c is not columns.get(owner)))
+    if not (_is_class(columns[y]) or _is_integer(columns[y])):
+        raise DataError(f"{path}: the labels in {y!r} are {columns[y]}, not whole numbers; choose a --label-column")
+    if not len(train) or not len(test):
+        raise DataError(f"{path}: train has {len(train)} records and test {len(test)}; both must have some")
+    largest = max(largest_label(path / y, _values(part, y), count=len(part)) for part in (train, test))
+    classes = max(2, largest + 1, getattr(columns[y], "num_classes", 0))
+    mode = _first_mode(path / "train", train, x) if _is_image(columns[x]) else None
+    records = HubRecords(path / "train", x, y, mode)
+    return Stored(
+        name=name or str(path),
+        train=records,
+        test=HubRecords(path / "test", x, y, mode),
+        input_shape=tuple(records.read([0])[0].shape[1:]),
+        num_classes=classes,
+        task="binary" if classes == 2 and mode is None else "multiclass",
+        train_owner=None if owner is None else _owners(path, train, owner),
+    )
+
+
+def _column(path: Path, columns: Any, given: str | None, what: str, kinds: Sequence[Callable[[Any], bool]]) -> str:
+    """The column given, else the only one of the first kind that there is."""
+    if given is not None:
+        if given not in columns:
+            raise DataError(f"{path} has no column {given!r}; it has {', '.join(columns)}")
+        return given
+    for kind in kinds:
+        found = [name for name, column in columns.items() if kind(column)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            break
+    raise DataError(f"{path}: which column is the {what}? Give --{what}-column, one of {', '.join(columns)}")
+
+
+def _is_image(column: Any) -> bool:
+    return type(column).__name__ == "Image"
+
+
+def _is_list(column: Any) -> bool:
+    return type(column).__name__ in ("List", "LargeList", "Sequence")
+
+
+def _is_class(column: Any) -> bool:
+    return type(column).__name__ == "ClassLabel"
+
+
+def _is_integer(column: Any) -> bool:
+    return type(column).__name__ == "Value" and column.dtype.lstrip("u").startswith("int")
+
+
+def _values(part: Any, column: str) -> npt.NDArray[Any]:
+    values = part.select_columns([column]).with_format("arrow")[:].column(0)
+    if values.null_count:
+        raise DataError(f"{values.null_count} records have no {column!r}; fill it in, or drop them")
+    return np.asarray(values.to_numpy())
+
+
+def _owners(path: Path, train: Any, owner: str) -> Tensor:
+    if owner not in train.features:
+        raise DataError(f"{path} has no column {owner!r}; it has {', '.join(train.features)}")
+    values = _values(train, owner)
+    return owner_ids(path / owner, values.astype(str) if values.dtype == object else values, count=len(train))
+
+
+def _first_mode(path: Path, part: Any, column: str) -> str:
+    """What all images are brought to, by the first one: grey or RGB."""
+    where = f"{path}, record 0"
+    content = _content(where, part.select_columns([column]).with_format("arrow")[:1].column(0)[0].as_py())
+    decode(content, "RGB", where)  # refuses what is no image
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        return "L" if image.mode in ("1", "L", "LA") else "RGB"

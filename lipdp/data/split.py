@@ -1,0 +1,166 @@
+"""A data set cut in two: what training, evaluation and the account need of it, wherever its inputs are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from lipdp.data.scaling import Bounding
+from lipdp.errors import ParameterError
+
+Task = Literal["multiclass", "binary"]
+
+
+class DataSplit(Protocol):
+    """A data set cut in a training part, which is the private one, and a test part: `Split` in memory, `Stored` on disk.
+
+    What trains or evaluates asks for batches only, and so needs no branch on where the inputs are.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it was loaded as."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, a public fact."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """`multiclass` (report accuracy) or `binary` (a table with two classes: report AUROC)."""
+        ...
+
+    @property
+    def note(self) -> str:
+        """What a reader of figures must know."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, e.g. (1, 28, 28) or (d,)."""
+        ...
+
+    @property
+    def records(self) -> int:
+        """N, the number of training records."""
+        ...
+
+    @property
+    def train_owner(self) -> Tensor | None:
+        """(N,) int64: whose each training record is; None where that was not asked for."""
+        ...
+
+    def training_dataset(self, device: torch.device | str = "cpu") -> Dataset[Any]:
+        """Map-style, of N records (input, label); on `device` where the inputs are in memory."""
+        ...
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test part in order, at most `size` records at a time."""
+        ...
+
+    def test_part(self) -> tuple[Tensor, Tensor]:
+        """All test inputs and labels at once; DataError where they are too large for memory."""
+        ...
+
+    def resized(self, size: Sequence[int]) -> DataSplit:
+        """With images of `size` = (height, width), a public choice; ParameterError for a table."""
+        ...
+
+    def bounded(self, bounding: Bounding) -> DataSplit:
+        """With one fixed, data-independent map over the inputs of both parts, record by record."""
+        ...
+
+    def in_memory(self) -> Split:
+        """The same with everything read; DataError where that is too large for memory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A data set cut in a training part, which is the private one, and a test part.
+
+    Attributes:
+        name: what it was loaded as, e.g. `mnist` or `adbench/11_donors`.
+        train_x, test_x: float32; images (N, C, H, W) in [0, 1], tables (N, d) as they are on disk.
+        train_y, test_y: int64 (N,), in 0..num_classes − 1.
+        num_classes: the number of classes, a public fact.
+        task: `multiclass` (report accuracy) or `binary` (a table with two classes: report AUROC).
+        note: what a reader of figures must know, e.g. "JPEG copy"; the readers leave it empty.
+        train_owner: int64 (N,), whose each training record is; None where that was not asked for.
+    """
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    num_classes: int
+    task: Task
+    note: str = ""
+    train_owner: Tensor | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input, e.g. (1, 28, 28) or (d,)."""
+        return tuple(self.train_x.shape[1:])
+
+    @property
+    def records(self) -> int:
+        """N, the number of training records."""
+        return len(self.train_x)
+
+    def training_dataset(self, device: torch.device | str = "cpu") -> TensorDataset:
+        """The training part on `device`, indexed there."""
+        return TensorDataset(self.train_x.to(device), self.train_y.to(device))
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test part in order, at most `size` records at a time."""
+        yield from zip(self.test_x.split(size), self.test_y.split(size), strict=True)
+
+    def test_part(self) -> tuple[Tensor, Tensor]:
+        """All test inputs and labels."""
+        return self.test_x, self.test_y
+
+    def resized(self, size: Sequence[int]) -> Split:
+        """With images of `size` = (height, width)."""
+        require_images(self.input_shape, f"image_size={tuple(size)}")
+        return replace(self, train_x=resize(self.train_x, size), test_x=resize(self.test_x, size))
+
+    def bounded(self, bounding: Bounding) -> Split:
+        """With one map over the inputs of both parts."""
+        return replace(self, train_x=bounding(self.train_x), test_x=bounding(self.test_x))
+
+    def in_memory(self) -> Split:
+        """Itself."""
+        return self
+
+
+def require_images(input_shape: Sequence[int], setting: str) -> None:
+    """ParameterError where the inputs are not images (C, H, W)."""
+    if len(input_shape) != 3:
+        raise ParameterError(f"{setting} is for images (C, H, W), not for inputs of shape {tuple(input_shape)}")
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Images brought to a public size, each by itself.
+
+    Bilinear with antialiasing: every new pixel is a weighted mean of the image's own, with weights ≥ 0 of sum 1, so
+    values stay in the range that they were in (up to rounding, which the bounding that follows takes away).
+
+    Args:
+        x: (batch, C, H, W).
+        size: (height, width).
+
+    >>> resize(torch.ones(2, 3, 8, 8), (4, 6)).shape
+    torch.Size([2, 3, 4, 6])
+    """
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return torch.nn.functional.interpolate(x, tuple(size), mode="bilinear", antialias=True, align_corners=False)

@@ -1,0 +1,289 @@
+"""Data sets whose inputs stay on disk: read a batch at a time, by the process that needs it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lipdp.data.files import parsing
+from lipdp.data.scaling import Bounding
+from lipdp.data.split import Split, Task, require_images, resize
+from lipdp.errors import DataError
+
+IN_MEMORY = 4 * 2**30
+"""Bytes of float32 up to which a stored set is read whole by what needs it whole."""
+
+_BLOCK = 1 << 20  # labels at a time
+_HEAD = 64  # records looked at when a set is opened
+
+
+class Records(Protocol):
+    """One part of a set on disk. Cheap to send to another process, which opens the files for itself."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Float32 inputs, images (n, C, H, W) in [0, 1] and of `size` if given, tables (n, d) as they are; int64 labels."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A data set that stays on disk: a `DataSplit` that holds no inputs.
+
+    Each batch is read, scaled to [0, 1] if it is of bytes, resized and bounded when it is asked for, record by record
+    and by public constants. A table with NaN or infinity in a record is refused when that record is read, by the bounding.
+
+    Attributes:
+        name: what it was opened as.
+        train, test: the records.
+        input_shape: of one input as read, after resizing.
+        num_classes, task, note, train_owner: as for `Split`.
+        size: (height, width) that images are brought to; None leaves them.
+        bounding: the public map of the inputs; None leaves them.
+    """
+
+    name: str
+    train: Records
+    test: Records
+    input_shape: tuple[int, ...]
+    num_classes: int
+    task: Task
+    note: str = ""
+    train_owner: Tensor | None = None
+    size: tuple[int, ...] | None = None
+    bounding: Bounding | None = None
+
+    @property
+    def records(self) -> int:
+        """N, the number of training records."""
+        return len(self.train)
+
+    def training_dataset(self, device: torch.device | str = "cpu") -> StoredDataset:
+        """The training part, read in the process that asks; its batches are on the CPU whatever `device`."""
+        return StoredDataset(self.train, size=self.size, bounding=self.bounding)
+
+    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test part in order, at most `size` records at a time."""
+        return _batches(StoredDataset(self.test, size=self.size, bounding=self.bounding), size)
+
+    def test_part(self) -> tuple[Tensor, Tensor]:
+        """All test inputs and labels; DataError beyond `IN_MEMORY`."""
+        self._require_small(len(self.test), "the test part")
+        x, y = zip(*self.test_batches(1024), strict=True)
+        return torch.cat(x), torch.cat(y)
+
+    def resized(self, size: Sequence[int]) -> Stored:
+        """With images of `size` = (height, width)."""
+        require_images(self.input_shape, f"image_size={tuple(size)}")
+        return replace(self, size=tuple(size), input_shape=(self.input_shape[0], *size))
+
+    def bounded(self, bounding: Bounding) -> Stored:
+        """With this map over every batch that is read."""
+        return replace(self, bounding=bounding)
+
+    def in_memory(self) -> Split:
+        """All of it read; DataError beyond `IN_MEMORY`."""
+        self._require_small(len(self.train) + len(self.test), "the whole set")
+        x, y = zip(*_batches(self.training_dataset(), 1024), strict=True)
+        facts = {f.name: getattr(self, f.name) for f in fields(Split) if f.name in {g.name for g in fields(Stored)}}
+        test_x, test_y = self.test_part()
+        return Split(train_x=torch.cat(x), train_y=torch.cat(y), test_x=test_x, test_y=test_y, **facts)
+
+    def _require_small(self, records: int, what: str) -> None:
+        needed = 4 * records * math.prod(self.input_shape)
+        if needed > IN_MEMORY:
+            raise DataError(
+                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB in memory, and what was asked for needs it there; only"
+                f" `lipdp train` without --features reads batch by batch. Use a part of at most {IN_MEMORY / 2**30:.0f} GiB"
+            )
+
+
+class StoredDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Map-style (input, label) records of one part of a `Stored` set; inputs resized and bounded."""
+
+    def __init__(
+        self, records: Records, *, size: Sequence[int] | None = None, bounding: Bounding | None = None
+    ) -> None:
+        self._records, self._size, self._bounding = records, size, bounding
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of all `indices`, at least one."""
+        x, y = self._records.read(indices, self._size)
+        return (x if self._bounding is None else self._bounding(x)), y
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.read_batch([index])
+        return x[0], y[0]
+
+
+def _batches(dataset: StoredDataset, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(dataset), size):
+        yield dataset.read_batch(range(start, min(start + size, len(dataset))))
+
+
+# --------------------------------------------------------------------------------------------------------- npy folders
+
+
+@dataclass(frozen=True)
+class NpyRecords:
+    """Inputs and labels in two memory-mapped `.npy` files.
+
+    Attributes:
+        x, y: the files. channels_last: whether images are (N, H, W, C).
+    """
+
+    x: Path
+    y: Path
+    channels_last: bool = False
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @cached_property
+    def _inputs(self) -> npt.NDArray[Any]:
+        return map_npy(self.x)
+
+    @cached_property
+    def _labels(self) -> npt.NDArray[Any]:
+        return map_npy(self.y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a mapped array is pickled whole
+
+    def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The records, converted."""
+        picked = np.asarray(indices, dtype=np.int64)
+        raw = np.asarray(self._inputs[picked])
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused by the bounding
+            scale = np.float32(255 if raw.ndim > 2 and raw.dtype == np.uint8 else 1)
+            x = torch.from_numpy(np.divide(raw, scale, dtype=np.float32, casting="unsafe"))
+        x = x[:, None] if x.dim() == 3 else x.movedim(-1, 1).contiguous() if self.channels_last else x
+        return (x if size is None else resize(x, size)), torch.from_numpy(self._labels[picked].astype(np.int64))
+
+
+def map_npy(path: Path) -> npt.NDArray[Any]:
+    """An array on disk, read where it is looked at; DataError if the file is no whole `.npy` file."""
+    with parsing(path, "write it with numpy.save, not pickled"):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -> Stored:
+    """A folder with `train_x.npy`, `train_y.npy`, `test_x.npy` and `test_y.npy`, memory-mapped, inputs never read whole.
+
+    Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0, 1].
+    Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
+
+    Guarantees: shapes, dtypes, counts and all labels are checked, and 64 records of each part; nothing else is read.
+
+    Args:
+        path: the folder.
+        owner: read whose the records are from `train_OWNER.npy`, integers or text.
+
+    Raises:
+        DataError: a file that is missing or not whole, or does not fit the others.
+    """
+    files = {key: path / f"{key}.npy" for key in ("train_x", "train_y", "test_x", "test_y")}
+    absent = [file.name for file in files.values() if not file.is_file()]
+    if absent:
+        raise DataError(f"{path} lacks {', '.join(absent)}")
+    train_x, test_x = map_npy(files["train_x"]), map_npy(files["test_x"])
+    for key, array in (("train_x", train_x), ("test_x", test_x)):
+        _check_inputs(files[key], array)
+    if train_x.shape[1:] != test_x.shape[1:]:
+        raise DataError(f"{path}: train_x has inputs of shape {train_x.shape[1:]} but test_x {test_x.shape[1:]}")
+    channels_last = _has_channels_last(files["train_x"], train_x.shape)
+    largest = max(
+        largest_label(files[f"{part}_y"], map_npy(files[f"{part}_y"]), count=len(inputs))
+        for part, inputs in (("train", train_x), ("test", test_x))
+    )
+    classes = max(2, largest + 1)
+    train, test = (NpyRecords(files[f"{part}_x"], files[f"{part}_y"], channels_last) for part in ("train", "test"))
+    for part, records in (("train_x", train), ("test_x", test)):
+        _check_values(files[part], records)
+    return Stored(
+        name=name or str(path),
+        train=train,
+        test=test,
+        input_shape=tuple(train.read([0])[0].shape[1:]),
+        num_classes=classes,
+        task="binary" if classes == 2 and train_x.ndim == 2 else "multiclass",
+        train_owner=None if owner is None else _owners(path / f"train_{owner}.npy", count=len(train_x)),
+    )
+
+
+def _check_inputs(path: Path, array: npt.NDArray[Any]) -> None:
+    if array.ndim not in (2, 3, 4) or array.size == 0:
+        raise DataError(
+            f"{path} has shape {array.shape}; give a table (N, d) or images (N, H, W), (N, C, H, W) or (N, H, W, C)"
+        )
+    images = array.ndim > 2
+    fits = array.dtype.kind in "biuf" and array.dtype.itemsize <= 8
+    if not fits or (images and array.dtype.kind != "f" and array.dtype != np.uint8):
+        raise DataError(
+            f"{path} has dtype {array.dtype}; write "
+            + ("bytes (uint8), or floats in [0, 1]" if images else "integers or floats of at most 64 bits")
+        )
+
+
+def _has_channels_last(path: Path, shape: tuple[int, ...]) -> bool:
+    last, first = len(shape) == 4 and shape[3] in (1, 3, 4), len(shape) == 4 and shape[1] in (1, 3, 4)
+    if last and first:
+        raise DataError(f"{path} has shape {shape}: the channels may be axis 1 or axis 3; write images wider than 4")
+    return last
+
+
+def _check_values(path: Path, records: NpyRecords) -> None:
+    """Of the first records: finite, and images in [0, 1]."""
+    x, _ = records.read(range(min(_HEAD, len(records))))
+    if not bool(torch.isfinite(x).all()):
+        raise DataError(f"{path} holds NaN, infinity or values beyond float32; impute or drop those records")
+    if x.dim() > 2 and not (x.min() >= 0 and x.max() <= 1):
+        raise DataError(f"{path}: the images leave [0, 1]; store bytes, or divide by their public range")
+
+
+def largest_label(path: Path, labels: npt.NDArray[Any], *, count: int) -> int:
+    """The largest of `count` labels, which are whole numbers from 0 on; DataError if they are not."""
+    if labels.shape != (count,) or labels.dtype.kind not in "biuf":
+        raise DataError(
+            f"{path} holds labels of shape {labels.shape} and dtype {labels.dtype} for {count} records; give one whole"
+            " number per record"
+        )
+    largest = 0
+    for start in range(0, count, _BLOCK):
+        block = labels[start : start + _BLOCK]
+        if not ((block >= 0) & (block < 2**16) & (block == np.floor(block))).all():
+            raise DataError(f"{path} holds labels that are not whole numbers 0, 1, 2, … (below 65536)")
+        largest = max(largest, int(block.max()))
+    return largest
+
+
+def _owners(path: Path, *, count: int) -> Tensor:
+    return owner_ids(path, map_npy(path), count=count)
+
+
+def owner_ids(path: Path, values: npt.NDArray[Any], *, count: int) -> Tensor:
+    """(count,) int64, from 0 on: the same number for the same owner. Owners are named by whole numbers or by text.
+
+    >>> owner_ids(Path("table"), np.array(["ann", "bo", "ann"]), count=3)
+    tensor([0, 1, 0])
+    """
+    if values.shape != (count,) or values.dtype.kind not in "biuUS":
+        raise DataError(
+            f"{path} holds owners of shape {values.shape} and dtype {values.dtype} for {count} records; give one whole"
+            " number or one text per record"
+        )
+    return torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1).astype(np.int64))

@@ -23,7 +23,6 @@ from lipdp.processes import ProcessEnded, available, in_own_process, is_out_of_m
 from lipdp.training.choices import make_loss, make_model, make_optimizer
 from lipdp.training.ema import Ema
 
-_STEPS = 3  # of a process whose peak is measured
 _WARM_UP = 2  # rounds
 _MANY = 10**6
 _PATIENCE = timedelta(minutes=2)  # of a process that waits for the other
@@ -38,6 +37,7 @@ class Workload:
         model, model_options, input_shape, num_classes: as `lipdp.training.choices.make_model` takes them.
         optimizer: "sgd" (with momentum) or "adam".
         microbatch: samples of a piece, None for a step in one piece.
+        average: keep the moving average of the weights, as `lipdp train` does.
         device: "cpu" or a CUDA device.
     """
 
@@ -47,6 +47,7 @@ class Workload:
     num_classes: int = 10
     optimizer: str = "sgd"
     microbatch: int | None = 512
+    average: bool = True
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ def private_step(workload: Workload, samples: int) -> tuple[nn.Module, Callable[
         noise_multiplier=2.0,
         **({"sampling": "fixed_size"} if samples else {"dataset_size": _EMPTY}),
     )
-    ema = Ema(module, 0.95)
+    average = _average(workload, module)
     batches: Iterator[tuple[Tensor, Tensor]] = iter(loader)
     piece = workload.microbatch or size
 
@@ -95,7 +96,7 @@ def private_step(workload: Workload, samples: int) -> tuple[nn.Module, Callable[
             if len(xb):
                 criterion(module(xb.float()), yb).backward()
         optimizer.step()
-        ema.update()
+        average()
 
     return module, step
 
@@ -107,7 +108,7 @@ def plain_step(workload: Workload, samples: int) -> tuple[nn.Module, Callable[[]
     y = torch.zeros(2 * samples, dtype=torch.int64, device=workload.device)
     optimizer = make_optimizer(workload.optimizer, model.parameters(), lr=0.01, momentum=0.9)
     loss = make_loss("cross-entropy", workload.num_classes, {"tau": 32.0})[0]
-    ema = Ema(model, 0.95)
+    average = _average(workload, model)
     piece = workload.microbatch or samples
 
     def step() -> None:
@@ -117,9 +118,13 @@ def plain_step(workload: Workload, samples: int) -> tuple[nn.Module, Callable[[]
         for xb, yb in zip(inputs.split(piece), targets.split(piece), strict=True):
             (loss(model(xb.float()), yb).sum() / samples).backward()
         optimizer.step()
-        ema.update()
+        average()
 
     return model, step
+
+
+def _average(workload: Workload, model: nn.Module) -> Callable[[], None]:
+    return Ema(model, 0.95).update if workload.average else lambda: None
 
 
 STEPS: dict[str, Callable[[Workload, int], tuple[nn.Module, Callable[[], None]]]] = {
@@ -158,15 +163,17 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak(workload: Workload, samples: int, *, kind: str = "private", memory_limit: int | None = None) -> int:
-    """Peak bytes of a process of its own that takes three steps on so many samples, of a kind in `STEPS`.
+def peak(
+    workload: Workload, samples: int, *, kind: str = "private", steps: int = 3, memory_limit: int | None = None
+) -> int:
+    """Peak bytes of a process of its own that takes a few steps on so many samples, of a kind in `STEPS`.
 
     Raises:
         ParameterError: there is not that much memory.
     """
     limit = (memory_limit or int(0.8 * available())) if workload.device == "cpu" else None
     try:
-        found = in_own_process(_peak, workload, samples, kind, memory_limit=limit)
+        found = in_own_process(_peak, workload, samples, kind, steps, memory_limit=limit)
     except ProcessEnded:
         found = None
     if found is None:
@@ -176,13 +183,13 @@ def peak(workload: Workload, samples: int, *, kind: str = "private", memory_limi
     return int(found)
 
 
-def _peak(workload: Workload, samples: int, kind: str) -> int | None:
+def _peak(workload: Workload, samples: int, kind: str, steps: int) -> int | None:
     """None where there is no memory left."""
     try:
         if workload.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(workload.device)
         _, step = STEPS[kind](workload, samples)
-        for _ in range(_STEPS):
+        for _ in range(steps):
             step()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from lipdp.errors import CheckpointError, EngineError, ParameterError, UnknownNameError
+from lipdp.privacy import noise as noise_module
 from lipdp.privacy.noise import (
     _CPU_BLOCK,
     Allocation,
@@ -27,6 +28,7 @@ from lipdp.privacy.noise import (
     normals_from_words_,
 )
 from lipdp.privacy.ratchet import Ratchet
+from lipdp.privacy.secure import SecureGaussianNoise
 
 ALLOCATIONS = [GlobalAllocation(), PerLayerAllocation(), MinVarianceAllocation()]
 FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass
@@ -296,6 +298,54 @@ def test_layouts_and_zero_stds():
     assert len(torch.cat([t.detach().flatten() for t in (weight, transposed, plain, parameter)]).unique()) == 133
     assert torch.equal(frozen, torch.ones(4))
     GaussianNoise(seed=8).add_([], torch.zeros(0))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=4).map(tuple), min_size=1, max_size=6), room=st.integers(1, 60)
+)
+def test_a_draw_in_parts_reaches_every_entry_once(shapes, room):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise_module, "DRAW", room)
+        tensors = [torch.zeros(shape).to(memory_format=torch.channels_last) if len(shape) == 4 else torch.zeros(shape) for shape in shapes]  # fmt: skip
+        rows = max([t[0].numel() for t in tensors if t.ndim and len(t)], default=1)
+        for group in noise_module.groups(tensors):
+            assert sum(part.numel() for _, part in group) <= max(room, rows)
+            for index, part in group:
+                part += index + 1
+    assert all(bool((tensor == i + 1).all()) for i, tensor in enumerate(tensors))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("kind", [GaussianNoise, SecureGaussianNoise])
+def test_draws_in_parts_have_the_std_and_are_independent(kind, monkeypatch):
+    """As one vector of 2 x 64 parts: its std within 1 %, no two parts alike, no correlation from one to the next."""
+    if kind is SecureGaussianNoise:
+        pytest.importorskip("cryptography")
+    monkeypatch.setattr(noise_module, "DRAW", 1000)
+    first, second = torch.zeros(64, 1000), torch.zeros(64000)
+    kind(seed=0).add_([first, second], torch.tensor([2.0, 3.0]))
+    for parts in (first / 2, second.view(64, 1000) / 3):
+        assert chi_square_accepts(parts.double())
+        assert not chi_square_accepts(0.97 * parts.double())
+        correlation = float((parts[1:] * parts[:-1]).mean()) * math.sqrt(parts[1:].numel())
+        assert abs(correlation) < stats.norm.isf(FALSE_ALARM / 2)
+    assert abs(float((first.view(-1) * second).mean()) / 6) * math.sqrt(64000) < stats.norm.isf(FALSE_ALARM / 2)
+
+
+def test_a_small_model_is_still_one_draw(monkeypatch):
+    """The draw of up to 4 M weights is what it was before it came in parts."""
+    noise, whole = GaussianNoise(seed=3), GaussianNoise(seed=3)
+    tensors = [torch.zeros(30, 5), torch.zeros(7)]
+    noise.add_(tensors, torch.ones(2))
+    drawn = whole.normal(157) * torch.tensor(1.0 + 2.0**-23)
+    assert torch.equal(torch.cat([tensor.view(-1) for tensor in tensors]), drawn)
+
+
+def chi_square_accepts(z):
+    """Whether Σz² is what as many standard normals have."""
+    total, count = float(z.square().sum()), z.numel()
+    return FALSE_ALARM / 2 < stats.chi2.sf(total, count) < 1 - FALSE_ALARM / 2
 
 
 def test_refusals_leave_the_gradients_alone():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -223,6 +223,8 @@ class GaussianNoise:
     normals. For float32 one 64-bit word makes a pair, 40 bits for u and 24 for θ; ln u is computed in float64, so
     neither the tail nor the centre is rounded away. For float64 two words make a pair, 52 and 53 bits.
 
+    More than 4 M weights are drawn in parts, each from words of its own, so that no vector of all of them is made.
+
     Guarantees: the std used is never below the one asked for (its conversion to float32 is rounded up); half-precision
     blocks get their sum in float32, rounded once. A pair's radius ends at r = 7.54 (8.57 in float64), where e^(−r²/2)
     is 2⁻⁴¹. A record that moves the pairs by `a_j`, Σ a_j² ≤ 1/σ² in units of the std, pushes a mass of about
@@ -264,7 +266,7 @@ class GaussianNoise:
 
     @torch.no_grad()
     def add_(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
-        """Add noise of std `stds[l]` to `tensors[l]` in place, for all l with one draw.
+        """Add noise of std `stds[l]` to `tensors[l]` in place, for all l with one draw, or one for each 4 M normals.
 
         Args:
             tensors: D dense floating-point tensors on the noise's device, of any shape, layout and float dtype.
@@ -287,10 +289,11 @@ class GaussianNoise:
         dtype = torch.float64 if double else torch.float32
         # Rounding to float32 loses at most a relative 2**-24; the factor makes sure that it never rounds below.
         scales = (stds * (1.0 if double else 1.0 + 2.0**-23)).to(dtype).unbind()
-        sizes = [tensor.numel() for tensor in tensors]
-        draws = self.normal(sum(sizes), dtype=dtype).split(sizes)
-        for tensor, draw, scale in zip(tensors, draws, scales, strict=True):
-            tensor.addcmul_(draw.view(tensor.shape), scale)
+        for group in groups(tensors):
+            sizes = [part.numel() for _, part in group]
+            draws = self.normal(sum(sizes), dtype=dtype).split(sizes)
+            for (index, part), draw in zip(group, draws, strict=True):
+                part.addcmul_(draw.view(part.shape), scales[index])
 
     def normal(self, count: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """(count,) fresh standard normals, float32 or float64."""
@@ -305,6 +308,26 @@ class GaussianNoise:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue bit-identically from a state."""
         self.source.load_state_dict(state)
+
+
+DRAW = 1 << 22  # normals at a time
+
+
+def groups(tensors: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
+    """All entries of the tensors once, as (index, part of the tensor), in groups of at most `DRAW` entries: what bounds the
+    memory of a draw. A part is whole rows, one at least, so that it is a view in any layout.
+    """
+    group: list[tuple[int, Tensor]] = []
+    room = DRAW
+    for index, tensor in enumerate(tensors):
+        rows = max(1, DRAW * len(tensor) // tensor.numel()) if tensor.numel() > DRAW else 0
+        for part in tensor.split(rows) if rows else (tensor,):
+            if part.numel() > room and group:
+                yield group
+                group, room = [], DRAW
+            group.append((index, part))
+            room -= part.numel()
+    yield group
 
 
 _BITS = {torch.float32: (24, 40), torch.float64: (53, 52)}  # of the angle, of the radius

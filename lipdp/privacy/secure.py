@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lipdp.errors import ParameterError
-from lipdp.privacy.noise import GaussianNoise, normals_from_words_
+from lipdp.privacy.noise import GaussianNoise, groups, normals_from_words_
 from lipdp.privacy.ratchet import Ratchet
 
 _DRAWS = 4  # normals summed for one; a power of 4, so that dividing by √_DRAWS is exact
@@ -133,10 +134,12 @@ class SecureGaussianNoise(GaussianNoise):
 
     def _add(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
         grids = (stds / torch.frexp(stds)[0] * 2.0 ** -(1 + _GRID_BITS)).unbind()  # s = f 2^e with ½ ≤ f < 1: exact
-        for tensor, std, grid in zip(tensors, stds.unbind(), grids, strict=True):
-            draw = self.normal(tensor.numel(), dtype=torch.float64).view(tensor.shape)
-            noisy = draw.mul_(std).add_(tensor)
-            tensor.copy_(torch.where(std > 0, noisy.div_(grid).round_().mul_(grid), tensor))
+        scales = stds.unbind()
+        for index, part in chain.from_iterable(groups(tensors)):
+            std, grid = scales[index], grids[index]
+            draw = self.normal(part.numel(), dtype=torch.float64).view(part.shape)
+            noisy = draw.mul_(std).add_(part)
+            part.copy_(torch.where(std > 0, noisy.div_(grid).round_().mul_(grid), part))
 
     def normal(self, count: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """(count,) fresh standard normals, made in float64."""

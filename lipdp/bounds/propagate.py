@@ -23,6 +23,7 @@ from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, 
 from lipdp.bounds.trace import Node, check_modules, inspect_nodes, trace
 from lipdp.constraints import vector_norm
 from lipdp.errors import UnboundedError, UnsupportedOperationError
+from lipdp.nn.compiled import eager, original
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,17 @@ class BoundGraph:
         input_bound: float = math.inf,
         gated: bool = True,
     ) -> None:
-        self.model = model
+        self.model = model = original(model)
         self.gated = gated
         self.input_shape = tuple(input_shape)
         self.input_bound = float(input_bound)
         self._dtype = dtype
+        with eager(model):  # each look at it would be compiled
+            self._trace(model)
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def _trace(self, model: nn.Module) -> None:
         check_modules(model)
         self.module = trace(model)
         x = probe_input(model, self.input_shape)
@@ -164,8 +171,6 @@ class BoundGraph:
         self.sweep(1.0)  # every rule once: what they refuse is refused here
         check_samples_apart(model, x)
         self._check_coverage(check_faithful(model, self.module, x))
-
-    # -- construction --------------------------------------------------------------------------------------------------
 
     def _find_output(self) -> fx.Node:
         outputs = [n.args[0] for n in self.module.graph.nodes if n.op == "output"]

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from lipdp.bounds.rules import find_module_rule
 from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
+from lipdp.nn.compiled import original
 
 _SHAPE_QUERIES = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", len, torch.numel}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
@@ -40,6 +41,11 @@ def check_modules(model: nn.Module) -> None:
             raise MixesSamplesError(
                 f"{name} uses or keeps statistics of the batch: one record changes the outputs of others, so no per-sample"
                 " bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the first trainable layer"
+            )
+        if original(module) is not module:
+            raise UnsupportedLayerError(
+                f"{name} was made by torch.compile within the model: compile the whole model, torch.compile(model), or the"
+                " part in place, part.compile()"
             )
         if parametrize.is_parametrized(module):
             raise UnsupportedLayerError(

@@ -108,6 +108,18 @@ def train(
     log_every: Annotated[int | None, _option("steps between lines of metrics (default T/20)", "Run")] = None,
     device: Annotated[str | None, _option("auto (default), cpu, cuda, cuda:1, …", "Run")] = None,
     threads: Annotated[int | None, _option("of torch on the CPU", "Run")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model", rich_help_panel="Run")
+    ] = None,
+    channels_last: Annotated[
+        bool | None,
+        typer.Option(
+            "--channels-last/--no-channels-last", help="memory format of images (same values)", rich_help_panel="Run"
+        ),
+    ] = None,
+    autocast: Annotated[
+        str | None, _option("precision of the forward pass, bf16 or off: Δ allows for its rounding", "Run")
+    ] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="also write curves to RUN/tensorboard", rich_help_panel="Run")
     ] = False,

@@ -30,6 +30,9 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor, dim: int) -> Tensor:
         a, b = _halves(x, dim)
+        if torch.compiler.is_compiling():  # which follows no `out=` and needs none: it fuses
+            chosen = mask.bool()
+            return torch.cat([torch.where(chosen, a, b), torch.where(chosen, b, a)], dim)
         out = torch.empty_like(x)
         first, second = _halves(out, dim)
         torch.lerp(b, a, mask, out=first)
@@ -57,6 +60,9 @@ class _MaxMin(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         a, b = _halves(x, dim)
+        if torch.compiler.is_compiling():
+            upper = torch.maximum(a, b)
+            return torch.cat([upper, torch.minimum(a, b)], dim), (a - upper).eq(0).to(x.dtype)
         out = torch.empty_like(x)
         first, second = _halves(out, dim)
         torch.maximum(a, b, out=first)

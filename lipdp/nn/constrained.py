@@ -32,8 +32,8 @@ class Constrained(nn.Module):
     bias: Any
 
     def weight_matrix(self) -> Tensor:
-        """A view of the weight as the stack of matrices the constraint speaks of: (groups, rows, columns)."""
-        return self.weight.view(1, self.weight.shape[0], -1)
+        """The weight as the stack of matrices the constraint speaks of: (groups, rows, columns); a view where it can be."""
+        return self.weight.reshape(1, self.weight.shape[0], -1)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -42,7 +42,8 @@ class Constrained(nn.Module):
         if constraint is None:  # called by torch's constructor, before the constraint is known
             return
         matrix = self.weight_matrix()
-        matrix.copy_(constraint.sample(*matrix.shape, dtype=matrix.dtype, device=matrix.device))
+        sampled = constraint.sample(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
+        self.weight.copy_(sampled.view(self.weight.shape))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -50,8 +51,7 @@ class Constrained(nn.Module):
     def project_(self) -> None:
         """Put the trainable weight and bias back in their sets, in place."""
         if self.weight.requires_grad:
-            matrix = self.weight_matrix()
-            matrix.copy_(self.constraint.project(matrix))
+            self.weight.copy_(self.constraint.project(self.weight_matrix()).view(self.weight.shape))
         if self.bias is not None and self.bias.requires_grad:
             self.bias.copy_(Frobenius(self.bias_radius).project(self.bias.view(1, -1)).view(-1))
 

@@ -46,7 +46,7 @@ class _SpectralConv(Constrained):
 
     def weight_matrix(self) -> Tensor:
         """The kernel as a stack (groups, out/groups, in/groups · kernel size)."""
-        return self.weight.view(self.groups, self.weight.shape[0] // self.groups, -1)
+        return self.weight.reshape(self.groups, self.weight.shape[0] // self.groups, -1)
 
     def _finish(self, constraint: Constraint | None, k_coef_lip: float, bias_radius: float) -> None:
         check_convolution(self)  # type: ignore[arg-type]

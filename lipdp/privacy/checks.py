@@ -14,6 +14,7 @@ from lipdp.bounds import BoundGraph
 from lipdp.bounds.probe import probe_input, untouched
 from lipdp.errors import BoundViolation, ConstraintError, EngineError, NonFiniteError, ParameterError
 from lipdp.losses import LipschitzLoss
+from lipdp.nn.compiled import is_compiled
 from lipdp.nn.constrained import Constrained
 from lipdp.privacy.later import Later
 
@@ -172,6 +173,9 @@ class GradientCheck:
     ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run. The first
     step is always looked at.
 
+    A compiled model is looked at as compiled. The record is then beside a copy of itself that has no cotangent, because
+    a batch of one has code of its own.
+
     Args:
         model, graph, loss: what trains, its traced graph, the per-sample loss.
         batch_size: B.
@@ -248,7 +252,8 @@ class GradientCheck:
 
     def _norms(self, x: Tensor, y: Tensor, limit: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         """(D,) norms of one record's gradients, at a cotangent of norm `limit`."""
-        logits = self._model(x)
+        copies = 2 if is_compiled(self._model) else 1
+        logits = self._model(x.repeat_interleave(copies, 0))[:1]
         apart = logits.detach().requires_grad_()
         (cotangent,) = torch.autograd.grad(self._loss(apart, y).sum(), apart)
         length = torch.linalg.vector_norm(cotangent.double())

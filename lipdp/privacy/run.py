@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.errors import CheckpointError, EngineError, OptimizerError
 from lipdp.nn import project_
+from lipdp.nn.compiled import original
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
@@ -49,7 +50,7 @@ class Run:
         world: World,
     ) -> None:
         self.world = world
-        self.module, self.criterion, self.loader = module, criterion, loader
+        self.module, self.criterion, self.loader = original(module), criterion, loader
         self._optimizer = optimizer
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
         self.graph, self.gate = criterion._graph, criterion._gate

@@ -169,6 +169,7 @@ class Trainer:
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
         self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
         self.engine, self.loader, self.criterion = parts.engine, parts.loader, parts.criterion
+        self.forward = parts.forward
         self.planned, self._curve, self._random = parts.planned, parts.curve, parts.random
         self._epsilons = {self.total_steps: self.planned.epsilon}
         self.records: list[dict[str, Any]] = []
@@ -251,7 +252,7 @@ class Trainer:
         for xb, yb in self.engine.microbatches(x, y, size):
             if len(xb):  # an empty batch has no gradient, and its step is noise
                 with self._timer("model"):
-                    logits = self.model(xb.float())
+                    logits = self.forward(xb)
                 with self._timer("loss"):
                     loss = self.criterion(logits, yb)
                     total += loss.detach()

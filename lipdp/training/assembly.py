@@ -27,6 +27,7 @@ from lipdp.relation import Relation
 from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig
 from lipdp.training.ema import Ema
+from lipdp.training.forward import Forward, precision
 from lipdp.training.runtime import choose_device, own_random_state, random_state
 
 
@@ -79,6 +80,7 @@ class Parts:
 
     device: torch.device
     model: nn.Module
+    forward: Forward
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: Ema
@@ -120,13 +122,16 @@ def assemble(
         torch.manual_seed(config.seed if config.seed is not None else secrets.randbits(63))
         model = make_model(config.model, split.input_shape, outputs, options).to(device)
         random = random_state(device)
+    forward = Forward(
+        model, autocast=precision(config.autocast), channels_last=config.channels_last, compiled=config.compile
+    )
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
     sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, split.records, world)
     engine = PrivacyEngine(
         config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
     )
     _, _, loader, criterion = engine.make_private(
-        module=model,
+        module=forward.module,
         optimizer=optimizer,
         criterion=loss,
         dataset=_dataset(config, split, device),
@@ -139,6 +144,7 @@ def assemble(
         gate=_gate(config, loss, sigma),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
+        forward_dtype=precision(config.autocast),
         target_epsilon=config.epsilon,
         target_delta=config.delta,
     )
@@ -146,6 +152,7 @@ def assemble(
     return Parts(
         device=device,
         model=model,
+        forward=forward,
         optimizer=optimizer,
         scheduler=make_scheduler(config.schedule, optimizer, steps=engine.facts.steps),
         ema=Ema(model, config.ema),

@@ -10,12 +10,18 @@ from numbers import Real
 from typing import Any
 
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
+from lipdp.training.forward import precision
 from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
 
 RUNTIME = frozenset(
-    {"data_dir", "device", "download", "threads", "num_workers", "pin_memory", "checkpoint_every", "check_every"}
+    {
+        *("data_dir", "device", "download", "threads", "num_workers", "pin_memory", "checkpoint_every", "check_every"),
+        *("compile", "channels_last", "autocast"),
+    }
 )
-"""Settings that may change at a resume: they move numbers around without touching what is computed."""
+"""Settings that may change at a resume: ε is the same whatever they are. It follows from q, T and σ; σ is relative to Δ, and
+Δ is computed at every step for the precision that the forward pass has then. Where one of them changes, the run goes on with
+other roundings, so that it does not end with the bits of one that was not interrupted."""
 
 
 _TEXTS = (
@@ -33,6 +39,7 @@ _TEXTS = (
     "label_column",
     "owner_column",
     "augment",
+    "autocast",
 )
 
 MAX_THREADS = 1024
@@ -64,6 +71,7 @@ class TrainConfig:
         optimizer, lr, momentum, schedule: as `lipdp.training.choices` takes them. ema: decay of the averaged weights.
         device: "auto", "cpu", "cuda", …; threads: of torch on the CPU.
         seed: repeatable draws, for tests: the run is NOT private then.
+        compile: torch.compile the model; channels_last: memory format of images; autocast: precision of products, "bf16".
         secure, check_every: as `lipdp.PrivacyEngine` takes them.
         checkpoint_every, log_every: in steps; None takes a tenth and a twentieth of the run.
     """
@@ -108,6 +116,9 @@ class TrainConfig:
     threads: int | None = None
     seed: int | None = None
     secure: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    autocast: str | None = None
     check_every: int | None = None
     checkpoint_every: int | None = None
     log_every: int | None = None
@@ -121,9 +132,10 @@ class TrainConfig:
             raise ParameterError(f"threads={self.threads}: at most {MAX_THREADS}")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
             raise ParameterError(f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1 is needed")
-        for name in ("secure", "pin_memory"):
+        for name in ("secure", "compile", "channels_last", "pin_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ParameterError(f"{name}={getattr(self, name)!r}: true or false is needed")
+        precision(self.autocast)
         self._check_data()
         if self.check_every is not None and (type(self.check_every) is not int or self.check_every < 0):
             raise ParameterError(f"check_every={self.check_every!r}: a whole number of steps, 0 for never")

@@ -30,10 +30,10 @@ def _rescaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     c is 1 for a matrix of zeros, and NaN or infinite when an entry is: whatever is multiplied by c then shows it.
     """
-    w = matrix.double()
-    largest = w.abs().amax((-2, -1), keepdim=True)
+    largest = torch.linalg.vector_norm(matrix, ord=math.inf, dim=(-2, -1), keepdim=True).double()
     scale = torch.where(largest == 0, 1.0, largest)
-    return torch.nan_to_num(w / scale, 0.0, 0.0, 0.0), scale
+    w = matrix.to(torch.float64, copy=True)  # the one copy: a wide matrix in float64 is most of a projection's memory
+    return w.div_(scale).nan_to_num_(0.0, 0.0, 0.0), scale
 
 
 def _gram(w: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class Spectral(Constraint):
         eigenvalues, vectors = torch.linalg.eigh(_gram(w))
         norms = eigenvalues.clamp_min(0.0).sqrt() * scale[..., 0]
         shrink = self.radius / norms.clamp_min(self.radius)
-        clipped = _apply((vectors * shrink[..., None, :]) @ vectors.mT, w) * scale
+        clipped = _apply((vectors * shrink[..., None, :]) @ vectors.mT, w).mul_(scale)
         return _shrink(clipped, self.radius).to(matrix.dtype)
 
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
@@ -229,11 +229,10 @@ class Orthogonal(Constraint):
         w, scale = _rescaled(matrix)
         gram = _gram(w)
         root = _newton_schulz_root(gram) if gram.is_cuda else _eigen_root(gram)
-        polar = _apply(root, w)
-        polar = 1.5 * polar - 0.5 * _apply(
-            _gram(polar), polar
-        )  # one Björck step: what is above 1 by rounding falls below
-        return (polar + 0.0 * scale).to(matrix.dtype)
+        w = _apply(root, w)
+        step = _gram(w).mul_(-0.5)
+        step.diagonal(dim1=-2, dim2=-1).add_(1.5)  # one Björck step: what is above 1 by rounding falls below
+        return _apply(step, w).add_(0.0 * scale).to(matrix.dtype)
 
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
         gram = _gram(matrix)

@@ -616,6 +616,82 @@ def test_an_augmented_run_resumes_bit_identical_with_other_workers(digits_folder
     assert equal(weights(whole), weights(memory))
 
 
+def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
+    """K = 3: the same ε, Δ and noise as K = 1, in a run of its own that resumes with the same bits."""
+    from lipdp.training import Interrupted, Monitor
+
+    class StopAt(Monitor):
+        def step(self, step, loss, epsilon):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    settings_ = {**SHORT, "steps": 4, "batch_size": 100, "augment": "crop-flip"}
+    one = train(configure(**settings_), out=tmp_path / "one")
+    many = train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "many")
+    assert many.epsilon == one.epsilon
+    alone, helped = (Trainer(configure(**settings_, augment_multiplicity=views)).engine for views in (1, 3))
+    assert alone.facts == helped.facts
+    assert alone.sensitivity().total == helped.sensitivity().total
+    with pytest.raises(Interrupted):
+        train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=StopAt())
+    rest = Trainer.resume(tmp_path / "cut", num_workers=1).run()
+    assert equal(weights(rest), weights(many))
+    assert not equal(weights(one), weights(many))
+    assert rest.metrics["train_loss_not_private"] == many.metrics["train_loss_not_private"]
+
+
+# ---------------------------------------------------------------------------------------------------- batches of owners
+
+
+def owned(folder: Path, records=900, owners=60, names=None) -> Path:
+    """Digits of which every owner has another number."""
+    split = data.load("digits")
+    owner = np.sort(RNG.integers(0, owners, records))
+    owner[:owners] = np.arange(owners)
+    x, test_x = split.train_x[:records].numpy(), split.test_x.numpy()
+    arrays = {
+        "train_x": x,
+        "train_y": split.train_y[:records].numpy(),
+        "test_x": test_x,
+        "test_y": split.test_y.numpy(),
+    }
+    return write(folder, **arrays, train_user=owner if names is None else np.array([f"{names} {i}" for i in owner]))
+
+
+def test_a_run_over_owners_is_accounted_by_owners(tmp_path, capsys):
+    folder = owned(tmp_path / "set", names="user")
+    options = {**SHORT, "dataset": str(folder), "owner_column": "user", "batch_size": 20}
+    run = train(configure(**options, augment="flip"), out=tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert (told["dataset_size"], told["sampling_rate"], told["unit"]) == (60, 20 / 60, "owner")
+    assert told["protects"].startswith("each of the 60 owners")
+    assert 0 < run.metrics["train_loss_not_private"] < 5
+    trainer = Trainer(configure(**options, augment="flip", num_workers=1))
+    assert trainer.total_steps == 6
+    assert equal(trainer.run() and trainer.model.state_dict(), weights(run))
+    with pytest.raises(LipdpError, match="batch_size=100, but there are 60"):
+        Trainer(configure(**{**options, "batch_size": 100}))
+    pytest.importorskip("jinja2")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "60 owners of training records" in page
+    assert "the worst owner and the best attack" in page
+    assert "{unit}" not in page
+    assert main(["certify", str(tmp_path / "run"), "--samples", "9"]) == 0
+    capsys.readouterr()
+
+
+def test_the_command_takes_an_owner_column(tmp_path, capsys):
+    folder = owned(tmp_path / "set")
+    options = ["--model", "linear", "--steps", "2", "--batch-size", "20", "--epsilon", "3", "--owner-column", "user"]
+    assert main(["train", "--dataset", str(folder), *options, "--out", str(tmp_path / "run")]) == 0
+    assert "each of 60 owners (add or remove one owner)" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "run" / "privacy.json").read_text())["sampling_rate"] == 20 / 60
+    assert main(["train", "--resume", str(tmp_path / "run"), "--owner-column", "other"]) == 2
+    assert main(["train", "--dataset", "digits", "--owner-column", "user", "--out", str(tmp_path / "no")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

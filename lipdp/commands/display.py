@@ -23,7 +23,7 @@ from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_tabl
 from lipdp.training import Trainer
 from lipdp.training.monitor import Monitor, Result
 
-_RELATIONS = {"add_or_remove_one": "add or remove one record", "replace_one": "replace one record"}
+_RELATIONS = {"add_or_remove_one": "add or remove one", "replace_one": "replace one"}
 _SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}
 
 
@@ -117,7 +117,7 @@ def show_plan(console: Console, trainer: Trainer) -> None:
     features = f" on {config.features} features" if config.features else ""
     lines = {
         f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}, {weights:,} weights, {trainer.device}",
-        "protects": f"each of {facts.dataset_size:,} records ({_RELATIONS[facts.relation]})",
+        "protects": f"each of {facts.dataset_size:,} {facts.unit}s ({_RELATIONS[facts.relation]} {facts.unit})",
         "batches": f"T = {facts.steps} steps, B = {facts.expected_batch_size}, q = {facts.sampling_rate:.4g}"
         f" ({_SAMPLINGS[facts.sampling]})",
         "noise": f"σ = {facts.noise_multiplier:.4g} ({facts.allocation}); {trainer.criterion.loss}, {_gate(trainer)}",

@@ -49,6 +49,9 @@ def train(
     ] = False,
     input_column: Annotated[str | None, _option("of a datasets folder, if not its only image column", "Data")] = None,
     label_column: Annotated[str | None, _option("of a datasets folder, if not its only class column", "Data")] = None,
+    owner_column: Annotated[
+        str | None, _option("array or column of owners: batches of owners, ε for an owner with all records", "Data")
+    ] = None,
     image_size: Annotated[
         tuple[int, int] | None, _option("bring images to this height and width", "Data", metavar="H W")
     ] = None,

@@ -32,7 +32,7 @@ from lipdp.data.scaling import (
     public_standardisation,
 )
 from lipdp.data.sources import DATASETS, WHERE, Columns, source_of
-from lipdp.data.split import DataSplit, Split
+from lipdp.data.split import DataSplit, Split, units
 from lipdp.data.stored import Stored
 from lipdp.errors import DataError, ParameterError
 
@@ -57,6 +57,7 @@ __all__ = [
     "open_split",
     "public_standardisation",
     "split_validation",
+    "units",
 ]
 
 

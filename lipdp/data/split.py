@@ -142,6 +142,11 @@ class Split:
         return self
 
 
+def units(split: DataSplit) -> int:
+    """N of the account, a public fact: the number of owners of training records where owners are known, else of records."""
+    return split.records if split.train_owner is None else len(split.train_owner.unique())
+
+
 def require_images(input_shape: Sequence[int], setting: str) -> None:
     """ParameterError where the inputs are not images (C, H, W)."""
     if len(input_shape) != 3:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
     from lipdp.report import Report, RunReport
 
-_RELATIONS = {Relation.ADD_OR_REMOVE_ONE: "add or remove one record", Relation.REPLACE_ONE: "replace one record"}
+_RELATIONS = {Relation.ADD_OR_REMOVE_ONE: "add or remove one", Relation.REPLACE_ONE: "replace one"}
+_PROTECTED = {
+    "record": "each of {} training records, input and label together",
+    "owner": "each of {} owners of training records, with all records of theirs, input and label together",
+}
 _ACCOUNTANTS = {
     "prv": "PRV (numerical composition of privacy loss random variables, Gopi et al. 2021)",
     "pld": "PLD (privacy loss distributions, dp-accounting)",
@@ -116,8 +120,8 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
     }
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
-        ("Protected", f"each of {number(account.dataset_size)} training records, input and label together"),
-        ("Neighbouring data sets", _RELATIONS[account.relation]),
+        ("Protected", _PROTECTED[account.unit].format(number(account.dataset_size))),
+        ("Neighbouring data sets", f"{_RELATIONS[account.relation]} {account.unit}"),
         ("ε", f"{number(account.epsilon)} (an upper bound)"),
         ("δ", f"{number(account.delta)}{one_in(account.delta)}"),
         ("Accountant", _ACCOUNTANTS.get(account.accountant, account.accountant)),

@@ -122,6 +122,7 @@ class Account:
         sensitivity: parameter → Δ.
         seeded: the noise can be repeated. secure: it comes from a cipher (None: not recorded).
         intact: whether the file is as it was written (None: it has no digest).
+        unit: what is protected, a "record" or an "owner" with all records.
     """
 
     epsilon: float
@@ -143,6 +144,7 @@ class Account:
     seeded: bool
     secure: bool | None
     intact: bool | None
+    unit: str = "record"
 
     @property
     def finished(self) -> bool:
@@ -285,6 +287,9 @@ def _account(fields: Fields) -> Account:
         raise CheckpointError(
             f"{fields.where} is damaged: relation is {_short(relation)}, one of {', '.join(r.value for r in Relation)}"
         )
+    unit = fields.text("unit", "record")
+    if unit not in ("record", "owner"):
+        raise CheckpointError(f"{fields.where} is damaged: unit is {_short(unit)}, one of record, owner")
     deltas = fields.inner("sensitivity")
     intact = None
     if "digest" in fields:
@@ -309,6 +314,7 @@ def _account(fields: Fields) -> Account:
         sampling=fields.text("sampling", "poisson" if relation == Relation.ADD_OR_REMOVE_ONE.value else "fixed_size"),
         allocation=fields.text("allocation"),
         gate=fields.text("gate", "not recorded"),
+        unit=unit,
         sensitivity={name: deltas.number(name) for name in deltas},
         seeded=fields.flag("seeded"),
         secure=fields.flag("secure", None),

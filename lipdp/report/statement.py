@@ -78,15 +78,19 @@ def one_in(delta: float) -> str:
 
 def paragraphs(account: Account) -> tuple[str, ...]:
     """What the guarantee says, for somebody who has never heard of it."""
-    n = "the" if account.dataset_size is None else f"the {account.dataset_size:,}"
+    n, unit = "the" if account.dataset_size is None else f"the {account.dataset_size:,}", account.unit
+    those, with_all = {
+        "record": ("training records", ""),
+        "owner": ("owners of training records", " (with all records of theirs)"),
+    }[unit]
     change, odds = {
         Relation.ADD_OR_REMOVE_ONE: (
-            f"Add one record to {n} training records, or take one away",
-            "whether one particular record was among the training data",
+            f"Add one {unit}{with_all} to {n} {those}, or take one away",
+            f"whether one particular {unit} was among the training data",
         ),
         Relation.REPLACE_ONE: (
-            f"Replace one of {n} training records by any other",
-            "which of two particular records was among the training data",
+            f"Replace one of {n} {those}{with_all} by any other",
+            f"which of two particular {unit}s was among the training data",
         ),
     }[account.relation]
     factor = math.exp(min(account.epsilon, _MOST))
@@ -98,9 +102,9 @@ def paragraphs(account: Account) -> tuple[str, ...]:
         " after every step, its predictions, whatever is computed from them."
     )
     practice = (
-        f"Put differently: somebody who knows all the other records and gives even odds to {odds} is right at most"
+        f"Put differently: somebody who knows all the other {unit}s and gives even odds to {odds} is right at most"
         f" {100 * best_guess(account.epsilon, account.delta):.1f}\u00a0% of the time after studying the model, where a coin is"
-        " right 50\u00a0% of the time. This is a bound for the worst record and the best attack, proved rather than measured."
+        f" right 50\u00a0% of the time. This is a bound for the worst {unit} and the best attack, proved rather than measured."
     )
     judged = (
         f"By the usual reading ε = {account.epsilon:.3g} is a {strength(account.epsilon)} guarantee (up to 1 strong, up to"
@@ -150,7 +154,7 @@ def notices(run: Run, recomputed: float | None) -> tuple[Notice, ...]:
         text = f"From its own σ, q, T and δ this run spent ε = {recomputed:.4g}, and privacy.json claims {account.epsilon:.4g}."
         found.append(Notice("ε is larger than claimed", text, alarm=True))
     if account.dataset_size and account.delta >= 1 / account.dataset_size:
-        text = f"δ = {account.delta:g} is not below 1/N: a guarantee with such a δ may still publish a whole record."
+        text = f"δ = {account.delta:g} is not below 1/N: a guarantee with such a δ may still publish a whole {account.unit}."
         found.append(Notice("δ is too large", text, alarm=True))
     if not account.finished:
         text = (

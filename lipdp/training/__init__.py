@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipdp.data import DataSplit
+from lipdp.data import DataSplit, units
 from lipdp.errors import CheckpointError, LipdpError, NonFiniteError, ResumeError
 from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
@@ -37,6 +37,10 @@ __all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "config
 _log = logging.getLogger(__name__)
 _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
 _EVALUATED = 1024  # test records at a time
+_PROTECTED = {
+    "record": "each of the {} training records, input and label",
+    "owner": "each of the {} owners of training records, with all records of theirs, input and label",
+}
 NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 
 
@@ -164,7 +168,7 @@ class Trainer:
         with self.world.together():
             if split is None:
                 split, input_bound = prepare(config, progress=monitor.features)
-            config = config.resolve(split.records, binary=split.task == "binary")
+            config = config.resolve(units(split), binary=split.task == "binary")
         parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
         self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
@@ -217,8 +221,8 @@ class Trainer:
             while self._goes_on(stop):
                 with self._timed():
                     with self._timer("data"):
-                        x, y = (part.to(self.device, non_blocking=True) for part in next(batches))
-                    self._take_step(x, y)
+                        batch = [part.to(self.device, non_blocking=True) for part in next(batches)]
+                    self._take_step(*batch)
                 self._seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()
@@ -245,16 +249,16 @@ class Trainer:
             self.engine.time_with(self._timer)
             yield
 
-    def _take_step(self, x: Tensor, y: Tensor) -> None:
+    def _take_step(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
         size = self.config.microbatch or (_CPU_MICROBATCH if self.device.type == "cpu" else max(len(x), 1))
-        for xb, yb in self.engine.microbatches(x, y, size):
+        for xb, *others in self.engine.microbatches(x, y, size, weight):
             if len(xb):  # an empty batch has no gradient, and its step is noise
                 with self._timer("model"):
                     logits = self.forward(xb)
                 with self._timer("loss"):
-                    loss = self.criterion(logits, yb)
+                    loss = self.criterion(logits, *others)
                     total += loss.detach()
                 with self._timer("backward"):
                     loss.backward()
@@ -265,8 +269,9 @@ class Trainer:
             self.ema.update()
         self.step += 1
         self._loss += total
-        self._samples += len(x)
-        mean = Later(total.double() / max(len(x), 1))
+        samples = (self.loader.last_units or 0) * self.loader.views  # rows, where each weighs 1
+        self._samples += samples
+        mean = Later(total.double() / max(samples, 1))
         # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
         shown, self._shown = mean if self.device.type == "cpu" else self._shown or mean, mean
         self.monitor.step(self.step, float(shown.read()), self.epsilon_at(self._next_record()))
@@ -332,7 +337,7 @@ class Trainer:
             "accountant_requested": self.planned.requested,
             "accountant_note": self.planned.note,
             "sensitivity": dict(self.engine.sensitivity()),
-            "protects": f"each of the {facts['dataset_size']} training records, input and label",
+            "protects": _PROTECTED[facts["unit"]].format(facts["dataset_size"]),
             "not_covered": NOT_COVERED,
         }
         return with_digest(report)

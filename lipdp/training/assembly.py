@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, open_split
+from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, open_split, units
 from lipdp.data.augment import Augmented, augment
 from lipdp.errors import ParameterError
 from lipdp.features import Progress, apply, features
@@ -126,7 +126,7 @@ def assemble(
         model, autocast=precision(config.autocast), channels_last=config.channels_last, compiled=config.compile
     )
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
-    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, split.records, world)
+    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, units(split), world)
     engine = PrivacyEngine(
         config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
     )
@@ -136,6 +136,8 @@ def assemble(
         criterion=loss,
         dataset=_dataset(config, split, device),
         input_shape=split.input_shape,
+        group=split.train_owner,
+        multiplicity=config.augment_multiplicity,
         expected_batch_size=decided(config.batch_size),
         steps=decided(config.steps),
         noise_multiplier=sigma,
@@ -165,14 +167,14 @@ def assemble(
     )
 
 
-def _calibrated(config: TrainConfig, records: int, world: World) -> float:
+def _calibrated(config: TrainConfig, population: int, world: World) -> float:
     """σ, found by the first process."""
     poisson, sigma = config.sampling == "poisson", 0.0
     with world.together():
         if world.rank == 0:
             sigma = calibrate(
                 target_epsilon=decided(config.epsilon),
-                sampling_rate=decided(config.batch_size) / records,
+                sampling_rate=decided(config.batch_size) / population,
                 steps=decided(config.steps),
                 delta=decided(config.delta),
                 accountant=config.accountant,

@@ -52,7 +52,7 @@ class TrainConfig:
 
     Attributes:
         dataset, data_dir, download, image_size: as `lipdp.data.open_split` takes them; input_column, label_column,
-            owner_column: its columns.
+            owner_column: its columns. With an owner column batches are of owners, and ε protects an owner.
         augment, augment_multiplicity: random views of images, by name (`lipdp.data.augment`), and K of them in one record.
         num_workers, pin_memory: processes that read records, and page-locked batches on the way to a GPU; for sets on disk
             and for augmented ones.
@@ -170,7 +170,8 @@ class TrainConfig:
             raise ParameterError("augment and features were both given: features are computed once, not of every view")
 
     def resolve(self, records: int, *, binary: bool = False) -> TrainConfig:
-        """The same with B, T, δ and the loss decided, from the public number of training records and kind of task.
+        """The same with B, T, δ and the loss decided, from the public number of training records (or of their owners, where
+        those are drawn) and kind of task.
 
         >>> config = configure(dataset="digits", batch_size=100, epochs=2).resolve(1437)
         >>> config.steps, config.delta, config.loss

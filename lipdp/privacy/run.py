@@ -51,7 +51,7 @@ class Run:
     ) -> None:
         self.world = world
         self.module, self.criterion, self.loader = original(module), criterion, loader
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
         self.graph, self.gate = criterion._graph, criterion._gate
         self.timer: Timer = UNTIMED
@@ -258,7 +258,7 @@ class Run:
             self.noise.load_state_dict(noise)
 
     def detach(self) -> None:
-        self._optimizer.param_groups[0].pop(_STEPS, None)
+        self.optimizer.param_groups[0].pop(_STEPS, None)
         for handle in self._handles:
             handle.remove()
         self.settle()

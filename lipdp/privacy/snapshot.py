@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,9 @@ _BOOKKEEPING = frozenset(
     {
         "training",  # looked at once for the whole model
         "_compiled_call_impl",  # nn.Module.compile: the same function
+        "_is_torch_compile",  # torch.compile(model): a mark on the original
+        "_compile_kwargs",  # the same under Lightning
+        "_is_accelerate_prepared",  # Accelerator.prepare: a mark
         "_state_dict_hooks",
         "_state_dict_pre_hooks",
         "_load_state_dict_pre_hooks",
@@ -99,6 +102,8 @@ class Snapshot:
         if self._identities() != self._ids:
             for cell in self._cells:
                 self._compare(cell)
+            self._cells = [replace(cell, held=_named(cell.container)) for cell in self._cells]
+            self._ids = self._identities()  # what was added is only a mark: the next look is quick again
         for path, module, kind, forward in self._modules:
             if type(module) is not kind or kind.forward is not forward:
                 self._refuse(f"'{path}' is of another class, or its class has another forward")
@@ -125,6 +130,11 @@ class Snapshot:
         for name in {**before, **after}:
             if name in _BOOKKEEPING:
                 continue
+            if name == "_original_forward":
+                self._refuse(
+                    f"{cell.where}: its forward was wrapped, as accelerator.prepare(model) does under mixed precision. Leave the model out"
+                    " of prepare and run it inside accelerator.autocast()"
+                )
             if name not in before or name not in after:
                 self._refuse(f"{cell.where}: {name} was {'removed' if name in before else 'added'}")
             if not _same(before[name], after[name]):

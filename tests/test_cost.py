@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lipdp.cli import main
 from lipdp.errors import ParameterError
+from lipdp.planning import cost as cost_module
 from lipdp.planning import measure as measuring
 from lipdp.planning.cost import (
     Cost,
@@ -27,6 +28,7 @@ from lipdp.planning.cost import (
     predictions,
 )
 from lipdp.planning.measure import Workload, flops, memory, peak, private_step
+from lipdp.privacy import world as world_module
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.processes import ProcessEnded, in_own_process
 
@@ -62,6 +64,8 @@ def test_a_ring_moves_each_byte_twice_but_for_its_own_share():
     assert network.all_reduce(4 * 10**6, 1) == 0
     assert network.all_reduce(4 * 10**6, 8) == pytest.approx(2 * 7 / 8 * 4e6 / 1e9 + 14e-3)
     assert network.all_reduce(4 * 10**6, 16) == pytest.approx(2 * 15 / 16 * 4e6 / 1e8 + 30e-3)
+    assert network.all_reduce(4 * 10**8, 8) == pytest.approx(2 * 7 / 8 * 4e8 / 1e9 + 12 * 14e-3)  # 12 buckets of 32 MiB
+    assert cost_module._BUCKET == 4 * world_module._BUCKET
 
 
 def test_a_prediction_by_hand():

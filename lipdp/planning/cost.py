@@ -7,9 +7,9 @@ The model. A step on n samples in pieces of m (micro-batches) takes
 `fixed` is what an empty batch costs: bounds, noise, optimiser, projection, checks. W data-parallel devices take n = ⌈B/W⌉
 samples each; the fixed part is done on every one of them, and the gradients of P parameters are added up once:
 
-    T(W) = t(⌈B/W⌉) / speedup + reduce(W),   reduce(W) = 2 (W−1)/W · 4P / bandwidth + 2 (W−1) · latency
+    T(W) = t(⌈B/W⌉) / speedup + reduce(W),   reduce(W) = 2 (W−1)/W · 4P / bandwidth + ⌈4P/32 MiB⌉ · 2 (W−1) · latency
 
-for a ring. A device holds
+for a ring, in the buckets that the engine sends one after the other. A device holds
 
     M(n) = process + state + sample · min(n, m) + record · n
 
@@ -32,6 +32,7 @@ from scipy.optimize import nnls
 
 from lipdp.errors import ParameterError
 
+_BUCKET = 4 << 23  # bytes of one reduction: as in `lipdp.privacy.world`
 _DRAWS = 200  # of the bootstrap
 _LEVEL = 0.9
 _WIDEST = 0.5  # of the interval of a sample's cost, over that cost
@@ -196,7 +197,7 @@ class Network:
             )
 
     def all_reduce(self, size: int, devices: int) -> float:
-        """Seconds of a ring: 2 (W−1) messages of size/W, over the slowest link on the way.
+        """Seconds of a ring: 2 (W−1) messages of a W-th of every bucket, over the slowest link on the way.
 
         >>> Network(bandwidth=1e9, internode_bandwidth=1e8, latency=0.001, per_node=2).all_reduce(10**6, 2)
         0.003
@@ -204,7 +205,7 @@ class Network:
         0.021
         """
         link = self.bandwidth if devices <= self.per_node else min(self.bandwidth, self.internode_bandwidth)
-        return 2 * (devices - 1) / devices * size / link + 2 * (devices - 1) * self.latency
+        return 2 * (devices - 1) * (size / devices / link + math.ceil(size / _BUCKET) * self.latency)
 
 
 @dataclass(frozen=True)

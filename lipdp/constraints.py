@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,11 +20,12 @@ from torch import Tensor
 from lipdp.errors import ConstraintError
 
 _GRAM_SQUARINGS = 9  # the bound is loose by at most rank ** (1 / 2**11): 0.4 % at rank 1000
-_TINY = 1e-300
+_TINY, _SMALLEST = 1e-300, 1e-100  # to divide by, and by its square
 # Newton-Schulz polynomials s ↦ a s + b s³ + c s⁵ on the singular values: the quintic lifts small ones by 3.4 a step into
 # [0.68, 1.21] (Jordan et al. 2024), the cubic then converges quadratically to 1.
 _QUINTIC, _CUBIC = (3.4445, -4.7750, 2.0315), (1.5, -0.5, 0.0)
 _NEWTON_SCHULZ = (_QUINTIC,) * 8 + (_CUBIC,) * 6
+_WARM, _FINISH = (_QUINTIC,) * 3 + (_CUBIC,) * 3, (_CUBIC,) * 4  # in low precision; in float64
 
 
 def _rescaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,16 +85,50 @@ def _eigen_root(gram: Tensor) -> Tensor:
 
 def _newton_schulz_root(gram: Tensor) -> Tensor:
     """G^(-1/2) by matrix products alone: every iterate is a polynomial of G, so the iteration runs on G."""
-    norm = _gram_iteration(gram, 3).clamp_min(_TINY)[..., None, None]  # an upper bound of the norm of W
+    norm = _gram_iteration(gram, 3).clamp_min(_SMALLEST)[..., None, None]  # an upper bound of the norm of W
+    return _polynomials(gram / norm**2, _NEWTON_SCHULZ) / norm
+
+
+def _polynomials(gram: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """P with P² G → I: Newton-Schulz steps on the Gram matrix G, of norm at most 1.2 or so; in the dtype of G."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    gram, root = gram / norm**2, eye / norm
-    for linear, cubic, quintic in _NEWTON_SCHULZ:
+    root = eye.expand_as(gram)
+    for linear, cubic, quintic in coefficients:
         step = linear * eye + cubic * gram
         if quintic:
             step = step + quintic * (gram @ gram)
         root = step @ root
         gram = step @ gram @ step
     return root
+
+
+def _warm_root(gram: Tensor, low: torch.dtype) -> Tensor:
+    r"""G^(-1/2), most of the iterations in low precision and the last ones in float64.
+
+    Rounding G to `low` may take an eigenvalue near 0 below it, where the iteration would run away; so the low precision
+    looks at :math:`G + \mu I` with μ above the rounding error, which leaves singular values s at :math:`s/\sqrt{s^2+\mu} < 1`,
+    and the float64 steps bring those that are not small to 1. What comes out of the low precision is made symmetric: for
+    W = PU, with P the root of WWᵀ, and an error E, symmetric too, the polar factor of (P⁻¹ + E)PU differs from U by the
+    antisymmetric part of EP, ½[E, P − I], so the rounding error in the direction is E times how far W is from orthogonal:
+    nothing where nothing had to be done.
+    """
+    size = gram.shape[-1]
+    eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
+    norm = _gram_iteration(gram, 3).clamp_min(_SMALLEST)[..., None, None]
+    gram = gram / norm**2
+    shift = torch.finfo(low).eps * math.sqrt(size)
+    root = _polynomials(((gram + shift * eye) / (1 + shift)).to(low), _WARM).to(gram.dtype)
+    root = (root + root.mT) / 2
+    gram = root @ gram @ root.mT
+    excess = (_gram_iteration(gram, 3) / 1.2).clamp_min(1.0)[..., None, None]  # whatever was rounded, it converges
+    return _polynomials(gram / excess**2, _FINISH) @ root / (excess * norm)
+
+
+def _low_precision(matrix: Tensor) -> torch.dtype | None:
+    """What a retraction may iterate in: bfloat16 on a GPU that multiplies it, for weights of float32 at most."""
+    if not matrix.is_cuda or matrix.dtype == torch.float64:
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(matrix.device) >= (8, 0) else torch.float32
 
 
 def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tensor:
@@ -138,6 +175,10 @@ class Constraint(ABC):
     @abstractmethod
     def project(self, matrix: Tensor) -> Tensor:
         """A matrix of the set near `matrix` (the nearest one up to rounding), same shape, dtype and device."""
+
+    def retract(self, matrix: Tensor) -> Tensor:
+        """`project` for a matrix that was in the set before a step; a constraint may be quicker about it."""
+        return self.project(matrix)
 
     @abstractmethod
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
@@ -226,10 +267,20 @@ class Orthogonal(Constraint):
     """
 
     def project(self, matrix: Tensor) -> Tensor:
+        return self._polar(matrix, _newton_schulz_root if matrix.is_cuda else _eigen_root)
+
+    def retract(self, matrix: Tensor) -> Tensor:
+        """`project`; on a GPU for a matrix that was orthogonal before a step, with most iterations in bfloat16.
+
+        Singular values below a twentieth of the largest may stay below 1 and rise at the following steps. The norm is at most
+        1 as after `project`: the last steps are in float64, and `exceeds` looks at the weights that came out.
+        """
+        low = _low_precision(matrix)
+        return self.project(matrix) if low is None else self._polar(matrix, partial(_warm_root, low=low))
+
+    def _polar(self, matrix: Tensor, root: Callable[[Tensor], Tensor]) -> Tensor:
         w, scale = _rescaled(matrix)
-        gram = _gram(w)
-        root = _newton_schulz_root(gram) if gram.is_cuda else _eigen_root(gram)
-        w = _apply(root, w)
+        w = _apply(root(_gram(w)), w)
         step = _gram(w).mul_(-0.5)
         step.diagonal(dim1=-2, dim2=-1).add_(1.5)  # one Björck step: what is above 1 by rounding falls below
         return _apply(step, w).add_(0.0 * scale).to(matrix.dtype)
@@ -280,6 +331,10 @@ class Frobenius(Constraint):
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
         norm = torch.linalg.matrix_norm(matrix.double())
         return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
+
+
+BUILT_IN = (Spectral, Orthogonal, Frobenius)
+"""Constraints that are known to treat a stack matrix by matrix."""
 
 
 def is_positive(value: Any) -> bool:

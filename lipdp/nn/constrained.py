@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lipdp.constraints import Constraint, Frobenius, is_positive, is_size
+from lipdp.constraints import BUILT_IN, Constraint, Frobenius, is_positive, is_size
 from lipdp.errors import ParameterError
+
+_SMALL = 64 * 64  # weights of a layer that a CPU projects together with its like
+_STACK = 1 << 22  # weights in a stack: in float64, and with what is computed from them, some 200 MiB
 
 
 class Constrained(nn.Module):
@@ -51,7 +55,10 @@ class Constrained(nn.Module):
     def project_(self) -> None:
         """Put the trainable weight and bias back in their sets, in place."""
         if self.weight.requires_grad:
-            self.weight.copy_(self.constraint.project(self.weight_matrix()).view(self.weight.shape))
+            self.weight.copy_(self.constraint.retract(self.weight_matrix()).view(self.weight.shape))
+        self._project_bias_()
+
+    def _project_bias_(self) -> None:
         if self.bias is not None and self.bias.requires_grad:
             self.bias.copy_(Frobenius(self.bias_radius).project(self.bias.view(1, -1)).view(-1))
 
@@ -69,8 +76,16 @@ class Constrained(nn.Module):
         return found
 
 
-def project_(model: nn.Module) -> None:
+def project_(model: nn.Module, *, batched: bool | None = None) -> None:
     """Project every constrained layer of the model in place (post-processing: costs no privacy).
+
+    Batched, the weights of layers with equal constraints and matrices of one shape are projected as one stack: the same
+    matrices up to rounding, in fewer and larger operations.
+
+    Args:
+        model: any module.
+        batched: None: where it pays. On CUDA a small operation costs its launch. On a CPU stacks of matrices up to 64 x 64
+            take four fifths of the time (measured on `mixer`), larger ones as long as one by one.
 
     >>> layer = lipdp.nn.SpectralLinear(4, 3)
     >>> _ = layer.weight.data.mul_(10)
@@ -78,9 +93,36 @@ def project_(model: nn.Module) -> None:
     >>> layer.constraint.contains(layer.weight)
     True
     """
-    for module in model.modules():
-        if isinstance(module, Constrained):
-            module.project_()
+    stacks: dict[Any, list[Constrained]] = {}
+    for layer in (module for module in model.modules() if isinstance(module, Constrained)):
+        if (layer.weight.is_cuda or layer.weight.numel() <= _SMALL) if batched is None else batched:
+            stacks.setdefault(_kind(layer), []).append(layer)
+        else:
+            layer.project_()
+    for layers in stacks.values():
+        size = max(1, _STACK // layers[0].weight.numel())
+        for start in range(0, len(layers), size):
+            _project_together_(layers[start : start + size])
+
+
+def _kind(layer: Constrained) -> Any:
+    """Equal for layers whose weights can be projected as one stack; the layer itself where it goes alone."""
+    own = type(layer).project_ is not Constrained.project_ or type(layer.constraint) not in BUILT_IN
+    if own or not layer.weight.requires_grad:
+        return layer
+    return layer.constraint, layer.weight_matrix().shape[-2:], layer.weight.dtype, layer.weight.device
+
+
+@torch.no_grad()
+def _project_together_(layers: Sequence[Constrained]) -> None:
+    if len(layers) == 1:
+        layers[0].project_()
+        return
+    matrices = [layer.weight_matrix() for layer in layers]
+    projected = layers[0].constraint.retract(torch.cat(matrices)).split([len(m) for m in matrices])
+    for layer, matrix in zip(layers, projected, strict=True):
+        layer.weight.copy_(matrix.view(layer.weight.shape))
+        layer._project_bias_()
 
 
 def exceeds(matrix: Tensor, radius: float) -> Tensor:

@@ -4,6 +4,7 @@ account is refused, with the reason."""
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -134,6 +135,45 @@ def test_an_example_releases_the_weights_of_the_plain_loop(name, twin, tmp_path,
     assert names["engine"].steps_taken == 60
     assert names["accuracy"] > 0.6
     assert "test accuracy 0." in capsys.readouterr().out
+
+
+README = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize("trainer", ["fabric", "accelerator"])
+def test_the_lines_of_the_readme_run_as_written(trainer, digits):
+    engine, model, optimizer, loader, criterion = private(digits)
+    (block,) = [block for block in README if f"{trainer}.backward" in block]
+    objects = {"fabric": Fabric(accelerator="cpu", devices=1), "accelerator": accelerate.Accelerator(cpu=True)}
+    exec(
+        block,
+        {**objects, "engine": engine, "model": model, "optimizer": optimizer, "loader": loader, "criterion": criterion},
+    )
+    expected = plain(digits)
+    assert same(model.state_dict(), expected[0])
+    assert engine.get_epsilon(DELTA) == expected[1]
+    assert len(block.strip().splitlines()) <= 5
+
+
+def test_the_lines_of_the_readme_for_lightning_run_as_written(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Lightning's logger writes here
+    (block,) = [block for block in README if "PrivacyBudget(" in block]
+    model, engine = net(), lipdp.PrivacyEngine("rdp", seed=0)
+    names = {"engine": engine, "lightning": lightning, "PrivacyBudget": PrivacyBudget}
+    names["settings"] = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
+        "criterion": lipdp.losses.TauCrossEntropy(8.0), "dataset": TensorDataset(digits.train_x, digits.train_y),
+        "expected_batch_size": 300, "steps": STEPS, "noise_multiplier": 2.0, "gate": 0.3,
+    }  # fmt: skip
+    exec(block, names)
+    kind = type("Readme", (Module,), {
+        "configure_optimizers": names["configure_optimizers"], "train_dataloader": lambda self: self.loader,
+    })  # fmt: skip
+    names["trainer"].fit(kind(engine, digits, model=model))
+    expected = plain(digits)
+    assert same(model.state_dict(), expected[0])
+    assert engine.get_epsilon(DELTA) == expected[1]
+    assert len(block.strip().splitlines()) <= 5
 
 
 # --- Lightning's Trainer ----------------------------------------------------------------------------------------------
@@ -284,6 +324,13 @@ def test_averaging_the_weights_is_post_processing(digits):
     weights, engine, _ = fit(digits, callbacks.EMAWeightAveraging(decay=0.9))
     assert same(weights, averaged[0].module.state_dict())
     assert engine.get_epsilon(DELTA) == epsilon
+
+
+def test_stochastic_weight_averaging_costs_nothing(digits):
+    swa = callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    _, engine, _ = fit(digits, swa, max_epochs=3, limit_train_batches=4)
+    assert engine.get_epsilon(DELTA) == plain(digits)[1]
+    assert engine.steps_taken == STEPS
 
 
 def test_bf16_needs_its_dtype_in_the_bound_and_costs_no_epsilon(digits):

@@ -1,0 +1,150 @@
+"""Several processes, one account: the same batch, the same sum, one noise, whatever the number of processes."""
+
+import math
+import re
+
+import pytest
+import torch
+from scipy import stats
+from worlds import scenarios
+from worlds.cluster import cluster
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Two processes, and four."""
+    with cluster(2, tmp_path_factory.mktemp("two")) as two, cluster(4, tmp_path_factory.mktemp("four")) as four:
+        yield {2: two, 4: four}
+
+
+def assert_close(weights, others, tolerance):
+    for name, value in weights.items():
+        torch.testing.assert_close(others[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "sigma", "tolerance"),
+    [(torch.float64, 1e-12, 1e-9), (torch.float64, 1.0, 1e-9), (torch.float32, 1e-9, 2e-4)],
+)
+def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
+    options = {"dtype": dtype, "sigma": sigma, "gate": 0.8}
+    weights, seen, epsilon, _ = scenarios.train(**options)
+    answers = groups[size].run(scenarios.train, **options)
+    for other, _, spent, _ in answers:
+        assert_close(weights, other, tolerance)
+        assert spent == epsilon
+    assert all(torch.equal(answers[0][0][name], other[name]) for other, *_ in answers for name in other)
+    assert [sum(parts) for parts in zip(*(part for _, part, *_ in answers), strict=True)] == seen  # every record once
+    assert max(max(parts) - min(parts) for parts in zip(*(part for _, part, *_ in answers), strict=True)) <= 1
+
+
+@pytest.mark.parametrize("options", [{"ddp": True}, {"sampling": "fixed_size"}, {"secure": True}, {"mapped": True}])
+def test_however_it_is_fed_and_wrapped(groups, options):
+    alone = {k: v for k, v in options.items() if k != "ddp"}
+    weights, _, epsilon, _ = scenarios.train(steps=20, **alone)
+    for other, _, spent, _ in groups[2].run(scenarios.train, steps=20, **options):
+        assert_close(weights, other, 1e-9)
+        assert spent == epsilon
+
+
+@pytest.mark.parametrize("skip_empty", [True, False])
+@pytest.mark.parametrize("shards", [[100, 30, 170, 0], [75, 75, 75, 75], [1, 0, 0, 299]])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_unequal_shards(groups, shards, mapped, skip_empty):
+    weights, seen, epsilon, _ = scenarios.train(steps=15)
+    answers = groups[4].run(scenarios.train, steps=15, shards=shards, mapped=mapped, skip_empty=skip_empty)
+    for other, _, spent, _ in answers:
+        assert_close(weights, other, 1e-9)
+        assert spent == epsilon
+    assert [sum(parts) for parts in zip(*(part for _, part, *_ in answers), strict=True)] == seen
+
+
+@pytest.mark.parametrize("ddp", [False, True])
+@pytest.mark.parametrize("skip_empty", [True, False])
+def test_empty_batches_on_some_and_on_all(groups, ddp, skip_empty):
+    options = {"batch": 1, "steps": 12}
+    weights, seen, _, _ = scenarios.train(**options)
+    assert {0, 1} < set(seen)  # steps in which all of four processes have none, and steps in which three have none
+    for other, *_ in groups[4].run(scenarios.train, ddp=ddp, skip_empty=skip_empty, **options):
+        assert_close(weights, other, 1e-9)
+
+
+def test_the_quantile_gate_counts_all_processes(groups):
+    weights, _, epsilon, bound = scenarios.train_with_quantile()
+    for other, _, spent, theirs in groups[4].run(scenarios.train_with_quantile):
+        assert_close(weights, other, 1e-9)
+        assert spent == epsilon
+        assert theirs == pytest.approx(bound, rel=1e-12)
+
+
+def test_models_that_start_differently_start_alike(groups):
+    answers = groups[2].run(scenarios.train, differ=True, steps=3)
+    assert all(torch.equal(answers[0][0][name], answers[1][0][name]) for name in answers[0][0])
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_noise_is_added_once(groups, size):
+    """300,000 draws: the variance ratio is within ± 1.3 % but with probability 1e-6, so ± 5 % of the std is rejected."""
+    answers = groups[size].run(scenarios.released_noise, sigma=1.7)
+    noises = [noise for noise, _, _ in answers]
+    assert all(torch.equal(noises[0], noise) for noise in noises)
+    count = noises[0].numel()
+    low, high = (stats.chi2.ppf(p, count) / count for p in (5e-7, 1 - 5e-7))
+
+    def accepted(noise, std):
+        return low < float((noise / std).square().mean()) < high
+
+    std = answers[0][1]
+    assert accepted(noises[0], std)
+    assert not any(accepted(noises[0], std * factor) for factor in (0.95, 1.05, math.sqrt(size), 1 / math.sqrt(size)))
+    assert abs(float(noises[0].mean())) < 5 * std / math.sqrt(count)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_one_record_moves_the_sum_by_delta_and_no_more(groups, size):
+    for move, delta in groups[size].run(scenarios.worst_move):
+        assert 0.95 * delta < move <= delta * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2), (2, 1), (1, 4)])
+def test_a_resume_with_another_number_of_processes(groups, first, second):
+    weights, _, epsilon, _ = scenarios.train(steps=20)
+
+    def run(size, *arguments, **options):
+        return (
+            [scenarios.half(*arguments, **options)]
+            if size == 1
+            else groups[size].run(scenarios.half, *arguments, **options)
+        )
+
+    saved = run(first, 8, steps=20)
+    state = saved[0]
+    assert all(other["engine"] == state["engine"] for other in saved)
+    for ended in run(second, 12, state, steps=20):
+        assert_close(weights, ended["model"], 1e-9)
+        assert ended["epsilon"] == epsilon
+
+
+REFUSALS = [
+    (scenarios.refused_by_one, (1,), 1, "mat1 and mat2|shape|size"),
+    (scenarios.criterion_forgotten_by, (1,), 1, "no gradient went through the criterion"),
+    (scenarios.not_a_number_in, (0,), None, "NaN or infinity"),
+    (scenarios.facts_differ, (), None, "noise_multiplier is"),
+    (scenarios.lengths_differ, (), None, "300, 299 records"),
+]
+
+
+@pytest.mark.parametrize(("scenario", "arguments", "rank", "message"), REFUSALS)
+def test_what_one_process_refuses_all_refuse(groups, scenario, arguments, rank, message):
+    outcomes = groups[2].outcomes(scenario, *arguments)
+    assert [state for state, _ in outcomes] == ["failed", "failed"]
+    errors = [(name, text) for _, (name, text, _) in outcomes]
+    if rank is not None:
+        assert errors[1 - rank][0] == "PeerError"
+        assert errors[1 - rank][1].startswith(f"process {rank} of 2 refused: ")
+    assert all(re.search(message, text) for _, text in errors), errors
+    assert groups[2].run(scenarios.train, steps=2)  # and they can go on

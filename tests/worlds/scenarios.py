@@ -1,0 +1,250 @@
+"""What the processes of a world do in the tests; each function also runs in one process."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, TensorDataset
+
+import lipdp
+from lipdp import losses
+from lipdp import nn as lnn
+from lipdp.privacy.gate import QuantileGate
+from lipdp.privacy.world import current_world
+
+N, B = 300, 24
+
+
+def records(dtype=torch.float64, count=N):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(count, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (count,), generator=generator)
+
+
+def network(dtype=torch.float64, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(
+            lnn.InputBound(2.0), lnn.SpectralLinear(6, 8), lnn.GroupSort2(), lnn.SpectralLinear(8, 3)
+        ).to(dtype)
+
+
+class Pairs(Dataset):
+    """Not a TensorDataset: read record by record."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+
+def private(
+    *,
+    sigma=1.0,
+    steps=50,
+    dtype=torch.float64,
+    shards=None,
+    ddp=False,
+    gate=None,
+    seed=0,
+    batch=B,
+    sampling="poisson",
+    mapped=False,
+    momentum=0.9,
+    dataset_size=None,
+    differ=False,
+    secure=False,
+    lr=0.3,
+):
+    """(engine, model, optimizer, loader, criterion); `shards` are the sizes of the ranks' parts."""
+    world = current_world()
+    x, y = records(dtype)
+    if shards is not None:
+        start = sum(shards[: world.rank])
+        x, y = x[start : start + shards[world.rank]], y[start : start + shards[world.rank]]
+    model = network(dtype, seed=world.rank if differ else 0)
+    module = DistributedDataParallel(model) if ddp else model
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
+    engine = lipdp.PrivacyEngine(accountant="rdp", seed=seed, secure=secure)
+    module, optimizer, loader, criterion = engine.make_private(
+        module=module,
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=(Pairs if mapped else TensorDataset)(x, y),
+        expected_batch_size=batch,
+        steps=steps,
+        noise_multiplier=sigma,
+        sampling=sampling,
+        gate=gate,
+        dataset_size=dataset_size,
+        shards=shards is not None,
+    )
+    return engine, module, optimizer, loader, criterion
+
+
+def loop(engine, model, optimizer, loader, criterion, *, size=5, skip_empty=True, steps=None):
+    """The ordinary loop, in micro-batches; the numbers of rows seen."""
+    seen = []
+    for x, y in loader:
+        optimizer.zero_grad()
+        for xb, yb in engine.microbatches(x, y, size):
+            if len(xb) or not skip_empty:
+                criterion(model(xb), yb).backward()
+        optimizer.step()
+        seen.append(len(x))
+        if steps is not None and len(seen) == steps:
+            break
+    return seen
+
+
+def weights(model):
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def train(*, skip_empty=True, **options):
+    """Weights, rows seen at every step, ε, and the gate's bound."""
+    parts = private(**options)
+    seen = loop(*parts, skip_empty=skip_empty)
+    engine = parts[0]
+    return weights(parts[1]), seen, engine.get_epsilon(1e-5), float(engine.state_dict()["gate"]["bound"])
+
+
+def train_with_quantile():
+    return train(gate=QuantileGate(0.5, count_std=3.0), steps=20)
+
+
+def half(taken, state=None, **options):
+    """Some steps, after a state; what a checkpoint holds."""
+    parts = private(**options)
+    engine, model, optimizer, _, _ = parts
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        engine.load_state_dict(state["engine"])
+    loop(*parts, steps=taken)
+    return {
+        "model": weights(model),
+        "optimizer": optimizer.state_dict(),
+        "engine": engine.state_dict(),
+        "epsilon": engine.get_epsilon(1e-5),
+    }
+
+
+def released_noise(*, sigma, width=150_000):
+    """What one step releases of a batch without gradient: noise on the *sum*, and the s it should have."""
+    world = current_world()
+    x = torch.zeros(8, width, dtype=torch.float64)
+    model = torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(width, 2, bias=False)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = lipdp.PrivacyEngine(accountant="rdp")
+    _, optimizer, loader, criterion = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(1.0),
+        dataset=TensorDataset(x, torch.zeros(8, dtype=torch.int64)),
+        expected_batch_size=4,
+        steps=1,
+        noise_multiplier=sigma,
+    )
+    std = engine.noise_stds()["1.weight"]
+    x, y = next(iter(loader))
+    optimizer.zero_grad()
+    released = []
+    optimizer.register_step_pre_hook(lambda o, a, k: released.append(model[1].weight.grad * 4))
+    if len(x):
+        criterion(model(x), y).backward()
+    optimizer.step()
+    return released[0].flatten(), std, world.rank
+
+
+def worst_move(sigma=1e-9):
+    """By how much the released sum moves, over Δ, when one record joins another process's batch."""
+    x = torch.zeros(12, 4, dtype=torch.float64)
+    x[:, 0] = 1.0
+    moves = []
+    for count in (11, 12):
+        model = torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(4, 2, bias=False)).double()
+        with torch.no_grad():
+            model[1].weight.zero_()[1, 0] = -1.0
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+        engine = lipdp.PrivacyEngine(accountant="rdp", seed=1)
+        _, optimizer, loader, criterion = engine.make_private(
+            module=model,
+            optimizer=optimizer,
+            criterion=losses.TauCrossEntropy(50.0),
+            dataset=TensorDataset(x[:count], torch.ones(count, dtype=torch.int64)),
+            expected_batch_size=12,
+            dataset_size=12,
+            steps=1,
+            noise_multiplier=sigma,
+        )
+        delta = engine.sensitivity()["1.weight"]
+        for xb, yb in loader:
+            optimizer.zero_grad()
+            if len(xb):
+                criterion(model(xb), yb).backward()
+            optimizer.step()
+        moves.append(model[1].weight.grad * 12)
+    return float(torch.linalg.vector_norm(moves[1] - moves[0])), delta
+
+
+def refused_by_one(rank):
+    """One process's records are of another shape; all refuse."""
+    world = current_world()
+    x, y = records()
+    if world.rank == rank:
+        x = x[:, :5]
+    model = network()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B,
+        steps=2,
+        noise_multiplier=1.0,
+    )
+
+
+def facts_differ():
+    private(sigma=1.0 + current_world().rank)
+
+
+def lengths_differ():
+    world = current_world()
+    x, y = records(count=N - world.rank)
+    model = network()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B,
+        steps=2,
+        noise_multiplier=1.0,
+    )
+
+
+def criterion_forgotten_by(rank):
+    """One process trains with a loss of its own."""
+    world = current_world()
+    _, model, optimizer, loader, criterion = private(batch=100, steps=2)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), y) if world.rank == rank else criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+
+def not_a_number_in(rank):
+    world = current_world()
+    _, model, optimizer, loader, criterion = private(batch=100, steps=2)
+    for x, y in loader:
+        optimizer.zero_grad()
+        if world.rank == rank:
+            x[0] = float("nan")
+        criterion(model(x), y).backward()
+        optimizer.step()

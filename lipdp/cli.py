@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lipdp.commands import account, audit, certify, compare, plan, report, sensitivity, train
-from lipdp.errors import LipdpError
+from lipdp.errors import LipdpError, PeerError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 _LISTS = (
@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(expand_lists(sys.argv[1:] if arguments is None else arguments), prog_name="lipdp")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else DONE if ended.code is None else 1
+    except PeerError:  # the process that refused says why
+        return REFUSED
     except LipdpError as error:
         return _refuse(str(error))
     except KeyboardInterrupt as interrupt:

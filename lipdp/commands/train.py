@@ -12,6 +12,7 @@ import typer
 from lipdp.commands.options import interruptible, parse_gate, parse_options
 
 if TYPE_CHECKING:
+    from lipdp.privacy.world import World
     from lipdp.training import Monitor
 
 EPILOG = """[bold]Examples[/bold]
@@ -25,6 +26,8 @@ EPILOG = """[bold]Examples[/bold]
 [green]lipdp train --model mlp --model-option width=64 --gate off --allocation global[/green]
 
 [green]lipdp train --resume RUN[/green]  (bit for bit where it was interrupted)
+
+[green]torchrun --nproc-per-node=4 -m lipdp train --out RUN[/green]  (four processes, the same account)
 
 RUN then holds config.json, environment.json, privacy.json, metrics.jsonl and checkpoint.pt; lipdp report RUN shows it."""
 
@@ -130,13 +133,17 @@ def train(
         bool,
         typer.Option("--profile", help="where a step's time goes: RUN/profile.json, trace.json", rich_help_panel="Run"),
     ] = False,
+    peer_timeout: Annotated[
+        float | None,
+        typer.Option(help="minutes to wait for a silent process", rich_help_panel="Run", show_default="30", min=0.01),
+    ] = None,
     seed: Annotated[int | None, _option("repeat the run exactly, for tests: NOT private", "Run")] = None,
 ) -> None:
     """Train a model with differential privacy; report ε and the accuracy on held-out records."""
     given = {
         name: value
         for name, value in locals().items()
-        if value is not None and name not in ("out", "resume", "tensorboard", "profile")
+        if value is not None and name not in ("out", "resume", "tensorboard", "profile", "peer_timeout")
     }
     for name in ("download", "secure", "pin_memory"):
         if not given[name]:
@@ -149,27 +156,41 @@ def train(
     if resume is not None and out is not None:
         raise typer.BadParameter("--resume goes on in its own folder; leave --out out", param_hint="--out")
 
+    from lipdp.training.distributed import TIMEOUT, launched
+
+    with launched(timeout=peer_timeout or TIMEOUT) as world:
+        _run(given, out, resume, world, tensorboard=tensorboard, profile=profile)
+
+
+def _run(
+    given: dict[str, Any], out: Path | None, resume: Path | None, world: World, *, tensorboard: bool, profile: bool
+) -> None:
+    """One process's part; the first one speaks."""
     from rich.console import Console
 
     from lipdp.commands.display import show_profile, show_result, terminal_monitor
-    from lipdp.training import Trainer, configure
+    from lipdp.training import Monitor, Trainer, configure
+    from lipdp.training.distributed import resumed_folder
     from lipdp.training.profile import StepProfile
 
-    console = Console()
-    monitor = terminal_monitor(console)
-    with monitor:
-        if resume is not None:
-            profiled = StepProfile(resume) if profile else None
-            trainer = Trainer.resume(resume, monitor=_told(monitor, resume, tensorboard), profile=profiled, **given)
+    first = world.rank == 0
+    console = Console(quiet=not first)
+    screen = terminal_monitor(console)
+    resume = resume or resumed_folder(out)
+    config = configure(**given) if resume is None else None
+    folder = world.share(resume or out or (_default_folder(config.dataset, config.model) if config else Path()))
+    monitor = _told(screen, folder, tensorboard) if first else Monitor()
+    profiled = StepProfile(folder) if profile and first else None
+    with screen:
+        if config is None:
+            trainer = Trainer.resume(folder, monitor=monitor, profile=profiled, world=world, **given)
         else:
-            config = configure(**given)
-            folder = out or _default_folder(config.dataset, config.model)
-            profiled = StepProfile(folder) if profile else None
-            trainer = Trainer(config, out=folder, monitor=_told(monitor, folder, tensorboard), profile=profiled)
+            trainer = Trainer(config, out=folder, monitor=monitor, profile=profiled, world=world)
         result = trainer.run()
     if profiled is not None and profiled.table is not None:
         show_profile(console, profiled.table)
-    show_result(console, result)
+    if first:
+        show_result(console, result)
 
 
 def _told(monitor: Monitor, folder: Path, tensorboard: bool) -> Monitor:

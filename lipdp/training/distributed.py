@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,11 +48,13 @@ def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether `torchrun --max-restarts` started these processes again, after some of them ended."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def resumed_folder(out: Path | None) -> Path | None:
+    """`out`, where `torchrun --max-restarts` starts the command again and its run is there: then it is gone on with.
 
-
-def may_restart() -> bool:
-    """Whether `torchrun` would start these processes again."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    Raises:
+        ParameterError: no folder to go on in, should a restart be needed.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and out is None:
+        raise ParameterError("torchrun --max-restarts goes on with a run in its folder: give --out DIR")
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return out if again and out is not None and (out / "config.json").exists() else None

@@ -8,7 +8,7 @@ import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.world import current_world
+from lipdp.privacy.world import Alone, current_world
 
 N, B = 300, 24
 
@@ -247,4 +247,26 @@ def not_a_number_in(rank):
         if world.rank == rank:
             x[0] = float("nan")
         criterion(model(x), y).backward()
+        optimizer.step()
+
+
+def made_before_the_group():
+    """As where make_private runs before the launch."""
+    world = Alone()
+    x, y = records()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = lipdp.PrivacyEngine(world=world)
+    _, optimizer, loader, criterion = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=100,
+        steps=2,
+        noise_multiplier=1.0,
+    )
+    for xb, yb in loader:
+        optimizer.zero_grad()
+        criterion(model(xb), yb).backward()
         optimizer.step()

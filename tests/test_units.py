@@ -1,0 +1,260 @@
+"""Owners and views: what one owner, with all records, or one record, with all views, can move."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, TensorDataset
+
+import lipdp
+from lipdp import losses
+from lipdp import nn as lnn
+from lipdp.errors import EngineError, ParameterError
+from lipdp.privacy.gate import QuantileGate
+from lipdp.privacy.units import EveryNth, Owners, Shard
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def network(*, gate=None):
+    """Label 1 on e₀ has the longest cotangent there is, √2, and Δ is reached."""
+    inner = [lnn.GradientGate(gate)] if gate else []
+    model = torch.nn.Sequential(
+        lnn.InputBound(1.0), lnn.SpectralLinear(4, 2, bias=False), *inner, lnn.SpectralLinear(2, 2, bias=False)
+    ).double()
+    with torch.no_grad():
+        model[1].weight.zero_()[1, 0] = -1.0
+        model[-1].weight.copy_(torch.eye(2))
+    return model
+
+
+def released(x, y, *, size, sigma=1e-9, gate=None, engine_gate=None, scale=1.0, microbatch=3, **options):
+    """The sum that one step with q = 1 releases, and Δ, by name."""
+    model = network(gate=gate)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    engine = lipdp.PrivacyEngine(accountant="rdp", seed=1)
+    _, optimizer, loader, criterion = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(50.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=size,
+        dataset_size=size,
+        steps=1,
+        noise_multiplier=sigma,
+        gate=engine_gate,
+        **options,
+    )
+    deltas = dict(engine.sensitivity())
+    for xb, yb, *weight in loader:
+        optimizer.zero_grad()
+        for xs, ys, *ws in engine.microbatches(xb, yb, microbatch, *weight):
+            (criterion(model(xs), ys, *ws) * scale).backward()
+        optimizer.step()
+    return {name: p.grad * size for name, p in model.named_parameters()}, deltas
+
+
+def longest(count):
+    x = torch.zeros(count, 4, dtype=torch.float64)
+    x[:, 0] = 1.0
+    return x, torch.ones(count, dtype=torch.int64)
+
+
+def moved(first, second):
+    return {name: float(torch.linalg.vector_norm(first[name] - second[name])) for name in first}
+
+
+@pytest.mark.parametrize("records", [1, 2, 7, 50])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("gate", [None, 0.1])
+def test_an_owner_moves_the_sum_by_delta_however_many_records(records, scale, gate):
+    """`scale`: whatever multiplies the loss; `gate`: one inside the model, that lets every row have its bound."""
+    x, y = longest(3 + records)
+    owners = torch.tensor([0, 1, 1] + [2] * records)
+    with_owner, deltas = released(x, y, size=3, group=owners, gate=gate, scale=scale)
+    without, _ = released(x[:3], y[:3], size=3, group=owners[:3], gate=gate, scale=scale)
+    for name, move in moved(with_owner, without).items():
+        assert move <= deltas[name] * (1 + 1e-6), name
+        assert gate or move > 0.95 * deltas[name], name
+
+
+def test_without_dropping_the_inner_gates_from_the_bound_it_would_break():
+    """The owner of the last test under a gate of 0.1: the bound with the gate is broken, so the attack can fail."""
+    x, y = longest(53)
+    owners = torch.tensor([0, 1, 1] + [2] * 50)
+    with_owner, _ = released(x, y, size=3, group=owners, gate=0.1)
+    without, _ = released(x[:3], y[:3], size=3, group=owners[:3], gate=0.1)
+    gated = lipdp.sensitivity(network(gate=0.1), losses.TauCrossEntropy(50.0), input_shape=(4,))
+    assert moved(with_owner, without)["1.weight"] > 5 * gated["1.weight"]
+
+
+@pytest.mark.parametrize("gate", [0.3, QuantileGate(0.3, count_std=1.0)])
+def test_a_gate_at_the_logits_holds_for_owners(gate):
+    x, y = longest(23)
+    owners = torch.tensor([0, 1, 1] + [2] * 20)
+    with_owner, deltas = released(x, y, size=3, group=owners, engine_gate=gate, scale=30.0)
+    without, _ = released(x[:3], y[:3], size=3, group=owners[:3], engine_gate=gate, scale=30.0)
+    for name, move in moved(with_owner, without).items():
+        assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6)
+        assert deltas[name] == pytest.approx(0.3, rel=1e-3)
+
+
+def test_an_owner_contributes_the_mean_of_its_records_gradients():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 4, generator=generator, dtype=torch.float64) / 4
+    y = torch.randint(2, (9,), generator=generator)
+    owners = torch.tensor([5, 3, 5, 5, 3, 8, 8, 8, 8])
+    total, _ = released(x, y, size=3, group=owners)
+    for name, expected in total.items():
+        by_hand = 0.0
+        for owner in (3, 5, 8):
+            model = network()
+            (losses.TauCrossEntropy(50.0)(model(x[owners == owner]), y[owners == owner]).mean()).backward()
+            by_hand = by_hand + dict(model.named_parameters())[name].grad
+        torch.testing.assert_close(expected, by_hand, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", [2, 5])
+@pytest.mark.parametrize("gate", [None, 0.1])
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_a_record_with_views_moves_the_sum_by_delta(views, gate, scale):
+    x, y = longest(3)
+    x = x[:, None].repeat(1, views, 1)
+    with_record, deltas = released(x, y, size=3, multiplicity=views, gate=gate, scale=scale)
+    without, _ = released(x[:2], y[:2], size=3, multiplicity=views, gate=gate, scale=scale)
+    for name, move in moved(with_record, without).items():
+        assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6), name
+
+
+def test_views_are_averaged():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 4, generator=generator, dtype=torch.float64) / 4
+    y = torch.tensor([0, 1, 1, 0])
+    total, _ = released(x, y, size=4, multiplicity=3)
+    model = network()
+    (losses.TauCrossEntropy(50.0)(model(x.flatten(0, 1)), y.repeat_interleave(3)).sum() / 3).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(total[name], parameter.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_owners_with_views_move_the_sum_by_delta():
+    x, y = longest(13)
+    x = x[:, None].repeat(1, 3, 1)
+    owners = torch.tensor([0, 1, 1] + [2] * 10)
+    with_owner, deltas = released(x, y, size=3, group=owners, multiplicity=3, scale=20.0)
+    without, _ = released(x[:3], y[:3], size=3, group=owners[:3], multiplicity=3, scale=20.0)
+    for name, move in moved(with_owner, without).items():
+        assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ids=st.lists(st.integers(-5, 5), min_size=1, max_size=60))
+def test_weights_of_an_owner_add_up_to_one_and_never_beyond(ids):
+    owners = Owners(ids)
+    everyone = np.arange(len(owners))
+    indices, weights = owners.records(everyone)
+    assert sorted(indices.tolist()) == list(range(len(ids)))
+    for owner in everyone:
+        of_one, shares = owners.records(np.array([owner]))
+        assert len({ids[i] for i in of_one}) == 1
+        assert 1 - 1e-6 < float(shares.astype(np.float64).sum()) <= 1.0
+    assert len(weights) == len(ids)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    drawn=st.sets(st.integers(0, 40), max_size=20),
+    size=st.integers(1, 5),
+    cuts=st.lists(st.integers(0, 41), max_size=3),
+)
+def test_parts_are_a_partition(drawn, size, cuts):
+    indices = np.array(sorted(drawn), dtype=np.int64)
+    nth = [EveryNth(rank, size).take(indices) for rank in range(size)]
+    assert sorted(np.concatenate(nth).tolist()) == indices.tolist()
+    edges = [0, *sorted(cuts), 41]
+    shards = [Shard(a, b).take(indices) + a for a, b in pairwise(edges)]
+    assert np.concatenate(shards).tolist() == indices.tolist()
+
+
+def private(**options):
+    x, y = longest(20)
+    model = network()
+    engine = lipdp.PrivacyEngine(accountant="rdp")
+    return (
+        engine,
+        model,
+        engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            criterion=losses.TauCrossEntropy(50.0),
+            dataset=options.pop("dataset", TensorDataset(x, y)),
+            **{"expected_batch_size": 4, "steps": 3, "noise_multiplier": 1.0, **options},
+        ),
+    )
+
+
+def test_the_account_is_of_owners():
+    """20 records of 5 owners: q = 4/5, N = 5."""
+    engine, model, (_, optimizer, loader, criterion) = private(group=np.arange(20) // 4)
+    assert (engine.facts.dataset_size, engine.facts.sampling_rate, engine.facts.unit) == (5, 0.8, "owner")
+    sizes = set()
+    for x, y, weight in loader:
+        optimizer.zero_grad()
+        criterion(model(x), y, weight).backward()
+        optimizer.step()
+        sizes.add(len(x))
+        assert loader.last_batch_size == len(x) == 4 * loader.last_units
+    expected = lipdp.epsilon(noise_multiplier=1.0, sampling_rate=0.8, steps=3, delta=1e-5, accountant="rdp")
+    assert engine.get_epsilon(1e-5) == expected
+
+
+def test_weights_forgotten_or_invented():
+    _, model, (_, _, loader, criterion) = private(group=np.arange(20) // 4)
+    x, y, weight = next(b for b in loader if len(b[0]))
+    with pytest.raises(EngineError, match="needs one weight a row, got none"):
+        criterion(model(x), y)
+    with pytest.raises(EngineError, match="weights of shape"):
+        criterion(model(x), y, weight[1:])
+    _, model, (_, _, loader, criterion) = private(expected_batch_size=20)
+    x, y = next(iter(loader))
+    with pytest.raises(EngineError, match="leave the weight out"):
+        criterion(model(x), y, torch.ones(len(x)))
+
+
+class Views(Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        return torch.zeros(2, 4, dtype=torch.float64), 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group": [0, 1]}, "2 owners were given for 20 records"),
+        ({"group": [0.5] * 20}, "whole number"),
+        ({"group": np.arange(20), "shards": True}, "two shards"),
+        ({"group": np.zeros(20, dtype=int)}, "1 … N = 1, got 4"),
+        ({"multiplicity": 0}, "1 or more"),
+        ({"multiplicity": True}, "1 or more"),
+        (
+            {"multiplicity": 3, "dataset": Views(), "input_shape": (4,), "expected_batch_size": 20},
+            r"records of shape \(3",
+        ),
+    ],
+)
+def test_groups_and_multiplicities_that_do_not_fit(options, message):
+    with pytest.raises(ParameterError, match=message):
+        next(iter(private(**options)[2][2]))
+
+
+def test_views_of_a_map_style_dataset():
+    _, model, (_, _, loader, criterion) = private(multiplicity=2, dataset=Views(), expected_batch_size=20)
+    x, y = next(iter(loader))
+    assert x.shape == (40, 4)
+    assert y.shape == (40,)
+    assert criterion(model(x), y).isfinite()

@@ -269,10 +269,45 @@ def test_the_command_predicts(measured, tmp_path, capsys):
     one, eight = written["predictions"]
     assert one["step_seconds"] == pytest.approx(0.05 + 0.008 + 0.0007 * 1024)
     assert eight["step_seconds"] == pytest.approx(0.05 + 0.004 + 0.0007 * 128 + 7 / 4 * 4e6 / 1e9)
-    assert written["measured"]["flops_per_sample"] > 0
+    assert written["flops_per_sample"] > 0
     assert written["network"]["measured"] is False
     assert "assumed: a ring, 1 GB/s" in printed
     assert "ASSUMED, not measured" not in printed
+
+
+def test_a_measurement_serves_again(measured, tmp_path, capsys):
+    """From the file, with other assumptions: nothing is measured twice."""
+    assert main([*SCALE, "--devices", "8", "--out", str(tmp_path)]) == 0
+    first = json.loads((tmp_path / "cost.json").read_text())["predictions"][0]
+    arguments = [
+        "--measured",
+        str(tmp_path),
+        "--batch-size",
+        "1024",
+        "--steps",
+        "50",
+        "--devices",
+        "8",
+        "--speedup",
+        "4",
+    ]
+    capsys.readouterr()
+    assert main(["plan", "--scale", *arguments, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["workload"]["model"] == "mlp"
+    assert again["predictions"][0]["compute_seconds"] == pytest.approx(first["compute_seconds"] / 4)
+    assert again["predictions"][0]["peak_bytes"] == first["peak_bytes"]
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "cannot be read"), ("{}", "is not what"), (None, "cannot be read")]
+)
+def test_a_measurement_that_is_none_is_refused(text, message, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "cost.json").write_text(text)
+    assert main(["plan", "--scale", "--measured", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_says_that_a_speedup_is_assumed(measured, capsys):
@@ -327,6 +362,6 @@ def test_the_command_refuses_in_one_line(arguments, message, capsys):
 def test_the_command_measures(tmp_path, capsys):
     assert main([*SCALE, "--repeat", "5", "--measure-reduce", "--out", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "cost.json").read_text())
-    assert len(written["measured"]["timings"]) == 4
+    assert len(written["timings"]) == 4
     assert written["network"]["measured"] is True
     assert written["predictions"][0]["peak_bytes"] > 50 << 20

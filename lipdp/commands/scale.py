@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,13 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from lipdp.commands.options import interruptible, parse_options, parse_shape
-from lipdp.errors import UnknownNameError
+from lipdp.errors import CheckpointError, UnknownNameError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lipdp.planning.cost import Cost, Network, Prediction
-    from lipdp.planning.measure import Workload
 
 SHAPES = {
     "digits": (1, 8, 8),
@@ -35,7 +35,9 @@ EPILOG = """[bold]Examples[/bold]
 [green]lipdp plan --scale --model cnn --dataset mnist --batch-size 4096 --steps 2000 --devices 1 2 4[/green]
 
 [green]lipdp plan --scale --model resnet --dataset imagenet --num-classes 1000 --batch-size 32768 --steps 18000 --devices 8 64
---microbatch 8 --speedup 400 --out COST[/green]
+--microbatch 8 --out COST[/green]
+
+[green]lipdp plan --scale --measured COST --batch-size 16384 --devices 8 64 --speedup 400[/green]
 
 Private steps are measured here, at a few small batches and at an empty one; the rest is arithmetic
 ([bold]lipdp.planning.cost[/bold]). Times for other devices than this one are this one's over --speedup, an assumption. With --out DIR it
@@ -83,6 +85,9 @@ def scale(
     ] = True,
     device: Annotated[str, _option("auto (a GPU if there is one), cpu, cuda, …", "Measurement")] = "auto",
     threads: Annotated[int | None, _option("of torch on the CPU", "Measurement")] = None,
+    measured: Annotated[
+        Path | None, _option("a cost.json: predict from what it measured, of its model and micro-batch", "Measurement")
+    ] = None,
     speedup: Annotated[
         float, _option("how much faster than this one each device is: your assumption", "Assumptions")
     ] = 1.0,
@@ -98,14 +103,8 @@ def scale(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
     """Predict step time, memory a device and total time of a private run, from a short measurement here."""
-    import torch
-
     from lipdp.planning.cost import Network, predictions
-    from lipdp.planning.measure import Workload, default_sizes, flops, measure
-    from lipdp.training.runtime import choose_device
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     counts = devices or [count for count in (1, 8, 64) if count <= max(batch_size, 1)]
     network = Network(
         bandwidth=bandwidth_gb * 1e9,
@@ -115,29 +114,29 @@ def scale(
     )
     settings: dict[str, Any] = {"batch_size": batch_size, "steps": steps, "speedup": speedup}
     _check(settings, counts)
-    workload = Workload(
-        model=model,
-        model_options=parse_options("--model-option", model_option) or {},
-        input_shape=_shape(dataset, input_shape),
-        num_classes=num_classes,
-        optimizer=optimizer,
-        microbatch=microbatch,
-        device=str(choose_device(device)),
-    )
-    load = os.getloadavg()[0]
-    chosen = tuple(sizes or default_sizes(workload, math.ceil(batch_size / min(counts))))
-    cost, timings = measure(workload, chosen, repeat=repeat, with_memory=memory, progress=_tell)
+    if measured is not None:
+        taken = _read(measured)
+    else:
+        chosen = {
+            "model": model,
+            "model_options": parse_options("--model-option", model_option) or {},
+            "input_shape": _shape(dataset, input_shape),
+            "num_classes": num_classes,
+            "optimizer": optimizer,
+            "microbatch": microbatch,
+        }
+        share = math.ceil(batch_size / min(counts))
+        taken = _measure(chosen, device, threads, sizes, share=share, repeat=repeat, with_memory=memory)
+    cost = _cost(taken)
     if measure_reduce:
         network = _measured_network(cost)
     found = predictions(cost, counts, network=network, **settings)
-    facts = _facts(workload, cost, network, settings, found)
-    facts["measured"] |= {
-        "timings": [{"samples": t.samples, "seconds": list(t.seconds)} for t in timings],
-        "flops_per_sample": flops(workload),
-        "threads": torch.get_num_threads(),
-        "load": load,
+    facts = taken | {
+        "settings": settings,
+        "network": asdict(network) | {"measured": measure_reduce},
+        "step": asdict(cost.times.fit),
+        "predictions": [prediction.as_dict() for prediction in found],
     }
-    facts["network"]["measured"] = measure_reduce
     if out is not None:
         from lipdp.files import write_json
 
@@ -164,30 +163,71 @@ def _shape(dataset: str, given: list[str] | None) -> tuple[int, ...]:
     return SHAPES[dataset]
 
 
+def _measure(
+    chosen: dict[str, Any],
+    device: str,
+    threads: int | None,
+    sizes: list[int] | None,
+    *,
+    share: int,
+    repeat: int,
+    with_memory: bool,
+) -> dict[str, Any]:
+    """What was measured, as `cost.json` holds it."""
+    import torch
+
+    from lipdp.planning.measure import Workload, default_sizes, flops, measure
+    from lipdp.training.runtime import choose_device
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    workload = Workload(**chosen, device=str(choose_device(device)))
+    load = os.getloadavg()[0]
+    cost, timings = measure(
+        workload, sizes or default_sizes(workload, share), repeat=repeat, with_memory=with_memory, progress=_tell
+    )
+    return {
+        "workload": asdict(workload),
+        "parameters": cost.parameters,
+        "timings": [asdict(timing) for timing in timings],
+        "memory": None if cost.memory is None else asdict(cost.memory),
+        "flops_per_sample": flops(workload),
+        "threads": torch.get_num_threads(),
+        "load": load,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The measurement in a `cost.json`, or in the folder that holds one."""
+    from lipdp.files import read_json
+
+    file = path / "cost.json" if path.is_dir() else path
+    facts = read_json(file)
+    names = ("workload", "parameters", "timings", "memory", "flops_per_sample", "threads", "load")
+    try:
+        taken = {name: facts[name] for name in names}
+        _cost(taken)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not what lipdp plan --scale --out writes ({error!r})") from error
+    return taken
+
+
+def _cost(taken: dict[str, Any]) -> Cost:
+    from lipdp.planning.cost import Cost, Memory, Timing, fit_times
+
+    timings = [Timing(timing["samples"], tuple(timing["seconds"])) for timing in taken["timings"]]
+    microbatch = taken["workload"]["microbatch"]
+    times = fit_times(timings, microbatch or max(timing.samples for timing in timings))
+    memory = None if taken["memory"] is None else Memory(**taken["memory"])
+    return Cost(int(taken["parameters"]), times, memory, microbatch)
+
+
 def _measured_network(cost: Cost) -> Network:
     from lipdp.planning.measure import measure_reduce
 
     _tell("all-reduce over gloo, two processes")
     with TemporaryDirectory() as folder:
         return measure_reduce(cost.parameters, Path(folder))
-
-
-def _facts(
-    workload: Workload, cost: Cost, network: Network, settings: dict[str, Any], found: list[Prediction]
-) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {
-        "workload": asdict(workload),
-        "parameters": cost.parameters,
-        "settings": settings,
-        "network": asdict(network),
-        "measured": {
-            "step": asdict(cost.times.fit),
-            "memory": None if cost.memory is None else asdict(cost.memory),
-        },
-        "predictions": [prediction.as_dict() for prediction in found],
-    }
 
 
 def _tell(message: str) -> None:
@@ -235,26 +275,29 @@ def _show(facts: dict[str, Any], found: list[Prediction], out: Path | None) -> N
 
 
 def _show_measured(console: Console, facts: dict[str, Any]) -> None:
-    measured, workload, network = facts["measured"], facts["workload"], facts["network"]
-    step, operations = measured["step"], measured["flops_per_sample"]
+    workload, network, step, operations = (facts[n] for n in ("workload", "network", "step", "flops_per_sample"))
     console.print(
-        f"measured on {workload['device']}, {measured['threads']} threads, load {measured['load']:.1f}:"
+        f"{workload['model']} on {'x'.join(map(str, workload['input_shape']))}, measured on {workload['device']}, {facts['threads']}"
+        f" threads, load {facts['load']:.1f}:"
         f" {_seconds(step['fixed'])} a step + {_seconds(step['piece'])} a piece of ≤ {workload['microbatch']}"
         f" + {_seconds(step['sample'])} a sample ({operations / 1e9:.3g} GFLOP at {operations / step['sample'] / 1e9:,.3g} GFLOP/s)",
         highlight=False,
     )
-    held = measured["memory"]
+    held = facts["memory"]
     if held is not None:
         console.print(
             f"memory: {held['process'] / 2**20:,.0f} MiB of the process + {held['state'] / 2**20:,.0f} MiB with the"
             f" {facts['parameters']:,} weights + {held['sample'] / 2**10:,.0f} KiB a sample of a piece",
             highlight=False,
         )
-    rate = network["internode_bandwidth"]
     console.print(
         f"all-reduce {'measured (gloo, 2 processes)' if network['measured'] else 'assumed'}: a ring,"
         f" {network['bandwidth'] / 1e9:.3g} GB/s"
-        + (f" within {network['per_node']} devices, {rate / 1e9:.3g} GB/s between nodes" if rate < math.inf else "")
+        + (
+            ""
+            if network["measured"]
+            else f" within {network['per_node']} devices, {network['internode_bandwidth'] / 1e9:.3g} GB/s between nodes"
+        )
         + f", {network['latency'] * 1e6:.3g} µs a message",
         highlight=False,
     )

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ from lipdp.errors import (
 )
 from lipdp.nn.constrained import exceeds
 from lipdp.privacy.gate import QuantileGate
+from lipdp.privacy.later import Later
 from lipdp.timing import UNTIMED
-from lipdp.training import Monitor, Trainer, configure
+from lipdp.training import Monitor, Trainer, assembly, configure
 from lipdp.training.forward import Forward
 from lipdp.training.profile import PARTS, PartsTimer, StepProfile
 
@@ -210,6 +212,27 @@ def test_a_step_reads_nothing_of_the_device(gate, allocation):
 
 def test_only_the_look_at_a_few_records_reads():
     assert reads_of_a_step(deferred=True, check_every=2) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"gate_quantile": 0.5}, {"optimizer": "adam"}, {"microbatch": 100}])
+def test_a_step_of_the_trainer_reads_only_the_answers_of_the_last_one(options, monkeypatch):
+    monkeypatch.setattr(assembly, "PrivacyEngine", partial(lipdp.PrivacyEngine, deferred=True))
+    trainer = Trainer(config(steps=5, check_every=0, **options))
+    trainer.model.train()
+    batches = iter(trainer.loader)
+    for _ in range(2):
+        trainer._take_step(*next(batches))
+    third = next(batches)
+    trainer.engine.settle()
+    shown = []
+    monkeypatch.setattr(
+        Later, "read", lambda self: shown.append(self) or torch.zeros(self._value.shape, dtype=bool) == 0
+    )
+    with HostReads() as reads:
+        trainer._take_step(*third)
+    counters = len(list(trainer.model.parameters())) if "optimizer" in options else 0  # Adam's are on the host
+    assert len(shown) == 1  # the loss that the monitor is shown, of the step before
+    assert len(reads.found) == 1 + counters
 
 
 def test_the_count_of_reads_counts():

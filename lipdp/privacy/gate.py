@@ -151,8 +151,8 @@ class GateState:
         self._pass = current
         self.samples[batch] += len(cotangent)
         if self._rule is not None:
-            share = torch.ones(len(cotangent)) if weights is None else weights
-            share = share.to(cotangent.device, torch.float64)
+            ones = torch.ones(len(cotangent), dtype=torch.float64, device=cotangent.device)
+            share = ones if weights is None else weights.to(ones)
             passes = per_sample_norm(cotangent).flatten() <= self.bound * share
             centred = (share * (passes.double() - 0.5)).sum()
             self._count = centred if self._count is None else self._count + centred

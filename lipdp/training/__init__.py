@@ -273,7 +273,8 @@ class Trainer:
         self._samples += samples
         mean = Later(total.double() / max(samples, 1))
         # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
-        shown, self._shown = mean if self.device.type == "cpu" else self._shown or mean, mean
+        later = self.engine.deferred or self.device.type != "cpu"
+        shown, self._shown = self._shown or mean if later else mean, mean
         self.monitor.step(self.step, float(shown.read()), self.epsilon_at(self._next_record()))
 
     def epsilon_at(self, step: int) -> float:

@@ -90,13 +90,14 @@ def weights(model):
 # --- checks whose answer is read later --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gate", [None, QuantileGate(0.5, count_std=4.0)])
-def test_a_deferred_run_computes_what_an_immediate_one_does(gate):
+def test_a_deferred_run_computes_what_an_immediate_one_does(gate, dtype):
     ends = []
     for deferred in (False, True):
-        _, model, optimizer, loader, criterion = private(deferred=deferred, gate=gate)
-        for batch in loader:
-            take(batch, model, optimizer, criterion)
+        _, model, optimizer, loader, criterion = private(conv_net(dtype=dtype), deferred=deferred, gate=gate)
+        for x, y in loader:
+            take((x.to(dtype), y), model, optimizer, criterion)
         ends.append(weights(model))
     assert torch.equal(*ends)
 

@@ -61,9 +61,11 @@ class StepCheck:
             self.read()
         return sound
 
-    def scale(self, sound: Tensor, factor: float) -> float | Tensor:
-        """What the noisy sums are multiplied by: `factor`, and deferred NaN where the step was not to be taken."""
-        return torch.where(sound, factor, math.nan) if self.deferred else factor
+    def scale(self, sound: Tensor, factor: float, dtype: torch.dtype) -> float | Tensor:
+        """What noisy sums of that dtype are multiplied by: `factor`, and deferred NaN where the step was not to be taken."""
+        if not self.deferred:
+            return factor
+        return torch.where(sound, torch.full((), factor, dtype=dtype, device=sound.device), math.nan)
 
     def read(self) -> None:
         """The answer to the last look, once.

@@ -147,7 +147,8 @@ class Run:
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
         with self.timer("noise"):
             self.noise.add_(gradients, stds)
-            torch._foreach_mul_(gradients, self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size))
+            share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
+            torch._foreach_mul_(gradients, share)
             self.gate.release(self.noise, self.facts.expected_batch_size, self.factor, self.world)
         self._taken_at = self.loader.position
 
@@ -161,7 +162,8 @@ class Run:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
-        self.world.sum_(gradients)
+        with self.timer("exchange"):
+            self.world.sum_(gradients)
         if self.loader.views > 1:
             torch._foreach_mul_(gradients, 1.0 / self.loader.views)
         return gradients

@@ -17,21 +17,21 @@ from torch.profiler import ProfilerActivity, record_function
 from lipdp.files import write_bytes, write_json
 from lipdp.timing import UNTIMED, Timer
 
-PARTS = (
-    "sampler",
-    "data",
-    "model",
-    "loss",
-    "backward",
-    "bound",
-    "noise",
-    "optimiser",
-    "projection",
-    "checks",
-    "other",
-)
-"""Sampler: which records; data: fetching them; model: forward; bound: Δ and the noise's std; optimiser: with schedule and
-average of the weights; projection: back in the constraints; checks: of order, gradients and projections; other: the rest."""
+PARTS = {
+    "sampler": "which records",
+    "data": "fetching them",
+    "model": "forward pass",
+    "loss": "and the gate at the logits",
+    "backward": "backward pass",
+    "exchange": "summing the gradients of all processes",
+    "bound": "Δ and the noise's std, from the weights as they are",
+    "noise": "drawn and added",
+    "optimiser": "with its schedule and the average of the weights",
+    "projection": "back in the constraints",
+    "checks": "of order, gradients and projections",
+    "other": "the rest: zeroing gradients, freeing the graph, ε at a record",
+}
+"""The parts of a step and what they are."""
 WARM, TIMED, TRACED = 2, 10, 3
 
 

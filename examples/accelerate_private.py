@@ -1,6 +1,8 @@
 """A private model under Hugging Face Accelerate, top to bottom: python examples/accelerate_private.py [--epsilon 3]
 
 pip install "lipdp[accelerate]". `prepare` may be given the loader; it leaves it as it is, since it is no torch DataLoader.
+On several devices: accelerate launch --multi_gpu --num_processes 2 examples/accelerate_private.py
+On two processes of a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/accelerate_private.py
 """
 
 import argparse
@@ -13,6 +15,7 @@ from lipdp import nn as lnn
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epsilon", type=float, default=3.0)
+parser.add_argument("--out", help="file for the weights")
 parser.add_argument("--seed", type=int, help="a run that can be repeated, hence not private")
 args = parser.parse_args()
 
@@ -45,3 +48,7 @@ for x, y in loader:
 with torch.no_grad():
     accuracy = (model(data.test_x.to(accelerator.device)).argmax(1).cpu() == data.test_y).float().mean()
 accelerator.print(f"test accuracy {accuracy:.4f} at ε = {engine.get_epsilon(delta=1e-5):.3f}, δ = 1e-5")
+accelerator.print(f"{accelerator.num_processes} process(es), {engine.steps_taken} steps")
+if args.out:
+    accelerator.save(model.state_dict(), args.out)
+accelerator.end_training()

@@ -15,6 +15,7 @@ from lipdp.integrations.lightning import PrivacyBudget
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epsilon", type=float, default=3.0)
+parser.add_argument("--processes", type=int, default=1, help="one for each device")
 parser.add_argument("--out", default="lightning_digits", help="folder of the checkpoints")
 parser.add_argument("--resume", help="a checkpoint to go on with")
 parser.add_argument("--seed", type=int, help="a run that can be repeated, hence not private")
@@ -52,7 +53,7 @@ class Digits(lightning.LightningModule):
 
     def validation_step(self, batch, index):
         x, y = batch
-        self.log("accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True)
+        self.log("accuracy", (self.model(x).argmax(1) == y).float().mean(), prog_bar=True, sync_dist=True)
 
 
 if args.seed is not None:
@@ -60,6 +61,8 @@ if args.seed is not None:
 engine = lipdp.PrivacyEngine(seed=args.seed)
 module = Digits(engine, lipdp.data.load("digits"))
 trainer = lightning.Trainer(
+    devices=args.processes,
+    strategy="ddp" if args.processes > 1 else "auto",
     max_epochs=1,  # all steps are one pass through the loader
     val_check_interval=20,
     logger=False,
@@ -70,4 +73,5 @@ trainer = lightning.Trainer(
 )
 trainer.fit(module, ckpt_path=args.resume)
 accuracy = trainer.callback_metrics["accuracy"]
-print(f"test accuracy {accuracy:.4f} at ε = {engine.get_epsilon(delta=1e-5):.3f}, δ = 1e-5")
+if trainer.is_global_zero:
+    print(f"test accuracy {accuracy:.4f} at ε = {engine.get_epsilon(delta=1e-5):.3f}, δ = 1e-5")

@@ -821,3 +821,51 @@ def test_accelerate_saves_and_loads_the_engine(account, digits, tmp_path):
     model, engine = run(STEPS, load=tmp_path)
     assert same(model.state_dict(), expected)
     assert engine.get_epsilon(DELTA) == epsilon
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def run_in_a_process(*command, cwd, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def close(one, other):
+    return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=2e-6) for name in one)
+
+
+@pytest.mark.distributed
+def test_accelerate_on_two_processes_releases_what_one_does(twin, tmp_path):
+    """One account, one draw of the batch and one of the noise: at one seed all that differs is the order of a sum."""
+    printed = run_in_a_process(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "accelerate_private.py",
+        "--seed", 0, "--out", "two.pt", cwd=tmp_path, ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert "2 process(es), 60 steps" in printed
+    assert f"ε = {twin[1]:.3f}" in printed
+    weights = torch.load(tmp_path / "two.pt", weights_only=True)
+    assert close(weights, twin[0])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_trainer_on_two_processes_releases_what_one_does_and_one_goes_on(twin, tmp_path, monkeypatch):
+    """DistributedDataParallel by Lightning, the closure included; then the run of two processes ends on one."""
+    example = EXAMPLES / "lightning_private.py"
+    printed = run_in_a_process(example, "--seed", 0, "--processes", 2, cwd=tmp_path)
+    assert printed.count(f"ε = {twin[1]:.3f}") == 1
+    folder = tmp_path / "lightning_digits"
+    state = torch.load(folder / "step=60.ckpt", weights_only=True)["state_dict"]
+    weights = {name.removeprefix("model."): value for name, value in state.items()}
+    assert close(weights, twin[0])
+    assert not same(weights, twin[0])  # there were two: the sum is rounded in another order
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(example), "--seed", "0", "--resume", str(folder / "step=40.ckpt")])
+    names = runpy.run_path(str(example), run_name="__main__")
+    assert close(names["module"].model.state_dict(), twin[0])
+    assert names["engine"].get_epsilon(DELTA) == twin[1]

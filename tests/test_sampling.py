@@ -579,3 +579,14 @@ def test_tensors_on_the_gpu_stay_there():
     for x, y in BatchLoader(dataset, poisson()):
         assert x.is_cuda
         assert torch.equal(x[:, 0, 0].long(), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_for_the_gpu_are_pinned_and_those_there_are_left(workers):
+    for x, y in BatchLoader(Records(40), poisson(), num_workers=workers, pin_memory=True):
+        assert x.is_pinned()
+        assert torch.equal(x.to("cuda", non_blocking=True)[:, 0, 0].long().cpu(), y)
+    there = TensorDataset(*(tensor.cuda() for tensor in as_tensors(40).tensors))
+    assert all(x.is_cuda for x, _ in BatchLoader(there, poisson(), num_workers=workers, pin_memory=True))

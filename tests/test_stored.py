@@ -31,7 +31,7 @@ from lipdp.data.files import read_npz
 from lipdp.data.scaling import BOUNDINGS
 from lipdp.data.split import resize
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
-from lipdp.privacy.loader import BatchLoader
+from lipdp.privacy.loader import BatchLoader, in_order
 from lipdp.privacy.sampling import PoissonSampler
 from lipdp.training import Trainer, configure, train
 
@@ -222,6 +222,10 @@ def test_a_record_that_is_not_finite_stops_the_run_in_one_line(tmp_path, capsys)
     x = np.zeros((200, 5))
     x[150:] = np.inf  # beyond the records looked at beforehand
     write(tmp_path / "set", train_x=x, train_y=np.arange(200) % 3, test_x=x[:9], test_y=np.arange(9) % 3)
+    bad = data.open_split(str(tmp_path / "set")).bounded(data.Clip()).training_dataset()
+    with pytest.raises(NonFiniteError) as caught:
+        list(in_order(bad, 50, num_workers=1))
+    assert str(caught.value).startswith("the inputs hold NaN")
     for workers in ("0", "1"):
         out = tmp_path / f"run{workers}"
         options = ["--batch-size", "200", "--steps", "2", "--noise-multiplier", "3", "--num-workers", workers]
@@ -245,7 +249,7 @@ def test_both_kinds_of_split_answer_alike(tmp_path, dataset):
     x, y = bounded.test_part()
     assert (x.shape, y.shape) == ((8, 3, 4, 6), (8,))
     assert -1 <= x.min() < x.max() <= 1
-    batches = list(bounded.test_batches(3))
+    batches = list(bounded.test_batches(3, num_workers=2))
     assert [len(part) for part, _ in batches] == [3, 3, 2]
     assert torch.equal(torch.cat([part for part, _ in batches]), x)
     record, label = bounded.training_dataset("cpu")[29]

@@ -61,8 +61,8 @@ class DataSplit(Protocol):
         """Map-style, of N records (input, label); on `device` where the inputs are in memory."""
         ...
 
-    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test part in order, at most `size` records at a time."""
+    def test_batches(self, size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test part in order, at most `size` records at a time; read by `num_workers` processes if it is on disk."""
         ...
 
     def test_part(self) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class Split:
         """The training part on `device`, indexed there."""
         return TensorDataset(self.train_x.to(device), self.train_y.to(device))
 
-    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def test_batches(self, size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The test part in order, at most `size` records at a time."""
         yield from zip(self.test_x.split(size), self.test_y.split(size), strict=True)
 

@@ -19,6 +19,7 @@ from lipdp.data.files import parsing
 from lipdp.data.scaling import Bounding
 from lipdp.data.split import Split, Task, require_images, resize
 from lipdp.errors import DataError
+from lipdp.privacy.loader import in_order
 
 IN_MEMORY = 4 * 2**30
 """Bytes of float32 up to which a stored set is read whole by what needs it whole."""
@@ -73,9 +74,9 @@ class Stored:
         """The training part, read in the process that asks; its batches are on the CPU whatever `device`."""
         return StoredDataset(self.train, size=self.size, bounding=self.bounding)
 
-    def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test part in order, at most `size` records at a time."""
-        return _batches(StoredDataset(self.test, size=self.size, bounding=self.bounding), size)
+    def test_batches(self, size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test part in order, at most `size` records at a time, read by as many processes."""
+        return in_order(StoredDataset(self.test, size=self.size, bounding=self.bounding), size, num_workers=num_workers)
 
     def test_part(self) -> tuple[Tensor, Tensor]:
         """All test inputs and labels; DataError beyond `IN_MEMORY`."""
@@ -95,7 +96,7 @@ class Stored:
     def in_memory(self) -> Split:
         """All of it read; DataError beyond `IN_MEMORY`."""
         self._require_small(len(self.train) + len(self.test), "the whole set")
-        x, y = zip(*_batches(self.training_dataset(), 1024), strict=True)
+        x, y = zip(*in_order(self.training_dataset(), 1024), strict=True)
         facts = {f.name: getattr(self, f.name) for f in fields(Split) if f.name in {g.name for g in fields(Stored)}}
         test_x, test_y = self.test_part()
         return Split(train_x=torch.cat(x), train_y=torch.cat(y), test_x=test_x, test_y=test_y, **facts)
@@ -128,11 +129,6 @@ class StoredDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = self.read_batch([index])
         return x[0], y[0]
-
-
-def _batches(dataset: StoredDataset, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(dataset), size):
-        yield dataset.read_batch(range(start, min(start + size, len(dataset))))
 
 
 # --------------------------------------------------------------------------------------------------------- npy folders

@@ -55,7 +55,7 @@ class BatchLoader:
         records: how many the data set must hold; by default the sampler's population.
         empty: a batch whose empty slice is an empty batch, for a data set of no records.
         num_workers: processes that read records, for a dataset that is not a `TensorDataset`.
-        pin_memory: page-locked batches, where CUDA is available.
+        pin_memory: page-locked batches, where CUDA is available and they are not there already.
 
     Raises:
         EngineError: an `IterableDataset`, or one without a length: it can't be sampled.
@@ -105,7 +105,8 @@ class BatchLoader:
             self._records, self._num_workers = _TensorRecords(dataset), 0
         else:
             self._records, self._num_workers = _MapStyleRecords(dataset, empty), num_workers
-        self._pin_memory = pin_memory and torch.cuda.is_available()
+        on_device = type(dataset) is TensorDataset and not all(tensor.is_cpu for tensor in dataset.tensors)
+        self._pin_memory = pin_memory and torch.cuda.is_available() and not on_device
         self._consumed = sampler.state_dict()
         self._iteration = 0
 
@@ -182,6 +183,25 @@ class BatchLoader:
         self._consumed = self.sampler.state_dict()
         self._iteration += 1
         self.last_batch_size = self.last_units = self.last_batch = None
+
+
+def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Iterator[Any]:
+    """All records of a map-style dataset, at most `size` at a time, read as `BatchLoader` reads them: for evaluation.
+
+    >>> [len(x) for x, in in_order(TensorDataset(torch.zeros(5, 2)), 2)]
+    [2, 2, 1]
+    """
+    count = len(dataset)  # type: ignore[arg-type]
+    batches = DataLoader(
+        _MapStyleRecords(dataset, None),
+        batch_size=None,
+        sampler=[(np.arange(start, min(start + size, count)), 0) for start in range(0, count, size)],
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupts,
+    )
+    yield from _told(batches)
 
 
 class _TensorRecords(Dataset[Any]):

@@ -320,7 +320,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         split = self.split
-        batches = split.test_batches(_EVALUATED)
+        batches = split.test_batches(_EVALUATED, num_workers=self.config.num_workers)
         return evaluate_batches(self.model, batches, binary=split.task == "binary", device=self.device)
 
     def privacy(self) -> dict[str, Any]:

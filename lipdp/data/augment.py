@@ -68,12 +68,11 @@ class Crop:
             raise ParameterError(f"padding={self.padding!r}: a whole number of pixels of at least 1")
 
     def __call__(self, x: Tensor) -> Tensor:
-        count, channels, height, width = x.shape
+        count, _, height, width = x.shape
         padded = torch.nn.functional.pad(x, [self.padding] * 4)
         top, left = torch.randint(2 * self.padding + 1, (2, count))
-        rows = (top[:, None] + torch.arange(height))[:, None, :, None]
-        columns = (left[:, None] + torch.arange(width))[:, None, None, :]
-        return padded[torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None], rows, columns]
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, (batch, C, places, places, H, W)
+        return windows[torch.arange(count), :, top, left]
 
 
 @dataclass(frozen=True)

@@ -38,4 +38,6 @@ for workers in arguments.workers:
     for x, _ in batches:
         records += len(x)
     seconds = time.perf_counter() - start
-    print(f"{workers} workers: {records / seconds:12,.0f} records/s, {1e3 * seconds / arguments.batches:8.1f} ms a batch")
+    print(
+        f"{workers} workers: {records / seconds:12,.0f} records/s, {1e3 * seconds / arguments.batches:8.1f} ms a batch"
+    )

@@ -720,8 +720,9 @@ def test_the_command_takes_the_options(digits_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupt_of_the_whole_terminal_saves_and_leaves_no_process(digits_folder, tmp_path):
-    """Ctrl-C reaches the workers too: the run saves, ends with 130 and takes them along."""
+@pytest.mark.parametrize("end", ["interrupt of all", "terminate all", "kill a worker"])
+def test_signals_to_a_run_with_workers(digits_folder, tmp_path, end):
+    """Ctrl-C reaches the workers too: the run saves, ends with 130 and takes them along. So it does without one of them."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "lipdp", "train", "--dataset", str(digits_folder), "--num-workers", "2"]
     options = ["--model", "mlp", "--steps", "100000", "--checkpoint-every", "5", "--batch-size", "100"]
@@ -732,13 +733,20 @@ def test_an_interrupt_of_the_whole_terminal_saves_and_leaves_no_process(digits_f
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    end = time.monotonic() + 120
-    while not (out / "checkpoint.previous.pt").exists() and time.monotonic() < end and process.poll() is None:
+    limit = time.monotonic() + 120
+    while not (out / "checkpoint.previous.pt").exists() and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
+    if end == "kill a worker":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            pytest.skip("the system does not list the children of a process")
+        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGINT if end == "interrupt of all" else signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, error
-    assert "interrupted after step" in error
+    assert process.returncode == (2 if end == "kill a worker" else 130), error
+    assert ("a process that reads records ended" if end == "kill a worker" else "interrupted after step") in error
+    assert "Traceback" not in error
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 

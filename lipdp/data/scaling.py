@@ -36,7 +36,9 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def _finite(x: Tensor) -> Tensor:
-    extremes = torch.stack(x.aminmax()) if x.numel() else x  # NaN if any entry is: ten times faster than to look at each
+    extremes = (
+        torch.stack(x.aminmax()) if x.numel() else x
+    )  # NaN if any entry is: ten times faster than to look at each
     if not bool(torch.isfinite(extremes).all()):
         raise NonFiniteError("the inputs hold NaN or infinity: impute or drop those records before training")
     return x

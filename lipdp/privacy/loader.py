@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -248,20 +249,43 @@ class _Refusal:
     error: LipdpError
 
 
-def _told(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; what kept one from being read is raised here."""
+def _told(batches: DataLoader[Any]) -> Iterator[Any]:
+    """The batches; what kept one from being read is raised here, and nowhere else."""
     try:
-        for batch in batches:
+        for batch in _without_alarm(batches):
             if isinstance(batch, _Refusal):
                 raise batch.error
             yield batch
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as error:
+        ended = str(error).startswith("DataLoader worker")
+        cut_off = (
+            batches.num_workers > 0 and not isinstance(error, RuntimeError) and not str(error).startswith("Caught")
+        )
+        if not ended and not cut_off:
             raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"a process that reads records ended ({str(error).splitlines()[0]}): killed, or short of memory or of shared"
-            " memory; try fewer workers, or none (--num-workers 0)"
+            f"a process that reads records ended ({reason}): killed, or short of memory or of shared memory; try fewer"
+            " workers, or none (--num-workers 0)"
         ) from error
+
+
+def _without_alarm(batches: DataLoader[Any]) -> Iterator[Any]:
+    """Its iterator, without the handler torch installs with it: when a worker dies it raises wherever the main thread is.
+
+    Without it the iterator notices within five seconds of waiting for that worker's batch.
+    """
+    alarm = getattr(signal, "SIGCHLD", None)  # not on every system
+    before = None if alarm is None else signal.getsignal(alarm)
+    iterator = iter(batches)
+    if (
+        alarm is not None
+        and before is not None
+        and batches.num_workers
+        and threading.current_thread() is threading.main_thread()
+    ):
+        signal.signal(alarm, before)
+    return iterator
 
 
 def _ignore_interrupts(worker: int) -> None:

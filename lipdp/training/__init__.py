@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lipdp.data import DataSplit, units
-from lipdp.errors import CheckpointError, LipdpError, NonFiniteError, ResumeError
+from lipdp.errors import CheckpointError, DataError, LipdpError, NonFiniteError, ResumeError
 from lipdp.privacy.calibration import EpsilonCurve
 from lipdp.privacy.events import Ledger
 from lipdp.privacy.facts import check_digest, with_digest
@@ -221,7 +221,7 @@ class Trainer:
             while self._goes_on(stop):
                 with self._timed():
                     with self._timer("data"):
-                        batch = [part.to(self.device, non_blocking=True) for part in next(batches)]
+                        batch = self._read(batches, stop)
                     self._take_step(*batch)
                 self._seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
@@ -238,6 +238,15 @@ class Trainer:
             where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
             raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
         return self.step < self.total_steps
+
+    def _read(self, batches: Iterator[Any], stop: threading.Event) -> list[Tensor]:
+        """The next batch, where the model is."""
+        try:
+            return [part.to(self.device, non_blocking=True) for part in next(batches)]
+        except DataError:
+            if self.world.size == 1:
+                self._goes_on(stop)  # the signal that stops the run may have ended its workers first
+            raise
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -201,6 +201,10 @@ def test_missing_and_damaged_files(tmp_path, capsys):
         (folder / "train_x.npy").write_bytes(damaged)
         with pytest.raises(DataError, match=r"train_x\.npy cannot be read"):
             data.open_split(str(folder))
+    with (folder / "train_x.npy").open("wb") as stream:
+        np.savez(stream, train_x=np.zeros(3))
+    with pytest.raises(DataError, match="an archive of arrays"):
+        data.open_split(str(folder))
     (folder / "test_y.npy").unlink()
     with pytest.raises(DataError, match=r"lacks test_y\.npy"):
         data.open_split(str(folder))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lipdp.data.download import cache_root
+from lipdp.data.folders import Columns
 from lipdp.data.scaling import (
     BOUNDINGS,
     Bounding,
@@ -31,7 +32,7 @@ from lipdp.data.scaling import (
     clip_features,
     public_standardisation,
 )
-from lipdp.data.sources import DATASETS, WHERE, Columns, source_of
+from lipdp.data.sources import DATASETS, WHERE, source_of
 from lipdp.data.split import DataSplit, Split, units
 from lipdp.data.stored import Stored
 from lipdp.errors import DataError, ParameterError

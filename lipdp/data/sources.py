@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lipdp.data.download import fetch_images
 from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
-from lipdp.data.hub import open_hub
+from lipdp.data.folders import Columns, Folder, lies_in
 from lipdp.data.split import DataSplit, Split, Task
-from lipdp.data.stored import Stored, open_npy, owner_ids
+from lipdp.data.stored import owner_ids
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 
 Array = npt.NDArray[Any]
@@ -25,19 +25,6 @@ WHERE = (
     "pass --data-dir DIR (data_dir=...) or set LIPDP_DATA to a folder in the layout that torchvision and ADBench leave "
     "on disk, or pass --download (download=True) to fetch mnist, fashion-mnist or cifar10"
 )
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What to take from a file or folder of the user's, where it is not found by itself.
-
-    Attributes:
-        input, label: columns, of a `datasets` folder. owner: array or column of whose the records are.
-    """
-
-    input: str | None = None
-    label: str | None = None
-    owner: str | None = None
 
 
 class Source(Protocol):
@@ -314,45 +301,11 @@ _SOURCES: dict[str, Source] = {
 }
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A set that stays on disk: `.npy` files, or what `datasets.DatasetDict.save_to_disk` writes."""
-
-    path: Path
-    columns: Columns = Columns()
-
-    @property
-    def needs_folder(self) -> bool:
-        return not self.path.is_dir()
-
-    def present(self, root: Path) -> bool:
-        return (root / self.path).is_dir()
-
-    def fetch(self, root: Path) -> None:
-        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a folder that exists")
-
-    def read(self, root: Path) -> Stored:
-        folder, columns = root / self.path, self.columns
-        if (folder / "dataset_dict.json").is_file():
-            options = {"input": columns.input, "label": columns.label, "owner": columns.owner}
-            return open_hub(folder, **options, name=str(self.path))
-        if not any(folder.glob("t*_x.npy")):
-            raise DataError(
-                f"{folder} is no data set: give a folder with train_x.npy, train_y.npy, test_x.npy and test_y.npy, or one"
-                " that datasets.DatasetDict.save_to_disk wrote, with splits train and test"
-            )
-        if columns.input is not None or columns.label is not None:
-            raise ParameterError(
-                f"{folder} holds .npy files, which have no columns to choose for the input or the label"
-            )
-        return open_npy(folder, owner=columns.owner, name=str(self.path))
-
-
 DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz", "DIR")
 """The names `open_split` takes; the last three stand for a table's name, a file's path and a folder's."""
 
 
-def source_of(name: str, columns: Columns = Columns(), *, root: Path | None = None) -> Source:
+def source_of(name: str, columns: Columns, *, root: Path | None = None) -> Source:
     """The source of the data set `name`; a folder may be in `root`.
 
     Raises:
@@ -364,7 +317,7 @@ def source_of(name: str, columns: Columns = Columns(), *, root: Path | None = No
     known = name in _SOURCES or name.startswith("adbench/")
     if not known and name.endswith(".npz") and columns.input is None and columns.label is None:
         return NpzFile(path, columns.owner)
-    if not known and not name.endswith(".npz") and (path.is_dir() or _is_set(path, root) or len(path.parts) > 1):
+    if not known and not name.endswith(".npz") and (path.is_dir() or lies_in(root, path) or len(path.parts) > 1):
         return Folder(path, columns)
     if columns != Columns():
         raise ParameterError(
@@ -375,7 +328,3 @@ def source_of(name: str, columns: Columns = Columns(), *, root: Path | None = No
     if known:
         return _AdBench(name.removeprefix("adbench/").removesuffix(".npz"))
     raise UnknownNameError("data set", name, DATASETS)
-
-
-def _is_set(path: Path, root: Path | None) -> bool:
-    return root is not None and any((root / path / file).is_file() for file in ("train_x.npy", "dataset_dict.json"))

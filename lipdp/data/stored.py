@@ -174,7 +174,11 @@ class NpyRecords:
 def map_npy(path: Path) -> npt.NDArray[Any]:
     """An array on disk, read where it is looked at; DataError if the file is no whole `.npy` file."""
     with parsing(path, "write it with numpy.save, not pickled"):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise DataError(f"{path} is an archive of arrays, not one; write it with numpy.save")
+        return array
 
 
 def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -> Stored:

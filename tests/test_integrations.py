@@ -869,3 +869,38 @@ def test_the_trainer_on_two_processes_releases_what_one_does_and_one_goes_on(twi
     names = runpy.run_path(str(example), run_name="__main__")
     assert close(names["module"].model.state_dict(), twin[0])
     assert names["engine"].get_epsilon(DELTA) == twin[1]
+
+
+HOOKED = """
+import runpy, sys
+import lightning, torch
+from lightning.pytorch.strategies import DDPStrategy
+
+def lossy(state, bucket):
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer() * 0.0)
+    return future
+
+class Hooked(DDPStrategy):  # Lightning's own argument is for CUDA only
+    def configure_ddp(self):
+        super().configure_ddp()
+        self.model.register_comm_hook(None, lossy)
+
+real = lightning.Trainer
+lightning.Trainer = lambda **options: real(**{**options, "strategy": Hooked()})
+sys.argv = [sys.argv[1], "--seed", "0", "--processes", "2"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_communication_hook_has_no_say(twin, tmp_path):
+    """PowerSGD and the like change the sum before the noise; the engine sums itself."""
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    run_in_a_process(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "hooked.py", EXAMPLES / "lightning_private.py",
+        cwd=tmp_path,
+    )  # fmt: skip
+    state = torch.load(tmp_path / "lightning_digits" / "step=60.ckpt", weights_only=True)["state_dict"]
+    assert close({name.removeprefix("model."): value for name, value in state.items()}, twin[0])

@@ -7,6 +7,7 @@ from typing import Any
 from lipdp.errors import EngineError, OptimizerError, ParameterError
 from lipdp.integrations.budget import steps_within
 from lipdp.privacy.engine import PrivacyEngine
+from lipdp.privacy.parallel import own_reduction
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,7 +29,9 @@ class PrivacyBudget(Callback):
       `min_epochs`), step n + 1 is refused before its gradient is computed;
     - **checkpoints**: the engine's state is part of every checkpoint (save_weights_only excepted), and `fit(ckpt_path=...)` goes on with the same
       account, the same batches and the same noise, bit for bit. Such a checkpoint holds the noise to come: keep it as secret
-      as the data, and continue it once.
+      as the data, and continue it once;
+    - **several processes**: the engine sums the gradients itself, once a step; what the strategy's `DistributedDataParallel` would do
+      besides, its communication hooks included, is switched off.
 
     Guarantees: whatever stops the run, `engine.get_epsilon(delta)` at that moment is at most the budget and covers every step
     whose result was released. Without the callback the last two are the user's business, except that a restored optimiser
@@ -73,11 +76,12 @@ class PrivacyBudget(Callback):
                 " Leave it out (limit_train_batches shortens an epoch)"
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore what a checkpoint brought, and find the last step that the budget pays for."""
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Restore what a checkpoint brought, look at the optimiser, find the last step that the budget pays for."""
         if self._saved is not None:  # came before `configure_optimizers`, hence perhaps before make_private
             self._engine.load_state_dict(self._saved)
             self._saved = None
+        own_reduction(trainer.model)
         run = self._engine._current()
         if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not run.optimizer:
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)

@@ -120,7 +120,8 @@ class PrivacyEngine:
         """Attach noise and projection to the optimiser; return the same model and optimiser, a loader and a criterion.
 
         Args:
-            module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are.
+            module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are. The model
+                may be compiled: bounds are derived from what `torch.compile` was given.
             dataset: map-style, of (input, target) records.
             expected_batch_size: B, the divisor of the noisy sum.
             steps: T, how many batches the loader will yield; a step more is refused.

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lipdp.errors import EngineError
+from lipdp.nn.compiled import original
 from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.world import World
 
@@ -21,14 +22,15 @@ def own_reduction(module: nn.Module) -> nn.Module:
     Raises:
         EngineError: `DataParallel`, which copies the model within one process.
     """
-    if isinstance(module, DataParallel):
+    wrapper = original(module)  # torch.compile's is around DistributedDataParallel's
+    if isinstance(wrapper, DataParallel):
         raise EngineError(
             "DataParallel runs copies of the model that the engine cannot bound; start one process per device with torchrun, and"
             " pass the model itself, or in DistributedDataParallel"
         )
-    if isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = False
-        return module.module
+    if isinstance(wrapper, DistributedDataParallel):
+        wrapper.require_backward_grad_sync = False
+        return wrapper.module
     return module
 
 

@@ -78,7 +78,8 @@ class Forward:
         try:
             return self.module(x)
         except _dynamo.exc.TorchDynamoException as error:
-            reason = f"{' '.join(str(error).split()):.200}"
+            reason = f"{' '.join(str(error).split()):.200}".partition(" Set TORCH")[0]
             raise ParameterError(
-                f"torch.compile cannot compile this model here ({reason}); leave --compile out"
+                f"torch.compile cannot compile this model here ({reason}); leave --compile out, or go on"
+                " with --no-compile"
             ) from error

@@ -839,6 +839,7 @@ def close(one, other):
     return one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=2e-6) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_accelerate_on_two_processes_releases_what_one_does(twin, tmp_path):
     """One account, one draw of the batch and one of the noise: at one seed all that differs is the order of a sum."""

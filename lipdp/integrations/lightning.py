@@ -7,6 +7,7 @@ from typing import Any
 from lipdp.errors import EngineError, OptimizerError, ParameterError
 from lipdp.integrations.budget import steps_within
 from lipdp.privacy.engine import PrivacyEngine
+from lipdp.privacy.events import Ledger
 from lipdp.privacy.parallel import own_reduction
 
 try:
@@ -47,7 +48,7 @@ class PrivacyBudget(Callback):
         ParameterError: ε, δ or `log_every` out of range; Lightning is not installed.
         OptimizerError: at the start of `fit`, several optimisers, or one that is not the engine's.
         ResumeError, CheckpointError: at the start of `fit`, the checkpoint is of another run, or damaged.
-        EngineError: Lightning goes on when the budget is spent.
+        EngineError: Lightning goes on when the budget is spent; a checkpoint would take the engine back to an earlier step.
 
     >>> engine = lipdp.PrivacyEngine()
     >>> callback = PrivacyBudget(engine, delta=1e-5, epsilon=3.0)  # Trainer(callbacks=[callback]).fit(module)
@@ -79,7 +80,7 @@ class PrivacyBudget(Callback):
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Restore what a checkpoint brought, look at the optimiser, find the last step that the budget pays for."""
         if self._saved is not None:  # came before `configure_optimizers`, hence perhaps before make_private
-            self._engine.load_state_dict(self._saved)
+            self._go_on(self._saved)
             self._saved = None
         own_reduction(trainer.model)
         run = self._engine._current()
@@ -109,6 +110,16 @@ class PrivacyBudget(Callback):
             pl_module.log("epsilon", self._engine.get_epsilon(self._delta), prog_bar=True)
         self._stop_at_the_end(trainer)
 
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        there = Ledger.from_state(saved["ledger"]).steps if "ledger" in saved else 0
+        if there < self._engine.steps_taken:
+            raise EngineError(
+                f"the checkpoint is of step {there} and the engine has taken {self._engine.steps_taken}: going back would draw the same noise"
+                " again, and their difference has none (Tuner.lr_find goes back so, fit with an older ckpt_path too). Begin with a"
+                " new engine, and count both runs"
+            )
+        self._engine.load_state_dict(saved)
+
     def _stop_at_the_end(self, trainer: Trainer) -> None:
         if self._engine.steps_taken >= self._last:
             trainer.should_stop = True
@@ -116,9 +127,11 @@ class PrivacyBudget(Callback):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The engine's state, for Lightning's checkpoint."""
-        return {"engine": self._engine.state_dict() if self._saved is None else self._saved}
+        """The engine's state, for Lightning's checkpoint; nothing before make_private."""
+        if self._saved is not None:
+            return {"engine": self._saved}
+        return {"engine": self._engine.state_dict()} if self._engine._run is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the optimiser exists."""
-        self._saved = state_dict["engine"]
+        self._saved = state_dict.get("engine")

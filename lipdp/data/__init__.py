@@ -120,6 +120,8 @@ def open_split(
 
 def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, columns: Columns) -> DataSplit:
     given = data_dir or os.environ.get("LIPDP_DATA")
+    if given is not None and not isinstance(given, (str, os.PathLike)):
+        raise ParameterError(f"data_dir={given!r}: the path of a folder is needed")
     root = Path(given).expanduser() if given else cache_root() / "data"
     source = source_of(name, columns, root=root)
     if not source.needs_folder:

@@ -118,9 +118,11 @@ def open_part(path: Path) -> Any:
         raise ParameterError(f'{path} needs Hugging Face datasets ({error}): pip install "lipdp[hf]"') from error
     with parsing(path, _REMEDY):
         try:
-            return load_from_disk(str(path), keep_in_memory=False)
+            part = load_from_disk(str(path), keep_in_memory=False)
         except FileNotFoundError as error:
             raise DataError(f"{path} is not whole ({error}); {_REMEDY}") from error
+        part.data.table.validate(full=True)  # Arrow does not look where offsets point, and would read there
+        return part
 
 
 def open_hub(

@@ -13,13 +13,15 @@ from lipdp import nn as lnn
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epsilon", type=float, default=3.0)
+parser.add_argument("--processes", type=int, default=1, help="one for each device")
+parser.add_argument("--out", help="file for the weights")
 parser.add_argument("--seed", type=int, help="a run that can be repeated, hence not private")
 args = parser.parse_args()
 
 if args.seed is not None:
     torch.manual_seed(args.seed)
 data = lipdp.data.load("digits")
-fabric = Fabric(devices=1)
+fabric = Fabric(devices=args.processes, strategy="ddp" if args.processes > 1 else "auto")
 fabric.launch()
 
 # --- private, on the device it will be trained on -----------------------------------------------------------------------
@@ -45,3 +47,6 @@ for x, y in loader:
 with torch.no_grad():
     accuracy = (model(data.test_x.to(fabric.device)).argmax(1).cpu() == data.test_y).float().mean()
 fabric.print(f"test accuracy {accuracy:.4f} at ε = {engine.get_epsilon(delta=1e-5):.3f}, δ = 1e-5")
+fabric.print(f"{fabric.world_size} process(es), {engine.steps_taken} steps")
+if args.out:
+    fabric.save(args.out, model.state_dict())

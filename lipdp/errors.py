@@ -62,7 +62,7 @@ class NonFiniteError(LipdpError):
 
 
 class OptimizerError(LipdpError):
-    """An optimiser that holds other parameters than the model, takes a closure, or is already private."""
+    """An optimiser that holds other parameters than the model, evaluates its closure again, or is already private."""
 
 
 class EngineError(LipdpError):

@@ -865,13 +865,19 @@ def close(one, other):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_accelerate_on_two_processes_releases_what_one_does(twin, tmp_path):
+@pytest.mark.parametrize("name", ["accelerate", "fabric"])
+def test_two_processes_release_what_one_does(name, twin, tmp_path):
     """One account, one draw of the batch and one of the noise: at one seed all that differs is the order of a sum."""
+    launch = {
+        "accelerate": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2],
+        "fabric": [],  # starts its processes itself
+    }
+    more = {"accelerate": [], "fabric": ["--processes", 2]}
     printed = run_in_a_process(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "accelerate_private.py",
-        "--seed", 0, "--out", "two.pt", cwd=tmp_path, ACCELERATE_USE_CPU="true",
+        *launch[name], EXAMPLES / f"{name}_private.py", "--seed", 0, "--out", "two.pt", *more[name],
+        cwd=tmp_path, ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    assert "2 process(es), 60 steps" in printed
+    assert printed.count("2 process(es), 60 steps") == 1
     assert f"ε = {twin[1]:.3f}" in printed
     weights = torch.load(tmp_path / "two.pt", weights_only=True)
     assert close(weights, twin[0])

@@ -27,8 +27,9 @@ class GradientSeal:
     bounds are computed, these are bounds on other gradients.
 
     Guarantees: a gradient that was scaled, clipped, added to, replaced or dropped after its backward pass is refused, and
-    so is a weight that was set after the forward pass, whatever the framework that did it. Not seen: what is written through
-    `.data`, which torch does not count. Nothing is read from the device.
+    so is a weight that was set after the forward pass, whatever the framework that did it. Nothing is read from the device.
+    Not seen: what is written through `.data` or numpy, which torch does not count, and what a communication hook of
+    `DistributedDataParallel` does within the pass.
 
     Args:
         parameters: what the optimiser holds now.

@@ -124,8 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _refuse("out of memory; try --microbatch 256, or a smaller --batch-size")
     except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):  # torch raises it from a signal handler, wherever the run is
-            return _refuse(f"a process that reads records ended ({error}); try --num-workers 0, and --resume")
         if not any(sign in str(error) for sign in ("out of memory", "allocate memory")):
             raise
         return _refuse(f"out of memory ({str(error).splitlines()[0]}); try --microbatch 256, or --device cpu")

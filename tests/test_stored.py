@@ -503,6 +503,30 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
     assert data.open_split(str(folder)).in_memory().num_classes in (3, 4)
 
 
+@hub
+def test_offsets_that_make_no_sense_are_not_followed(tmp_path):
+    """Arrow would follow them to any address; here, four bytes into the next record and back."""
+    pa = pytest.importorskip("pyarrow")
+    folder = image_set(tmp_path)
+    photos = [photo["bytes"] for photo in pictures([(8, 9)] * 22)]
+    for damaged in (False, True):
+        ends = np.cumsum([0, *map(len, photos)]).astype(np.int32)
+        if damaged:
+            ends[5] = ends[6] + 4
+        buffers = [None, pa.py_buffer(ends.tobytes()), pa.py_buffer(b"".join(photos))]
+        content = pa.Array.from_buffers(pa.binary(), 22, buffers)
+        photo = pa.StructArray.from_arrays([content, pa.nulls(22, pa.string())], ["bytes", "path"])
+        table = pa.table({"photo": photo, "kind": pa.array([i % 3 for i in range(22)]), "user": ["u"] * 22})
+        (shard,) = (folder / "train").glob("*.arrow")
+        with pa.OSFile(str(shard), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        if damaged:
+            with pytest.raises(DataError, match=r"cannot be read \(ArrowInvalid"):
+                data.open_split(str(folder))
+        else:
+            assert data.open_split(str(folder)).in_memory().records == 22
+
+
 def test_without_datasets_the_reason_is_named(tmp_path, monkeypatch):
     folder = image_set(tmp_path / "hf")
     monkeypatch.setitem(sys.modules, "datasets", None)

@@ -97,9 +97,8 @@ class Stored:
         """All of it read; DataError beyond `IN_MEMORY`."""
         self._require_small(len(self.train) + len(self.test), "the whole set")
         x, y = zip(*in_order(self.training_dataset(), 1024), strict=True)
-        facts = {f.name: getattr(self, f.name) for f in fields(Split) if f.name in {g.name for g in fields(Stored)}}
-        test_x, test_y = self.test_part()
-        return Split(train_x=torch.cat(x), train_y=torch.cat(y), test_x=test_x, test_y=test_y, **facts)
+        parts = torch.cat(x), torch.cat(y), *self.test_part()
+        return Split(self.name, *parts, self.num_classes, self.task, self.note, self.train_owner)
 
     def _require_small(self, records: int, what: str) -> None:
         needed = 4 * records * math.prod(self.input_shape)

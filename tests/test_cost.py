@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -310,6 +311,14 @@ def test_a_measurement_that_is_none_is_refused(text, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_on_a_busy_machine_cpu_time_is_counted(measured, capsys):
+    assert main([*SCALE, "--cpu-time", "--device", "cpu", "--threads", "1"]) == 0
+    assert measured[0][2]["clock"] is time.process_time
+    assert "CPU time" in capsys.readouterr().out
+    assert main(SCALE) == 0
+    assert measured[1][2]["clock"] is time.perf_counter
+
+
 def test_the_command_says_that_a_speedup_is_assumed(measured, capsys):
     assert main([*SCALE, "--speedup", "100"]) == 0
     assert "ASSUMED, not measured: each device is 100 times" in capsys.readouterr().out.replace("\n", " ")
@@ -348,6 +357,7 @@ def test_the_scale_of_a_simulation_is_another_option(capsys):
         (["--bandwidth-gb", "0"], "positive bandwidths"),
         (["--device", "cuda:99"], "cannot be used here"),
         (["--num-classes", "0"], "classes"),
+        (["--cpu-time", "--threads", "2"], "--threads 1"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):

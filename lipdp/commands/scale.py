@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from lipdp.commands.options import interruptible, parse_options, parse_shape
-from lipdp.errors import CheckpointError, UnknownNameError
+from lipdp.errors import CheckpointError, ParameterError, UnknownNameError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,6 +85,14 @@ def scale(
     ] = True,
     device: Annotated[str, _option("auto (a GPU if there is one), cpu, cuda, …", "Measurement")] = "auto",
     threads: Annotated[int | None, _option("of torch on the CPU", "Measurement")] = None,
+    cpu_time: Annotated[
+        bool,
+        typer.Option(
+            "--cpu-time",
+            help="count CPU time of one thread, on a machine busy with others",
+            rich_help_panel="Measurement",
+        ),
+    ] = False,
     measured: Annotated[
         Path | None, _option("a cost.json: predict from what it measured, of its model and micro-batch", "Measurement")
     ] = None,
@@ -126,7 +134,8 @@ def scale(
             "microbatch": microbatch,
         }
         share = math.ceil(batch_size / min(counts))
-        taken = _measure(chosen, device, threads, sizes, share=share, repeat=repeat, with_memory=memory)
+        options: dict[str, Any] = {"repeat": repeat, "with_memory": memory, "cpu_time": cpu_time}
+        taken = _measure(chosen, device, threads, sizes, share=share, **options)
     cost = _cost(taken)
     if measure_reduce:
         network = _measured_network(cost)
@@ -172,8 +181,11 @@ def _measure(
     share: int,
     repeat: int,
     with_memory: bool,
+    cpu_time: bool,
 ) -> dict[str, Any]:
     """What was measured, as `cost.json` holds it."""
+    import time
+
     import torch
 
     from lipdp.planning.measure import Workload, default_sizes, flops, measure
@@ -182,9 +194,19 @@ def _measure(
     if threads is not None:
         torch.set_num_threads(threads)
     workload = Workload(**chosen, device=str(choose_device(device)))
+    if cpu_time and (workload.device != "cpu" or torch.get_num_threads() > 1):
+        raise ParameterError(
+            f"--cpu-time on {workload.device} with {torch.get_num_threads()} threads: only one thread's CPU time is the time of a"
+            " step; add --device cpu --threads 1"
+        )
     load = os.getloadavg()[0]
     cost, timings = measure(
-        workload, sizes or default_sizes(workload, share), repeat=repeat, with_memory=with_memory, progress=_tell
+        workload,
+        sizes or default_sizes(workload, share),
+        repeat=repeat,
+        with_memory=with_memory,
+        clock=time.process_time if cpu_time else time.perf_counter,
+        progress=_tell,
     )
     return {
         "workload": asdict(workload),
@@ -194,6 +216,7 @@ def _measure(
         "flops_per_sample": flops(workload),
         "threads": torch.get_num_threads(),
         "load": load,
+        "cpu_time": cpu_time,
     }
 
 
@@ -203,7 +226,7 @@ def _read(path: Path) -> dict[str, Any]:
 
     file = path / "cost.json" if path.is_dir() else path
     facts = read_json(file)
-    names = ("workload", "parameters", "timings", "memory", "flops_per_sample", "threads", "load")
+    names = ("workload", "parameters", "timings", "memory", "flops_per_sample", "threads", "load", "cpu_time")
     try:
         taken = {name: facts[name] for name in names}
         _cost(taken)
@@ -278,7 +301,7 @@ def _show_measured(console: Console, facts: dict[str, Any]) -> None:
     workload, network, step, operations = (facts[n] for n in ("workload", "network", "step", "flops_per_sample"))
     console.print(
         f"{workload['model']} on {'x'.join(map(str, workload['input_shape']))}, measured on {workload['device']}, {facts['threads']}"
-        f" threads, load {facts['load']:.1f}:"
+        f" threads{' (CPU time)' if facts['cpu_time'] else ''}, load {facts['load']:.1f}:"
         f" {_seconds(step['fixed'])} a step + {_seconds(step['piece'])} a piece of ≤ {workload['microbatch']}"
         f" + {_seconds(step['sample'])} a sample ({operations / 1e9:.3g} GFLOP at {operations / step['sample'] / 1e9:,.3g} GFLOP/s)",
         highlight=False,

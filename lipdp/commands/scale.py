@@ -264,7 +264,7 @@ def _show(facts: dict[str, Any], found: list[Prediction], out: Path | None) -> N
 
     console = Console()
     _show_measured(console, facts)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for name in ("W", "samples", "step", "90 %", "fixed", "reduce", "run", "W·hours", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     for p in found:

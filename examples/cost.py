@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lipdp.planning.cost import predict
-from lipdp.planning.measure import Workload, measure, peak
+from lipdp.planning.measure import STEPS, Workload, measure, peak
 from lipdp.processes import peak_bytes
 from lipdp.training import Monitor, Trainer, configure
 from lipdp.training.recipes import recipe
@@ -90,20 +90,24 @@ def run(data_dir: str, batch_size: int, steps: int) -> None:
     print(json.dumps({**seconds, "before": clock.before, "peak": clock.peak, "load": os.getloadavg()[0]}))
 
 
-def ratio(parameters: int, width: int, batch_size: int) -> None:
+def ratio(parameters: int, width: int, batch_size: int, kinds: list[str]) -> None:
     """Dense layers of that width on 3x32x32, as many as give about so many weights: (3072 + 10) w + (depth - 1) w²."""
     depth = 1 + max(0, round((parameters - 3082 * width) / width**2))
     weights = 3082 * width + (depth - 1) * width**2
     options = {"width": width, "depth": depth}
     workload = Workload(model="mlp", model_options=options, input_shape=(3, 32, 32), microbatch=None, average=False)
     base = peak(Workload(model="linear", input_shape=(5,), num_classes=2), 1)
-    private, plain = (peak(workload, batch_size, kind=kind, steps=2) for kind in ("private", "non_private"))
+    held = {kind: peak(workload, batch_size, kind=kind, steps=2) for kind in kinds}
     print(f"mlp, {depth} layers of {width} neurons, {weights:,} weights, B = {batch_size}; libraries {base >> 20} MiB")
-    for kind, value in (("private", private), ("non-private", plain)):
+    for kind, value in held.items():
         print(
-            f"  {kind}: {value >> 20} MiB, above the libraries {(value - base) / (4 * weights):.2f} times the weights"
+            f"  {kind}: {value >> 20} MiB, above the libraries {(value - base) / (4 * weights):.2f} times the weights",
+            end="",
         )
-    print(f"  ratio {private / plain:.3f}; above the libraries {(private - base) / (plain - base):.3f}")
+        if "non_private" in held:
+            plain = held["non_private"]
+            print(f"; ratio {value / plain:.3f}, above the libraries {(value - base) / (plain - base):.3f}", end="")
+        print()
 
 
 def main() -> None:
@@ -114,12 +118,13 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--ratio", type=int, help="number of weights")
     parser.add_argument("--width", type=int, default=512, help="neurons of a layer, with --ratio")
+    parser.add_argument("--kinds", nargs="+", choices=list(STEPS), default=list(STEPS), help="of step, with --ratio")
     parser.add_argument("--run", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         run(args.data_dir, args.run, args.steps)
     elif args.ratio:
-        ratio(args.ratio, args.width, 64)
+        ratio(args.ratio, args.width, 64, args.kinds)
     else:
         check(args.data_dir, args.batch_sizes, args.steps, args.repeat)
 

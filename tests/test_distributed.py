@@ -149,3 +149,34 @@ def test_what_one_process_refuses_all_refuse(groups, scenario, arguments, rank, 
         assert errors[1 - rank][1].startswith(f"process {rank} of 2 refused: ")
     assert all(re.search(message, text) for _, text in errors), errors
     assert groups[2].run(scenarios.train, steps=2)  # and they can go on
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_parameters_give_the_weights_and_the_epsilon_of_one_process(groups, size):
+    """Of four processes one holds none of the last layer's three rows."""
+    weights, _, epsilon, _ = scenarios.train(sigma=1e-12, gate=0.8)
+    for other, spent, deltas in groups[size].run(scenarios.spread, sigma=1e-12):
+        assert_close(weights, other, 1e-9)
+        assert spent == epsilon
+        assert set(deltas) == set(weights)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("size", [2, 4])
+def test_noise_on_shards_is_one_draw_of_the_joint_std(groups, size):
+    """200,000 draws on five rows over the processes: the std as planned, and no two shards alike."""
+    answers = groups[size].run(scenarios.spread_noise, sigma=1.7)
+    noise, std = answers[0]
+    assert all(torch.equal(noise, other) for other, _ in answers)
+    count = noise.numel()
+    low, high = (stats.chi2.ppf(p, count) / count for p in (5e-7, 1 - 5e-7))
+    for factor, right in ((1.0, True), (0.95, False), (1.05, False), (math.sqrt(size), False)):
+        assert (low < float((noise / (std * factor)).square().mean()) < high) == right
+    correlations = torch.corrcoef(noise).fill_diagonal_(0.0).abs().max()
+    assert float(correlations) < 6 / math.sqrt(noise.shape[1])
+
+
+def test_shards_summed_in_half_precision_are_refused(groups):
+    for state, (name, text, _) in groups[2].outcomes(scenarios.sum_in_half_precision):
+        assert (state, name) == ("failed", "EngineError")
+        assert "fully_shard sums gradients in torch.bfloat16" in text

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from lipdp.bounds.trace import Node, check_modules, inspect_nodes, trace
 from lipdp.constraints import vector_norm
 from lipdp.errors import UnboundedError, UnsupportedOperationError
 from lipdp.nn.compiled import eager, original
+from lipdp.nn.sharded import is_sharded, unsharded, whole
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,11 @@ class BoundGraph:
     # -- construction --------------------------------------------------------------------------------------------------
 
     def _trace(self, model: nn.Module) -> None:
-        check_modules(model)
-        self.module = trace(model)
-        x = probe_input(model, self.input_shape)
-        with untouched(model):
+        plain = unsharded(model)
+        check_modules(plain)
+        self.module = trace(plain)
+        x = probe_input(plain, self.input_shape)
+        with untouched(plain):
             self._facts = inspect_nodes(self.module, x)
         self._output = self._find_output()
         self._modules = dict(self.module.named_modules())
@@ -169,8 +171,11 @@ class BoundGraph:
         self.constants = [n for n in tensors if self._facts[n].kind == "constant"]
         self.steps = [self._step(n) for n in tensors if self._facts[n].kind != "constant" and n.op != "placeholder"]
         self.sweep(1.0)  # every rule once: what they refuse is refused here
-        check_samples_apart(model, x)
-        self._check_coverage(check_faithful(model, self.module, x))
+        check_samples_apart(plain, x)
+        self._check_coverage(check_faithful(plain, self.module, x))
+        if plain is not model:  # let go of the gathered parameters
+            for parameter in plain.parameters():
+                parameter.data = parameter.data.new_empty(0)
 
     def _find_output(self) -> fx.Node:
         outputs = [n.args[0] for n in self.module.graph.nodes if n.op == "output"]
@@ -192,10 +197,11 @@ class BoundGraph:
 
         args, kwargs = fx.map_arg(node.args, slot), fx.map_arg(node.kwargs, slot)
         if node.op == "call_module":
-            path, module = str(node.target), self._modules[str(node.target)]
+            path, plain = str(node.target), self._modules[str(node.target)]
             prefix: str = self.module.meta["prefix"]
-            name = path[len(prefix) :] or type(module).__name__
-            rule, kind = module_rule(name, module), type(module).__name__
+            name = path[len(prefix) :] or type(plain).__name__
+            rule, kind = module_rule(name, plain), type(plain).__name__
+            module = self._own(path, plain)
         else:
             name, module, rule = node.name, None, function_rule(node.name, node.target)
             kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -211,6 +217,13 @@ class BoundGraph:
             kwargs=kwargs,
             output_shape=self._facts[node].shape,
         )
+
+    def _own(self, path: str, plain: nn.Module) -> nn.Module:
+        """The model's own module that the traced one stands for; they are two where parameters are spread."""
+        if not is_sharded(self.model):
+            return plain
+        prefix: str = self.module.meta["prefix"]
+        return self.model.get_submodule(path[len(prefix) :])
 
     def _check_coverage(self, trained: set[str]) -> None:
         """Every parameter that gets a gradient must be met by a rule."""
@@ -260,13 +273,14 @@ class BoundGraph:
     def _constant(self, node: fx.Node) -> Tensor:
         """The value of a node that does not depend on the sample."""
         if node.op == "get_attr":
-            return self._attribute(node)
+            return whole(self._attribute(node))
 
         def load(argument: fx.Node) -> Any:
             fact = self._facts[argument]
             return self._constant(argument).detach() if fact.kind == "constant" else fact.value
 
-        module = self._modules[str(node.target)] if node.op == "call_module" else None
+        path = str(node.target)
+        module = unsharded(self._own(path, self._modules[path])) if node.op == "call_module" else None
         sources = [self._constant(s) for s in node.all_input_nodes if self._facts[s].kind == "constant"]
         if any(t.requires_grad for t in (*sources, *(module.parameters() if module is not None else ()))):
             raise UnsupportedOperationError(
@@ -297,13 +311,14 @@ class BoundGraph:
                 for i, fact in zip(step.sources, step.facts, strict=True)
             )
             args, kwargs = _fill(step.args, inputs), _fill(step.kwargs, inputs)
-            call = Call(step.name, step.module, inputs, step.output_shape, args, kwargs, rounding.dtype)
+            module = None if step.module is None else unsharded(step.module)  # gathered for this rule alone
+            call = Call(step.name, module, inputs, step.output_shape, args, kwargs, rounding.dtype)
             local = step.rule(call)
             slack = 1.0 if local.exact else rounding.slack(local.fan_in)
             norms = _combine(step, local, [values[i] for i in step.sources])
             values[step.index] = times(least(norms + local.offset, local.value_cap), slack)
             lipschitz[step.index] = times(_combine(step, local, [lipschitz[i] for i in step.sources]), slack)
-            calls.append((step, call, local, slack))
+            calls.append((step, call if module is step.module else replace(call, module=step.module), local, slack))
         return _Forward(rounding, values, lipschitz, calls)
 
     # -- the public sweeps ---------------------------------------------------------------------------------------------
@@ -333,12 +348,12 @@ class BoundGraph:
         names = self._names()
         deltas: dict[str, Number] = dict.fromkeys(names.values(), 0.0)
         trail: list[tuple[str, str, Number, Number, tuple[str, ...]]] = []
-        for step, call, local, slack in reversed(forward.calls):
+        for step, _, local, slack in reversed(forward.calls):
             g = cotangents[step.index]
             inner = times(least(g, local.cotangent_cap if self.gated else math.inf), slack)
             for i, gain in zip(step.sources, local.gains, strict=True):
                 cotangents[i] = cotangents[i] + times(gain, inner)
-            own = _module_parameters(call, local, names)
+            own = _module_parameters(step, local, names)
             for key, name in own.items():
                 deltas[name] = deltas[name] + times(local.parameters[key], inner)
             trail.append((step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
@@ -361,18 +376,18 @@ def _combine(step: Step, local: Local, norms: list[Number]) -> Number:
     return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)
 
 
-def _module_parameters(call: Call, local: Local, trainable: Mapping[int, str]) -> dict[str, str]:
+def _module_parameters(step: Step, local: Local, trainable: Mapping[int, str]) -> dict[str, str]:
     """Local → model-wide name of the module's trainable parameters; all must be covered by the rule."""
-    if call.module is None:
+    if step.module is None:
         return {}
     names: dict[str, str] = {}
-    for key, parameter in call.module.named_parameters():
+    for key, parameter in step.module.named_parameters():
         name = trainable.get(id(parameter))
         if name is None:
             continue
         if key not in local.parameters:
             raise UnboundedError(
-                f"the rule of '{call.name}' ({type(call.module).__name__}) gives no bound for its trainable parameter"
+                f"the rule of '{step.name}' ({step.kind}) gives no bound for its trainable parameter"
                 f" '{key}'. Add parameters={{{key!r}: ...}} to its Local, or freeze it with requires_grad_(False)"
             )
         names[key] = name

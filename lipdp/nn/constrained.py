@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipdp.constraints import BUILT_IN, Constraint, Frobenius, is_positive, is_size
 from lipdp.errors import ParameterError
+from lipdp.nn.sharded import is_sharded, unsharded, write_back_
 
 _SMALL = 64 * 64  # weights of a layer that a CPU projects together with its like
 _STACK = 1 << 22  # weights in a stack: in float64, and with what is computed from them, some 200 MiB
@@ -95,7 +96,11 @@ def project_(model: nn.Module, *, batched: bool | None = None) -> None:
     """
     stacks: dict[Any, list[Constrained]] = {}
     for layer in (module for module in model.modules() if isinstance(module, Constrained)):
-        if (layer.weight.is_cuda or layer.weight.numel() <= _SMALL) if batched is None else batched:
+        if is_sharded(layer):  # gathered, projected and let go, one layer at a time
+            plain = unsharded(layer)
+            plain.project_()
+            write_back_(layer, plain)
+        elif (layer.weight.is_cuda or layer.weight.numel() <= _SMALL) if batched is None else batched:
             stacks.setdefault(_kind(layer), []).append(layer)
         else:
             layer.project_()

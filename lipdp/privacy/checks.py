@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from lipdp.errors import BoundViolation, ConstraintError, EngineError, NonFinite
 from lipdp.losses import LipschitzLoss
 from lipdp.nn.compiled import is_compiled
 from lipdp.nn.constrained import Constrained
+from lipdp.nn.sharded import unsharded
 from lipdp.privacy.later import Later
 
 _SHARE = 0.003  # of a step that each of the two checks may cost, on average
@@ -42,7 +43,14 @@ class StepCheck:
         self._pending: tuple[Later, int, list[str], Tensor, Tensor] | None = None
 
     def look(
-        self, names: Sequence[str], gradients: Sequence[Tensor], deltas: Tensor, stds: Tensor, *, step: int
+        self,
+        names: Sequence[str],
+        gradients: Sequence[Tensor],
+        deltas: Tensor,
+        stds: Tensor,
+        *,
+        step: int,
+        combine: Callable[[Tensor], Tensor] = lambda norms: norms,
     ) -> Tensor:
         """Whether the step may be taken: () bool on the device of the gradients; read here unless deferred.
 
@@ -50,9 +58,10 @@ class StepCheck:
             names, gradients: of the D parameters.
             deltas, stds: (D,) Δ_l and s_l.
             step: number of this step, counted from 1.
+            combine: the norms of this process's parts of gradients → those of the gradients.
         """
         wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
-        norms = torch.stack([torch.linalg.vector_norm(g).double() for g in wide])
+        norms = combine(torch.stack([torch.linalg.vector_norm(g).double() for g in wide]))
         finite = torch.isfinite(norms + stds)
         possible = (deltas > 0) | (norms == 0)
         sound = (finite & possible).all()
@@ -133,7 +142,7 @@ class ProjectionCheck:
             found = {
                 f"{path}.{name}" if path else name: answer
                 for path, layer in self._layers.items()
-                for name, answer in layer.outside().items()
+                for name, answer in unsharded(layer).outside().items()
             }
             self._found = (list(found), Later(torch.stack(list(found.values())))) if found else None
             if self._at_once or last:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, ParameterError, UnknownNameError
 from lipdp.losses import as_lipschitz
+from lipdp.nn.sharded import local
 from lipdp.privacy.accounting import get_accountant
 from lipdp.privacy.calibration import calibrate
 from lipdp.privacy.criterion import PrivateCriterion, check_loss
@@ -21,7 +22,7 @@ from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, get_allocation
-from lipdp.privacy.parallel import check_alike, own_reduction
+from lipdp.privacy.parallel import check_alike, own_reduction, settle_shards
 from lipdp.privacy.population import Group, Population, first_records
 from lipdp.privacy.run import Run
 from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
@@ -184,8 +185,8 @@ class PrivacyEngine:
         facts.step_event  # noqa: B018  (refuses a σ or q out of range)
         check_alike(world, facts)
         x, targets = first_records(dataset, world, shards=shards)
-        inner = own_reduction(module)
-        world.spread_([*inner.parameters(), *inner.buffers()])
+        inner = own_reduction(module, world)
+        world.spread_([t for t in (*inner.parameters(), *inner.buffers()) if local(t) is t])
         with world.together():
             loader = BatchLoader(
                 dataset,
@@ -199,6 +200,7 @@ class PrivacyEngine:
                 pin_memory=pin_memory,
             )
             shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
+            settle_shards(inner, shape)
             graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
             loss = as_lipschitz(criterion)
             check_loss(loss, targets.to(graph.device), graph.num_outputs)
@@ -281,11 +283,16 @@ class PrivacyEngine:
     ) -> Iterator[tuple[Tensor, ...]]:
         """The logical batch in pieces of at most `size`: one `backward` each, then one `optimizer.step()`, one noise draw.
 
-        An empty batch gives one empty piece. With `weight`, pieces of (x, y, weight).
+        An empty batch gives one empty piece. With `weight`, pieces of (x, y, weight). Where parameters are spread by
+        `fully_shard`, whose passes all processes take part in, those with fewer pieces get empty ones: run them too.
         """
         if size < 1:
             raise ParameterError(f"a micro-batch has at least one sample, got size={size}")
-        yield from zip(*(part.split(size) for part in (x, y, weight) if part is not None), strict=True)
+        columns = [part.split(size) for part in (x, y, weight) if part is not None]
+        run = self._current()
+        most = max(run.world.gather(len(columns[0]))) if run.is_sharded else 0
+        yield from zip(*columns, strict=True)
+        yield from [tuple(column[0][:0] for column in columns)] * (most - len(columns[0]))
 
     def get_epsilon(self, delta: float) -> float:
         """An upper bound on ε at δ for the steps taken so far, under the run's relation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,8 @@ class NoiseSource(Protocol):
 
     def words(self, count: int) -> Tensor: ...
 
+    def secret(self) -> int: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -206,6 +209,10 @@ class RatchetSource:
             return torch.from_numpy(raw.view(np.int64))
         generator = torch.Generator(self.device).manual_seed(self._ratchet.advance() % 2**64)
         return torch.empty(count, dtype=torch.int64, device=self.device).random_(-(2**63), None, generator=generator)
+
+    def secret(self) -> int:
+        """One 256-bit secret, for what is derived from it."""
+        return self._ratchet.advance()
 
     def state_dict(self) -> dict[str, Any]:
         """The ratchet's state; the same on every device."""
@@ -300,6 +307,14 @@ class GaussianNoise:
         pairs = (count + 1) // 2
         words = self.source.words(2 * pairs if dtype == torch.float64 else pairs)
         return normals_from_words_(words, dtype=dtype)[:count]
+
+    def lane(self, number: int) -> GaussianNoise:
+        """Noise for one shard of the parameters at this step: independent of other numbers', equal for the same.
+
+        Its key is a hash of the next secret of this noise, which moves on by one, whatever is drawn from the lane.
+        """
+        text = f"{self.source.secret()} lane {number}".encode()
+        return type(self)(int.from_bytes(hashlib.blake2b(text, digest_size=32).digest()), device=self.source.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The source's state. Secret while the run goes on, and to be continued once: see `Ratchet`."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lipdp.bounds.probe import probe_input, untouched
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import original
+from lipdp.nn.sharded import is_sharded, is_spread, is_wrapped
 from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.world import World
 
 
-def own_reduction(module: nn.Module) -> nn.Module:
+def own_reduction(module: nn.Module, world: World) -> nn.Module:
     """The model inside a wrapper, whose reduction is switched off for good: the engine sums, exactly once, at every step.
 
     Then a process with an empty batch need not run a backward pass, the number of micro-batches may differ, and no
@@ -28,10 +32,50 @@ def own_reduction(module: nn.Module) -> nn.Module:
             "DataParallel runs copies of the model that the engine cannot bound; start one process per device with torchrun, and"
             " pass the model itself, or in DistributedDataParallel"
         )
+    shards = [inner for inner in wrapper.modules() if is_wrapped(inner)]
+    if shards:
+        _sum_shards(wrapper, shards, world)
+        return module
     if isinstance(wrapper, DistributedDataParallel):
         wrapper.require_backward_grad_sync = False
         return wrapper.module
     return module
+
+
+def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
+    """`fully_shard` reduces in every backward pass, which the engine cannot take over; it is told to sum, not to average.
+
+    Raises:
+        EngineError: it would round the sum, or some processes are not in it.
+    """
+    for shard in shards:
+        policy = getattr(shard._get_fsdp_state(), "_mp_policy", None)
+        for dtype in (getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)):
+            if dtype is not None and dtype.itemsize < 4:
+                raise EngineError(
+                    f"fully_shard sums gradients in {dtype}: rounding moves the sum by more than one record's share. Leave the"
+                    " mixed-precision policy out, and run the forward pass under torch.autocast with"
+                    f" make_private(forward_dtype={dtype})"
+                )
+        shard.set_gradient_divide_factor(1.0)
+    spread: list[Any] = [p for p in module.parameters() if is_spread(p)]
+    meshes = {p.device_mesh.size() for p in spread}
+    if meshes != {world.size}:
+        raise EngineError(
+            f"fully_shard spreads parameters over {sorted(meshes)} of {world.size} processes: the gradients of the others would"
+            " be missing from the sum. Use one mesh of all processes"
+        )
+
+
+@torch.no_grad()
+def settle_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Run a model under `fully_shard` once: at its first pass it rearranges its hooks, which the engine then watches."""
+    if is_sharded(module):
+        with untouched(module):
+            module(probe_input(module, input_shape))
+        for inner in module.modules():
+            if is_wrapped(inner):
+                inner.reshard()  # type: ignore[operator]  # without a backward pass the outermost stays whole
 
 
 def check_alike(world: World, facts: PrivacyFacts) -> None:

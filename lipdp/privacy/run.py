@@ -12,6 +12,7 @@ from lipdp.bounds import BoundGraph, Sweep
 from lipdp.errors import CheckpointError, EngineError, OptimizerError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
+from lipdp.nn.sharded import is_spread, local, shard_number
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
@@ -59,9 +60,13 @@ class Run:
         refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
+        self._sharded = [p for p in module.parameters() if is_spread(p)]
+        self._spread = torch.empty(0)
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         batch_size = facts.expected_batch_size
-        self._gradients = GradientCheck(module, self.graph, criterion.loss, batch_size=batch_size, every=check_every)
+        self._gradients = GradientCheck(
+            module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else check_every
+        )
         self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
         self._step_check = StepCheck(deferred=self.deferred)
         self._projections = ProjectionCheck(
@@ -81,6 +86,11 @@ class Run:
             optimizer.register_step_post_hook(self._project),
             optimizer.register_state_dict_pre_hook(self._stamp),
         ]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold different parts of the parameters."""
+        return bool(self._sharded)
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
@@ -142,11 +152,13 @@ class Run:
             deltas, stds = self._shared(self.world.largest(self._deltas(sweep)))
         gradients = self._summed_gradients()
         with self.timer("checks"):
-            sound = self._step_check.look(self.names, gradients, deltas, stds, step=self.ledger.steps + 1)
+            sound = self._step_check.look(
+                self.names, gradients, deltas, stds, step=self.ledger.steps + 1, combine=self._combined
+            )
             self._check_records(sweep)
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
         with self.timer("noise"):
-            self.noise.add_(gradients, stds)
+            self._draw(gradients, stds)
             share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
             torch._foreach_mul_(gradients, share)
             self.gate.release(self.noise, self.facts.expected_batch_size, self.factor, self.world)
@@ -161,12 +173,32 @@ class Run:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients: list[Tensor] = [p.grad for p in self.parameters if p.grad is not None]
+        held = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [local(g) for g in held]
+        self._spread = torch.tensor([is_spread(g) for g in held])
         with self.timer("exchange"):
-            self.world.sum_(gradients)
+            self.world.sum_([own for g, own in zip(held, gradients, strict=True) if own is g])
         if self.loader.views > 1:
             torch._foreach_mul_(gradients, 1.0 / self.loader.views)
         return gradients
+
+    def _draw(self, gradients: list[Tensor], stds: Tensor) -> None:
+        """Noise, of one draw for the world; on shards, independent draws of their processes."""
+        if not self._sharded:
+            self.noise.add_(gradients, stds)
+            return
+        spread = self._spread.tolist()
+        for noise, wanted in ((self.noise, False), (self.noise.lane(shard_number(self._sharded)), True)):
+            chosen = [i for i, is_spread in enumerate(spread) if is_spread == wanted]
+            noise.add_([gradients[i] for i in chosen], stds[chosen])
+
+    def _combined(self, norms: Tensor) -> Tensor:
+        """Norms of gradients, from those of the parts that processes hold."""
+        if not self._sharded:
+            return norms
+        parts = norms.square()
+        self.world.sum_([parts])
+        return torch.where(self._spread.to(norms.device), parts.sqrt(), norms)
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""

@@ -78,6 +78,10 @@ class ChaChaSource:
         """(count,) int64: fresh independent uniform 64-bit words."""
         return torch.from_numpy(keystream(self._ratchet.advance(), count).view(np.int64)).to(self.device)
 
+    def secret(self) -> int:
+        """One 256-bit secret, for what is derived from it."""
+        return self._ratchet.advance()
+
     def state_dict(self) -> dict[str, Any]:
         """The ratchet's state; the same on every device."""
         return self._ratchet.state_dict()

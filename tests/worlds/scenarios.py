@@ -270,3 +270,80 @@ def made_before_the_group():
         optimizer.zero_grad()
         criterion(model(xb), yb).backward()
         optimizer.step()
+
+
+def spread(*, sigma=1.0, steps=50, dtype=torch.float64, secure=False, momentum=0.9):
+    """The same run under `fully_shard`: whole weights, ε, Δ."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    world = current_world()
+    model = network(dtype)
+    mesh = init_device_mesh("cpu", (world.size,))
+    for layer in (model[1], model[3]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum)
+    engine = lipdp.PrivacyEngine(accountant="rdp", seed=0, secure=secure)
+    x, y = records(dtype)
+    _, optimizer, loader, criterion = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B,
+        steps=steps,
+        noise_multiplier=sigma,
+        gate=0.8,
+    )
+    for xb, yb in loader:
+        optimizer.zero_grad()
+        for xs, ys in engine.microbatches(xb, yb, 5):
+            criterion(model(xs), ys).backward()
+        optimizer.step()
+    whole = {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+    return whole, engine.get_epsilon(1e-5), dict(engine.sensitivity())
+
+
+def spread_noise(*, sigma, width=40_000):
+    """What one step on shards releases of a batch without gradient, gathered, and the s it should have."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(width, 5, bias=False)).double()
+    fully_shard(model, mesh=init_device_mesh("cpu", (current_world().size,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = lipdp.PrivacyEngine(accountant="rdp")
+    _, optimizer, loader, criterion = engine.make_private(
+        module=model,
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(1.0),
+        dataset=TensorDataset(torch.zeros(8, width, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)),
+        expected_batch_size=4,
+        steps=1,
+        noise_multiplier=sigma,
+    )
+    std = engine.noise_stds()["1.weight"]
+    x, y = next(iter(loader))
+    released = []
+    optimizer.register_step_pre_hook(lambda o, a, k: released.append(model[1].weight.grad.full_tensor() * 4))
+    criterion(model(x), y).backward()
+    optimizer.step()
+    return released[0], std
+
+
+def sum_in_half_precision():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = network(torch.float32)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
+    x, y = records(torch.float32)
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B,
+        steps=2,
+        noise_multiplier=1.0,
+    )

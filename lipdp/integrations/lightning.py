@@ -82,7 +82,7 @@ class PrivacyBudget(Callback):
         if self._saved is not None:  # came before `configure_optimizers`, hence perhaps before make_private
             self._go_on(self._saved)
             self._saved = None
-        own_reduction(trainer.model)
+        own_reduction(trainer.model, self._engine._current().world)
         run = self._engine._current()
         if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not run.optimizer:
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)

@@ -298,6 +298,7 @@ def test_a_profile_does_not_change_what_is_computed(tmp_path):
     assert all(table["parts"][part]["seconds"] > 0 for part in PARTS)
     assert sum(part["seconds"] for part in table["parts"].values()) == pytest.approx(table["step_seconds"], rel=1e-9)
     assert sum(part["share"] for part in table["parts"].values()) == pytest.approx(1.0)
+    assert all(part["processor_seconds"] >= 0 for part in table["parts"].values())
     trace = json.loads((tmp_path / "with" / "trace.json").read_text())
     names = [event.get("name") for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
     assert {f"lipdp: {part}" for part in PARTS if part != "other"} | {"lipdp: step"} <= set(names)

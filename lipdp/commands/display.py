@@ -146,11 +146,16 @@ def show_profile(console: Console, table: dict[str, Any]) -> None:
     first, last = table["steps"]
     rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     rows.add_column(f"steps {first} to {last}")
-    rows.add_column("ms", justify="right")
-    rows.add_column("share", justify="right")
+    processor = "processor_seconds" in table["parts"]["other"]
+    for heading in ("ms", "share", *(["cpu ms"] if processor else [])):
+        rows.add_column(heading, justify="right")
     for name, part in sorted(table["parts"].items(), key=lambda item: -item[1]["seconds"]):
-        rows.add_row(name, f"{1e3 * part['seconds']:.2f}", f"{part['share']:.1%}")
-    rows.add_row("step", f"{1e3 * table['step_seconds']:.2f}", "", style="bold")
+        own = [f"{1e3 * part['processor_seconds']:.2f}"] if processor else []
+        rows.add_row(name, f"{1e3 * part['seconds']:.2f}", f"{part['share']:.1%}", *own)
+    total = sum(part.get("processor_seconds", 0.0) for part in table["parts"].values())
+    rows.add_row(
+        "step", f"{1e3 * table['step_seconds']:.2f}", "", f"{1e3 * total:.2f}" if processor else None, style="bold"
+    )
     load = "" if table["load"] is None else f", load {table['load'][0]:.1f}"
     console.print()
     console.print(rows)

@@ -38,7 +38,7 @@ WARM, TIMED, TRACED = 2, 10, 3
 class PartsTimer:
     """The time of each part of a step, without that of the parts within it, so that all parts add up to the step.
 
-    On a CPU by the clock. On CUDA an event is queued at every change from one part to another, and read when all is over: the
+    On a CPU by the clock, and by the processor time of all threads, which other processes do not lengthen. On CUDA an event is queued at every change from one part to another, and read when all is over: the
     device's own time line is cut in pieces, and nothing waits for it.
 
     Args:
@@ -76,21 +76,21 @@ class PartsTimer:
 
     def _mark(self, part: str) -> None:
         if self._cuda is None:
-            now: Any = time.perf_counter()
+            now: Any = time.perf_counter(), time.process_time()
         else:
             now = torch.cuda.Event(enable_timing=True)
             now.record(torch.cuda.current_stream(self._cuda))
         self._steps[-1].append((part, now))
 
-    def read(self) -> list[dict[str, float]]:
-        """Per step: part → seconds."""
+    def read(self, *, processor: bool = False) -> list[dict[str, float]]:
+        """Per step: part → seconds, on a CPU of processor time if so wished."""
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
         found = []
         for marks in self._steps:
             parts: dict[str, float] = {}
             for (part, start), (_, end) in pairwise(marks):
-                seconds = end - start if self._cuda is None else start.elapsed_time(end) / 1e3
+                seconds = end[processor] - start[processor] if self._cuda is None else start.elapsed_time(end) / 1000.0
                 parts[part] = parts.get(part, 0.0) + seconds
             found.append(parts)
         return found
@@ -165,8 +165,10 @@ class StepProfile:
                 write_bytes(self.folder / "trace.json", trace.read_bytes())
 
     def _tabulate(self, device: torch.device) -> None:
-        steps = self._timer.read() if self._timer is not None else []
-        self.table = summary(steps, first=self._timed.start + 1, device=device)
+        if self._timer is None:
+            return
+        processor = self._timer.read(processor=True) if device.type == "cpu" else None
+        self.table = summary(self._timer.read(), first=self._timed.start + 1, device=device, processor=processor)
         if self.folder is not None:
             write_json(self.folder / "profile.json", self.table)
 
@@ -185,8 +187,14 @@ def _windows(done: int, total: int) -> tuple[range, range]:
     return range(start, start + timed), range(start + timed, start + timed + traced)
 
 
-def summary(steps: Sequence[dict[str, float]], *, first: int, device: torch.device) -> dict[str, Any]:
-    """Mean seconds of each part over the steps, and under what circumstances they were taken.
+def summary(
+    steps: Sequence[dict[str, float]],
+    *,
+    first: int,
+    device: torch.device,
+    processor: Sequence[dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Mean seconds of each part over the steps, of processor time too, and under what circumstances they were taken.
 
     >>> table = summary([{"noise": 1.0, "other": 2.0}, {"noise": 3.0}], first=3, device=torch.device("cpu"))
     >>> table["step_seconds"], table["parts"]["noise"], table["steps"]
@@ -194,15 +202,21 @@ def summary(steps: Sequence[dict[str, float]], *, first: int, device: torch.devi
     """
     totals = [sum(parts.values()) for parts in steps]
     mean = sum(totals) / len(totals)
-    seconds = {part: sum(parts.get(part, 0.0) for parts in steps) / len(steps) for part in PARTS}
+    table = {part: {"seconds": s, "share": s / mean if mean else 0.0} for part, s in _means(steps).items()}
+    for part, seconds in _means(processor or []).items():
+        table[part]["processor_seconds"] = seconds
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "steps": [first, first + len(steps) - 1],
         "step_seconds": mean,
         "fastest_step_seconds": min(totals),
-        "parts": {part: {"seconds": s, "share": s / mean if mean else 0.0} for part, s in seconds.items()},
+        "parts": table,
         "device": name,
         "threads": torch.get_num_threads(),
         "not_covered": "times: they depend on the sizes of the batches, which are secret",
         "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
     }
+
+
+def _means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {part: sum(parts.get(part, 0.0) for parts in steps) / len(steps) for part in PARTS if steps}

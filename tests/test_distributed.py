@@ -133,6 +133,7 @@ REFUSALS = [
     (scenarios.refused_by_one, (1,), 1, "mat1 and mat2|shape|size"),
     (scenarios.criterion_forgotten_by, (1,), 1, "no gradient went through the criterion"),
     (scenarios.not_a_number_in, (0,), None, "NaN or infinity"),
+    (scenarios.records_in_another_order, (), None, "hold other records at the same places"),
     (scenarios.made_before_the_group, (), None, "Call make_private after init_process_group"),
     (scenarios.facts_differ, (), None, "noise_multiplier is"),
     (scenarios.lengths_differ, (), None, "300, 299 records"),

@@ -129,6 +129,31 @@ def test_a_record_with_views_moves_the_sum_by_delta(views, gate, scale):
         assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6), name
 
 
+@pytest.mark.parametrize("views", [2, 5])
+@pytest.mark.parametrize("owners", [None, [0, 1, 1, 2, 2, 2]])
+def test_the_quantile_gate_counts_a_unit_once(views, owners):
+    """Its count of b − 1/2 must move by 1/2 when a unit joins, however many views or records that has."""
+    bounds = []
+    for count in (1, views):
+        x, y = longest(6)
+        x = x if count == 1 else x[:, None].repeat(1, count, 1)
+        units = 6 if owners is None else 3
+        engine, model, (_, optimizer, loader, criterion) = private(
+            dataset=TensorDataset(x, y),
+            expected_batch_size=units,
+            noise_multiplier=1e-6,
+            gate=QuantileGate(0.3, count_std=1e-4),
+            group=owners,
+            multiplicity=count,
+        )
+        x, y, *weight = next(iter(loader))
+        criterion(model(x), y, *weight).backward()
+        optimizer.step()
+        bounds.append(float(engine.state_dict()["gate"]["bound"]))
+    assert bounds[0] == pytest.approx(0.3 * np.exp(0.2 * 0.5), rel=1e-3)  # none passes: the share is 0, its target 1/2
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-3)
+
+
 def test_views_are_averaged():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 4, generator=generator, dtype=torch.float64) / 4

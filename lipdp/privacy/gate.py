@@ -157,15 +157,20 @@ class GateState:
             centred = (share * (passes.double() - 0.5)).sum()
             self._count = centred if self._count is None else self._count + centred
 
-    def release(self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float, world: World) -> None:
-        """End the step: forget its samples; for a quantile noise the count of all processes and move the bound."""
+    def release(
+        self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float, world: World, *, views: int = 1
+    ) -> None:
+        """End the step: forget its samples; for a quantile noise the count of all processes and move the bound.
+
+        Of K views each counts 1/K, so that a record moves the count by 1/2, as it does with one.
+        """
         rule, seen = self._rule, self._count
         self._forget()
         if rule is None:
             return
         count = torch.zeros(1, dtype=torch.float64, device=noise.source.device)
         if seen is not None:
-            count += seen
+            count += seen / views
         world.sum_([count])
         noise.add_([count], torch.full_like(count, rule.count_std * sensitivity_factor))
         share = count[0] / batch_size + 0.5

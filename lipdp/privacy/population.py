@@ -85,6 +85,29 @@ class Population:
         return expected_batch_size / self.size
 
 
+def check_same_records(dataset: Any, world: World) -> None:
+    """Refuse data sets that the processes hold in different orders: a record could then be read by two of them in one step.
+
+    Looks at the targets of up to 16 records over the whole; inputs may differ by random views.
+
+    Raises:
+        EngineError: they differ.
+    """
+    if world.size == 1:
+        return
+    with world.together():
+        count = len(dataset)
+        picked = sorted({i * (count - 1) // 15 for i in range(16)}) if count else []
+        targets = [torch.as_tensor(dataset[i][1]).tolist() for i in picked]
+    for rank, others in enumerate(world.gather(targets)):
+        if others != targets:
+            raise EngineError(
+                f"the data sets of process {world.rank} and process {rank} hold other records at the same places, so that one record"
+                " could be used twice in a step: give every process the same records in the same order, or pass shards=True if"
+                " each has records of its own"
+            )
+
+
 def length(dataset: Any) -> int:
     """Of a map-style data set.
 

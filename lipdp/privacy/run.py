@@ -161,7 +161,9 @@ class Run:
             self._draw(gradients, stds)
             share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
             torch._foreach_mul_(gradients, share)
-            self.gate.release(self.noise, self.facts.expected_batch_size, self.factor, self.world)
+            self.gate.release(
+                self.noise, self.facts.expected_batch_size, self.factor, self.world, views=self.loader.views
+            )
         self._taken_at = self.loader.position
 
     def _summed_gradients(self) -> list[Tensor]:

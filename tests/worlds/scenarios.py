@@ -347,3 +347,19 @@ def sum_in_half_precision():
         steps=2,
         noise_multiplier=1.0,
     )
+
+
+def records_in_another_order():
+    """Each process has shuffled its copy by itself."""
+    x, y = records()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(current_world().rank))
+    model = network()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x[order], y[order]),
+        expected_batch_size=B,
+        steps=2,
+        noise_multiplier=1.0,
+    )

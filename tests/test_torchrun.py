@@ -115,6 +115,19 @@ def test_without_restarts_the_others_end_and_the_checkpoint_is_whole(tmp_path, a
 
 
 @pytest.mark.slow
+def test_a_silent_process_counts_as_lost_after_the_timeout(tmp_path, alone):
+    folder = tmp_path / "run"
+    with torchrun("--out", folder, "--peer-timeout", "0.1") as process:
+        wait_for_step(folder, 50, process)
+        silent = worker(process.pid, 1)
+        os.kill(silent, signal.SIGSTOP)
+        said, _ = process.communicate(timeout=90)  # six seconds, and the half minute that torchrun gives the silent one
+    assert process.returncode != 0
+    assert "process 0 of 2 cannot reach the others any more" in said
+    assert 50 <= torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < 300
+
+
+@pytest.mark.slow
 def test_a_signal_stops_all_at_the_same_step(tmp_path, alone):
     folder = tmp_path / "run"
     with torchrun("--out", folder) as process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -116,14 +117,17 @@ class Processes:
     Tensors go through that group (NCCL for those on a GPU); flags and plain values through a gloo group of its own, so
     that an accelerator is never waited for.
 
+    Args:
+        timeout: after which a silent peer counts as lost; gloo's by default, 30 minutes.
+
     Raises:
         EngineError: at any call, where a peer is gone or silent for longer than the group's timeout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, timeout: timedelta | None = None) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         with self._reachable():
-            self._control = dist.new_group(backend="gloo")
+            self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     def check(self) -> None:
         """See `World.check`.

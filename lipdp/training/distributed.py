@@ -43,7 +43,7 @@ def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
             " with torchrun --nproc-per-node=W -m lipdp train ..."
         ) from error
     try:
-        yield Processes()
+        yield Processes(timeout=timedelta(minutes=timeout))
     finally:
         dist.destroy_process_group()
 

@@ -248,8 +248,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     optimizer.load_state_dict(dict(state))
 
 
+_MOVING = {"lr": 0.0, "lipdp_steps": 0}  # with a schedule; with every step
+
+
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "lr"} | {"lr": type(plain_number(group["lr"]))}
+    moving = {name: type(plain_number(group.get(name, default))) for name, default in _MOVING.items()}
+    return {**group, **moving}
 
 
 def plain_number(value: Any) -> Any:

@@ -36,7 +36,10 @@ def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout))
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout)))
+        # torchrun keeps its store through restarts: without a prefix, gloo finds the addresses of processes that are gone
+        attempt = dist.PrefixStore(f"lipdp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timedelta(minutes=timeout))
     except (ValueError, RuntimeError) as error:
         raise ParameterError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet ({str(error).splitlines()[0]}); start them"

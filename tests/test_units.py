@@ -241,6 +241,10 @@ def test_weights_forgotten_or_invented():
     x, y, weight = next(b for b in loader if len(b[0]))
     with pytest.raises(EngineError, match="needs one weight a row, got none"):
         criterion(model(x), y)
+    for others in (torch.ones_like(weight), weight * 10, weight.flip(0), weight.bfloat16()):
+        with pytest.raises(EngineError, match="not those that the loader yielded"):
+            criterion(model(x), y, others)
+    criterion(model(x[2:]), y[2:], weight[2:])
     with pytest.raises(EngineError, match="weights of shape"):
         criterion(model(x), y, weight[1:])
     _, model, (_, _, loader, criterion) = private(expected_batch_size=20)

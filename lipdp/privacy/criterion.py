@@ -24,6 +24,8 @@ class PrivateCriterion(nn.Module):
     :math:`\|\sum_i w_i \nabla\ell_i\| \le \sum_i w_i \Delta \le \Delta`: the bound of one record holds for the owner. Of K views of a
     record each counts as a row of its own; the engine divides their sum by K.
 
+    Not seen: rows that are not the batch's, such as one of its records several times, or in another order than the weights.
+
     Attributes:
         loss: the per-sample loss.
     """
@@ -60,7 +62,20 @@ class PrivateCriterion(nn.Module):
             raise EngineError(
                 "every record counts alike; leave the weight out (pass group= to make_private for owners)"
             )
+        if weight is not None and not self._is_the_loaders(weight):
+            raise EngineError(
+                "the weights are not those that the loader yielded with these rows: an owner could count more than once. Pass them on"
+                " as they are, whole or in the pieces of engine.microbatches"
+            )
         return weight
+
+    def _is_the_loaders(self, weight: Tensor) -> bool:
+        """Whether it is a view of the batch's weights (which reads no value), or looks like a copy on another device."""
+        issued: Tensor = self._loader.last_batch[2]
+        if weight.dtype is not issued.dtype:
+            return False
+        same = weight.untyped_storage().data_ptr() == issued.untyped_storage().data_ptr()
+        return same or weight.device != issued.device or not len(weight)
 
     def constant(self) -> float | Tensor:
         """The loss's constant, at the current weights where it depends on the bound of the logits."""

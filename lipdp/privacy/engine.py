@@ -23,7 +23,7 @@ from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.loader import BatchLoader
 from lipdp.privacy.noise import Allocation, GaussianNoise, get_allocation
 from lipdp.privacy.parallel import check_alike, own_reduction, settle_shards
-from lipdp.privacy.population import Group, Population, check_same_records, first_records
+from lipdp.privacy.population import Group, Population, check_records, first_records
 from lipdp.privacy.run import Run
 from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.privacy.secure import SecureGaussianNoise
@@ -183,10 +183,9 @@ class PrivacyEngine:
             unit="record" if group is None else "owner",
         )
         facts.step_event  # noqa: B018  (refuses a σ or q out of range)
-        check_alike(world, facts)
+        check_alike(world, facts, multiplicity=multiplicity)
         x, targets = first_records(dataset, world, shards=shards)
-        if not shards:
-            check_same_records(dataset, world)
+        check_records(dataset, world, shards=shards)
         inner = own_reduction(module, world)
         world.spread_([t for t in (*inner.parameters(), *inner.buffers()) if local(t) is t])
         with world.together():

@@ -314,7 +314,9 @@ class GaussianNoise:
         Its key is a hash of the next secret of this noise, which moves on by one, whatever is drawn from the lane.
         """
         text = f"{self.source.secret()} lane {number}".encode()
-        return type(self)(int.from_bytes(hashlib.blake2b(text, digest_size=32).digest()), device=self.source.device)
+        return type(self)(
+            int.from_bytes(hashlib.blake2b(text, digest_size=32).digest(), "little"), device=self.source.device
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The source's state. Secret while the run goes on, and to be continued once: see `Ratchet`."""

@@ -60,6 +60,11 @@ def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
         shard.set_gradient_divide_factor(1.0)
     spread: list[Any] = [p for p in module.parameters() if is_spread(p)]
     meshes = {p.device_mesh.size() for p in spread}
+    if len({(p.device_mesh, p.placements) for p in spread}) > 1:
+        raise EngineError(
+            "fully_shard spreads parameters over different meshes, or along different dimensions: which processes hold the same"
+            " entries, and so must draw the same noise, differs between them. Use one mesh and one placement for all"
+        )
     if meshes != {world.size}:
         raise EngineError(
             f"fully_shard spreads parameters over {sorted(meshes)} of {world.size} processes: the gradients of the others would"
@@ -78,13 +83,13 @@ def settle_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
                 inner.reshard()  # type: ignore[operator]  # without a backward pass the outermost stays whole
 
 
-def check_alike(world: World, facts: PrivacyFacts) -> None:
+def check_alike(world: World, facts: PrivacyFacts, **others: Any) -> None:
     """Refuse processes that would not draw the same batches and noise.
 
     Raises:
         EngineError: facts, or the versions that draws depend on, differ between processes.
     """
-    own = {**facts.as_dict(), "torch": str(torch.__version__), "numpy": numpy.__version__}
+    own = {**facts.as_dict(), **others, "torch": str(torch.__version__), "numpy": numpy.__version__}
     for rank, other in enumerate(world.gather(own)):
         different = [
             f"{name} is {value!r} here, {other[name]!r} there" for name, value in own.items() if value != other[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,11 @@ class Population:
                     if not shards
                     else "group= and shards=True: an owner's records could lie in two shards; give every process all records"
                 )
+        if len(set(world.gather(None if owners is None else owners.digest))) > 1:
+            raise EngineError(
+                "group: the processes number the owners differently, so that one owner could count more than once in a step. Give all"
+                " the same ids (Python's hash() of texts, and the order of a set, differ between processes)"
+            )
         counts = world.gather(records)
         part: Part
         if shards:
@@ -85,22 +91,30 @@ class Population:
         return expected_batch_size / self.size
 
 
-def check_same_records(dataset: Any, world: World) -> None:
-    """Refuse data sets that the processes hold in different orders: a record could then be read by two of them in one step.
+def check_records(dataset: Any, world: World, *, shards: bool) -> None:
+    """Refuse data sets in which a record could be read by two processes in one step: in different orders, or twice.
 
-    Looks at the targets of up to 16 records over the whole; inputs may differ by random views.
+    Looks at up to 16 records over the whole: at the targets of whole data sets, since inputs may differ by random views, and
+    at inputs and targets of shards.
 
     Raises:
-        EngineError: they differ.
+        EngineError: whole data sets that differ, or shards that do not.
     """
     if world.size == 1:
         return
     with world.together():
         count = len(dataset)
         picked = sorted({i * (count - 1) // 15 for i in range(16)}) if count else []
-        targets = [torch.as_tensor(dataset[i][1]).tolist() for i in picked]
-    for rank, others in enumerate(world.gather(targets)):
-        if others != targets:
+        records = [[torch.as_tensor(part).tolist() for part in dataset[i]] for i in picked]
+        targets = [record[1] for record in records]
+        own = hashlib.blake2b(repr([count, records if shards else targets]).encode()).hexdigest() if count else ""
+    for rank, other in enumerate(world.gather(own)):
+        if shards and rank != world.rank and own and other == own:
+            raise EngineError(
+                f"shards=True, but process {world.rank} and process {rank} hold the same records: each would count more than once. Leave"
+                " it out where every process has the whole data set"
+            )
+        if not shards and other != own:
             raise EngineError(
                 f"the data sets of process {world.rank} and process {rank} hold other records at the same places, so that one record"
                 " could be used twice in a step: give every process the same records in the same order, or pass shards=True if"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds import BoundGraph, Sweep
-from lipdp.errors import CheckpointError, EngineError, OptimizerError
+from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_spread, local, shard_number
@@ -147,6 +149,7 @@ class Run:
             self.gate.seal.check()
             self.settle()
             self._check_unchanged(optimizer)
+        self._check_alike()
         with self.timer("bound"):
             sweep = self.graph.sweep(self._start)
             deltas, stds = self._shared(self.world.largest(self._deltas(sweep)))
@@ -231,6 +234,18 @@ class Run:
         if not self._vetted.issuperset(self.names):  # a parameter is trained that was frozen when the model was traced
             BoundGraph(self.module, self.graph.input_shape, dtype=self.graph.dtype, input_bound=self.graph.input_bound)
             self._vetted.update(self.names)
+
+    def _check_alike(self) -> None:
+        """All processes are at the same step of the same run: else each draws batches and noise of its own."""
+        if self.world.size == 1:
+            return
+        at = [self.ledger.state_dict(), self.before, self.loader.state_dict(), self.noise.state_dict()]
+        hashed = hashlib.blake2b(json.dumps(at, sort_keys=True).encode(), digest_size=7).digest()
+        if not self.world.alike(int.from_bytes(hashed, "little")):
+            raise EngineError(
+                "the processes are not at the same point of the same run: their accounts or keys differ, so that each would draw"
+                " batches and noise of its own. Restore the same state on all of them (engine.load_state_dict)"
+            )
 
     def _check_account(self, optimizer: torch.optim.Optimizer) -> None:
         """A restored optimiser comes with the account of the steps that it took."""
@@ -318,6 +333,11 @@ class Run:
         self.facts.check_same(state["facts"])
         check_digest(state, "the saved state of the engine")
         ledger = Ledger.from_state(state["ledger"])
+        if ledger.steps < self.ledger.steps:
+            raise ResumeError(
+                f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would leave the others out,"
+                " and their noise would be drawn again. Load weights alone to go back to them; their steps stay counted"
+            )
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])

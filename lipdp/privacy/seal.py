@@ -28,7 +28,7 @@ class GradientSeal:
 
     Guarantees: a gradient that was scaled, clipped, added to, replaced or dropped after its backward pass is refused, and
     so is a weight that was set after the forward pass, whatever the framework that did it. Nothing is read from the device.
-    Not seen: what is written through `.data` or numpy, which torch does not count, and what a communication hook of
+    Not seen: what is written through `.data`, numpy or (on a CPU) `GradScaler.unscale_`, which torch does not count, and what a communication hook of
     `DistributedDataParallel` does within the pass.
 
     Args:

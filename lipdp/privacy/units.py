@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +68,10 @@ class Owners:
 
     Guarantees: the weights of an owner's records add up to 1 at most, also as float32 (they are rounded down).
 
+    Attributes:
+        total: N.
+        digest: of who owns which record.
+
     Args:
         owner_of: (N,) the owner of every record: whole numbers, in any order.
 
@@ -88,6 +93,7 @@ class Owners:
             )
         _, number, counts = np.unique(ids, return_inverse=True, return_counts=True)
         self.total = len(ids)
+        self.digest = hashlib.blake2b(number.tobytes(), digest_size=16).hexdigest()
         self._order = np.argsort(number, kind="stable")
         self._ends = np.cumsum(counts)
         self._counts = counts

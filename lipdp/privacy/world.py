@@ -43,6 +43,10 @@ class World(Protocol):
         """Whether a process says so. Never waits for an accelerator."""
         ...
 
+    def alike(self, number: int) -> bool:
+        """Whether all have the same number, below 2⁶³ in size. Never waits for an accelerator."""
+        ...
+
     def share(self, value: T) -> T:
         """What the first process has."""
         ...
@@ -97,6 +101,10 @@ class Alone:
     def any(self, flag: bool) -> bool:
         """See `World.any`."""
         return flag
+
+    def alike(self, number: int) -> bool:
+        """See `World.alike`."""
+        return True
 
     def share(self, value: T) -> T:
         """See `World.share`."""
@@ -167,6 +175,13 @@ class Processes:
         with self._reachable():
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._control)
         return bool(found)
+
+    def alike(self, number: int) -> bool:
+        """See `World.alike`."""
+        most = torch.tensor([number, -number])
+        with self._reachable():
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._control)
+        return int(most[0]) == -int(most[1])
 
     def share(self, value: T) -> T:
         """See `World.share`."""

@@ -363,3 +363,77 @@ def records_in_another_order():
         steps=2,
         noise_multiplier=1.0,
     )
+
+
+def restored_by(rank):
+    """One process goes on from a state of another run; the others begin."""
+    engine, model, optimizer, loader, criterion = private(seed=None, steps=4)
+    if current_world().rank == rank:
+        alone = lipdp.PrivacyEngine(accountant="rdp", world=Alone(chosen=True))
+        x, y = records()
+        other = network()
+        alone.make_private(
+            module=other,
+            optimizer=torch.optim.SGD(other.parameters(), lr=0.1),
+            criterion=losses.TauCrossEntropy(4.0),
+            dataset=TensorDataset(x, y),
+            expected_batch_size=B,
+            steps=4,
+            noise_multiplier=1.0,
+        )
+        engine.load_state_dict(alone.state_dict())
+    loop(engine, model, optimizer, loader, criterion, steps=1)
+
+
+def owners_differ():
+    """Each process has numbered the owners by itself."""
+    world = current_world()
+    x, y = records()
+    model = network()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=10,
+        steps=2,
+        noise_multiplier=1.0,
+        group=(torch.arange(N) // 10 if world.rank else torch.arange(N) % 30),
+    )
+
+
+def whole_as_shards():
+    world = current_world()
+    x, y = records()
+    model = network()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B * world.size,
+        steps=2,
+        noise_multiplier=1.0,
+        shards=True,
+    )
+
+
+def spread_over_two_meshes():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    model = network()
+    mesh = init_device_mesh("cpu", (current_world().size,))
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model[3], mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
+    x, y = records()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B,
+        steps=2,
+        noise_multiplier=1.0,
+    )

@@ -285,7 +285,7 @@ def assert_whole(folder):
         assert not any(name.endswith(".tmp") for name in names)
 
 
-@sweep(100, 3000)
+@sweep(40, 3000)
 def test_the_command_line(cases, tmp_path, monkeypatch, two_steps):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
@@ -379,7 +379,7 @@ def damage(draw):
     return apply
 
 
-@sweep(50, 1500)
+@sweep(25, 1500)
 def test_the_files_of_a_run(cases, unfinished, tmp_path):
     codes = []
 
@@ -430,7 +430,7 @@ def changed_checkpoints(draw):
     return change
 
 
-@sweep(60, 2500)
+@sweep(25, 2500)
 def test_checkpoints_that_hold_something_else(cases, unfinished, tmp_path):
     good = torch.load(unfinished / "checkpoint.pt", weights_only=True)
 
@@ -554,7 +554,7 @@ def data_files(draw):
     return kind, draw(damage())
 
 
-@sweep(150, 6000)
+@sweep(80, 6000)
 def test_data_files(cases, files, tmp_path):
     loaded = []
 
@@ -762,7 +762,7 @@ def call_with(case):
     return False
 
 
-@sweep(150, 6000)
+@sweep(80, 6000)
 def test_arguments_of_the_library(cases, tmp_path):
     succeeded = []
     tried(cases, wrong_arguments(), lambda case: succeeded.append(call_with(case)))

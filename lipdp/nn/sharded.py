@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
-_OWN = "torch.distributed."  # where the hooks of fully_shard are from
+_OWN = "torch.distributed.fsdp."  # where the hooks of fully_shard are from; others compute something else
 
 
 def is_spread(tensor: Any) -> bool:
@@ -63,8 +63,7 @@ def _plain(module: Module, known: dict[int, nn.Parameter]) -> Module:
         hooks = vars(module)[name]
         plain.__dict__[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _is_own(hook))
     plain.__dict__["_parameters"] = {
-        name: None if p is None else known.setdefault(id(p), nn.Parameter(whole(p.detach()), p.requires_grad))
-        for name, p in module._parameters.items()
+        name: None if p is None else _gathered(p, known) for name, p in module._parameters.items()
     }
     plain.__dict__["_modules"] = {
         name: None if child is None else _plain(child, known) for name, child in module._modules.items()
@@ -72,9 +71,15 @@ def _plain(module: Module, known: dict[int, nn.Parameter]) -> Module:
     return plain
 
 
+def _gathered(parameter: nn.Parameter, known: dict[int, nn.Parameter]) -> nn.Parameter:
+    """Once for a parameter that several modules share."""
+    if id(parameter) not in known:
+        known[id(parameter)] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    return known[id(parameter)]
+
+
 def _is_own(hook: object) -> bool:
-    home = getattr(hook, "__module__", None) or type(getattr(hook, "__self__", hook)).__module__
-    return home.startswith(_OWN) or type(getattr(hook, "__self__", hook)).__module__.startswith(_OWN)
+    return str(getattr(hook, "__module__", "")).startswith(_OWN)
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ def own_reduction(module: nn.Module, world: World) -> nn.Module:
     communication hook rounds or averages on the way.
 
     Raises:
-        EngineError: `DataParallel`, which copies the model within one process.
+        EngineError: `DataParallel`, which copies the model within one process; parameters that another than `fully_shard`
+            spread; what `fully_shard` would round or leave out.
     """
     wrapper = original(module)  # torch.compile's is around DistributedDataParallel's
     if isinstance(wrapper, DataParallel):
@@ -36,6 +37,11 @@ def own_reduction(module: nn.Module, world: World) -> nn.Module:
     if shards:
         _sum_shards(wrapper, shards, world)
         return module
+    if is_sharded(wrapper):
+        raise EngineError(
+            "the parameters are spread by something else than fully_shard (tensor parallelism?): processes that compute slices of a"
+            " layer need the same batch, and the engine gives each its own part. Use fully_shard, or whole parameters"
+        )
     if isinstance(wrapper, DistributedDataParallel):
         wrapper.require_backward_grad_sync = False
         return wrapper.module

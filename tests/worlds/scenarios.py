@@ -437,3 +437,23 @@ def spread_over_two_meshes():
         steps=2,
         noise_multiplier=1.0,
     )
+
+
+def tensor_parallel():
+    """Every process would compute a slice of the layers, on its own part of the batch: samples of others in its gradients."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = network()
+    mesh = init_device_mesh("cpu", (current_world().size,))
+    parallelize_module(model, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    x, y = records()
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        expected_batch_size=B,
+        steps=2,
+        noise_multiplier=1.0,
+    )

@@ -40,6 +40,17 @@ class Pairs(Dataset):
         return self.x[index], self.y[index]
 
 
+def offered(model, x, y, **options):
+    """A model that the engine may refuse."""
+    lipdp.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        criterion=losses.TauCrossEntropy(4.0),
+        dataset=TensorDataset(x, y),
+        **{"expected_batch_size": B, "steps": 2, "noise_multiplier": 1.0, **options},
+    )
+
+
 def private(
     *,
     sigma=1.0,
@@ -198,15 +209,7 @@ def refused_by_one(rank):
     if world.rank == rank:
         x = x[:, :5]
     model = network()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B,
-        steps=2,
-        noise_multiplier=1.0,
-    )
+    offered(model, x, y)
 
 
 def facts_differ():
@@ -217,15 +220,7 @@ def lengths_differ():
     world = current_world()
     x, y = records(count=N - world.rank)
     model = network()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B,
-        steps=2,
-        noise_multiplier=1.0,
-    )
+    offered(model, x, y)
 
 
 def criterion_forgotten_by(rank):
@@ -338,15 +333,7 @@ def sum_in_half_precision():
     model = network(torch.float32)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
     x, y = records(torch.float32)
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B,
-        steps=2,
-        noise_multiplier=1.0,
-    )
+    offered(model, x, y)
 
 
 def records_in_another_order():
@@ -354,15 +341,7 @@ def records_in_another_order():
     x, y = records()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(current_world().rank))
     model = network()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x[order], y[order]),
-        expected_batch_size=B,
-        steps=2,
-        noise_multiplier=1.0,
-    )
+    offered(model, x[order], y[order])
 
 
 def restored_by(rank):
@@ -390,32 +369,14 @@ def owners_differ():
     world = current_world()
     x, y = records()
     model = network()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=10,
-        steps=2,
-        noise_multiplier=1.0,
-        group=(torch.arange(N) // 10 if world.rank else torch.arange(N) % 30),
-    )
+    offered(model, x, y, expected_batch_size=10, group=(torch.arange(N) // 10 if world.rank else torch.arange(N) % 30))
 
 
 def whole_as_shards():
     world = current_world()
     x, y = records()
     model = network()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B * world.size,
-        steps=2,
-        noise_multiplier=1.0,
-        shards=True,
-    )
+    offered(model, x, y, expected_batch_size=B * world.size, shards=True)
 
 
 def spread_over_two_meshes():
@@ -428,15 +389,7 @@ def spread_over_two_meshes():
     fully_shard(model[1], mesh=mesh)
     fully_shard(model[3], mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
     x, y = records()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B,
-        steps=2,
-        noise_multiplier=1.0,
-    )
+    offered(model, x, y)
 
 
 def tensor_parallel():
@@ -448,12 +401,4 @@ def tensor_parallel():
     mesh = init_device_mesh("cpu", (current_world().size,))
     parallelize_module(model, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
     x, y = records()
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B,
-        steps=2,
-        noise_multiplier=1.0,
-    )
+    offered(model, x, y)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import time
 
+from lipdp.batches.loader import BatchLoader
+from lipdp.batches.samplers import PoissonSampler
 from lipdp.data import default_bounding, open_split
 from lipdp.data.augment import Augmented, augment
-from lipdp.privacy.loader import BatchLoader
-from lipdp.privacy.sampling import PoissonSampler
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("dataset")

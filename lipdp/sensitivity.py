@@ -10,12 +10,12 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from lipdp.accounting.relation import Relation
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.probe import sample_shape
 from lipdp.constraints import is_positive
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.losses import as_lipschitz
-from lipdp.relation import Relation
 
 
 @dataclass(frozen=True)

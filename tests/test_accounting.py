@@ -19,9 +19,8 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 from scipy.stats import norm
 
-from lipdp.errors import AccountingError, CalibrationError, ParameterError, UnknownNameError
-from lipdp.privacy import accounting
-from lipdp.privacy.accounting import (
+from lipdp.accounting import accountants as accounting
+from lipdp.accounting.accountants import (
     Event,
     Ledger,
     epsilon,
@@ -29,9 +28,10 @@ from lipdp.privacy.accounting import (
     joint_noise_multiplier,
     remaining_noise_multiplier,
 )
-from lipdp.privacy.calibration import EpsilonCurve, calibrate
-from lipdp.privacy.privacy_loss import AddLoss, RemoveLoss, ReplaceLoss, renyi
-from lipdp.relation import Relation
+from lipdp.accounting.calibration import EpsilonCurve, calibrate
+from lipdp.accounting.privacy_loss import AddLoss, RemoveLoss, ReplaceLoss, renyi
+from lipdp.accounting.relation import Relation
+from lipdp.errors import AccountingError, CalibrationError, ParameterError, UnknownNameError
 
 ADD, REPLACE = Relation.ADD_OR_REMOVE_ONE, Relation.REPLACE_ONE
 NAMES = ("prv", "pld", "rdp")
@@ -342,7 +342,7 @@ def test_the_known_hard_cases_of_prv_accountant():
 )
 def test_out_of_reach_the_next_accountant_answers_and_says_so(event, delta, used, why, caplog):
     accounting.spent.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="lipdp.privacy.accounting"):
+    with caplog.at_level(logging.WARNING, logger="lipdp.accounting.accountants"):
         spent = bound("prv", [event], delta)
     assert (spent.requested, spent.accountant) == ("prv", used)
     assert why in spent.note

@@ -19,7 +19,7 @@ import lipdp
 from lipdp.cli import expand_lists, main
 from lipdp.commands.display import BarMonitor, LineMonitor, show_result
 from lipdp.commands.tables import parameter_rows
-from lipdp.privacy.noise import get_allocation
+from lipdp.noise.allocation import get_allocation
 from lipdp.training import Trainer, configure
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NO_COLOR": "1"}

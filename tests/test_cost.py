@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipdp.cli import main
+from lipdp.distributed import collectives as world_module
 from lipdp.errors import ParameterError
 from lipdp.planning import cost as cost_module
 from lipdp.planning import measure as measuring
@@ -29,7 +30,6 @@ from lipdp.planning.cost import (
     predictions,
 )
 from lipdp.planning.measure import Workload, flops, memory, peak, private_step
-from lipdp.privacy import world as world_module
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.processes import ProcessEnded, in_own_process
 

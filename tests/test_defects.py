@@ -12,12 +12,12 @@ import lipdp
 from lipdp import audit, losses
 from lipdp import nn as lnn
 from lipdp.audit.defects import DEFECTS, CoupledLoss, planted
+from lipdp.batches.samplers import PoissonSampler
 from lipdp.bounds import BoundGraph
 from lipdp.bounds import layers as rules
 from lipdp.errors import BoundViolation, EngineError, LossError, UnknownNameError
-from lipdp.privacy.noise import GaussianNoise
+from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.run import Run
-from lipdp.privacy.sampling import PoissonSampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

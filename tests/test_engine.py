@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.distributed.collectives import Alone
 from lipdp.errors import (
     CheckpointError,
     EngineError,
@@ -26,9 +27,9 @@ from lipdp.errors import (
     UnboundedError,
     UnknownNameError,
 )
+from lipdp.noise.allocation import MinVarianceAllocation
+from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.noise import GaussianNoise, MinVarianceAllocation
-from lipdp.privacy.world import Alone
 
 FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
 EMPTY_FIRST = 0  # a seed whose first batch, of 1 in 200 records on average, is empty

@@ -21,9 +21,9 @@ import torch
 from faults.client import Commands, assert_same, records, released_and_counted, saved
 
 import lipdp
+from lipdp.accounting.facts import with_digest
 from lipdp.cli import main
 from lipdp.errors import CheckpointError, ResumeError
-from lipdp.privacy.facts import with_digest
 from lipdp.training import Monitor, Trainer, configure
 from lipdp.training.checkpoint import RunFolder
 

@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lipdp.features as features_module
 from lipdp.data import Split, load
 from lipdp.errors import DataError, NonFiniteError, ParameterError, UnknownNameError
 from lipdp.features import Dct, FeatureSpec, apply, features
+from lipdp.features import maps as features_module
 from lipdp.features.scattering import Scattering, _kymatio, _padding, frame_bound, padded_bound
 
 pytest.importorskip("kymatio", reason='the scattering tests need kymatio: pip install "lipdp[scattering]"')

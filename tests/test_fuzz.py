@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 import lipdp
 from lipdp import cli
+from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler
 from lipdp.errors import LipdpError
-from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler
 from lipdp.training import Interrupted, Monitor, Trainer, configure
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,22 +13,18 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from lipdp.errors import CheckpointError, EngineError, ParameterError, UnknownNameError
-from lipdp.privacy import noise as noise_module
-from lipdp.privacy.noise import (
-    _CPU_BLOCK,
+from lipdp.noise import gaussian as noise_module
+from lipdp.noise.allocation import (
     Allocation,
-    GaussianNoise,
     GlobalAllocation,
     MinVarianceAllocation,
     PerLayerAllocation,
-    RatchetSource,
-    _box_muller_torch,
     get_allocation,
     joint_noise_multiplier,
-    normals_from_words_,
 )
-from lipdp.privacy.ratchet import Ratchet
-from lipdp.privacy.secure import SecureGaussianNoise
+from lipdp.noise.gaussian import _CPU_BLOCK, GaussianNoise, RatchetSource, _box_muller_torch, normals_from_words_
+from lipdp.noise.ratchet import Ratchet
+from lipdp.noise.secure import SecureGaussianNoise
 
 ALLOCATIONS = [GlobalAllocation(), PerLayerAllocation(), MinVarianceAllocation()]
 FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass

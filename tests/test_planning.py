@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import lipdp
 from lipdp import planning
+from lipdp.accounting.events import Event
 from lipdp.cli import main
 from lipdp.errors import AccountingError, CalibrationError, ParameterError, UnknownNameError
 from lipdp.planning import (
@@ -31,7 +32,6 @@ from lipdp.planning import (
 )
 from lipdp.planning.budget import with_batch_size, with_noise_multiplier
 from lipdp.planning.repetitions import SHAPES, _bounded
-from lipdp.privacy.events import Event
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from lipdp.accounting.relation import Relation
+from lipdp.batches import samplers as sampling
+from lipdp.batches.loader import BatchLoader
+from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError
-from lipdp.privacy import sampling
-from lipdp.privacy.loader import BatchLoader
-from lipdp.privacy.ratchet import Ratchet
-from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
-from lipdp.privacy.secure import keystream, keystream_blocks
-from lipdp.relation import Relation
+from lipdp.noise.cipher import keystream, keystream_blocks
+from lipdp.noise.ratchet import Ratchet
 
 FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass
 

@@ -19,13 +19,14 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.accounting.facts import check_digest, digest, with_digest
+from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler
 from lipdp.cli import main
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
-from lipdp.privacy.facts import check_digest, digest, with_digest
+from lipdp.noise.cipher import ChaChaSource, keystream
+from lipdp.noise.gaussian import GaussianNoise, RatchetSource
+from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.noise import GaussianNoise, RatchetSource
-from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler
-from lipdp.privacy.secure import ChaChaSource, SecureGaussianNoise, keystream
 from lipdp.training import Interrupted, Monitor, Trainer, configure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,7 +126,7 @@ def test_a_normal_is_made_of_four_of_separate_pairs():
     z = noise.normal(1000, dtype=torch.float64)
     assert taken == [1000] * 4  # 64 bits for every one of the four, each quarter under a key of its own
     again = ChaChaSource(seed=3)
-    quarters = [lipdp.privacy.noise.normals_from_words_(again.words(1000), dtype=torch.float64) for _ in range(4)]
+    quarters = [lipdp.noise.gaussian.normals_from_words_(again.words(1000), dtype=torch.float64) for _ in range(4)]
     assert torch.allclose(z, sum(quarters) / 2, rtol=0, atol=1e-14)
 
 

@@ -25,6 +25,8 @@ from scipy import stats
 from torch.utils.data import TensorDataset
 
 from lipdp import data
+from lipdp.batches.loader import BatchLoader, in_order
+from lipdp.batches.samplers import PoissonSampler
 from lipdp.cli import main
 from lipdp.data import stored
 from lipdp.data.augment import AUGMENTS, Augmented, Crop, Flip, augment
@@ -32,8 +34,6 @@ from lipdp.data.files import read_npz
 from lipdp.data.scaling import BOUNDINGS
 from lipdp.data.split import resize
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
-from lipdp.privacy.loader import BatchLoader, in_order
-from lipdp.privacy.sampling import PoissonSampler
 from lipdp.training import Trainer, configure, train
 
 FALSE_ALARM = 1e-6

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.batches.owners import EveryNth, Owners, Shard
 from lipdp.errors import EngineError, ParameterError
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.units import EveryNth, Owners, Shard
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipdp.batches.samplers import PoissonSampler
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds import layers as rules
 from lipdp.bounds.rules import Local
 from lipdp.errors import UnknownNameError
 from lipdp.losses import LipschitzLoss
-from lipdp.privacy.noise import GaussianNoise
+from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.run import Run
-from lipdp.privacy.sampling import PoissonSampler
 
 __all__ = ["DEFECTS", "CoupledLoss", "Defect", "planted"]
 

@@ -12,10 +12,10 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import TensorDataset
 
 from lipdp.audit.experiments import Experiment
+from lipdp.batches.loader import BatchLoader
 from lipdp.errors import ParameterError
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.privacy.loader import BatchLoader
 
 Array = NDArray[np.float64]
 Tensors = dict[str, Tensor]

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lipdp.accounting.calibration import calibrate
 from lipdp.audit.experiments import Experiment, gradient_canaries, worst_case
 from lipdp.audit.guessing import choose
 from lipdp.audit.observe import Setting, Training, fair_coins, simultaneous, worlds
 from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound
 from lipdp.errors import ParameterError
-from lipdp.privacy.calibration import calibrate
 
 _MOST_GAMES = 10_000_000
 _HELD_OUT = 0.25  # share of the games on which the guessing rule is chosen

@@ -50,7 +50,7 @@ def epsilon(
     as_json: Json = False,
 ) -> None:
     """ε of a run, from its noise: an upper bound by every accountant."""
-    from lipdp.privacy.accounting import Event, get_accountant
+    from lipdp.accounting.accountants import Event, get_accountant
 
     q, count, relation = _plan(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
     event = Event(noise_multiplier, q, count, relation)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """The least noise for a target ε: 0.995 ε ≤ ε(σ) ≤ ε, by every accountant."""
-    from lipdp.privacy.calibration import calibrate as find
+    from lipdp.accounting.calibration import calibrate as find
 
     q, count, relation = _plan(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
     found: dict[str, float] = {}

@@ -130,7 +130,7 @@ def _search(law: str | None, repetitions: float | None) -> Repetitions | None:
 
 
 def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
-    from lipdp.privacy.events import Event
+    from lipdp.accounting.events import Event
 
     chosen = found.chosen
     cost = search.epsilon(Event(chosen.noise_multiplier, chosen.sampling_rate, chosen.steps), chosen.delta)

@@ -44,7 +44,7 @@ def sensitivity(
     from lipdp import Relation
     from lipdp import sensitivity as bound
     from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
-    from lipdp.privacy.noise import get_allocation
+    from lipdp.noise.allocation import get_allocation
     from lipdp.training.choices import make_loss, make_model
 
     shape = parse_shape(input_shape)

@@ -12,7 +12,7 @@ import typer
 from lipdp.commands.options import interruptible, parse_gate, parse_options
 
 if TYPE_CHECKING:
-    from lipdp.privacy.world import World
+    from lipdp.distributed.collectives import World
     from lipdp.training import Monitor
 
 EPILOG = """[bold]Examples[/bold]
@@ -156,7 +156,7 @@ def train(
     if resume is not None and out is not None:
         raise typer.BadParameter("--resume goes on in its own folder; leave --out out", param_hint="--out")
 
-    from lipdp.training.distributed import TIMEOUT, launched
+    from lipdp.distributed.launch import TIMEOUT, launched
 
     with launched(timeout=peer_timeout or TIMEOUT) as world:
         _run(given, out, resume, world, tensorboard=tensorboard, profile=profile)
@@ -169,8 +169,8 @@ def _run(
     from rich.console import Console
 
     from lipdp.commands.display import show_profile, show_result, terminal_monitor
+    from lipdp.distributed.launch import resumed_folder
     from lipdp.training import Monitor, Trainer, configure
-    from lipdp.training.distributed import resumed_folder
     from lipdp.training.profile import StepProfile
 
     first = world.rank == 0
@@ -196,7 +196,7 @@ def _run(
 def _told(monitor: Monitor, folder: Path, tensorboard: bool) -> Monitor:
     if not tensorboard:
         return monitor
-    from lipdp.training.tensorboard import Monitors, TensorBoard
+    from lipdp.report.tensorboard import Monitors, TensorBoard
 
     return Monitors((monitor, TensorBoard(folder)))
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lipdp.accounting.events import Event
+from lipdp.batches.loader import BatchLoader
+from lipdp.batches.samplers import PoissonSampler
 from lipdp.errors import ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.nn import GradientGate
-from lipdp.privacy.events import Event
-from lipdp.privacy.loader import BatchLoader
-from lipdp.privacy.sampling import PoissonSampler
 from lipdp.training.choices import make_scheduler
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

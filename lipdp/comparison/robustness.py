@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipdp.accounting.accountants import get_accountant
+from lipdp.accounting.calibration import calibrate
 from lipdp.certify import IMAGE_RADII
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
@@ -27,8 +29,6 @@ from lipdp.errors import (
     UnsupportedLayerError,
     UnsupportedOperationError,
 )
-from lipdp.privacy.accounting import get_accountant
-from lipdp.privacy.calibration import calibrate
 from lipdp.training.assembly import decided, prepare
 from lipdp.training.config import TrainConfig, configure
 

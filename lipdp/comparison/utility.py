@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
+from lipdp.accounting.accountants import get_accountant
+from lipdp.accounting.calibration import calibrate
 from lipdp.comparison.calibration import calibration
 from lipdp.comparison.protocol import Session, Trainer
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows, trained
 from lipdp.data import Split, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
-from lipdp.privacy.accounting import get_accountant
-from lipdp.privacy.calibration import calibrate
 from lipdp.training.assembly import decided, prepare
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate

@@ -7,19 +7,8 @@ What a set is to training is in `split`, sets that stay on disk in `stored` and 
 `files`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
-from __future__ import annotations
-
-import os
-from collections.abc import Sequence
-from dataclasses import replace
-from numbers import Real
-from pathlib import Path
-
-import numpy as np
-import torch
-
-from lipdp.data.download import cache_root
 from lipdp.data.folders import Columns
+from lipdp.data.opening import bound_inputs, default_bounding, load, open_split, split_validation
 from lipdp.data.scaling import (
     BOUNDINGS,
     Bounding,
@@ -32,10 +21,9 @@ from lipdp.data.scaling import (
     clip_features,
     public_standardisation,
 )
-from lipdp.data.sources import DATASETS, WHERE, source_of
+from lipdp.data.sources import DATASETS
 from lipdp.data.split import DataSplit, Split, units
 from lipdp.data.stored import Stored
-from lipdp.errors import DataError, ParameterError
 
 __all__ = [
     "BOUNDINGS",
@@ -60,134 +48,3 @@ __all__ = [
     "split_validation",
     "units",
 ]
-
-
-def load(name: str, *, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Split:
-    """Load a data set by name, with a split into train and test that does not depend on the data's values.
-
-    `open_split`, and everything read; a set that stays on disk only where it is small enough for that.
-
-    >>> split = load("digits")
-    >>> split.input_shape, len(split.train_x), len(split.test_x), split.num_classes, split.task
-    ((1, 8, 8), 1437, 360, 10, 'multiclass')
-    """
-    return open_split(name, data_dir=data_dir, download=download).in_memory()
-
-
-def open_split(
-    name: str,
-    *,
-    data_dir: str | os.PathLike[str] | None = None,
-    download: bool = False,
-    columns: Columns | None = None,
-    image_size: Sequence[int] | None = None,
-) -> DataSplit:
-    """Read a data set by name, or open one that stays on disk, with a split that does not depend on the data's values.
-
-    `digits`: the 1797 images of 8 × 8 pixels embedded in scikit-learn, divided by 16; every fifth record (index
-    0, 5, 10, …) is for test. `mnist`, `fashion-mnist`, `cifar10`: the published split. `adbench/NAME` and any `.npz`
-    without `X_test`, `y_test`: the first fifth of a fixed pseudo-random order of the indices (seed 0) is for test;
-    no stratification, since that would read the labels.
-
-    Guarantees: what is returned is whole, finite and consistent, or an error says which file is not. ε protects the
-    records of the training part, given the split; it says nothing about the test part.
-
-    Args:
-        name: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `adbench/NAME` (`11_donors`, or `donors`), or the path of
-            an `.npz` file with numeric arrays `X` and `y`, and optionally `X_test` and `y_test`. There `X` is a table
-            (N, d), or images (N, H, W) or (N, C, H, W) as bytes or as floats in [0, 1]; the set of labels is public.
-            Or a folder, which is not read but mapped: `train_x.npy`, `train_y.npy`, `test_x.npy`, `test_y.npy` (see
-            `lipdp.data.stored.open_npy`), or what `datasets.DatasetDict.save_to_disk` writes (`lipdp.data.hub.open_hub`).
-        data_dir: where to look; by default `$LIPDP_DATA`. It holds `MNIST/raw/*-ubyte[.gz]`,
-            `FashionMNIST/raw/*-ubyte[.gz]`, `cifar-10-batches-py/*`, `adbench/*.npz`, or the files themselves.
-        download: if the files are absent, fetch them from OpenML into that layout (images only), under `data_dir`,
-            else `$LIPDP_DATA`, else `$LIPDP_CACHE/data`. CIFAR-10 then has OpenML's order: its first 50 000 records
-            are taken for training.
-        columns: of a `datasets` folder, or whose the records are, where that is to be read.
-        image_size: (height, width), a public choice: what images are brought to.
-
-    Raises:
-        UnknownNameError: no such data set or table; the message lists those there are.
-        DataError: a missing, truncated or corrupt file, or a failing download.
-        ParameterError: columns or an image size where there are none.
-
-    >>> open_split("digits", image_size=(4, 4)).input_shape
-    (1, 4, 4)
-    """
-    split = _read(name, data_dir, download, columns or Columns())
-    return split if image_size is None else split.resized(image_size)
-
-
-def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, columns: Columns) -> DataSplit:
-    given = data_dir or os.environ.get("LIPDP_DATA")
-    if given is not None and not isinstance(given, (str, os.PathLike)):
-        raise ParameterError(f"data_dir={given!r}: the path of a folder is needed")
-    root = Path(given).expanduser() if given else cache_root() / "data"
-    source = source_of(name, columns, root=root)
-    if not source.needs_folder:
-        return source.read(Path())
-    if download and not source.present(root):
-        source.fetch(root)
-    if not root.is_dir():
-        raise DataError(
-            f"{name!r} was not found: " + (f"{root} is not a folder" if given else "no folder was given") + f"; {WHERE}"
-        )
-    return source.read(root)
-
-
-# --------------------------------------------------------------------------------------------------- splits derived
-
-
-def split_validation(split: Split, *, fraction: float = 0.1, seed: int = 0) -> Split:
-    """Carve a validation part out of the training part; it takes the place of the test part.
-
-    The `round(fraction · N)` records that come first in a pseudo-random order of the indices fixed by `seed`. Choosing
-    hyper-parameters on it keeps the test part unseen, but looks at private records, which ε does not cover.
-
-    Raises:
-        ParameterError: a fraction that leaves either part empty.
-
-    >>> part = split_validation(load("digits"), fraction=0.2)
-    >>> len(part.train_x), len(part.test_x)
-    (1150, 287)
-    """
-    count = len(split.train_x)
-    size = round(fraction * count) if isinstance(fraction, Real) and 0 < fraction < 1 else 0
-    if not 0 < size < count:
-        raise ParameterError(
-            f"fraction={fraction} of {count} records: give a number in (0, 1) that leaves both parts some"
-        )
-    if not isinstance(seed, int) or seed < 0:
-        raise ParameterError(f"seed={seed!r}: a whole number of at least 0 is needed")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    held, kept = order[:size].sort().values, order[size:].sort().values
-    x, y = split.train_x, split.train_y
-    owner = None if split.train_owner is None else split.train_owner[kept]
-    return replace(split, train_x=x[kept], train_y=y[kept], test_x=x[held], test_y=y[held], train_owner=owner)
-
-
-def bound_inputs(split: Split, bounding: Bounding) -> Split:
-    """Apply one fixed, data-independent map to the inputs of both parts.
-
-    >>> bound_inputs(load("digits"), Rescale(0.0, 1.0)).train_x.min().item()
-    -1.0
-    """
-    return split.bounded(bounding)
-
-
-_BINARY_TABLES = ("adbench/8_celeba",)
-
-
-def default_bounding(split: DataSplit) -> Bounding:
-    """The map to use when the user names none: by kind of input and by name, never by value.
-
-    Images: `Clip(0, 1)`, their natural range. Tables: `SignedLog()`, which copes with features of unknown and
-    differing scales, except CelebA, whose attributes are 0 or 1 by definition: `Rescale(0, 1)`. The constants were
-    chosen once, on the public ADBench tables.
-
-    >>> default_bounding(load("digits"))
-    Clip(lower=0.0, upper=1.0)
-    """
-    if len(split.input_shape) > 1:
-        return Clip(0.0, 1.0)
-    return Rescale(0.0, 1.0) if split.name in _BINARY_TABLES else SignedLog()

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lipdp.batches.loader import in_order
 from lipdp.data.files import parsing
 from lipdp.data.scaling import Bounding
 from lipdp.data.split import Split, Task, require_images, resize
 from lipdp.errors import DataError
-from lipdp.privacy.loader import in_order
 
 IN_MEMORY = 4 * 2**30
 """Bytes of float32 up to which a stored set is read whole by what needs it whole."""

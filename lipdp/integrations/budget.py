@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lipdp.accounting.events import Ledger
 from lipdp.errors import ParameterError
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.privacy.events import Ledger
 
 
 def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lipdp.accounting.events import Ledger
+from lipdp.distributed.wrappers import own_reduction
 from lipdp.errors import EngineError, OptimizerError, ParameterError
 from lipdp.integrations.budget import steps_within
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.privacy.events import Ledger
-from lipdp.privacy.parallel import own_reduction
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -5,13 +5,10 @@ and σ/k, which are not private; `Repetitions` says what a search costs that is 
 and memory on W devices, from what `lipdp.planning.measure` found on one.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import Any
+from lipdp.lazy import facade
 
 # public name → the module that defines it; imported on first use: Optuna is an extra
-_LAZY = {
+_NAMES = {
     "Budget": "lipdp.planning.budget",
     "Cost": "lipdp.planning.cost",
     "Move": "lipdp.planning.tan",
@@ -36,10 +33,4 @@ _LAZY = {
     "with_noise_multiplier": "lipdp.planning.budget",
 }
 
-__all__ = list(_LAZY)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'lipdp.planning' has no attribute {name!r}")
+__getattr__, __dir__, __all__ = facade(__name__, _NAMES)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
+from lipdp.accounting.accountants import checked_delta, get_accountant
+from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.events import Event
+from lipdp.accounting.relation import Relation
 from lipdp.errors import CalibrationError, ParameterError
 from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
-from lipdp.privacy.accounting import checked_delta, get_accountant
-from lipdp.privacy.calibration import calibrate
-from lipdp.privacy.events import Event
-from lipdp.relation import Relation
 
 NOISE_MULTIPLIER = 3.0
 """The σ a plan aims at: the middle of the sweet spot."""

@@ -32,7 +32,7 @@ from scipy.optimize import nnls
 
 from lipdp.errors import ParameterError
 
-_BUCKET = 4 << 23  # bytes of one reduction: as in `lipdp.privacy.world`
+_BUCKET = 4 << 23  # bytes of one reduction: as in `lipdp.distributed.collectives`
 _DRAWS = 200  # of the bootstrap
 _LEVEL = 0.9
 _WIDEST = 0.5  # of the interval of a sample's cost, over that cost

@@ -14,12 +14,12 @@ from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
+from lipdp.accounting.accountants import checked_delta
+from lipdp.accounting.calibration import _search
+from lipdp.accounting.events import Event
+from lipdp.accounting.relation import Relation
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
 from lipdp.planning.tan import eta_for
-from lipdp.privacy.accounting import checked_delta
-from lipdp.privacy.calibration import _search
-from lipdp.privacy.events import Event
-from lipdp.relation import Relation
 
 SHAPES = {"logarithmic": 0.0, "geometric": 1.0, "poisson": math.inf}
 """Laws of the number of repetitions by name, as the shape of a truncated negative binomial; Poisson is its limit."""

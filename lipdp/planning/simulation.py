@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.relation import Relation
 from lipdp.data import Split, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.planning.space import Scalar, merged
-from lipdp.privacy.calibration import calibrate
-from lipdp.relation import Relation
 from lipdp.training import Trainer, configure
 from lipdp.training.assembly import decided, prepare
 from lipdp.training.config import TrainConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lipdp.accounting.accountants import checked_delta
 from lipdp.errors import ParameterError
-from lipdp.privacy.accounting import checked_delta
 
 WALL = 0.5
 """σ below which ε explodes at constant η, whatever else is done: the privacy wall."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lipdp.batches.loader import BatchLoader
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.loader import BatchLoader
 
 
 class PrivateCriterion(nn.Module):

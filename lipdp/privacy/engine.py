@@ -10,25 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lipdp.accounting.accountants import get_accountant
+from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.events import Ledger
+from lipdp.accounting.facts import PrivacyFacts
+from lipdp.accounting.relation import Relation
+from lipdp.batches.loader import BatchLoader
+from lipdp.batches.population import Group, Population, check_records, first_records
+from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.bounds import BoundGraph
+from lipdp.distributed.collectives import World, current_world
+from lipdp.distributed.wrappers import check_alike, own_reduction, settle_shards
 from lipdp.errors import EngineError, ParameterError, UnknownNameError
 from lipdp.losses import as_lipschitz
 from lipdp.nn.sharded import local
-from lipdp.privacy.accounting import get_accountant
-from lipdp.privacy.calibration import calibrate
+from lipdp.noise.allocation import Allocation, get_allocation
+from lipdp.noise.gaussian import GaussianNoise
+from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.criterion import PrivateCriterion, check_loss
-from lipdp.privacy.events import Ledger
-from lipdp.privacy.facts import PrivacyFacts
 from lipdp.privacy.gate import FixedGate, QuantileGate
-from lipdp.privacy.loader import BatchLoader
-from lipdp.privacy.noise import Allocation, GaussianNoise, get_allocation
-from lipdp.privacy.parallel import check_alike, own_reduction, settle_shards
-from lipdp.privacy.population import Group, Population, check_records, first_records
 from lipdp.privacy.run import Run
-from lipdp.privacy.sampling import FixedSizeSampler, PoissonSampler, Sampler
-from lipdp.privacy.secure import SecureGaussianNoise
-from lipdp.privacy.world import World, current_world
-from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity
 from lipdp.timing import Timer
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lipdp.distributed.collectives import World
 from lipdp.errors import ParameterError
 from lipdp.nn.gates import clip_norm, per_sample_norm
-from lipdp.privacy.noise import GaussianNoise
+from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.seal import GradientSeal
-from lipdp.privacy.world import World
 
 
 class _Gate(torch.autograd.Function):

@@ -10,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipdp.accounting.events import Ledger, remaining_noise_multiplier
+from lipdp.accounting.facts import PrivacyFacts, check_digest, with_digest
+from lipdp.accounting.relation import Relation
+from lipdp.batches.loader import BatchLoader
 from lipdp.bounds import BoundGraph, Sweep
+from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_spread, local, shard_number
+from lipdp.noise.allocation import Allocation, joint_noise_multiplier
+from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
-from lipdp.privacy.events import Ledger, remaining_noise_multiplier
-from lipdp.privacy.facts import PrivacyFacts, check_digest, with_digest
 from lipdp.privacy.gate import FixedGate, QuantileGate
-from lipdp.privacy.loader import BatchLoader
-from lipdp.privacy.noise import Allocation, GaussianNoise, joint_noise_multiplier
 from lipdp.privacy.seal import GradientSeal
 from lipdp.privacy.snapshot import Snapshot
-from lipdp.privacy.world import World
-from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.timing import UNTIMED, Timer
 

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError
-from lipdp.relation import Relation
 from lipdp.report.statement import NOT_COVERED, PUBLIC, one_in
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lipdp.errors import CheckpointError, LipdpError
-from lipdp.privacy.noise import get_allocation
+from lipdp.noise.allocation import get_allocation
 from lipdp.report.reading import Run
 from lipdp.training.checkpoint import RunFolder
 

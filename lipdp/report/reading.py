@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lipdp.accounting.facts import check_digest
+from lipdp.accounting.relation import Relation
 from lipdp.errors import CheckpointError, ResumeError
-from lipdp.privacy.facts import check_digest
-from lipdp.relation import Relation
 
 MAX_BYTES = 64 * 2**20
 """Of one file; a run's are a thousand times smaller."""

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lipdp.accounting.accountants import get_accountant
+from lipdp.accounting.events import Event
+from lipdp.accounting.relation import Relation
 from lipdp.errors import LipdpError
-from lipdp.privacy.accounting import get_accountant
-from lipdp.privacy.events import Event
-from lipdp.relation import Relation
 from lipdp.report.reading import Account, Run
 
 PUBLIC = (

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lipdp.accounting.relation import Relation
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.probe import sample_shape
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.losses import LipschitzLoss, as_lipschitz
 from lipdp.nn.gates import InputBound
-from lipdp.relation import Relation
 from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.testing.attack import INPUT, Ascent, Objective, findings
 from lipdp.testing.inputs import (

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lipdp.accounting.accountants import Spent
+from lipdp.accounting.calibration import EpsilonCurve, calibrate
+from lipdp.accounting.relation import Relation
+from lipdp.batches.loader import BatchLoader
 from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, open_split, units
 from lipdp.data.augment import Augmented, augment
+from lipdp.distributed.collectives import Alone, World
 from lipdp.errors import ParameterError
-from lipdp.features import Progress, apply, features
+from lipdp.features.maps import Progress, apply, features
 from lipdp.losses import LipschitzLoss
-from lipdp.privacy.accounting import Spent
-from lipdp.privacy.calibration import EpsilonCurve, calibrate
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.loader import BatchLoader
-from lipdp.privacy.world import Alone, World
-from lipdp.relation import Relation
 from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig
 from lipdp.training.ema import Ema

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from lipdp.accounting.facts import check_digest
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.files import write_bytes, write_json, written_whole
-from lipdp.privacy.facts import check_digest
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

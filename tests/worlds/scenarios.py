@@ -7,8 +7,8 @@ from torch.utils.data import Dataset, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.distributed.collectives import Alone, current_world
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.world import Alone, current_world
 
 N, B = 300, 24
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipdp.accounting.relation import Relation
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
-from lipdp.privacy.ratchet import Ratchet
-from lipdp.privacy.secure import keystream, keystream_blocks
-from lipdp.relation import Relation
+from lipdp.noise.cipher import keystream, keystream_blocks
+from lipdp.noise.ratchet import Ratchet
 
 _MANY, _SPARSE = 1 << 20, 0.05  # more records than this, at no higher a rate: see `PoissonSampler`
 

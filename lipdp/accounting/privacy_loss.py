@@ -40,8 +40,8 @@ from numpy.typing import NDArray
 from prv_accountant import PrivacyRandomVariable
 from scipy.special import ndtr
 
-from lipdp.privacy.events import Event
-from lipdp.relation import Relation
+from lipdp.accounting.events import Event
+from lipdp.accounting.relation import Relation
 
 Array = NDArray[np.float64]
 _MAX_POINTS = 100_000  # dp-accounting visits the points of one step's distribution in a Python loop, about 4 µs each

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from lipdp.batches.owners import EveryNth, Owners, Part, flattened_views
+from lipdp.batches.samplers import Sampler
 from lipdp.errors import DataError, EngineError, LipdpError, ParameterError
-from lipdp.privacy.sampling import Sampler
-from lipdp.privacy.units import EveryNth, Owners, Part, flattened_views
 from lipdp.timing import UNTIMED, Timer
 
 Drawn: TypeAlias = tuple[np.ndarray, int]
@@ -62,7 +62,7 @@ class BatchLoader:
         EngineError: an `IterableDataset`, or one without a length: it can't be sampled.
         ParameterError: a length that is not the sampler's population, or a negative `num_workers`.
 
-    >>> from lipdp.privacy.sampling import PoissonSampler
+    >>> from lipdp.batches.samplers import PoissonSampler
     >>> dataset = TensorDataset(torch.zeros(100, 3), torch.zeros(100, dtype=torch.int64))
     >>> loader = BatchLoader(dataset, PoissonSampler(100, sampling_rate=0.05, steps=2, seed=0))
     >>> for x, y in loader:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipdp.batches.owners import EveryNth, Owners, Part, Shard
+from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError, ParameterError
-from lipdp.privacy.units import EveryNth, Owners, Part, Shard
-from lipdp.privacy.world import World
 
 Group = Sequence[int] | Tensor | np.ndarray
 

@@ -85,7 +85,7 @@ class Alone:
             raise EngineError(
                 f"torch.distributed has {world_size()} processes now and had one at make_private: each would draw batches and noise"
                 " of its own, and the account would be wrong. Call make_private after init_process_group, or after the framework's"
-                " launch; for separate runs side by side, PrivacyEngine(world=lipdp.privacy.world.Alone(chosen=True))"
+                " launch; for separate runs side by side, PrivacyEngine(world=lipdp.distributed.collectives.Alone(chosen=True))"
             )
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:

@@ -2,93 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lipdp.errors import ParameterError
-from lipdp.privacy.noise import GaussianNoise, groups, normals_from_words_
-from lipdp.privacy.ratchet import Ratchet
+from lipdp.noise.cipher import ChaChaSource
+from lipdp.noise.gaussian import GaussianNoise, groups, normals_from_words_
 
 _DRAWS = 4  # normals summed for one; a power of 4, so that dividing by √_DRAWS is exact
 _GRID_BITS = 10
 _CPU_BLOCK, _BLOCK = 1 << 14, 1 << 22  # normals at a time
-
-
-def keystream(key: int, count: int) -> np.ndarray:
-    """(count,) uint64: the ChaCha20 keystream of a 256-bit key.
-
-    Raises:
-        ParameterError: the package `cryptography` is not installed.
-
-    >>> keystream(0, 1).item() == int.from_bytes(bytes.fromhex("76b8e0ada0f13d90"), "little")
-    True
-
-    Source: Bernstein (2008), "ChaCha, a variant of Salsa20"; RFC 8439 (the first of its test vectors is the example).
-    """
-    return next(keystream_blocks(key, count, block=max(count, 1)), np.empty(0, np.uint64))
-
-
-def keystream_blocks(key: int, count: int, *, block: int = 1 << 17) -> Iterator[np.ndarray]:
-    """The words of `keystream(key, count)` in order, at most `block` of them at a time and in memory.
-
-    >>> [len(words) for words in keystream_blocks(0, 5, block=2)]
-    [2, 2, 1]
-    """
-    try:
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-    except ImportError as error:
-        raise ParameterError(f'secure=True needs cryptography ({error}): pip install "lipdp[secure]"') from error
-    cipher = Cipher(algorithms.ChaCha20(key.to_bytes(32, "little"), bytes(16)), mode=None).encryptor()
-    for start in range(0, count, block):
-        raw = bytearray(8 * min(block, count - start))
-        cipher.update_into(raw, raw)
-        yield np.frombuffer(raw, np.uint64)
-
-
-class ChaChaSource:
-    """A `NoiseSource` whose words are ChaCha20 keystreams, each under the next secret of a `Ratchet`.
-
-    Guarantees: to tell the words from uniform ones, or to find one call's from another's, means breaking ChaCha20 or
-    BLAKE2b. From a state the words of calls before it cannot be recomputed, those after it can: see `Ratchet`.
-
-    Args:
-        seed: reproducible words, **not private**; None draws 256 bits from the operating system.
-        device: where the words are wanted; they are made on the CPU.
-
-    >>> ChaChaSource(seed=0).words(3).dtype
-    torch.int64
-    """
-
-    def __init__(self, seed: int | None = None, *, device: torch.device | str = "cpu") -> None:
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        self._ratchet = Ratchet("secure noise", seed)
-        keystream(0, 1)  # refuses here what it would refuse at the first step
-
-    @property
-    def seeded(self) -> bool:
-        """Whether the words are reproducible by whoever knows a seed."""
-        return self._ratchet.seeded
-
-    def words(self, count: int) -> Tensor:
-        """(count,) int64: fresh independent uniform 64-bit words."""
-        return torch.from_numpy(keystream(self._ratchet.advance(), count).view(np.int64)).to(self.device)
-
-    def secret(self) -> int:
-        """One 256-bit secret, for what is derived from it."""
-        return self._ratchet.advance()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The ratchet's state; the same on every device."""
-        return self._ratchet.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue bit-identically after the state was taken."""
-        self._ratchet.load_state_dict(state)
 
 
 class SecureGaussianNoise(GaussianNoise):

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
+from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError, UnknownNameError
-from lipdp.relation import Relation
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from lipdp.accounting.events import Event
+from lipdp.accounting.relation import Relation
 from lipdp.errors import ResumeError
-from lipdp.privacy.events import Event
-from lipdp.relation import Relation
 
 
 @dataclass(frozen=True)

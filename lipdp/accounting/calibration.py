@@ -9,10 +9,10 @@ from numbers import Real
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
+from lipdp.accounting.accountants import Counts, checked_delta, get_accountant, merged, prepared
+from lipdp.accounting.events import Event, as_relation
+from lipdp.accounting.relation import Relation
 from lipdp.errors import AccountingError, CalibrationError, ParameterError
-from lipdp.privacy.accounting import Counts, checked_delta, get_accountant, merged, prepared
-from lipdp.privacy.events import Event, as_relation
-from lipdp.relation import Relation
 
 _LARGEST = 1e4
 _SLACK = 0.005  # ε(σ) may lie this far below the target, relative
@@ -47,7 +47,7 @@ def calibrate(
         CalibrationError: no σ reaches the target; the message says why.
         ParameterError, UnknownNameError: an argument outside its range.
 
-    >>> from lipdp.privacy.accounting import epsilon
+    >>> from lipdp.accounting.accountants import epsilon
     >>> sigma = calibrate(target_epsilon=1.0, sampling_rate=0.01, steps=200, delta=1e-5)
     >>> 0.995 <= epsilon(noise_multiplier=sigma, sampling_rate=0.01, steps=200, delta=1e-5) <= 1.0
     True

@@ -21,9 +21,8 @@ from prv_accountant.domain import Domain
 from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
 from scipy.fft import next_fast_len
 
-from lipdp.errors import AccountingError, ParameterError, UnknownNameError
-from lipdp.privacy.events import Event, Ledger, as_relation, joint_noise_multiplier, remaining_noise_multiplier
-from lipdp.privacy.privacy_loss import (
+from lipdp.accounting.events import Event, Ledger, as_relation, joint_noise_multiplier, remaining_noise_multiplier
+from lipdp.accounting.privacy_loss import (
     DIRECTIONS,
     StepLoss,
     loss_deviation,
@@ -31,7 +30,8 @@ from lipdp.privacy.privacy_loss import (
     renyi,
     smallest_interval,
 )
-from lipdp.relation import Relation
+from lipdp.accounting.relation import Relation
+from lipdp.errors import AccountingError, ParameterError, UnknownNameError
 
 __all__ = [
     "Accountant",

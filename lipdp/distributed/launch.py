@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from lipdp.distributed.collectives import Alone, Processes, World
 from lipdp.errors import ParameterError
-from lipdp.privacy.world import Alone, Processes, World
 
 TIMEOUT = 30.0
 """Minutes after which a silent process counts as lost."""

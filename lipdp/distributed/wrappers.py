@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lipdp.accounting.facts import PrivacyFacts
 from lipdp.bounds.probe import probe_input, untouched
+from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_sharded, is_spread, is_wrapped
-from lipdp.privacy.facts import PrivacyFacts
-from lipdp.privacy.world import World
 
 
 def own_reduction(module: nn.Module, world: World) -> nn.Module:

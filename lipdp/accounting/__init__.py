@@ -1,0 +1,22 @@
+"""From events to ε and back: relation, plan, events, accountants, calibration. No torch."""
+
+from lipdp.lazy import facade
+
+_NAMES = {
+    "Accountant": "lipdp.accounting.accountants",
+    "EpsilonCurve": "lipdp.accounting.calibration",
+    "Event": "lipdp.accounting.events",
+    "Ledger": "lipdp.accounting.events",
+    "PLDAccountant": "lipdp.accounting.accountants",
+    "PRVAccountant": "lipdp.accounting.accountants",
+    "PrivacyFacts": "lipdp.accounting.facts",
+    "RDPAccountant": "lipdp.accounting.accountants",
+    "Relation": "lipdp.accounting.relation",
+    "Spent": "lipdp.accounting.accountants",
+    "calibrate": "lipdp.accounting.calibration",
+    "epsilon": "lipdp.accounting.accountants",
+    "get_accountant": "lipdp.accounting.accountants",
+    "joint_noise_multiplier": "lipdp.accounting.events",
+}
+
+__getattr__, __dir__, __all__ = facade(__name__, _NAMES)

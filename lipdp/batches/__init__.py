@@ -1,0 +1,15 @@
+"""Which records take part in a step: samplers, population, owners, loader."""
+
+from lipdp.lazy import facade
+
+_NAMES = {
+    "BatchLoader": "lipdp.batches.loader",
+    "FixedSizeSampler": "lipdp.batches.samplers",
+    "Owners": "lipdp.batches.owners",
+    "PoissonSampler": "lipdp.batches.samplers",
+    "Population": "lipdp.batches.population",
+    "Sampler": "lipdp.batches.samplers",
+    "in_order": "lipdp.batches.loader",
+}
+
+__getattr__, __dir__, __all__ = facade(__name__, _NAMES)

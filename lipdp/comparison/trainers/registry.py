@@ -1,0 +1,42 @@
+"""Every trainer of the comparison, one module each: `TRAINERS` by name."""
+
+from __future__ import annotations
+
+from lipdp.comparison.protocol import Trainer
+from lipdp.comparison.trainers.adaptive import AdaptiveClipping
+from lipdp.comparison.trainers.automatic import AutomaticClipping
+from lipdp.comparison.trainers.backprop_clipping import BackpropClipping
+from lipdp.comparison.trainers.clipless import Clipless
+from lipdp.comparison.trainers.global_clipping import GlobalClipping, GlobalScaledClipping
+from lipdp.comparison.trainers.non_private import NonPrivate
+from lipdp.comparison.trainers.opacus import Functorch, Ghost, Hooks, PerLayer
+from lipdp.errors import UnknownNameError
+
+TRAINERS: dict[str, Trainer] = {
+    trainer.name: trainer
+    for trainer in (
+        NonPrivate(),
+        Clipless(),
+        BackpropClipping(),
+        Hooks(),
+        Functorch(),
+        Ghost(),
+        PerLayer(),
+        AutomaticClipping(),
+        GlobalScaledClipping(),
+        GlobalClipping(),
+        AdaptiveClipping(),
+    )
+}
+"""name → trainer with its default settings; `dataclasses.replace` changes them."""
+
+
+def get_trainer(name: str) -> Trainer:
+    """A trainer by name; UnknownNameError lists them.
+
+    >>> get_trainer("opacus_hooks")
+    Hooks(max_grad_norm=1.0)
+    """
+    if name not in TRAINERS:
+        raise UnknownNameError("trainer", name, TRAINERS)
+    return TRAINERS[name]

@@ -1,0 +1,339 @@
+"""Fixed, data-independent feature maps as a stage of the data pipeline: computed once, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lipdp.constraints import is_positive, is_size
+from lipdp.data import Split
+from lipdp.data.download import cache_root
+from lipdp.errors import DataError, NonFiniteError, ParameterError, UnknownNameError
+from lipdp.features.scattering import Scattering
+from lipdp.files import written_whole
+
+Progress = Callable[[int, int], object]
+"""Called as progress(records done, records in all)."""
+
+_FORMAT = 1  # of the cache; raise it when the same spec would give other numbers
+_BATCH = 512
+
+
+class FeatureMap(Protocol):
+    """A fixed map of images, frozen and comparable, that treats each record alone."""
+
+    name: ClassVar[str]
+
+    def version(self) -> str:
+        """What computes the map; part of the cache's key."""
+        ...
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int]:
+        """Shape (channels, height, width) of one output, for one input of shape (C, H, W)."""
+        ...
+
+    def lipschitz(self, input_shape: Sequence[int]) -> float:
+        """Certified constant of the map on one input."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to (N, *output_shape)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dct:
+    """Orthonormal two-dimensional discrete cosine transform (DCT-II) of each channel: `Y = D_H X D_Wᵀ`.
+
+    `D_n[k, i] = c_k cos(π (i + ½) k / n)`, `c_0 = √(1/n)`, else `√(2/n)`, so `D Dᵀ = I` and norms are kept; the low
+    frequencies alone are a projection. Lipschitz constant 1 either way.
+
+    Attributes:
+        keep: keep the `keep × keep` lowest frequencies (all where the image is smaller); None keeps all.
+
+    >>> Dct(keep=8).output_shape((3, 32, 32))
+    (3, 8, 8)
+    """
+
+    keep: int | None = None
+
+    name: ClassVar[str] = "dct"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and not is_size(self.keep):
+            raise ParameterError(f"keep={self.keep!r}: give the number of frequencies per axis, at least 1, or None")
+
+    def version(self) -> str:
+        """What computes the map: this library."""
+        return "lipdp"
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int]:
+        """(C, min(H, keep), min(W, keep))."""
+        channels, height, width = input_shape
+        return channels, min(height, self.keep or height), min(width, self.keep or width)
+
+    def lipschitz(self, input_shape: Sequence[int]) -> float:
+        """1: an orthogonal map, or a projection of it."""
+        return 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to frequencies (N, C, H', W')."""
+        _, rows, columns = self.output_shape(x.shape[1:])
+        left, right = (_dct_matrix(n, k).to(x) for n, k in ((x.shape[2], rows), (x.shape[3], columns)))
+        return left @ x @ right.T
+
+
+def _dct_matrix(size: int, rows: int) -> Tensor:
+    """The first `rows` rows of the orthonormal DCT-II matrix of `size`, float64."""
+    k = torch.arange(rows, dtype=torch.float64)[:, None]
+    i = torch.arange(size, dtype=torch.float64)[None, :]
+    matrix = math.sqrt(2 / size) * torch.cos(math.pi * (i + 0.5) * k / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
+
+
+FEATURES: dict[str, type[Scattering] | type[Dct]] = {"scattering": Scattering, "dct": Dct}
+
+_DEFAULTS: dict[str, dict[str, Any]] = {"scattering": {"group_norm": 27, "unit_norm": True}}
+
+
+_NORMALISATION = ("group_norm", "unit_norm", "eps", "dtype")
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """A feature map, its per-sample normalisation and the type it is stored in; `features` builds one by name.
+
+    `spec(x)`: the map; then, with `group_norm = g`, each sample's channels in g consecutive groups, each group (all
+    its channels and positions) brought to mean 0 and variance 1, `(z − μ)/√(var + eps)`, statistics of that sample
+    alone; then flattening; then, with `unit_norm`, `z / ‖z‖` (zero stays zero).
+
+    Attributes:
+        map: the feature map.
+        group_norm: number of groups, a divisor of the map's channels; None for no group normalisation.
+        unit_norm: whether each sample is scaled to norm 1.
+        eps: what keeps the group normalisation finite, > 0.
+        dtype: `float32`, or `float16`, which halves the cache; cast each batch back before the model.
+    """
+
+    map: FeatureMap
+    group_norm: int | None = None
+    unit_norm: bool = False
+    eps: float = 1e-5
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.group_norm is not None and not is_size(self.group_norm):
+            raise ParameterError(f"group_norm={self.group_norm!r}: give a number of groups ≥ 1, or None")
+        if not is_positive(self.eps):
+            raise ParameterError(f"eps={self.eps!r}: give a finite number > 0")
+        if not isinstance(self.dtype, str) or self.dtype not in ("float32", "float16"):
+            raise ParameterError(f"dtype={self.dtype!r}: give float32 or float16")
+
+    def to_json(self) -> dict[str, Any]:
+        """A flat dict of plain values; `features(**d)` gives the spec back.
+
+        >>> spec = features("dct", keep=8)
+        >>> features(**spec.to_json()) == spec
+        True
+        """
+        options = {key: getattr(self, key) for key in _NORMALISATION}
+        return {"name": self.map.name, **asdict(self.map), **options}  # type: ignore[call-overload]
+
+    def output_shape(self, input_shape: Sequence[int]) -> tuple[int]:
+        """`(d,)`: the number of features of one input of shape (C, H, W); ParameterError if it does not fit."""
+        if len(input_shape) != 3:
+            raise ParameterError(
+                f"{self.map.name} features are for images (C, H, W), not for inputs of shape {tuple(input_shape)}"
+            )
+        shape = self.map.output_shape(input_shape)
+        if self.group_norm is not None and shape[0] % self.group_norm:
+            divisors = [n for n in range(1, shape[0] + 1) if shape[0] % n == 0]
+            raise ParameterError(
+                f"group_norm={self.group_norm} does not divide {shape[0]} channels: give one of {divisors}"
+            )
+        return (math.prod(shape),)
+
+    def lipschitz(self, input_shape: Sequence[int]) -> float:
+        """Certified constant of the whole stage; infinite with a normalisation, which has only local constants."""
+        return math.inf if self.group_norm or self.unit_norm else self.map.lipschitz(input_shape)
+
+    def norm_bound(self, input_shape: Sequence[int]) -> float:
+        """Bound on the norm of one output for images in [0, 1], in exact arithmetic.
+
+        1 with `unit_norm`; `√d` with `group_norm` (each group has mean square var/(var + eps) < 1); else
+        `lipschitz · √(CHW)`, since the maps send 0 to 0.
+        """
+        if self.unit_norm:
+            return 1.0
+        if self.group_norm:
+            return math.sqrt(*self.output_shape(input_shape))
+        return self.map.lipschitz(input_shape) * math.sqrt(math.prod(input_shape))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to features (N, d) of `dtype`."""
+        self.output_shape(x.shape[1:])
+        z = self.map(x)
+        if self.group_norm:
+            z = F.group_norm(z, self.group_norm, eps=self.eps)
+        z = z.flatten(1)
+        if self.unit_norm:
+            z = F.normalize(z, dim=1)
+        return z.to(getattr(torch, self.dtype))
+
+
+def features(name: str, **options: Any) -> FeatureSpec:
+    """Build a feature stage by name, with the defaults that work well for a linear head.
+
+    `scattering`: J = 2, L = 8, order 2, `group_norm=27`, `unit_norm=True`. `dct`: all frequencies, no normalisation.
+
+    Args:
+        name: `scattering` or `dct`.
+        options: of the map (`J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`, `dtype`).
+
+    Raises:
+        UnknownNameError: no such map; the message lists them.
+        ParameterError: an unknown option, or a value outside its range.
+
+    >>> features("scattering").output_shape((1, 28, 28))
+    (3969,)
+
+    Source: group normalisation of scattering features for private training is due to Tramèr and Boneh, Differentially
+    private learning needs better features (or much more data), 2021.
+    """
+    if not isinstance(name, str) or name not in FEATURES:
+        raise UnknownNameError("feature map", name, FEATURES)
+    kind = FEATURES[name]
+    known = [field.name for field in fields(kind)]
+    of_map = {key: value for key, value in options.items() if key in known}
+    of_spec = {key: value for key, value in options.items() if key not in known}
+    unknown = sorted(set(of_spec) - set(_NORMALISATION))
+    if unknown:
+        have = ", ".join((*known, *_NORMALISATION))
+        raise ParameterError(f"{name} features have no option {', '.join(unknown)}; they have {have}")
+    return FeatureSpec(kind(**of_map), **{**_DEFAULTS.get(name, {}), **of_spec})
+
+
+def apply(
+    split: Split,
+    spec: FeatureSpec,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Split:
+    """Replace the images of a split by their features, computed batch by batch once and then read from disk.
+
+    The result is memory-mapped: it takes disk, and memory only as it is read. A cached file is used only if its
+    checksum, shape and key agree; else it is computed again. The key is a digest of the images' bytes and shape, of
+    the spec and of the version of what computes the map. The cache holds features of private records: protect it as
+    you protect the data (files are created readable by their owner alone).
+
+    Args:
+        split: images (N, C, H, W), float32.
+        spec: from `features`.
+        cache_dir: folder for the cache; by default `$LIPDP_CACHE/features`, else `~/.cache/lipdp/features`.
+        progress: called as `progress(done, total)` in records of both parts, after each batch or cached part.
+
+    Returns:
+        The split with inputs (N, d) of `spec.dtype`; labels and the rest unchanged.
+
+    Raises:
+        ParameterError: inputs that are not images, or images or options the map cannot take.
+        NonFiniteError: NaN or infinity in the images.
+        DataError: the cache cannot be written; the message says where it was tried.
+    """
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "features"
+    total = len(split.train_x) + len(split.test_x)
+
+    def report(done: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
+    train_x = _cached(split.train_x, spec, folder, report)
+    test_x = _cached(split.test_x, spec, folder, lambda done: report(len(train_x) + done))
+    return replace(split, train_x=train_x, test_x=test_x)
+
+
+# ------------------------------------------------------------------------------------------------------------ cache
+
+
+def _cached(x: Tensor, spec: FeatureSpec, folder: Path, report: Callable[[int], None]) -> Tensor:
+    """The features of `x`, read from `folder` if they lie there whole, else computed and left there."""
+    shape = (len(x), *spec.output_shape(x.shape[1:]))
+    facts = {"format": _FORMAT, "spec": spec.to_json(), "by": spec.map.version(), "input": [str(x.dtype), *x.shape]}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest.update(_raw(x))
+    path = folder / f"{spec.map.name}-{digest.hexdigest()[:32]}.npy"
+    record = path.with_suffix(".json")
+    try:
+        if not _is_whole(path, record):
+            checksum = _write(path, x, spec, shape, report)
+            with written_whole(record) as stream:
+                stream.write(json.dumps({**facts, "sha256": checksum}, indent=1).encode())
+        stored = np.load(path, mmap_mode="c", allow_pickle=False)
+    except OSError as error:
+        raise DataError(
+            f"the features cannot be kept in {folder} ({error}); free some space there, or set LIPDP_CACHE (cache_dir=...)"
+        ) from error
+    report(len(x))
+    return torch.from_numpy(stored)
+
+
+def _is_whole(path: Path, record: Path) -> bool:
+    """Whether the file is the one whose checksum was recorded when it was written."""
+    try:
+        recorded: Any = json.loads(record.read_bytes())
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(recorded, Mapping) and recorded.get("sha256") == digest.hexdigest()
+
+
+@torch.no_grad()
+def _write(path: Path, x: Tensor, spec: FeatureSpec, shape: tuple[int, ...], report: Callable[[int], None]) -> str:
+    """Compute the features batch by batch into an npy file, whole or not at all; return its checksum."""
+    digest = hashlib.sha256()
+    with written_whole(path) as stream:
+
+        def put(content: bytes | memoryview) -> None:
+            digest.update(content)
+            stream.write(content)
+
+        put(_npy_header(spec.dtype, shape))
+        for start in range(0, len(x), _BATCH):
+            z = spec(x[start : start + _BATCH])
+            if not bool(torch.isfinite(z).all()):
+                raise NonFiniteError(
+                    f"records {start} to {start + len(z) - 1} have NaN or infinity in image or features"
+                )
+            put(_raw(z))
+            report(start + len(z))
+    return digest.hexdigest()
+
+
+def _raw(x: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
+    array: Any = x.detach().cpu().contiguous().numpy()
+    return memoryview(array).cast("B")
+
+
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(header, {"descr": description, "fortran_order": False, "shape": shape})
+    return header.getvalue()

@@ -1,0 +1,132 @@
+"""A report of training runs for somebody who did not train: `lipdp report RUN...`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from lipdp import __version__
+from lipdp.comparison.calibration import Calibration
+from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.report.comparison import ComparisonRow, read_comparison
+from lipdp.report.evaluation import run_calibration
+from lipdp.report.parameters import ParameterRow, parameter_rows
+from lipdp.report.reading import Run, read_run
+from lipdp.report.statement import Notice, notices, paragraphs, recomputed_epsilon
+
+FORMATS = ("html", "json", "md")
+MOST_RUNS = 12
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run, and what follows from its folder.
+
+    Attributes:
+        label: its letter among several runs, "" if there is one.
+        run: what its folder says.
+        notices: what a reader must not miss, the alarms first.
+        statement: the guarantee in words, a paragraph each.
+        recomputed: ε from σ, q, T and δ, by this program.
+        parameters: a row for each. parameters_note: why columns are empty.
+        calibration: of the last weights on the test records. calibration_note: why there is none.
+    """
+
+    label: str
+    run: Run
+    notices: tuple[Notice, ...]
+    statement: tuple[str, ...]
+    recomputed: float | None
+    parameters: tuple[ParameterRow, ...]
+    parameters_note: str
+    calibration: Calibration | None
+    calibration_note: str
+
+    @property
+    def alarming(self) -> bool:
+        """The guarantee does not hold, or cannot be relied on."""
+        return any(notice.alarm for notice in self.notices)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Runs side by side, the rows of a comparison, and who made it when."""
+
+    runs: tuple[RunReport, ...]
+    comparison: tuple[ComparisonRow, ...]
+    made: str
+    version: str
+
+    @property
+    def labelled(self) -> list[tuple[str, Run]]:
+        """The runs with their letters."""
+        return [(one.label, one.run) for one in self.runs]
+
+    def differences(self) -> list[tuple[str, list[Any]]]:
+        """The settings that are not the same in all runs: name, and the value in each."""
+        names = dict.fromkeys(name for one in self.runs for name in one.run.config)
+        table = [(name, [one.run.config.get(name) for one in self.runs]) for name in names]
+        return [(name, values) for name, values in table if any(value != values[0] for value in values)]
+
+
+def gather(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    comparison: str | os.PathLike[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    calibrate: bool = True,
+    run_code: bool = False,
+    made: str | None = None,
+) -> Report:
+    """Read run folders, which nobody vouches for: nothing in them is executed unless `run_code` allows it.
+
+    Args:
+        runs: folders of `lipdp train`, one to twelve.
+        comparison: a folder of `lipdp compare`.
+        data_dir: where the data are, if not where the runs read them.
+        calibrate: read the test records and evaluate the model on them.
+        run_code: build models given as module:function too.
+        made: the date to state; today's.
+
+    Raises:
+        CheckpointError: a folder is none, or damaged; the message names the file and the field.
+        ParameterError: no run, or too many to read side by side.
+
+    >>> gather([])
+    Traceback (most recent call last):
+    lipdp.errors.ParameterError: 0 runs: give one to 12 folders of lipdp train
+    """
+    if not 1 <= len(runs) <= MOST_RUNS:
+        raise ParameterError(f"{len(runs)} runs: give one to {MOST_RUNS} folders of lipdp train")
+    read = [read_run(folder) for folder in runs]
+    rows = () if comparison is None else read_comparison(comparison)
+    labels = [chr(ord("A") + i) for i in range(len(read))] if len(read) > 1 else [""]
+    reports = []
+    for label, run in zip(labels, read, strict=True):
+        recomputed = recomputed_epsilon(run.account)
+        calibration, why = None, "Not asked for: leave --no-calibration out."
+        if calibrate:
+            calibration, why = run_calibration(run, data_dir=data_dir, run_code=run_code)
+        reports.append(
+            RunReport(
+                label, run, notices(run, recomputed), paragraphs(run.account), recomputed, *parameter_rows(run), calibration, why
+            )
+        )  # fmt: skip
+    return Report(tuple(reports), rows, made or date.today().isoformat(), __version__)
+
+
+def render(report: Report, format: str = "html") -> str:
+    """The report as one self-contained HTML page, as JSON, or as a section of a model card in markdown.
+
+    Raises:
+        UnknownNameError: another format. ParameterError: Jinja2 is not installed (JSON needs none).
+    """
+    from lipdp.report.pages import as_html, as_json, as_markdown
+
+    makers = dict(zip(FORMATS, (as_html, as_json, as_markdown), strict=True))
+    if format not in makers:
+        raise UnknownNameError("format", format, makers)
+    return makers[format](report)

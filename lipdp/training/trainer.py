@@ -1,0 +1,489 @@
+"""The training loop: from a configuration to a private model, with metrics, checkpoints and an exact resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipdp.accounting.calibration import EpsilonCurve
+from lipdp.accounting.events import Ledger
+from lipdp.accounting.facts import check_digest, with_digest
+from lipdp.data import DataSplit, units
+from lipdp.distributed.collectives import World, current_world
+from lipdp.distributed.wrappers import check_same_weights
+from lipdp.errors import CheckpointError, DataError, LipdpError, NonFiniteError, ResumeError
+from lipdp.privacy.later import Later
+from lipdp.timing import UNTIMED, Timer
+from lipdp.training.assembly import assemble, decided, prepare
+from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
+from lipdp.training.config import TrainConfig, config_from_dict
+from lipdp.training.environment import environment
+from lipdp.training.evaluation import evaluate_batches
+from lipdp.training.monitor import Interrupted, Monitor, Result
+from lipdp.training.profile import StepProfile
+from lipdp.training.runtime import own_random_state, random_state, stop_signals
+
+_log = logging.getLogger(__name__)
+_CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
+_EVALUATED = 1024  # test records at a time
+_PROTECTED = {
+    "record": "each of the {} training records, input and label",
+    "owner": "each of the {} owners of training records, with all records of theirs, input and label",
+}
+NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
+
+
+def train(config: TrainConfig, *, out: str | os.PathLike[str] | None = None, monitor: Monitor | None = None) -> Result:
+    """Train one model, from data to ε.
+
+    Args:
+        config: from `configure`.
+        out: the run's folder; without one nothing is written.
+        monitor: is told how it goes.
+
+    Raises:
+        LipdpError: anything that would break the guarantee or cannot be read or written.
+        Interrupted: SIGINT or SIGTERM, after a checkpoint.
+
+    >>> result = train(configure(dataset="digits", model="linear", steps=3, noise_multiplier=9.0, seed=0))
+    >>> result.steps, result.epsilon < 1, sorted(result.metrics)[-3:]
+    (3, True, ['test_accuracy', 'test_accuracy_ema', 'train_loss_not_private'])
+    """
+    return Trainer(config, out=out, monitor=monitor).run()
+
+
+class Trainer:
+    r"""One run: everything is decided when it is made, nothing is released before `run`.
+
+    Guarantees: each step is one step of `PrivacyEngine`, so the weights after any number of steps, their average, the
+    checkpoints' weights and the metrics on the test part are (ε, δ)-DP for the training records, ε as reported. An
+    interrupted run that is resumed ends with the same bits (on a CPU, with the same number of threads) as one that
+    was not.
+
+    Args:
+        config: from `configure`.
+        out: the run's folder; refused if it holds a run.
+        split: the data, if they are not to be read as the configuration says.
+        monitor: is told how it goes.
+        profile: times the parts of a few steps.
+        world: the processes that train together; by default those of torch.distributed. The first one writes, and alone
+            has a `folder`.
+
+    Attributes:
+        config: with every number decided.
+        model, optimizer, scheduler, loader, criterion, engine, ema: what is trained, and with what.
+        step: noisy steps taken.
+        planned: ε after all of them, and the accountant that says so.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        split: DataSplit | None = None,
+        monitor: Monitor | None = None,
+        profile: StepProfile | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.profile, self.world = profile, world or current_world()
+        self.folder = None if out is None or self.world.rank > 0 else RunFolder(out)
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.require_free()  # before any long work
+        self._set_up(config, split, monitor or Monitor(), noise_multiplier=None)
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.start(self.config.as_dict())
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        split: DataSplit | None = None,
+        monitor: Monitor | None = None,
+        profile: StepProfile | None = None,
+        world: World | None = None,
+        **given: Any,
+    ) -> Trainer:
+        """Go on with an interrupted run.
+
+        Args:
+            out: its folder.
+            split, monitor, profile, world: as for a new run; the number of processes may be another.
+            given: settings; those of `config.RUNTIME` may differ from the run's.
+
+        Raises:
+            ResumeError: the run is finished, or another setting differs, first of all one that ε depends on.
+            CheckpointError: no checkpoint can be read.
+        """
+        world = world or current_world()
+        folder = RunFolder(out)
+        with world.together():
+            config = config_from_dict(folder.config())
+            unstarted = folder.is_unstarted()
+            checkpoint = {} if unstarted else folder.load()
+            if not unstarted and "resume" not in checkpoint:
+                if world.rank == 0:
+                    folder.seal()
+                raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
+            config = config.resumed(checkpoint.get("config", {})).resumed(given)
+        if unstarted:
+            trainer = cls(config, split=split, monitor=monitor, profile=profile, world=world)
+            trainer.folder = folder if world.rank == 0 else None
+            return trainer
+        with world.together():
+            saved = checkpoint["resume"]
+            sigma = _saved_noise_multiplier(saved)
+        trainer = cls.__new__(cls)
+        trainer.profile, trainer.world = profile, world
+        trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
+        with world.together():  # and all have read the folder before the first process writes to it
+            trainer.engine.facts.check_same(checkpoint.get("facts", {}))
+            trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
+            folder.check_privacy(trainer.engine.facts.as_dict())
+        trainer.folder = folder if world.rank == 0 else None
+        return trainer
+
+    # -- construction --------------------------------------------------------------------------------------------------
+
+    def _set_up(
+        self, config: TrainConfig, split: DataSplit | None, monitor: Monitor, *, noise_multiplier: float | None
+    ) -> None:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        input_bound = None
+        with self.world.together():
+            if split is None:
+                split, input_bound = prepare(config, progress=monitor.features)
+            config = config.resolve(units(split), binary=split.task == "binary")
+        parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
+        self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
+        self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
+        self.engine, self.loader, self.criterion = parts.engine, parts.loader, parts.criterion
+        self.forward = parts.forward
+        self.planned, self._curve, self._random = parts.planned, parts.curve, parts.random
+        self._epsilons = {self.total_steps: self.planned.epsilon}
+        self.records: list[dict[str, Any]] = []
+        self.step, self._seconds, self._samples = 0, 0.0, 0
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._shown: Later | None = None
+        self._timer: Timer = UNTIMED
+        self._saved_at: int | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """T."""
+        return decided(self.config.steps)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the expected batch size."""
+        return decided(self.config.batch_size)
+
+    @property
+    def delta(self) -> float:
+        """δ."""
+        return decided(self.config.delta)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Result:
+        """Take the steps that are left.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
+            NonFiniteError: NaN or infinity; the last good checkpoint is left as it is.
+        """
+        batches = iter(self.loader)
+        with own_random_state(self.device, self._random), stop_signals() as stop, closing(batches):
+            self.monitor.begin(self)
+            if self.folder is not None:
+                self.folder.add_session(environment())
+            self.model.train()
+            if self._saved_at is None:
+                self._save()
+            else:
+                self._restate()
+            clock = time.perf_counter() - self._seconds
+            while self._goes_on(stop):
+                with self._timed():
+                    with self._timer("data"):
+                        batch = self._read(batches, stop)
+                    self._take_step(*batch)
+                self._seconds = time.perf_counter() - clock
+                if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
+                    self._record()
+                elif self.step % self._every(self.config.checkpoint_every, 10) == 0:
+                    self._save()
+        return self._finish()
+
+    def _goes_on(self, stop: threading.Event) -> bool:
+        """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
+        if self.step < self.total_steps and self.world.any(stop.is_set()):
+            if self._saved_at != self.step:
+                self._save()
+            where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
+            raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
+        return self.step < self.total_steps
+
+    def _read(self, batches: Iterator[Any], stop: threading.Event) -> list[Tensor]:
+        """The next batch, where the model is."""
+        try:
+            return [part.to(self.device, non_blocking=True) for part in next(batches)]
+        except DataError:
+            if self.world.size == 1:
+                self._goes_on(stop)  # the signal that stops the run may have ended its workers first
+            raise
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """One step, its parts named to the profile, if there is one."""
+        if self.profile is None:
+            yield
+            return
+        with self.profile.step(self.step, self.total_steps, self.device) as self._timer:
+            self.engine.time_with(self._timer)
+            yield
+
+    def _take_step(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        size = self.config.microbatch or (_CPU_MICROBATCH if self.device.type == "cpu" else max(len(x), 1))
+        for xb, *others in self.engine.microbatches(x, y, size, weight):
+            if len(xb):  # an empty batch has no gradient, and its step is noise
+                with self._timer("model"):
+                    logits = self.forward(xb)
+                with self._timer("loss"):
+                    loss = self.criterion(logits, *others)
+                    total += loss.detach()
+                with self._timer("backward"):
+                    loss.backward()
+                del logits, loss  # with the graph they hold
+        with self._timer("optimiser"):
+            self.optimizer.step()
+            self.scheduler.step()
+            self.ema.update()
+        self.step += 1
+        self._loss += total
+        samples = (self.loader.last_units or 0) * self.loader.views  # rows, where each weighs 1
+        self._samples += samples
+        mean = Later(total.double() / max(samples, 1))
+        # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
+        later = self.engine.deferred or self.device.type != "cpu"
+        shown, self._shown = self._shown or mean if later else mean, mean
+        self.monitor.step(self.step, float(shown.read()), self.epsilon_at(self._next_record()))
+
+    def epsilon_at(self, step: int) -> float:
+        """An upper bound on ε after `step` steps of this run; at the end, what `engine.get_epsilon` says."""
+        if step not in self._epsilons:
+            self._epsilons[step] = self._curve(step + self._again)
+        return self._epsilons[step]
+
+    def _every(self, given: int | None, parts: int) -> int:
+        return given or max(1, math.ceil(self.total_steps / parts))
+
+    def _next_record(self) -> int:
+        every = self._every(self.config.log_every, 20)
+        return min(math.ceil(self.step / every) * every, self.total_steps)
+
+    # -- what is written -----------------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        self._check_weights()
+        progress = torch.stack([self._loss, self._loss.new_tensor(float(self._samples))])
+        self.world.sum_([progress])
+        loss, samples = progress.tolist()
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epsilon": self.epsilon_at(self.step),
+            "delta": self.delta,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_loss_not_private": loss / max(samples, 1),
+        }
+        if self.config.gate_quantile is not None:
+            record["gate"] = self.engine.state_dict()["gate"]["bound"]
+        with self.world.together():
+            if self.world.rank == 0:
+                record |= {f"test_{n}": v for n, v in self._evaluate().items()}
+                with self.ema.applied():
+                    record |= {f"test_{n}_ema": v for n, v in self._evaluate().items()}
+        record = self.world.share({**record, "seconds": round(self._seconds, 2)})
+        self._loss.zero_()
+        self._samples = 0
+        self.records.append(record)
+        self._save()
+        self.monitor.record(record)
+
+    def _evaluate(self) -> dict[str, float]:
+        split = self.split
+        batches = split.test_batches(_EVALUATED, num_workers=self.config.num_workers)
+        return evaluate_batches(self.model, batches, binary=split.task == "binary", device=self.device)
+
+    def privacy(self) -> dict[str, Any]:
+        """What `privacy.json` holds: the facts, and the ε spent so far."""
+        facts = self.engine.facts.as_dict()
+        report = {
+            "epsilon": self.epsilon_at(self.step),
+            "delta": self.delta,
+            **facts,
+            "steps": self.engine.steps_taken,
+            "steps_counted_again": self._again,
+            "planned_steps": self.total_steps,
+            "planned_epsilon": self.planned.epsilon,
+            "accountant": self.planned.accountant,
+            "accountant_requested": self.planned.requested,
+            "accountant_note": self.planned.note,
+            "sensitivity": dict(self.engine.sensitivity()),
+            "protects": _PROTECTED[facts["unit"]].format(facts["dataset_size"]),
+            "not_covered": NOT_COVERED,
+        }
+        return with_digest(report)
+
+    def _save(self) -> None:
+        """Let the step leave the process: its account first, then the checkpoint, then what is computed from the weights.
+
+        So a killed process has shown nothing of a step after its last checkpoint, and whoever takes that step again releases
+        it for the first time. Whatever was shown is counted in `privacy.json`.
+        """
+        self._check_weights()
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.write_privacy(self.privacy())
+                self.folder.save({**self._weights(), "resume": self._state()})
+                self.folder.write_metrics(self.records)
+        self._saved_at = self.step
+
+    def _restate(self) -> None:
+        """Put in the files beside the checkpoint what it says."""
+        if self.folder is not None:
+            self.folder.sweep()
+            self.folder.write_privacy(self.privacy())
+            self.folder.write_metrics(self.records)
+
+    def _finish(self) -> Result:
+        with self.world.together():
+            if self.folder is not None:
+                self.folder.save(self._weights())
+                self.folder.seal()
+        epsilon = self.engine.get_epsilon(self.delta)
+        return Result(self.records[-1], epsilon, self.delta, self.step, self.folder)
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": {**self.model.state_dict(), **self.ema.weights()},
+            "step": self.step,
+            "config": self.config.as_dict(),
+            "facts": self.engine.facts.as_dict(),
+        }
+
+    def _check_weights(self) -> None:
+        self.engine.settle()
+        bad = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            kept = f"; the last good checkpoint is of step {self._saved_at}" if self._saved_at is not None else ""
+            raise NonFiniteError(
+                f"step {self.step}: NaN or infinity in {', '.join(bad)}; lower the learning rate{kept}"
+            )
+        check_same_weights(self.world, self.model)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "ema": self.ema.state_dict(),
+            "engine": self.engine.state_dict(),
+            "random": random_state(self.device),
+            "records": self.records,
+            "progress": [self.step, self._seconds, float(self._loss), self._samples],
+        }
+
+    def _restore(self, model: Mapping[str, Tensor], state: Mapping[str, Any], *, released: int) -> None:
+        try:
+            engine = state["engine"]
+            lost = released - int(engine["loader"]["position"])
+            if lost > 0 and self.config.seed is None:
+                engine = self._counting(engine, lost)
+            self.engine.load_state_dict(engine)
+            self.model.load_state_dict(model)
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.ema.load_state_dict(state["ema"])
+            self._random = state["random"]
+            with own_random_state(self.device, self._random):
+                pass
+            self.records = [dict(record) for record in state["records"]]
+            self.step, self._seconds, loss, self._samples = map(plain_number, state["progress"])
+            self._loss.fill_(loss)
+            if self.world.rank > 0:  # what was saved is the first process's part
+                self._loss.zero_()
+                self._samples = 0
+        except LipdpError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ResumeError(f"the checkpoint does not fit this run: {error!r}") from error
+        if not self.step == self.loader.position <= min(self.engine.steps_taken, self.total_steps):
+            raise ResumeError(
+                f"the checkpoint is of step {self.step}, with {self.loader.position} batches drawn and"
+                f" {self.engine.steps_taken} of {self.total_steps} steps in its account: it was edited"
+            )
+        self._saved_at = self.step
+        if self._again:
+            self._plan_again()
+        if lost > 0:
+            self._saved_at = None  # before the first step, the count and the keys must be on disk
+
+    @property
+    def _again(self) -> int:
+        """Steps that were released, lost with their checkpoint and taken again; each counts twice."""
+        return self.engine.steps_taken - self.step
+
+    def _counting(self, engine: Mapping[str, Any], lost: int) -> dict[str, Any]:
+        """The engine's state with `lost` more steps released, and with fresh keys for those to come.
+
+        With the old keys the steps to come would be the draws of the lost ones, so that their gradients, if they differ at
+        all (another machine, other threads, a corrected record), would differ by no noise.
+        """
+        check_digest(engine, "the saved state of the engine")
+        fresh = self.engine.state_dict()
+        ledger = Ledger.from_state(engine["ledger"])
+        ledger.append(self.engine.facts.step_event.with_steps(lost))
+        changed = {
+            "ledger": ledger.state_dict(),
+            "before": engine["before"] + lost,
+            "loader": {**engine["loader"], "ratchet": fresh["loader"]["ratchet"]},
+            "noise": fresh["noise"],
+        }
+        return with_digest({**engine, **changed})
+
+    def _plan_again(self) -> None:
+        """ε of the steps taken again and of all of the run."""
+        plan = [self.engine.facts.step_event.with_steps(self.total_steps + self._again)]
+        self.planned = self.engine.accountant.epsilon(plan, self.delta)
+        self._curve = EpsilonCurve(plan, self.delta, self.config.accountant)
+        self._epsilons = {self.total_steps: self.planned.epsilon}
+        _log.warning(
+            "%d steps were released and lost with their checkpoint: they are counted again, and ε after all steps is %.4g",
+            self._again,
+            self.planned.epsilon,
+        )
+
+
+def _saved_noise_multiplier(state: dict[str, Any]) -> float:
+    try:
+        return float(state["engine"]["facts"]["noise_multiplier"])
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error

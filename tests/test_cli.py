@@ -259,7 +259,7 @@ def test_what_the_machine_lacks_is_a_message(error, code, message, monkeypatch, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step(number, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("lipdp.training.prepare", lambda *a, **k: signal.raise_signal(number))
+    monkeypatch.setattr("lipdp.training.trainer.prepare", lambda *a, **k: signal.raise_signal(number))
     before = signal.getsignal(signal.SIGTERM)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:

@@ -340,7 +340,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
 
 
 def test_a_used_folder_is_refused_before_any_work(stopped, monkeypatch):
-    monkeypatch.setattr("lipdp.training.prepare", lambda *a, **k: pytest.fail("data were read"))
+    monkeypatch.setattr("lipdp.training.trainer.prepare", lambda *a, **k: pytest.fail("data were read"))
     with pytest.raises(ParameterError, match="holds a run already"):
         Trainer(quick(), out=stopped)
 

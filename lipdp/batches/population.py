@@ -52,7 +52,7 @@ class Population:
         Raises:
             EngineError: no length, or data sets that differ in it. ParameterError: a group of another length, or of shards.
         """
-        with world.together():
+        with world.fail_together():
             records = length(dataset)
             owners = None if group is None else Owners(group)
             if owners is not None and (owners.total != records or shards):
@@ -102,7 +102,7 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
     """
     if world.size == 1:
         return
-    with world.together():
+    with world.fail_together():
         count = len(dataset)
         picked = sorted({i * (count - 1) // 15 for i in range(16)}) if count else []
         records = [[torch.as_tensor(part).tolist() for part in dataset[i]] for i in picked]
@@ -141,7 +141,7 @@ def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[
     Raises:
         EngineError: no records, or not (input, target) pairs.
     """
-    with world.together():
+    with world.fail_together():
         own = [dataset[i] for i in range(min(4, len(dataset)))]
     records = next((some for some in world.gather(own) if some), []) if shards else own
     if not records or any(not isinstance(r, (tuple, list)) or len(r) != 2 for r in records):

@@ -178,7 +178,7 @@ def _run(
     screen = terminal_monitor(console)
     resume = resume or resumed_folder(out)
     config = configure(**given) if resume is None else None
-    folder = world.share(resume or out or (_default_folder(config.dataset, config.model) if config else Path()))
+    folder = world.broadcast(resume or out or (_default_folder(config.dataset, config.model) if config else Path()))
     monitor = _told(screen, folder, tensorboard) if first else Monitor()
     profiled = StepProfile(folder) if profile and first else None
     with screen:

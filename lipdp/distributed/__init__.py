@@ -4,7 +4,7 @@ from lipdp.lazy import facade
 
 _NAMES = {
     "Alone": "lipdp.distributed.collectives",
-    "Processes": "lipdp.distributed.collectives",
+    "DefaultGroup": "lipdp.distributed.collectives",
     "World": "lipdp.distributed.collectives",
     "current_world": "lipdp.distributed.collectives",
     "launched": "lipdp.distributed.launch",

@@ -27,15 +27,15 @@ class World(Protocol):
         """Whether these are still all the processes there are."""
         ...
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over the processes, the same bits on each."""
         ...
 
-    def spread_(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by the first process's."""
         ...
 
-    def largest(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         """Element by element, over the processes."""
         ...
 
@@ -43,11 +43,11 @@ class World(Protocol):
         """Whether a process says so. Never waits for an accelerator."""
         ...
 
-    def alike(self, number: int) -> bool:
+    def all_equal(self, number: int) -> bool:
         """Whether all have the same number, below 2⁶³ in size. Never waits for an accelerator."""
         ...
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the first process has."""
         ...
 
@@ -55,7 +55,7 @@ class World(Protocol):
         """What each has, in the order of ranks."""
         ...
 
-    def together(self) -> AbstractContextManager[None]:
+    def fail_together(self) -> AbstractContextManager[None]:
         """A block with nothing collective in it, in which what one process refuses is refused by all."""
         ...
 
@@ -66,7 +66,7 @@ class Alone:
     Args:
         chosen: also where torch.distributed has more: each then trains a model of its own, on its own account.
 
-    >>> Alone().any(True), Alone().share("x"), Alone().gather(3)
+    >>> Alone().any(True), Alone().broadcast("x"), Alone().gather(3)
     (True, 'x', [3])
     """
 
@@ -85,41 +85,41 @@ class Alone:
             raise EngineError(
                 f"torch.distributed has {world_size()} processes now and had one at make_private: each would draw batches and noise"
                 " of its own, and the account would be wrong. Call make_private after init_process_group, or after the framework's"
-                " launch; for separate runs side by side, PrivacyEngine(world=lipdp.distributed.collectives.Alone(chosen=True))"
+                " launch; for separate runs side by side, PrivacyEngine(world=lipdp.distributed.Alone(chosen=True))"
             )
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """See `World.sum_`."""
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """See `World.all_reduce_`."""
 
-    def spread_(self, tensors: Sequence[Tensor]) -> None:
-        """See `World.spread_`."""
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """See `World.broadcast_`."""
 
-    def largest(self, values: Tensor) -> Tensor:
-        """See `World.largest`."""
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """See `World.all_reduce_max`."""
         return values
 
     def any(self, flag: bool) -> bool:
         """See `World.any`."""
         return flag
 
-    def alike(self, number: int) -> bool:
-        """See `World.alike`."""
+    def all_equal(self, number: int) -> bool:
+        """See `World.all_equal`."""
         return True
 
-    def share(self, value: T) -> T:
-        """See `World.share`."""
+    def broadcast(self, value: T) -> T:
+        """See `World.broadcast`."""
         return value
 
     def gather(self, value: T) -> list[T]:
         """See `World.gather`."""
         return [value]
 
-    def together(self) -> AbstractContextManager[None]:
-        """See `World.together`."""
+    def fail_together(self) -> AbstractContextManager[None]:
+        """See `World.fail_together`."""
         return nullcontext()
 
 
-class Processes:
+class DefaultGroup:
     """The processes of torch's default group.
 
     Tensors go through that group (NCCL for those on a GPU); flags and plain values through a gloo group of its own, so
@@ -146,8 +146,8 @@ class Processes:
         if world_size() != self.size:
             raise EngineError(f"make_private found {self.size} processes, and now there are {world_size()}")
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """See `World.sum_`; a bucket of tensors at a time."""
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
+        """See `World.all_reduce_`; a bucket of tensors at a time."""
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             with self._reachable():
@@ -156,14 +156,14 @@ class Processes:
             torch._foreach_copy_(list(bucket), [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)])
 
     @torch.no_grad()
-    def spread_(self, tensors: Sequence[Tensor]) -> None:
-        """See `World.spread_`."""
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """See `World.broadcast_`."""
         for tensor in tensors:
             with self._reachable():
                 dist.broadcast(tensor, src=0)
 
-    def largest(self, values: Tensor) -> Tensor:
-        """See `World.largest`."""
+    def all_reduce_max(self, values: Tensor) -> Tensor:
+        """See `World.all_reduce_max`."""
         result = values.clone()
         with self._reachable():
             dist.all_reduce(result, dist.ReduceOp.MAX)
@@ -176,15 +176,15 @@ class Processes:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self._control)
         return bool(found)
 
-    def alike(self, number: int) -> bool:
-        """See `World.alike`."""
+    def all_equal(self, number: int) -> bool:
+        """See `World.all_equal`."""
         most = torch.tensor([number, -number])
         with self._reachable():
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self._control)
         return int(most[0]) == -int(most[1])
 
-    def share(self, value: T) -> T:
-        """See `World.share`."""
+    def broadcast(self, value: T) -> T:
+        """See `World.broadcast`."""
         box = [value]
         with self._reachable():
             dist.broadcast_object_list(box, src=0, group=self._control)
@@ -198,8 +198,8 @@ class Processes:
         return boxes
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """See `World.together`. The first process that refuses raises its error, the others `PeerError`."""
+    def fail_together(self) -> Iterator[None]:
+        """See `World.fail_together`. The first process that refuses raises its error, the others `PeerError`."""
         refusal: Exception | None = None
         try:
             yield
@@ -230,7 +230,7 @@ def current_world() -> World:
     >>> current_world().size
     1
     """
-    return Processes() if world_size() > 1 else Alone()
+    return DefaultGroup() if world_size() > 1 else Alone()
 
 
 def world_size() -> int:

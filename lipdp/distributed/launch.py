@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lipdp.distributed.collectives import Alone, Processes, World
+from lipdp.distributed.collectives import Alone, DefaultGroup, World
 from lipdp.errors import ParameterError
 
 TIMEOUT = 30.0
@@ -46,7 +46,7 @@ def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
             " with torchrun --nproc-per-node=W -m lipdp train ..."
         ) from error
     try:
-        yield Processes(timeout=timedelta(minutes=timeout))
+        yield DefaultGroup(timeout=timedelta(minutes=timeout))
     finally:
         dist.destroy_process_group()
 

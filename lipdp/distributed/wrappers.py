@@ -14,7 +14,7 @@ from lipdp.bounds.probe import probe_input, untouched
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import original
-from lipdp.nn.sharded import is_sharded, is_spread, is_wrapped
+from lipdp.nn.sharded import is_dtensor, is_sharded, is_wrapped
 
 
 def own_reduction(module: nn.Module, world: World) -> nn.Module:
@@ -64,7 +64,7 @@ def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
                     f" make_private(forward_dtype={dtype})"
                 )
         shard.set_gradient_divide_factor(1.0)
-    spread: list[Any] = [p for p in module.parameters() if is_spread(p)]
+    spread: list[Any] = [p for p in module.parameters() if is_dtensor(p)]
     meshes = {p.device_mesh.size() for p in spread}
     if len({(p.device_mesh, p.placements) for p in spread}) > 1:
         raise EngineError(

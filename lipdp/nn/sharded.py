@@ -13,7 +13,7 @@ Module = TypeVar("Module", bound=nn.Module)
 _OWN = "torch.distributed.fsdp."  # where the hooks of fully_shard are from; others compute something else
 
 
-def is_spread(tensor: Any) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether it is a `DTensor`. (Their module takes a second to import; where nobody has, there is none.)"""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -27,19 +27,19 @@ def is_wrapped(module: nn.Module) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a parameter of the module is spread over processes."""
-    return any(is_spread(parameter) for parameter in module.parameters())
+    return any(is_dtensor(parameter) for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor with all its entries; gathered where it is spread, by all processes together."""
     held: Any = tensor
-    return held.full_tensor() if is_spread(held) else tensor
+    return held.full_tensor() if is_dtensor(held) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """The entries that this process holds, in the tensor's own memory."""
     held: Any = tensor
-    return held.to_local() if is_spread(held) else tensor
+    return held.to_local() if is_dtensor(held) else tensor
 
 
 @torch.no_grad()
@@ -89,7 +89,7 @@ def write_back_(module: nn.Module, plain: nn.Module) -> None:
 
     values = dict(plain.named_parameters())
     for name, parameter in module.named_parameters():
-        if is_spread(parameter):
+        if is_dtensor(parameter):
             held: Any = parameter
             spread = distribute_tensor(values[name].detach(), held.device_mesh, held.placements, src_data_rank=None)
             held.to_local().copy_(spread.to_local())

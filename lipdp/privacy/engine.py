@@ -188,8 +188,8 @@ class PrivacyEngine:
         x, targets = first_records(dataset, world, shards=shards)
         check_records(dataset, world, shards=shards)
         inner = own_reduction(module, world)
-        world.spread_([t for t in (*inner.parameters(), *inner.buffers()) if local(t) is t])
-        with world.together():
+        world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local(t) is t])
+        with world.fail_together():
             loader = BatchLoader(
                 dataset,
                 self._sampler(facts, population.present),

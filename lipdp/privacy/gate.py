@@ -171,7 +171,7 @@ class GateState:
         count = torch.zeros(1, dtype=torch.float64, device=noise.source.device)
         if seen is not None:
             count += seen / views
-        world.sum_([count])
+        world.all_reduce_([count])
         noise.add_([count], torch.full_like(count, rule.count_std * sensitivity_factor))
         share = count[0] / batch_size + 0.5
         self.bound = (-rule.learning_rate * (share - rule.quantile)).exp() * self.bound

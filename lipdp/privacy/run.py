@@ -19,7 +19,7 @@ from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
-from lipdp.nn.sharded import is_spread, local, shard_number
+from lipdp.nn.sharded import is_dtensor, local, shard_number
 from lipdp.noise.allocation import Allocation, joint_noise_multiplier
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
@@ -63,7 +63,7 @@ class Run:
         refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
-        self._sharded = [p for p in module.parameters() if is_spread(p)]
+        self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._spread = torch.empty(0)
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         batch_size = facts.expected_batch_size
@@ -144,7 +144,7 @@ class Run:
     @torch.no_grad()
     def _add_noise(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: check, account, add noise to the summed gradients, divide by the public batch size."""
-        with self.timer("checks"), self.world.together():
+        with self.timer("checks"), self.world.fail_together():
             self._check_order()
             self._check_account(optimizer)
             self.gate.seal.check()
@@ -153,7 +153,7 @@ class Run:
         self._check_alike()
         with self.timer("bound"):
             sweep = self.graph.sweep(self._start)
-            deltas, stds = self._shared(self.world.largest(self._deltas(sweep)))
+            deltas, stds = self._shared(self.world.all_reduce_max(self._deltas(sweep)))
         gradients = self._summed_gradients()
         with self.timer("checks"):
             sound = self._step_check.look(
@@ -181,9 +181,9 @@ class Run:
                 parameter.grad = torch.zeros_like(parameter)
         held = [p.grad for p in self.parameters if p.grad is not None]
         gradients = [local(g) for g in held]
-        self._spread = torch.tensor([is_spread(g) for g in held])
+        self._spread = torch.tensor([is_dtensor(g) for g in held])
         with self.timer("exchange"):
-            self.world.sum_([own for g, own in zip(held, gradients, strict=True) if own is g])
+            self.world.all_reduce_([own for g, own in zip(held, gradients, strict=True) if own is g])
         if self.loader.views > 1:
             torch._foreach_mul_(gradients, 1.0 / self.loader.views)
         return gradients
@@ -195,7 +195,7 @@ class Run:
             return
         spread = self._spread.tolist()
         for noise, wanted in ((self.noise, False), (self.noise.lane(shard_number(self._sharded)), True)):
-            chosen = [i for i, is_spread in enumerate(spread) if is_spread == wanted]
+            chosen = [i for i, is_dtensor in enumerate(spread) if is_dtensor == wanted]
             noise.add_([gradients[i] for i in chosen], stds[chosen])
 
     def _combined(self, norms: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Run:
         if not self._sharded:
             return norms
         parts = norms.square()
-        self.world.sum_([parts])
+        self.world.all_reduce_([parts])
         return torch.where(self._spread.to(norms.device), parts.sqrt(), norms)
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -242,7 +242,7 @@ class Run:
             return
         at = [self.ledger.state_dict(), self.before, self.loader.state_dict(), self.noise.state_dict()]
         hashed = hashlib.blake2b(json.dumps(at, sort_keys=True).encode(), digest_size=7).digest()
-        if not self.world.alike(int.from_bytes(hashed, "little")):
+        if not self.world.all_equal(int.from_bytes(hashed, "little")):
             raise EngineError(
                 "the processes are not at the same point of the same run: their accounts or keys differ, so that each would draw"
                 " batches and noise of its own. Restore the same state on all of them (engine.load_state_dict)"
@@ -265,7 +265,7 @@ class Run:
         if not self._gradients.due(step):
             return
         bounds = {n: sweep.parameters[n] for n in self.names}
-        with self.world.together():
+        with self.world.fail_together():
             if self.loader.last_batch_size:
                 batch = self.loader.last_batch[:2]
                 self._gradients.check(batch, self._start(sweep.output), bounds, self.parameters, step=step)
@@ -305,7 +305,7 @@ class Run:
     def share_keys(self) -> None:
         """Every process draws with the keys of the first."""
         if self.world.size > 1:
-            loader, noise = self.world.share((self.loader.state_dict(), self.noise.state_dict()))
+            loader, noise = self.world.broadcast((self.loader.state_dict(), self.noise.state_dict()))
             self.loader.load_state_dict(loader)
             self.noise.load_state_dict(noise)
 

@@ -170,7 +170,7 @@ def assemble(
 def _calibrated(config: TrainConfig, population: int, world: World) -> float:
     """σ, found by the first process."""
     poisson, sigma = config.sampling == "poisson", 0.0
-    with world.together():
+    with world.fail_together():
         if world.rank == 0:
             sigma = calibrate(
                 target_epsilon=decided(config.epsilon),
@@ -180,7 +180,7 @@ def _calibrated(config: TrainConfig, population: int, world: World) -> float:
                 accountant=config.accountant,
                 relation=Relation.ADD_OR_REMOVE_ONE if poisson else Relation.REPLACE_ONE,
             )
-    return world.share(sigma)
+    return world.broadcast(sigma)
 
 
 def _gate(config: TrainConfig, loss: LipschitzLoss, sigma: float) -> float | QuantileGate | None:

@@ -97,11 +97,11 @@ class Trainer:
     ) -> None:
         self.profile, self.world = profile, world or current_world()
         self.folder = None if out is None or self.world.rank > 0 else RunFolder(out)
-        with self.world.together():
+        with self.world.fail_together():
             if self.folder is not None:
                 self.folder.require_free()  # before any long work
         self._set_up(config, split, monitor or Monitor(), noise_multiplier=None)
-        with self.world.together():
+        with self.world.fail_together():
             if self.folder is not None:
                 self.folder.start(self.config.as_dict())
 
@@ -129,7 +129,7 @@ class Trainer:
         """
         world = world or current_world()
         folder = RunFolder(out)
-        with world.together():
+        with world.fail_together():
             config = config_from_dict(folder.config())
             unstarted = folder.is_unstarted()
             checkpoint = {} if unstarted else folder.load()
@@ -142,13 +142,13 @@ class Trainer:
             trainer = cls(config, split=split, monitor=monitor, profile=profile, world=world)
             trainer.folder = folder if world.rank == 0 else None
             return trainer
-        with world.together():
+        with world.fail_together():
             saved = checkpoint["resume"]
             sigma = _saved_noise_multiplier(saved)
         trainer = cls.__new__(cls)
         trainer.profile, trainer.world = profile, world
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
-        with world.together():  # and all have read the folder before the first process writes to it
+        with world.fail_together():  # and all have read the folder before the first process writes to it
             trainer.engine.facts.check_same(checkpoint.get("facts", {}))
             trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
             folder.check_privacy(trainer.engine.facts.as_dict())
@@ -163,7 +163,7 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         input_bound = None
-        with self.world.together():
+        with self.world.fail_together():
             if split is None:
                 split, input_bound = prepare(config, progress=monitor.features)
             config = config.resolve(units(split), binary=split.task == "binary")
@@ -302,7 +302,7 @@ class Trainer:
     def _record(self) -> None:
         self._check_weights()
         progress = torch.stack([self._loss, self._loss.new_tensor(float(self._samples))])
-        self.world.sum_([progress])
+        self.world.all_reduce_([progress])
         loss, samples = progress.tolist()
         record: dict[str, Any] = {
             "step": self.step,
@@ -313,12 +313,12 @@ class Trainer:
         }
         if self.config.gate_quantile is not None:
             record["gate"] = self.engine.state_dict()["gate"]["bound"]
-        with self.world.together():
+        with self.world.fail_together():
             if self.world.rank == 0:
                 record |= {f"test_{n}": v for n, v in self._evaluate().items()}
                 with self.ema.applied():
                     record |= {f"test_{n}_ema": v for n, v in self._evaluate().items()}
-        record = self.world.share({**record, "seconds": round(self._seconds, 2)})
+        record = self.world.broadcast({**record, "seconds": round(self._seconds, 2)})
         self._loss.zero_()
         self._samples = 0
         self.records.append(record)
@@ -357,7 +357,7 @@ class Trainer:
         it for the first time. Whatever was shown is counted in `privacy.json`.
         """
         self._check_weights()
-        with self.world.together():
+        with self.world.fail_together():
             if self.folder is not None:
                 self.folder.write_privacy(self.privacy())
                 self.folder.save({**self._weights(), "resume": self._state()})
@@ -372,7 +372,7 @@ class Trainer:
             self.folder.write_metrics(self.records)
 
     def _finish(self) -> Result:
-        with self.world.together():
+        with self.world.fail_together():
             if self.folder is not None:
                 self.folder.save(self._weights())
                 self.folder.seal()

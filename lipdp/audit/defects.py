@@ -120,7 +120,7 @@ def realised_batch_size() -> AbstractContextManager[None]:
         @torch.no_grad()
         def divided(self: Run, optimizer: torch.optim.Optimizer) -> None:
             add_noise(self, optimizer)
-            drawn = max(1, self.loader.last_batch_size or 0)
+            drawn = max(1, self.loader.drawn.rows if self.loader.drawn else 0)
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(self.facts.expected_batch_size / drawn)

@@ -17,9 +17,10 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from lipdp.batches.owners import EveryNth, Owners, Part, flattened_views
+from lipdp.batches.rows import BatchTensor, Rows
 from lipdp.batches.samplers import Sampler
 from lipdp.errors import DataError, EngineError, LipdpError, ParameterError
-from lipdp.timing import UNTIMED, Timer
+from lipdp.timing import Clock
 
 Drawn: TypeAlias = tuple[np.ndarray, int]
 """The records of a batch, and a seed for what the dataset draws while it reads them."""
@@ -28,11 +29,39 @@ _Ahead: TypeAlias = tuple[int, Tensor | None, dict[str, Any]]
 """Of a batch that was drawn: its units, the weights of their records, the sampler's state afterwards."""
 
 
+@dataclass(eq=False)
+class Draw:
+    """One batch, as it was handed out.
+
+    Attributes:
+        units: how many records (or owners) it holds. rows: how many rows the model is to be given.
+        batch: (x, y), or (x, y, weight).
+        weights: (rows,) of every row, where owners are drawn: the engine's own copy.
+        mixed: whether the script has overwritten rows by what may mix them.
+    """
+
+    units: int
+    rows: int
+    batch: Any
+    weights: Tensor | None = None
+    mixed: bool = False
+
+
+class Listener:
+    """Is told of every batch that a loader hands out; this one takes no notice."""
+
+    def before_draw(self) -> None:
+        """A batch is about to be handed out; what is raised here keeps it back."""
+
+    def after_draw(self, drawn: Draw | None) -> None:
+        """This batch is handed out now; None: whatever was handed out belongs to another run."""
+
+
 class BatchLoader:
     """Feeds a dataset's records to the training loop in the batches that a sampler draws.
 
     Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
-    each batch not yet consumed; an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
+    each batch not yet consumed, as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
     iterating again all continue after the last batch that was *yielded*; after `steps` batches nothing more comes, for
     `steps` is the privacy budget. Only the newest iteration is live: going on with an older one is an error, since it
     would hand out the same draw twice. There is no `collate_fn`: a collation that mixes records (mix-up) would break
@@ -57,6 +86,11 @@ class BatchLoader:
         empty: a batch whose empty slice is an empty batch, for a data set of no records.
         num_workers: processes that read records, for a dataset that is not a `TensorDataset`.
         pin_memory: page-locked batches, where CUDA is available and they are not there already.
+        listener: is told of every batch that is handed out.
+        clock: names the part of a step in which batches are drawn.
+
+    Attributes:
+        drawn: the batch handed out last; None before the first.
 
     Raises:
         EngineError: an `IterableDataset`, or one without a length: it can't be sampled.
@@ -66,7 +100,7 @@ class BatchLoader:
     >>> dataset = TensorDataset(torch.zeros(100, 3), torch.zeros(100, dtype=torch.int64))
     >>> loader = BatchLoader(dataset, PoissonSampler(100, sampling_rate=0.05, steps=2, seed=0))
     >>> for x, y in loader:
-    ...     print(x.shape == (loader.last_batch_size, 3), len(x) == len(y))
+    ...     print(x.shape == (loader.drawn.rows, 3), len(x) == len(y))
     True True
     True True
     >>> len(loader), loader.position, list(loader)
@@ -85,6 +119,8 @@ class BatchLoader:
         empty: Any = None,
         num_workers: int = 0,
         pin_memory: bool = False,
+        listener: Listener | None = None,
+        clock: Clock | None = None,
     ) -> None:
         expected = owners.total if owners is not None else sampler.population
         _require_map_style(dataset, expected if records is None else records)
@@ -94,13 +130,8 @@ class BatchLoader:
         self.sampler = sampler
         self.part: Part = part or EveryNth()
         self.owners, self.views = owners, views
-        self.last_batch_size: int | None = None
-        """Number of rows in the last batch yielded; None before the first."""
-        self.last_units: int | None = None
-        """Number of units (records, or owners) that they belong to."""
-        self.last_batch: Any = None
-        """The last batch yielded, for checks of the records in it."""
-        self.timer: Timer = UNTIMED
+        self.drawn: Draw | None = None
+        self._listener, self._clock = listener or Listener(), clock or Clock()
         self._records: Dataset[Any]
         if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
             self._records, self._num_workers = _TensorRecords(dataset), 0
@@ -134,30 +165,39 @@ class BatchLoader:
             generator=torch.Generator(),
             worker_init_fn=_ignore_interrupts,
         )
-        for batch in _told(batches):
+        arriving = _told(batches)
+        while True:
             self._require_newest(iteration)
-            self.last_units, weights, self._consumed = ahead.popleft()
-            self.last_batch, self.last_batch_size = self._arranged(batch, weights)
+            self._listener.before_draw()
+            batch = next(arriving, None)
+            self._require_newest(iteration)
+            if batch is None:
+                return
+            units, weights, self._consumed = ahead.popleft()
+            self.drawn = self._arranged(batch, units, weights)
+            self._listener.after_draw(self.drawn)
             del batch
-            yield self.last_batch
+            yield self.drawn.batch
 
-    def _arranged(self, batch: Any, weights: Tensor | None) -> tuple[Any, int]:
-        """A collated batch as it is yielded, and its number of rows."""
-        batch = tuple(batch) if isinstance(batch, list) else batch
-        rows = self.last_units or 0
+    def _arranged(self, batch: Any, units: int, weights: Tensor | None) -> Draw:
+        """A collated batch as it is handed out."""
+        parts = tuple(batch) if isinstance(batch, list) else batch
+        rows = units if weights is None else len(weights)
         if weights is not None:
-            rows = len(weights)
-            batch = (*batch, weights.to(batch[0].device, non_blocking=True))
+            parts = (*parts, weights.to(parts[0].device, non_blocking=True))
         if self.views > 1:
-            batch = flattened_views(batch, self.views)
-        return batch, rows * self.views
+            parts = flattened_views(parts, self.views)
+            weights = None if weights is None else weights.repeat_interleave(self.views)
+        drawn = Draw(units, rows * self.views, None, None if weights is None else weights.clone())
+        drawn.batch = _labelled(parts, Rows(drawn, 0, drawn.rows))
+        return drawn
 
     def _draws(self, iteration: int, ahead: deque[_Ahead]) -> Iterator[Drawn]:
         """The records of each batch; notes its size and the state after it for when the batch will be consumed."""
         draws = iter(self.sampler)
         while True:
             self._require_newest(iteration)
-            with self.timer("sampler"):
+            with self._clock("sampler"):
                 indices = next(draws, None)
             if indices is None:
                 return
@@ -183,7 +223,8 @@ class BatchLoader:
         self.sampler.load_state_dict(state)
         self._consumed = self.sampler.state_dict()
         self._iteration += 1
-        self.last_batch_size = self.last_units = self.last_batch = None
+        self.drawn = None
+        self._listener.after_draw(None)
 
 
 def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Iterator[Any]:
@@ -298,6 +339,15 @@ def _seed_of(state: dict[str, Any]) -> int:
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     text = json.dumps([state, rank], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7, person=b"lipdp.views").digest(), "little")
+
+
+def _labelled(batch: Any, rows: Rows) -> Any:
+    """Every tensor of a batch, with its rows."""
+    if isinstance(batch, Tensor):
+        return BatchTensor.of(batch, rows)
+    if isinstance(batch, dict):
+        return {key: _labelled(value, rows) for key, value in batch.items()}
+    return type(batch)(_labelled(value, rows) for value in batch) if type(batch) in (list, tuple) else batch
 
 
 def _emptied(batch: Any) -> Any:

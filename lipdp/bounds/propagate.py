@@ -160,7 +160,8 @@ class BoundGraph:
     def _trace(self, model: nn.Module) -> None:
         plain = unsharded(model)
         check_modules(plain)
-        self.module = trace(plain)
+        self.module, other = trace(plain)
+        self._by_mode = {model.training: self.module, not model.training: other}
         x = probe_input(plain, self.input_shape)
         with untouched(plain):
             self._facts = inspect_nodes(self.module, x)
@@ -236,6 +237,12 @@ class BoundGraph:
                 f"{', '.join(sorted(trained - met))}: the forward pass uses the parameter where torch.fx does not see it;"
                 " use it as an attribute of its module (self.weight)"
             )
+
+    def forward_pass(self, x: Tensor) -> Tensor:
+        """The forward pass that was bounded, in the mode that the model is in: its graph, with the modules as they are."""
+        if self.module.meta["prefix"]:  # a single layer, of which the class's forward is the operation
+            return type(self.model).forward(self.model, x)
+        return self._by_mode[self.model.training].forward(x)
 
     # -- the model as it is now ----------------------------------------------------------------------------------------
 

@@ -72,8 +72,12 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """The model's graph in the mode it is in; an `UnsupportedOperationError` where torch.fx cannot follow the code."""
+def trace(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The model's graphs, in the mode it is in and in the other; an error where torch.fx cannot follow the code.
+
+    Raises:
+        UnsupportedOperationError: it cannot, or the graphs differ by more than dropout's mode.
+    """
     root = model
     if find_module_rule(model) is not None or not list(model.children()):
         root = nn.Sequential(model)  # a single layer is a graph with one leaf
@@ -86,7 +90,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
             " of one would be no bound of the other. Move that part into a module and register a rule that covers both"
         )
     traced.meta["prefix"] = "" if root is model else "0."
-    return traced
+    return traced, other
 
 
 def _trace(root: nn.Module) -> fx.GraphModule:

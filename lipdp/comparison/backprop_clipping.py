@@ -48,9 +48,9 @@ def with_backprop_clipping(
     Source: Stevens et al. (2022), "Backpropagation clipping for deep learning with differential privacy"; the account
     there counts one subsample for each layer, this one a single joint one.
     """
-    graph_module = trace(model)
+    graph_module = trace(model)[0]
     if graph_module.meta["prefix"]:
-        graph_module = trace(nn.Sequential(model))
+        graph_module = trace(nn.Sequential(model))[0]
     calls = [node for node in graph_module.graph.nodes if _is_trainable(graph_module, node)]
     _check_covered(model, graph_module, calls)
     inputs = _per_layer("input_bound", input_bound, len(calls))

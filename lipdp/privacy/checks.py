@@ -18,7 +18,9 @@ from lipdp.nn.compiled import is_compiled
 from lipdp.nn.constrained import Constrained
 from lipdp.nn.sharded import unsharded
 from lipdp.privacy.later import Later
+from lipdp.privacy.passes import Claim
 
+_SLACK = 1.001  # of a sum in the precision of the weights
 _SHARE = 0.003  # of a step that each of the two checks may cost, on average
 
 
@@ -40,7 +42,7 @@ class StepCheck:
 
     def __init__(self, *, deferred: bool) -> None:
         self.deferred = deferred
-        self._pending: tuple[Later, int, list[str], Tensor, Tensor] | None = None
+        self._pending: tuple[Later, int, list[str], Tensor, Tensor, list[Claim]] | None = None
 
     def look(
         self,
@@ -50,6 +52,8 @@ class StepCheck:
         stds: Tensor,
         *,
         step: int,
+        records: int = 0,
+        claims: Sequence[Claim] = (),
         combine: Callable[[Tensor], Tensor] = lambda norms: norms,
     ) -> Tensor:
         """Whether the step may be taken: () bool on the device of the gradients; read here unless deferred.
@@ -58,14 +62,18 @@ class StepCheck:
             names, gradients: of the D parameters.
             deltas, stds: (D,) Δ_l and s_l.
             step: number of this step, counted from 1.
+            records: that the batch holds; a sum is no longer than so many bounds.
+            claims: what else must be true.
             combine: the norms of this process's parts of gradients → those of the gradients.
         """
         wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
         norms = combine(torch.stack([torch.linalg.vector_norm(g).double() for g in wide]))
         finite = torch.isfinite(norms + stds)
-        possible = (deltas > 0) | (norms == 0)
+        possible = norms <= records * deltas * _SLACK
         sound = (finite & possible).all()
-        self._pending = Later(sound), step, list(names), finite, possible
+        for claim, _ in claims:
+            sound = sound & claim
+        self._pending = Later(sound), step, list(names), finite, possible, list(claims)
         if not self.deferred:
             self.read()
         return sound
@@ -85,7 +93,7 @@ class StepCheck:
         pending, self._pending = self._pending, None
         if pending is None or bool(pending[0].read()):
             return
-        _, step, names, finite, possible = pending
+        _, step, names, finite, possible, claims = pending
         lost = (
             f"this was found after the step, whose weights are lost (NaN; nothing was released): go on from a checkpoint"
             f" of step {step - 1} or before"
@@ -98,10 +106,13 @@ class StepCheck:
                 f"step {step}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; {lost}. Look for NaN in the"
                 " inputs, or lower the learning rate and resume from the last checkpoint"
             )
+        for claim, wrong in claims:
+            if not bool(claim):
+                raise EngineError(f"step {step}: {wrong}; {lost}")
         bad = [n for n, ok in zip(names, possible.tolist(), strict=True) if not ok]
         raise EngineError(
-            f"step {step}: {', '.join(bad)} has a gradient, but nothing leads from it to the output in the model as it was"
-            f" traced by make_private; the model computes something else now (train() against eval()?); {lost}"
+            f"step {step}: the gradient of {', '.join(bad)} is longer than the bounds of all records of the batch together: the"
+            f" model computes something else than make_private traced; {lost}"
         )
 
 

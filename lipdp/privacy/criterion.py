@@ -2,46 +2,109 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
 
-from lipdp.batches.loader import BatchLoader
+from lipdp.batches.rows import BatchTensor, Rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
+from lipdp.privacy.passes import RootCall, StepInProgress, logits_call
+
+
+class _Release(torch.autograd.Function):
+    """The value of the loss; backwards the engine's own gradients, whatever cotangent arrives (which must be 1)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, call: RootCall, release: Callable[[Tensor], Any], gated: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ctx.call, ctx.release, ctx.gated = call, release, gated
+        ctx.edges = [torch.autograd.graph.get_gradient_edge(t).node if t.requires_grad else None for t in inputs]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call: RootCall = ctx.call
+        if call.sharded:  # the pass itself goes on to the parameters, from the logits
+            ctx.release(grads[0])
+            return None, None, None, None, ctx.gated
+        wanted = [edge is not None and torch._C._will_engine_execute_node(edge) for edge in ctx.edges]
+        if not any(wanted[1:]):  # an attack on the inputs: nothing reaches the weights
+            return None, None, None, None, call.gradient_of_input(), *[None] * len(wanted[1:])
+        return None, None, None, None, *ctx.release(grads[0])
 
 
 class PrivateCriterion(nn.Module):
-    r"""`criterion(logits, target)`: Σ_i ℓ(z_i, y_i), with every sample's cotangent gated.
+    r"""`criterion(model(x), target)`: Σ_i ℓ(z_i, y_i), whose gradients are the engine's own.
 
     A sum, because the noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
-    gate counts the samples of every backward pass, so that the engine can refuse a step in which a record was used
-    twice. Whatever multiplies the value returned, each sample's cotangent at the logits stays within the constant.
+    cotangent of every sample is computed here and shortened to the gate; when the value is back-propagated, the engine pulls
+    them back to the parameters (`lipdp.privacy.passes` proves what that guarantees).
 
-    Where records are grouped by owner, `criterion(logits, target, weight)` is :math:`\sum_i w_i \ell_i` and row i is gated at
-    :math:`w_i` times the constant. The weights of an owner add up to 1 at most, so
-    :math:`\|\sum_i w_i \nabla\ell_i\| \le \sum_i w_i \Delta \le \Delta`: the bound of one record holds for the owner. Of K views of a
-    record each counts as a row of its own; the engine divides their sum by K.
-
-    Not seen: rows that are not the batch's, such as one of its records several times, or in another order than the weights.
+    Where records are grouped by owner, `criterion(model(x), target, weight)` is Σ_i w_i ℓ_i and row i is gated at w_i times the
+    constant; the weights used are the loader's own. The weights of an owner add up to 1 at most, so
+    ‖Σ_i w_i ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for the owner. Of K views of a record each counts as a row
+    of its own; the engine divides their sum by K.
 
     Attributes:
         loss: the per-sample loss.
+
+    Raises:
+        EngineError: with gradients on, logits that are not what the model returned, or that were given before; weights that
+            are missing or not of these rows. LossError: not one value per sample.
     """
 
-    def __init__(self, loss: LipschitzLoss, graph: BoundGraph, gate: GateState, loader: BatchLoader) -> None:
+    def __init__(self, loss: LipschitzLoss, graph: BoundGraph, gate: GateState, step: StepInProgress) -> None:
         super().__init__()
         self.loss = loss
-        self._graph = graph
-        self._gate = gate
-        self._loader = loader
+        self._graph, self._gate, self._step = graph, gate, step
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        weights = self._weights(logits, weight)
-        if torch.is_grad_enabled() and logits.requires_grad:
-            self._check(logits)
-            logits = self._gate.apply(logits, self.constant(), self._loader.position, weights)
+        rows = target.rows if isinstance(target, BatchTensor) else None
+        weights, target = self._weights(logits, weight), plain(target)
+        if not (torch.is_grad_enabled() and logits.requires_grad):
+            return self._value(logits, target, weights)
+        return self._private(logits, target, weights, rows)
+
+    @_disable_dynamo
+    def _private(self, logits: Tensor, target: Tensor, weights: Tensor | None, rows: Rows | None) -> Tensor:
+        call = logits_call(plain(logits))
+        if call is None:
+            raise EngineError(
+                "the criterion takes what the private model returned, as it is (casts and views of the same rows aside):"
+                " no temperature, sum, mask or statistics outside the model and the loss. These logits are something else, or"
+                f" {self._step.reason}"
+            )
+        if call.given:
+            raise EngineError("these logits were given to the criterion before: a record would count more than once")
+        self._check(logits)
+        call.given = True
+        apart = plain(logits).detach().requires_grad_()
+        value = self._value(apart, target, weights)
+        (cotangent,) = torch.autograd.grad(value, apart, allow_unused=True)
+        cotangent = torch.zeros_like(apart) if cotangent is None else cotangent
+        gated = self._gate.limit(cotangent, self.constant(), weights)
+        call.cotangent = gated.to(call.out.dtype).reshape(call.out.shape)
+        call.rows = call.rows if rows == call.rows else None
+
+        def release(upstream: Tensor) -> list[Tensor | None]:
+            found = self._step.release(call, upstream)
+            self._gate.count(cotangent, weights)
+            return found
+
+        inputs = [logits] if call.sharded else call.inputs
+        result: Tensor = _Release.apply(value.detach(), call, release, gated, *inputs)
+        return result
+
+    def _value(self, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
         values = self.loss(logits, target)
         if values.shape != (len(logits),):
             raise LossError(
@@ -51,31 +114,27 @@ class PrivateCriterion(nn.Module):
         return values.sum() if weights is None else (values * weights).sum()
 
     def _weights(self, logits: Tensor, weight: Tensor | None) -> Tensor | None:
-        """(n,) of every row, or None where all are 1."""
-        if self._loader.owners is not None and (weight is None or weight.shape != logits.shape[:1]):
+        """(n,) of every row, the loader's own; None where all are 1."""
+        drawn = self._step.drawn
+        if not self._step.grouped and weight is not None:
+            raise EngineError(
+                "every record counts alike; leave the weight out (pass group= to make_private for owners)"
+            )
+        if not self._step.grouped:
+            return None
+        if weight is None or weight.shape != logits.shape[:1]:
             given = "none" if weight is None else f"weights of shape {tuple(weight.shape)}"
             raise EngineError(
                 f"the records are grouped by owner: the loader yields (x, y, weight), and criterion(model(x), y, weight) needs"
                 f" one weight a row, got {given} for {len(logits)} rows"
             )
-        if self._loader.owners is None and weight is not None:
+        rows = weight.rows if isinstance(weight, BatchTensor) else None
+        if rows is None or drawn is None or drawn.weights is None or rows.batch is not drawn:
             raise EngineError(
-                "every record counts alike; leave the weight out (pass group= to make_private for owners)"
+                "the weights are not those that the loader yielded with these rows: an owner could count more than once. Pass"
+                " them on as they are, whole or in the pieces of engine.microbatches"
             )
-        if weight is not None and not self._is_the_loaders(weight):
-            raise EngineError(
-                "the weights are not those that the loader yielded with these rows: an owner could count more than once. Pass them on"
-                " as they are, whole or in the pieces of engine.microbatches"
-            )
-        return weight
-
-    def _is_the_loaders(self, weight: Tensor) -> bool:
-        """Whether it is a view of the batch's weights (which reads no value), or looks like a copy on another device."""
-        issued: Tensor = self._loader.last_batch[2]
-        if weight.dtype is not issued.dtype:
-            return False
-        same = weight.untyped_storage().data_ptr() == issued.untyped_storage().data_ptr()
-        return same or weight.device != issued.device or not len(weight)
+        return drawn.weights[rows.start : rows.stop].to(logits.device, non_blocking=True)
 
     def constant(self) -> float | Tensor:
         """The loss's constant, at the current weights where it depends on the bound of the logits."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,15 +23,16 @@ from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import check_alike, own_reduction, settle_shards
 from lipdp.errors import EngineError, ParameterError, UnknownNameError
 from lipdp.losses import as_lipschitz
-from lipdp.nn.sharded import local
+from lipdp.nn.sharded import is_sharded, local
 from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.criterion import PrivateCriterion, check_loss
 from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.passes import Gradients, OwnGradients, SealedGradients, StepInProgress
 from lipdp.privacy.run import Run
 from lipdp.sensitivity import Sensitivity
-from lipdp.timing import Timer
+from lipdp.timing import Clock, Timer
 
 _RELATIONS = {"poisson": Relation.ADD_OR_REMOVE_ONE, "fixed_size": Relation.REPLACE_ONE}
 
@@ -190,6 +191,13 @@ class PrivacyEngine:
         inner = own_reduction(module, world)
         world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local(t) is t])
         with world.fail_together():
+            shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
+            settle_shards(inner, shape)
+            graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
+            loss = as_lipschitz(criterion)
+            check_loss(loss, targets.to(graph.device), graph.num_outputs)
+            state, clock = gate.start(), Clock()
+            step = StepInProgress(_gradients(inner, optimizer), grouped=group is not None, forgotten=state.forget)
             loader = BatchLoader(
                 dataset,
                 self._sampler(facts, population.present),
@@ -200,26 +208,27 @@ class PrivacyEngine:
                 empty=[x[:1], targets[:1]],
                 num_workers=num_workers,
                 pin_memory=pin_memory,
+                listener=step,
+                clock=clock,
             )
-            shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
-            settle_shards(inner, shape)
-            graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
-            loss = as_lipschitz(criterion)
-            check_loss(loss, targets.to(graph.device), graph.num_outputs)
-            private = PrivateCriterion(loss, graph, gate.start(), loader)
+            private = PrivateCriterion(loss, graph, state, step)
             run = Run(
                 inner,
                 optimizer,
                 criterion=private,
+                graph=graph,
+                gate=state,
+                gate_multiplier=gate.noise_multiplier,
+                step=step,
                 loader=loader,
                 facts=facts,
                 allocation=get_allocation(allocation),
-                gate=gate,
                 noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
                 ledger=self.ledger,
                 check_every=self.check_every,
                 deferred=self.deferred,
                 world=world,
+                clock=clock,
             )
         run.share_keys()
         self._run = run
@@ -296,6 +305,61 @@ class PrivacyEngine:
         yield from zip(*columns, strict=True)
         yield from [tuple(column[0][:0] for column in columns)] * (most - len(columns[0]))
 
+    def backward(self, x: Tensor, y: Tensor, weight: Tensor | None = None, *, microbatch: int | None = None) -> Tensor:
+        """Forward pass, loss and backward pass of one batch from the loader: the closed door.
+
+        Nothing between the loader and the step can then be wrong; `criterion(model(x), y).backward()` does the same.
+
+        Args:
+            x, y, weight: what the loader yielded.
+            microbatch: at most so many rows at a time; by default all at once.
+
+        Returns:
+            () the summed loss of the batch, which ε does not cover.
+
+        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
+        >>> engine = lipdp.PrivacyEngine()
+        >>> model, optimizer, loader, criterion = engine.make_private(
+        ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     criterion=lipdp.losses.TauCrossEntropy(8.0), dataset=torch.utils.data.TensorDataset(x, y),
+        ...     expected_batch_size=16, steps=3, noise_multiplier=2.0)
+        >>> for batch in loader:
+        ...     optimizer.zero_grad(); _ = engine.backward(*batch, microbatch=8); optimizer.step()
+        >>> engine.steps_taken
+        3
+        """
+        run = self._current()
+        total = torch.zeros((), device=run.graph.device)
+        with torch.enable_grad():
+            for piece in self.microbatches(x, y, microbatch or max(len(x), 1), weight):
+                inputs, *others = (part.to(run.graph.device, non_blocking=True) for part in piece)
+                value = run.criterion(run.module(inputs), *others)
+                value.backward()
+                total = total + value.detach()
+        return total
+
+    def skip_batch(self) -> int:
+        """Give up the batches drawn since the last step: each counts as a step of the account, nothing is released.
+
+        For an interrupted loop, or a batch that a script does not want: that it was given up may depend on its records.
+
+        Returns:
+            How many steps were counted.
+        """
+        return self._current().skip_batch()
+
+    def add_penalty(self, penalty: Callable[[nn.Module], Tensor]) -> None:
+        """Add a term that depends on the weights alone: its gradient is added to the noisy one at every step, for free.
+
+        Args:
+            penalty: of the model, in units of the *mean* loss: λ Σ‖W‖² is not to be divided by the batch size.
+
+        >>> engine = lipdp.PrivacyEngine()
+        >>> l1 = lambda model: 1e-4 * sum(p.abs().sum() for p in model.parameters())  # engine.add_penalty(l1)
+        """
+        self._current().penalties.append(penalty)
+
     def get_epsilon(self, delta: float) -> float:
         """An upper bound on ε at δ for the steps taken so far, under the run's relation."""
         return self.accountant.epsilon(self.ledger.events, delta).epsilon
@@ -331,8 +395,7 @@ class PrivacyEngine:
 
     def time_with(self, timer: Timer) -> None:
         """Name the parts of the following steps to `timer`: sampler, bound, checks, noise, projection."""
-        run = self._current()
-        run.timer = run.loader.timer = timer
+        self._current().clock.timer = timer
 
     def detach(self) -> None:
         """Remove the hooks: what remains is the plain torch model and optimiser."""
@@ -357,3 +420,10 @@ class PrivacyEngine:
         if self._run is None:
             raise EngineError("call make_private or make_private_with_epsilon first")
         return self._run
+
+
+def _gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+    """How the sum of a step is formed: by the engine, or under `fully_shard` by the pass itself."""
+    if is_sharded(module):
+        return SealedGradients(lambda: (p for group in optimizer.param_groups for p in group["params"]))
+    return OwnGradients()

@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lipdp.distributed.collectives import World
 from lipdp.errors import ParameterError
 from lipdp.nn.gates import clip_norm, per_sample_norm
 from lipdp.noise.gaussian import GaussianNoise
-from lipdp.privacy.seal import GradientSeal
-
-
-class _Gate(torch.autograd.Function):
-    """Identity; backwards the cotangents are shown to `observe` and clipped to `bound`.
-
-    Differentiable once: a penalty on gradients would reach the weights around the gate.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, bound: float | Tensor, observe: Callable[[Tensor], None]) -> Tensor:
-        ctx.bound, ctx.observe = bound, observe
-        return logits.view_as(logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.observe(grads[0])
-        return clip_norm(grads[0], ctx.bound), None, None
 
 
 @dataclass(frozen=True)
@@ -111,61 +87,45 @@ class GateState:
     Attributes:
         bound: the gate is at the smaller of this and the loss's constant. For a quantile, from its first use on, a float64
             tensor on the device of the logits, which nothing reads on the host.
-        samples: batch number → cotangents that went through since the last step, one for every backward pass. Passes
-            whose gradients are gone (`torch.autograd.grad`, `zero_grad()`) are forgotten.
-        unused: whether no parameter holds a gradient; set by the engine.
-        seal: the gradients as the last backward pass left them; set by the engine.
     """
 
     def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:
         self.bound: float | Tensor = bound
-        self.samples: Counter[int] = Counter()
-        self.unused: Callable[[], bool] = lambda: False
-        self.seal = GradientSeal(list)
-        self._pass = -1
         self._rule = quantile
         self._count: Tensor | None = None
 
-    def apply(self, logits: Tensor, constant: float | Tensor, batch: int, weights: Tensor | None = None) -> Tensor:
-        """The logits of (a part of) batch number `batch`, with cotangents gated at min(bound, the loss's constant).
-
-        With `weights` (n,), row i is gated at w_i times that, and counts w_i.
-        """
+    def limit(self, cotangent: Tensor, constant: float | Tensor, weights: Tensor | None) -> Tensor:
+        """Every row of the cotangent at min(bound, the loss's constant) at most; times w_i with `weights` (n,)."""
         if self._rule is not None and not isinstance(self.bound, Tensor):
-            self.bound = torch.full((), self.bound, dtype=torch.float64, device=logits.device)
+            self.bound = torch.full((), self.bound, dtype=torch.float64, device=cotangent.device)
         limit: float | Tensor
         if isinstance(constant, Tensor):
             limit = constant.clamp(max=self.bound)
         else:
             limit = self.bound.clamp(max=constant) if isinstance(self.bound, Tensor) else min(self.bound, constant)
         if weights is not None:
-            limit = limit * weights.double().view(-1, *[1] * (logits.ndim - 1))
-        return _Gate.apply(logits, limit, partial(self._observe, batch, weights, self.seal.weights()))
+            limit = limit * weights.double().view(-1, *[1] * (cotangent.ndim - 1))
+        return clip_norm(cotangent, limit)
 
-    def _observe(self, batch: int, weights: Tensor | None, sealed: list[tuple[Tensor, int]], cotangent: Tensor) -> None:
-        current = torch._C._current_graph_task_id()
-        if current != self._pass:  # a new backward pass
-            if self.unused():  # and nothing is left of earlier ones
-                self._forget()
-            self.seal.begin(sealed)
-        self._pass = current
-        self.samples[batch] += len(cotangent)
-        if self._rule is not None:
-            ones = torch.ones(len(cotangent), dtype=torch.float64, device=cotangent.device)
-            share = ones if weights is None else weights.to(ones)
-            passes = per_sample_norm(cotangent).flatten() <= self.bound * share
-            centred = (share * (passes.double() - 0.5)).sum()
-            self._count = centred if self._count is None else self._count + centred
+    def count(self, cotangent: Tensor, weights: Tensor | None) -> None:
+        """Note for the quantile how many cotangents of a pass are within the bound; a row of weight w_i counts w_i."""
+        if self._rule is None:
+            return
+        ones = torch.ones(len(cotangent), dtype=torch.float64, device=cotangent.device)
+        share = ones if weights is None else weights.to(ones)
+        passes = per_sample_norm(cotangent).flatten() <= self.bound * share
+        centred = (share * (passes.double() - 0.5)).sum()
+        self._count = centred if self._count is None else self._count + centred
 
     def release(
         self, noise: GaussianNoise, batch_size: float, sensitivity_factor: float, world: World, *, views: int = 1
     ) -> None:
-        """End the step: forget its samples; for a quantile noise the count of all processes and move the bound.
+        """End the step: for a quantile noise the count of all processes and move the bound.
 
         Of K views each counts 1/K, so that a record moves the count by 1/2, as it does with one.
         """
         rule, seen = self._rule, self._count
-        self._forget()
+        self.forget()
         if rule is None:
             return
         count = torch.zeros(1, dtype=torch.float64, device=noise.source.device)
@@ -176,9 +136,8 @@ class GateState:
         share = count[0] / batch_size + 0.5
         self.bound = (-rule.learning_rate * (share - rule.quantile)).exp() * self.bound
 
-    def _forget(self) -> None:
-        self.samples.clear()
-        self.seal.open()
+    def forget(self) -> None:
+        """Begin the count anew."""
         self._count = None
 
     def state_dict(self) -> dict[str, float]:
@@ -188,4 +147,4 @@ class GateState:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue at a saved bound."""
         self.bound = float(state["bound"])
-        self._forget()
+        self.forget()

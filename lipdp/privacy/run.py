@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
 from lipdp.accounting.facts import PrivacyFacts, check_digest, with_digest
 from lipdp.accounting.relation import Relation
 from lipdp.batches.loader import BatchLoader
+from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
@@ -25,17 +29,29 @@ from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
-from lipdp.privacy.gate import FixedGate, QuantileGate
-from lipdp.privacy.seal import GradientSeal
+from lipdp.privacy.forward import PrivateForward
+from lipdp.privacy.gate import GateState
+from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.sensitivity import Sensitivity, read_sweep
-from lipdp.timing import UNTIMED, Timer
+from lipdp.timing import Clock
 
 _STEPS = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
 
 
 class Run:
-    """The hooks on one optimiser, and what they need at every step."""
+    """The hooks on one optimiser, and what they need at every step.
+
+    Args:
+        module: as it was written.
+        optimizer: over its trainable parameters.
+        criterion, graph, gate, step, loader, noise, ledger: what the run is made of.
+        plan: what ε depends on.
+        allocation: of the noise.
+        check_every, deferred: of the checks.
+        world: the processes.
+        clock: names the parts of a step.
+    """
 
     def __init__(
         self,
@@ -43,29 +59,32 @@ class Run:
         optimizer: torch.optim.Optimizer,
         *,
         criterion: PrivateCriterion,
+        graph: BoundGraph,
+        gate: GateState,
+        gate_multiplier: float,
+        step: StepInProgress,
         loader: BatchLoader,
         facts: PrivacyFacts,
         allocation: Allocation,
-        gate: FixedGate | QuantileGate,
         noise: GaussianNoise,
         ledger: Ledger,
         check_every: int | None,
-        deferred: bool | None = None,
+        deferred: bool | None,
         world: World,
+        clock: Clock,
     ) -> None:
-        self.world = world
+        self.world, self.clock = world, clock
         self.module, self.criterion, self.loader = original(module), criterion, loader
-        self.optimizer = optimizer
+        self.optimizer, self.step_in_progress = optimizer, step
         self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
-        self.graph, self.gate = criterion._graph, criterion._gate
-        self.timer: Timer = UNTIMED
-        _refuse_private(optimizer)
+        self.graph, self.gate = graph, gate
+        self.penalties: list[Callable[[nn.Module], Tensor]] = []
+        _refuse_private(self.module, optimizer)
         refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._spread = torch.empty(0)
-        self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         batch_size = facts.expected_batch_size
         self._gradients = GradientCheck(
             module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else check_every
@@ -77,17 +96,18 @@ class Run:
         )
         self.factor = Relation(facts.relation).sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
-        others = [gate.noise_multiplier] if gate.noise_multiplier < math.inf else []
+        others = [gate_multiplier] if gate_multiplier < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(facts.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
         self.before = ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
-        self.gate.unused = lambda: all(p.grad is None for p in self.parameters)
-        self.gate.seal = GradientSeal(lambda: (p for group in optimizer.param_groups for p in group["params"]))
+        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded))
+        self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._project),
             optimizer.register_state_dict_pre_hook(self._stamp),
+            guard_parameters(self.module, optimizer, step),
         ]
 
     @property
@@ -144,45 +164,62 @@ class Run:
     @torch.no_grad()
     def _add_noise(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: check, account, add noise to the summed gradients, divide by the public batch size."""
-        with self.timer("checks"), self.world.fail_together():
+        with self.clock("checks"), self.world.fail_together():
             self._check_order()
             self._check_account(optimizer)
-            self.gate.seal.check()
             self.settle()
             self._check_unchanged(optimizer)
+            claims = self.step_in_progress.check(self.parameters)
         self._check_alike()
-        with self.timer("bound"):
+        with self.clock("bound"):
             sweep = self.graph.sweep(self._start)
             deltas, stds = self._shared(self.world.all_reduce_max(self._deltas(sweep)))
         gradients = self._summed_gradients()
-        with self.timer("checks"):
+        with self.clock("checks"):
+            units = self.step_in_progress.drawn.units if self.step_in_progress.drawn is not None else 0
             sound = self._step_check.look(
-                self.names, gradients, deltas, stds, step=self.ledger.steps + 1, combine=self._combined
+                self.names,
+                gradients,
+                deltas,
+                stds,
+                step=self.ledger.steps + 1,
+                records=sum(self.world.gather(units)) if self.world.size > 1 else units,
+                claims=claims,
+                combine=self._combined,
             )
             self._check_records(sweep)
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
-        with self.timer("noise"):
+        with self.clock("noise"):
             self._draw(gradients, stds)
             share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
             torch._foreach_mul_(gradients, share)
             self.gate.release(
                 self.noise, self.facts.expected_batch_size, self.factor, self.world, views=self.loader.views
             )
+        self._add_penalties()
+        self.step_in_progress.forget()
         self._taken_at = self.loader.position
+
+    def _add_penalties(self) -> None:
+        """Gradients of penalties on the weights: computed from released weights alone, so free."""
+        for penalty in self.penalties:
+            with torch.enable_grad():
+                value = penalty(self.module)
+                found = torch.autograd.grad(value, self.parameters, allow_unused=True)
+            for parameter, gradient in zip(self.parameters, found, strict=True):
+                if gradient is not None and parameter.grad is not None:
+                    parameter.grad.add_(gradient)
 
     def _summed_gradients(self) -> list[Tensor]:
         r"""Σ over the batch of all processes, each record's the mean over its views.
 
-        `DistributedDataParallel` has replaced every process's gradient by their mean where it synchronised, and left it
-        where it did not; the sum over processes is :math:`\sum_r g_r` in both cases.
+        Every process brings the sum over its own part of the batch, whatever a wrapper did to `p.grad`.
         """
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        self.step_in_progress.gradients.take(self.parameters)
         held = [p.grad for p in self.parameters if p.grad is not None]
         gradients = [local(g) for g in held]
         self._spread = torch.tensor([is_dtensor(g) for g in held])
-        with self.timer("exchange"):
+        with self.clock("exchange"):
             self.world.all_reduce_([own for g, own in zip(held, gradients, strict=True) if own is g])
         if self.loader.views > 1:
             torch._foreach_mul_(gradients, 1.0 / self.loader.views)
@@ -208,9 +245,9 @@ class Run:
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""
-        with self.timer("projection"):
+        with self.clock("projection"):
             project_(self.module)
-        with self.timer("checks"):
+        with self.clock("checks"):
             step = self.ledger.steps - self.before
             self._projections.look(step)
             if step == self.facts.steps:
@@ -266,8 +303,9 @@ class Run:
             return
         bounds = {n: sweep.parameters[n] for n in self.names}
         with self.world.fail_together():
-            if self.loader.last_batch_size:
-                batch = self.loader.last_batch[:2]
+            drawn = self.step_in_progress.drawn
+            if drawn is not None and drawn.rows:
+                batch = [plain(part) for part in drawn.batch[:2]]
                 self._gradients.check(batch, self._start(sweep.output), bounds, self.parameters, step=step)
 
     def _check_order(self) -> None:
@@ -282,23 +320,25 @@ class Run:
                 " batch; for parts of a batch use engine.microbatches"
             )
         first = self.ledger.steps == self.before  # before it, a look at a batch is harmless
-        if batches > 1 and not (first and set(self.gate.samples) <= {self.loader.position}):
+        if batches > 1 and not first:
             raise EngineError(
                 f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was skipped,"
                 " which tells that it was empty. Take one step per batch, also when it is empty: no accumulate_grad_batches,"
-                " gradient_accumulation_steps or the like; the parts of one batch come from engine.microbatches"
+                " gradient_accumulation_steps or the like; the parts of one batch come from engine.microbatches. After an"
+                " interrupted loop call engine.skip_batch(), which counts the batches given up as steps"
             )
-        drawn, seen = self.loader.last_batch_size or 0, self.gate.samples.total()
-        if seen > drawn:
-            raise EngineError(
-                f"the criterion saw {seen} samples since the last step but the batch has {drawn}: a record would count more"
-                " than once. Evaluate the criterion once per record and step (under torch.no_grad() for metrics)"
-            )
-        if drawn > 0 and seen == 0:
-            raise EngineError(
-                f"the batch has {drawn} samples but no gradient went through the criterion that make_private returned; train with"
-                " that one, criterion(model(x), y).backward(): only there is every sample's gradient bounded"
-            )
+
+    def skip_batch(self) -> int:
+        """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""
+        skipped = self.loader.position - self._taken_at
+        skipped = min(skipped, self.facts.steps - (self.ledger.steps - self.before))
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.step_in_progress.forget()
+        for _ in range(skipped):
+            self.ledger.append(self.facts.step_event)
+        self._taken_at = self.loader.position
+        return skipped
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -313,6 +353,7 @@ class Run:
         self.optimizer.param_groups[0].pop(_STEPS, None)
         for handle in self._handles:
             handle.remove()
+        self._forward.remove()
         self.settle()
 
     def state_dict(self) -> dict[str, Any]:
@@ -373,7 +414,7 @@ def _matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> 
     return list(trainable), list(trainable.values())
 
 
-def _refuse_private(optimizer: torch.optim.Optimizer) -> None:
+def _refuse_private(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Run) for hook in hooks):
         raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
@@ -382,3 +423,31 @@ def _refuse_private(optimizer: torch.optim.Optimizer) -> None:
             "the optimiser has a step pre-hook: it would run before the noise is added and could change gradients. Register it"
             " after make_private, so that it sees the noisy ones"
         )
+    if isinstance(vars(model).get("forward"), PrivateForward):
+        raise EngineError("this model is already private under another engine; detach() that one first")
+    inner = [n for n, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    if inner:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} holds another optimiser ({', '.join(inner)}), which would step without noise, as SAM"
+            " and Lookahead do; take SGD, Adam or another that takes one gradient a step"
+        )
+
+
+def guard_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress
+) -> torch.utils.hooks.RemovableHandle:
+    """Refuse a step of any other optimiser over these weights while a private gradient waits for its noise."""
+    held = weakref.ref(model), weakref.ref(optimizer)
+
+    def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        watched, own = held[0](), held[1]()
+        if watched is None or stepping is own or not step.pending:
+            return
+        weights = {id(p) for p in watched.parameters()}
+        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
+            raise OptimizerError(
+                f"a {type(stepping).__name__} other than the one that make_private returned would move the private weights by"
+                " gradients without noise; step with that one"
+            )
+
+    return register_optimizer_step_pre_hook(guard)

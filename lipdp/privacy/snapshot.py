@@ -68,6 +68,9 @@ class Snapshot:
     def __init__(self, root: nn.Module, what: str, *, mode: bool = True) -> None:
         self._what, self._mode = what, mode
         self._modules = [(path, m, type(m), type(m).forward) for path, m in root.named_modules()]
+        self._classes = [
+            (kind, dict(vars(kind))) for kind in {k for m in root.modules() for k in _own_classes(type(m))}
+        ]
         self._cells: list[_Cell] = []
         known: set[int] = set()
         for path, module, kind, _ in self._modules:
@@ -93,8 +96,8 @@ class Snapshot:
         """Of every object the tree holds; `_cells` keep them alive, so that an identity is not used again."""
         return list(map(id, chain.from_iterable(self._views)))
 
-    def check(self) -> None:
-        """Compare.
+    def check(self, *, mode: bool = True) -> None:
+        """Compare; the mode too, unless told otherwise.
 
         Raises:
             EngineError: names the first difference.
@@ -107,12 +110,15 @@ class Snapshot:
         for path, module, kind, forward in self._modules:
             if type(module) is not kind or kind.forward is not forward:
                 self._refuse(f"'{path}' is of another class, or its class has another forward")
+        for kind, held in self._classes:
+            if len(held) != len(vars(kind)) or any(held.get(n) is not v for n, v in vars(kind).items()):
+                self._refuse(f"attributes of the class {kind.__name__} are others")
         for name, tensor, shape, dtype, is_parameter in self._tensors:
             if tensor.shape != shape or tensor.dtype is not dtype:
                 self._refuse(f"'{name}' was {tuple(shape)} {dtype}, is now {tuple(tensor.shape)} {tensor.dtype}")
             if is_parameter and (tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)):
                 self._refuse(f"'{name}' carries a gradient hook, which can scale its gradient beyond the bound")
-        if self._mode:
+        if self._mode and mode:
             self._check_mode()
 
     def _check_mode(self) -> None:
@@ -146,6 +152,11 @@ class Snapshot:
             f"{self._what} has changed since make_private: {difference}. The noise is calibrated to the bounds that were"
             " derived then; put it back, or detach() the engine and call make_private again"
         )
+
+
+def _own_classes(kind: type) -> Iterator[type]:
+    """A module's class and the classes that it inherits from, torch's own excepted."""
+    return (base for base in kind.__mro__ if not base.__module__.startswith("torch.") and base is not object)
 
 
 def _values(container: _Container) -> Iterable[Any]:

@@ -276,7 +276,7 @@ class Trainer:
             self.ema.update()
         self.step += 1
         self._loss += total
-        samples = (self.loader.last_units or 0) * self.loader.views  # rows, where each weighs 1
+        samples = (self.loader.drawn.units if self.loader.drawn else 0) * self.loader.views  # rows, where each weighs 1
         self._samples += samples
         mean = Later(total.double() / max(samples, 1))
         # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it

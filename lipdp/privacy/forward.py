@@ -1,0 +1,127 @@
+"""The model's own forward pass while it trains privately: the graph that was bounded, and nothing else."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as hooks
+
+from lipdp.batches.rows import BatchTensor, plain
+from lipdp.bounds import BoundGraph
+from lipdp.errors import EngineError
+from lipdp.privacy.passes import OTHER_TERMS, RootCall, StepInProgress, tensors_of
+from lipdp.privacy.snapshot import Snapshot
+
+
+class _Logits(torch.autograd.Function):
+    """Identity; the node says which call the logits are of, and refuses a second use of what the criterion was given."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, call: RootCall) -> Tensor:
+        ctx.call = call
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        call: RootCall = ctx.call
+        if call.sharded and call.cotangent is not None:  # the criterion's, whatever else was added on the way
+            call.claims.append(((grads[0] == call.cotangent).all(), OTHER_TERMS))
+            return call.cotangent, None
+        if call.given:
+            raise EngineError(
+                "the logits that the criterion was given are used once more in the loss: only the criterion's value may lead from"
+                " a private call of the model to the weights. Leave the further term out (z-loss, distillation, penalty on"
+                " logits), put it into the loss, or compute it under torch.no_grad()"
+            )
+        return grads[0], None
+
+
+class PrivateForward:
+    """Stands in for `model.forward` from make_private to detach.
+
+    With gradients off it is the model's own forward pass. With gradients on it runs the graph that the bounds were derived
+    from: constants, branches and globals are those of then, modules those of now, and no hook is in between. A call that
+    can't be private (another shape, further arguments, a model that has changed) runs as written, and the criterion refuses
+    its output with the reason.
+
+    Copies and pickles of the model have the forward pass of its class.
+
+    Args:
+        model: as it was written.
+        graph: its traced graph.
+        step: where calls are noted.
+        sharded: under `fully_shard`, which exchanges parameters while it runs: then the forward pass is run as written.
+    """
+
+    def __init__(self, model: nn.Module, graph: BoundGraph, step: StepInProgress, *, sharded: bool) -> None:
+        self._model, self._graph, self._step = model, graph, step
+        model.forward = self
+        self._snapshot = None if sharded else Snapshot(model, "the model")
+
+    def remove(self) -> None:
+        """Give the model its own forward pass back."""
+        del self._model.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._as_written(*args, **kwargs)
+        x, versions = self._enter(args, kwargs)
+        if versions is None:
+            return self._as_written(*args, **kwargs)
+        out = self._as_written(x) if self._snapshot is None else self._graph.forward_pass(x)
+        return self._leave(args[0], x, out, versions)
+
+    def _as_written(self, *args: Any, **kwargs: Any) -> Any:
+        own = [plain(a) if isinstance(a, Tensor) else a for a in args]
+        named = {k: plain(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        return type(self._model).forward(self._model, *own, **named)
+
+    @_disable_dynamo
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[tuple[Tensor, int]] | None]:
+        """The input, and the weights that it meets; no weights where the call can't be private."""
+        reason = self._why_not(args, kwargs)
+        if reason:
+            self._step.reason = reason
+            return None, None
+        return plain(args[0]), tensors_of(self._model)
+
+    def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        expected = self._graph.input_shape
+        if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+            return "the model was called with other arguments than one tensor, as which it was bounded"
+        if tuple(args[0].shape[1:]) != expected:
+            return (
+                f"the model was called on samples of shape {tuple(args[0].shape[1:])}, and was bounded for {expected}: bounds"
+                " grow with the number of positions. Give every record the shape of record 0, or pass input_shape="
+            )
+        if any((hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks)):
+            return "a global module hook is registered, which can change values where no rule sees it; remove it"
+        try:
+            if self._snapshot is not None:
+                self._snapshot.check(mode=False)
+        except EngineError as error:
+            return str(error)
+        return ""
+
+    @_disable_dynamo
+    def _leave(self, given: Tensor, x: Tensor, out: Tensor, versions: list[tuple[Tensor, int]]) -> Tensor:
+        if not out.requires_grad:
+            return out
+        rows = given.rows if isinstance(given, BatchTensor) else None
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        call = RootCall(out, x, rows, trained, versions, sharded=self._snapshot is None)
+        logits: Tensor = _Logits.apply(out, call)
+        return logits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._model), self._model)
+        return MethodType(type(self._model).forward, copied)
+
+    def __reduce__(self) -> Any:
+        return MethodType, (type(self._model).forward, self._model)

@@ -38,32 +38,47 @@ def plain_net(features=100, hidden=200, classes=50):
     )
 
 
-def private(model=None, dataset=None, *, optimizer=None, lr=0.5, momentum=0.0, accountant="rdp", seed=0, **options):
-    model = model if model is not None else lipschitz_net()
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+def private(
+    model=None, dataset=None, *, net=lipschitz_net, data=table, optimizer=None, lr=0.5, momentum=0.0, accountant="rdp",
+    seed=0, secure=False, check_every=None, deferred=None, world=None, **options,
+):  # fmt: skip
+    """(engine, model, optimizer, loader, criterion) of a run; `options` go to `make_private`.
+
+    A test file has its own defaults by `private = partial(kit.private, net=..., data=..., lr=...)`.
+    """
+    if model is None:
+        torch.manual_seed(0)
+        model = net()
+    engine = lipdp.PrivacyEngine(
+        accountant, seed=seed, secure=secure, check_every=check_every, deferred=deferred, world=world
+    )
     defaults = {
         "expected_batch_size": 64,
         "steps": 5,
         "noise_multiplier": 1.0,
         "criterion": losses.TauCrossEntropy(8.0),
     }
-    engine = lipdp.PrivacyEngine(accountant, seed=seed)
     made = engine.make_private(
         module=model,
-        optimizer=optimizer,
-        dataset=dataset if dataset is not None else table(),
+        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum),
+        dataset=data() if dataset is None else dataset,
         **{**defaults, **options},
     )
     return engine, *made
 
 
-def train(model, optimizer, loader, criterion, steps=None, scheduler=None):
-    for done, (x, y) in enumerate(loader, start=1):
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
+def step(batch, model, optimizer, criterion):
+    x, y, *weight = batch
+    optimizer.zero_grad()
+    criterion(model(x), y, *weight).backward()
+    optimizer.step()
+
+
+def train(model, optimizer, loader, criterion, *, steps=None, after=lambda: None):
+    """The ordinary loop, to its end or for some steps; `after` is called after each."""
+    for done, batch in enumerate(loader, start=1):
+        step(batch, model, optimizer, criterion)
+        after()
         if done == steps:
             return
 

@@ -34,11 +34,11 @@ def scheduled(kind, steps=6, **options):
 def test_a_resumed_run_ends_bit_identical(kind, seed, sampling):
     options = {"seed": seed, "sampling": sampling, "gate": QuantileGate(0.5, count_std=4.0)}
     engine, model, optimizer, loader, criterion, scheduler = scheduled(kind, **options)
-    train(model, optimizer, loader, criterion, steps=2, scheduler=scheduler)
+    train(model, optimizer, loader, criterion, steps=2, after=scheduler.step)
     file = io.BytesIO()
     parts = {"model": model, "optimizer": optimizer, "engine": engine, "scheduler": scheduler}
     torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-    train(model, optimizer, loader, criterion, scheduler=scheduler)
+    train(model, optimizer, loader, criterion, after=scheduler.step)
 
     file.seek(0)
     saved = torch.load(file, weights_only=True)
@@ -46,7 +46,7 @@ def test_a_resumed_run_ends_bit_identical(kind, seed, sampling):
     for name, part in {"model": model2, "optimizer": optimizer2, "engine": again, "scheduler": scheduler2}.items():
         part.load_state_dict(saved[name])
     assert again.steps_taken == loader2.position == 2
-    train(model2, optimizer2, loader2, criterion2, scheduler=scheduler2)
+    train(model2, optimizer2, loader2, criterion2, after=scheduler2.step)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model2.parameters(), strict=True))
     assert engine.state_dict() == again.state_dict()
     assert engine.get_epsilon(1e-5) == again.get_epsilon(1e-5)

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 
+import kit
 import pytest
 import torch
 from torch import nn
@@ -58,29 +59,7 @@ def conv_net(**options):
     )
 
 
-def private(model=None, *, dataset=None, deferred=None, seed=0, check_every=0, lr=0.5, **options):
-    model = conv_net() if model is None else model
-    engine = lipdp.PrivacyEngine("rdp", seed=seed, check_every=check_every, deferred=deferred)
-    defaults = {
-        "expected_batch_size": 32,
-        "steps": 5,
-        "noise_multiplier": 1.0,
-        "criterion": losses.TauCrossEntropy(8.0),
-    }
-    made = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
-        dataset=dataset or images(),
-        **{**defaults, **options},
-    )
-    return engine, *made
-
-
-def take(batch, model, optimizer, criterion):
-    x, y = batch
-    optimizer.zero_grad()
-    criterion(model(x), y).backward()
-    optimizer.step()
+private = partial(kit.private, net=conv_net, data=images, expected_batch_size=32, momentum=0.9, check_every=0)
 
 
 def weights(model):
@@ -97,7 +76,7 @@ def test_a_deferred_run_computes_what_an_immediate_one_does(gate, dtype):
     for deferred in (False, True):
         _, model, optimizer, loader, criterion = private(conv_net(dtype=dtype), deferred=deferred, gate=gate)
         for x, y in loader:
-            take((x.to(dtype), y), model, optimizer, criterion)
+            kit.step((x.to(dtype), y), model, optimizer, criterion)
         ends.append(weights(model))
     assert torch.equal(*ends)
 
@@ -106,7 +85,7 @@ def spoiled(kind, monkeypatch, **options):
     """A run whose second step was not to be taken."""
     engine, model, optimizer, loader, criterion = private(deferred=True, **options)
     batches = iter(loader)
-    take(next(batches), model, optimizer, criterion)
+    kit.step(next(batches), model, optimizer, criterion)
     x, y = next(batches)
     if kind == "nan":
         x[0] = math.nan
@@ -137,7 +116,7 @@ def test_a_step_that_was_not_to_be_taken_leaves_nothing_of_the_records(kind, mon
     assert engine.steps_taken == 2  # and the step is counted
     before = weights(model)
     with pytest.raises(error, match=message + r"(.|\n)*lost.*checkpoint of step 1 or before"):
-        take(next(batches), model, optimizer, criterion)
+        kit.step(next(batches), model, optimizer, criterion)
     assert engine.steps_taken == 2
     assert torch.equal(before.isnan(), weights(model).isnan())
 
@@ -196,11 +175,11 @@ def reads_of_a_step(*, deferred, **options):
     engine, model, optimizer, loader, criterion = private(deferred=deferred, **options)
     batches = iter(loader)
     for _ in range(2):
-        take(next(batches), model, optimizer, criterion)
+        kit.step(next(batches), model, optimizer, criterion)
     third = next(batches)
     engine.settle()
     with HostReads() as reads:
-        take(third, model, optimizer, criterion)
+        kit.step(third, model, optimizer, criterion)
     return len(reads.found)
 
 
@@ -252,11 +231,11 @@ def test_a_step_on_cuda_does_not_synchronise(gate):
     _, model, optimizer, loader, criterion = private(conv_net().cuda(), dataset=images(device="cuda"), gate=gate)
     batches = iter(loader)
     for _ in range(2):
-        take(next(batches), model, optimizer, criterion)
+        kit.step(next(batches), model, optimizer, criterion)
     batch = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        take(batch, model, optimizer, criterion)
+        kit.step(batch, model, optimizer, criterion)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -269,10 +248,10 @@ def test_a_bad_step_on_cuda_is_found_at_the_next():
     batches = iter(loader)
     x, y = next(batches)
     x[0] = math.nan
-    take((x, y), model, optimizer, criterion)
+    kit.step((x, y), model, optimizer, criterion)
     assert bool(weights(model).isnan().all())
     with pytest.raises(NonFiniteError, match="step 1"):
-        take(next(batches), model, optimizer, criterion)
+        kit.step(next(batches), model, optimizer, criterion)
 
 
 # --- where a step's time goes -----------------------------------------------------------------------------------------
@@ -384,7 +363,7 @@ def test_a_users_compiled_module_trains_like_the_module(how):
         engine, trained, optimizer, loader, criterion = private(compiled(model, kind), check_every=2, steps=4)
         bounds.append(dict(engine.sensitivity()))
         for batch in loader:
-            take(batch, trained, optimizer, criterion)
+            kit.step(batch, trained, optimizer, criterion)
         ends.append(weights(model))
     assert bounds[0] == bounds[1]
     assert list(bounds[1]) == ["1.weight", "5.weight"]
@@ -396,10 +375,10 @@ def test_a_compiled_model_that_changes_is_refused():
     model = conv_net()
     _, trained, optimizer, loader, criterion = private(compiled(model, "wrapped"), seed=1)
     batches = iter(loader)
-    take(next(batches), trained, optimizer, criterion)
+    kit.step(next(batches), trained, optimizer, criterion)
     model[1].scale *= 2
     with pytest.raises(EngineError, match="scale was"):
-        take(next(batches), trained, optimizer, criterion)
+        kit.step(next(batches), trained, optimizer, criterion)
     model[1].scale /= 2
     trained.register_forward_hook(lambda module, inputs, output: 2 * output)
     with pytest.raises(EngineError, match="has changed since make_private"):
@@ -528,7 +507,7 @@ def test_inductor_trains_like_eager():
         forward = Forward(model, compiled=compile)
         _, _, optimizer, loader, criterion = private(forward.module, check_every=2, steps=4)
         for batch in loader:
-            take(batch, forward, optimizer, criterion)
+            kit.step(batch, forward, optimizer, criterion)
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
     model, dataset = tight()
@@ -672,7 +651,7 @@ def test_a_run_with_bfloat16_projections_is_certified_at_every_step(monkeypatch)
     engine, model, optimizer, loader, criterion = private(steps=12, lr=2.0)
     engine._run._projections.every = 1
     for batch in loader:
-        take(batch, model, optimizer, criterion)
+        kit.step(batch, model, optimizer, criterion)
     assert lipdp.lipschitz_constant(model, (1, 8, 8)) < 1 + 1e-3
     assert all(m.constraint.contains(m.weight_matrix()) for m in model.modules() if isinstance(m, lnn.Constrained))
 

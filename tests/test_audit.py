@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from defects import planted
 from torch.func import functional_call, grad, vmap
 
 import lipdp
@@ -294,7 +295,7 @@ def test_the_command_writes_its_report_and_its_picture(tmp_path, capsys):
 
 
 def test_the_command_ends_with_1_when_the_claim_is_refuted(capsys):
-    with audit.defects.planted("noise per microbatch"):
+    with planted("noise per microbatch"):
         code = main(["audit", "--epsilon", "1", "--method", "gradient-canaries", "--seed", "1", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert code == 1

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
+import kit
 import pytest
 import torch
+from defects import DEFECTS, CoupledLoss, planted
+from kit import train
 from torch.utils.data import DataLoader, TensorDataset
 
 import lipdp
 from lipdp import audit, losses
 from lipdp import nn as lnn
-from lipdp.audit.defects import DEFECTS, CoupledLoss, planted
 from lipdp.batches.samplers import PoissonSampler
 from lipdp.bounds import BoundGraph
 from lipdp.bounds import layers as rules
-from lipdp.errors import BoundViolation, EngineError, LossError, UnknownNameError
+from lipdp.errors import BoundViolation, EngineError, LossError
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.run import Run
 
@@ -28,24 +30,11 @@ def convolution():
     return lnn.SpectralConv2d(1, 2, 3, padding=1, bias=True)
 
 
-def train(experiment, *, steps=1, **options):
+def private(experiment, **options):
     """An ordinary run, all guards on, in which every record is the worst case."""
-    model = experiment.fresh_model()
-    x, y = (t.expand(8, *t.shape[1:]).clone() for t in experiment.canaries)
-    model, optimizer, loader, criterion = lipdp.PrivacyEngine("rdp", seed=0).make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=experiment.loss,
-        dataset=TensorDataset(x, y),
-        expected_batch_size=8,
-        steps=steps,
-        noise_multiplier=1.0,
-        **options,
-    )
-    for xb, yb in loader:
-        optimizer.zero_grad()
-        criterion(model(xb), yb).backward()
-        optimizer.step()
+    dataset = TensorDataset(*(t.expand(8, *t.shape[1:]).clone() for t in experiment.canaries))
+    defaults = {"criterion": experiment.loss, "expected_batch_size": 8, "lr": 0.1, "steps": 1}
+    return kit.private(experiment.fresh_model(), dataset, **{**defaults, **options})
 
 
 def mixed_experiment():
@@ -84,14 +73,8 @@ def test_a_defect_is_gone_afterwards_whatever_happens(name):
     assert originals() == before
 
 
-def test_defects_are_named_and_described():
-    assert all(d.name == name and d.description.endswith(".") for name, d in DEFECTS.items())
-    with pytest.raises(UnknownNameError, match="halved sensitivity"):
-        planted("halved")
-
-
 def test_without_a_defect_nothing_is_found():
-    train(audit.worst_case())
+    train(*private(audit.worst_case())[1:])
     lipdp.testing.falsify_layer(convolution(), (1, 6, 6), steps=5, weights=("given",))
     lipdp.testing.falsify_loss(losses.MeanAbsoluteError(3), 3, targets=torch.tensor([[5.0, 5, 5], [-5, 5, 5]]))
 
@@ -108,7 +91,7 @@ def test_falsify_finds_a_wrong_sensitivity(name):
 @pytest.mark.parametrize("name", WRONG_BOUNDS)
 def test_the_guard_of_the_first_step_refuses_a_wrong_sensitivity(name):
     with planted(name), pytest.raises(BoundViolation, match="longer than the bound"):
-        train(audit.worst_case())
+        train(*private(audit.worst_case())[1:])
 
 
 @pytest.mark.statistical
@@ -171,19 +154,8 @@ def test_the_law_of_batch_sizes_tells_shuffled_batches_at_once():
 
 
 def test_a_shuffled_loader_of_the_users_own_is_refused():
-    experiment = audit.worst_case()
-    model = experiment.fresh_model()
-    dataset = TensorDataset(*(t.expand(8, *t.shape[1:]).clone() for t in experiment.canaries))
-    model, optimizer, _, criterion = lipdp.PrivacyEngine("rdp").make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=experiment.loss,
-        dataset=dataset,
-        expected_batch_size=4,
-        steps=2,
-        noise_multiplier=1.0,
-    )
-    for x, y in DataLoader(dataset, batch_size=4, shuffle=True):
+    _, model, optimizer, loader, criterion = private(audit.worst_case(), expected_batch_size=4, steps=2)
+    for x, y in DataLoader(TensorDataset(*loader.dataset.tensors), batch_size=4, shuffle=True):
         criterion(model(x), y).backward()
         with pytest.raises(EngineError, match="without a new batch"):
             optimizer.step()
@@ -201,17 +173,8 @@ def test_falsify_loss_finds_that_samples_are_coupled():
 def test_make_private_refuses_a_coupled_loss_when_the_first_records_show_it():
     experiment = mixed_experiment()
     x, y = (torch.cat([c, o[:3]]) for c, o in zip(experiment.canaries, experiment.others, strict=True))
-    model = experiment.fresh_model()
     with pytest.raises(LossError, match="couples the samples"):
-        lipdp.PrivacyEngine("rdp").make_private(
-            module=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            criterion=CoupledLoss(25),
-            dataset=TensorDataset(x, y),
-            expected_batch_size=4,
-            steps=1,
-            noise_multiplier=1.0,
-        )
+        kit.private(experiment.fresh_model(), TensorDataset(x, y), criterion=CoupledLoss(25), expected_batch_size=4)
 
 
 def test_make_private_refuses_a_coupled_loss_also_where_the_first_records_are_of_one_kind():

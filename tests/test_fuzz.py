@@ -601,7 +601,7 @@ def small_data():
     return torch.utils.data.TensorDataset(torch.zeros(12, 4), torch.arange(12) % 3)
 
 
-def private(**given):
+def made_private(**given):
     """An engine's one step with these arguments."""
     accountant, seed = given.pop("accountant"), given.pop("seed")
     engine = lipdp.PrivacyEngine(accountant, seed=seed)
@@ -673,8 +673,8 @@ def arguments_of_the_library():
         "sensitivity": (lipdp.sensitivity, {"model": small_model(), "loss": lipdp.losses.TauCrossEntropy(), "input_shape": (4,),
                                             "gate": 0.5}),
         "lipschitz_constant": (lipdp.lipschitz_constant, {"model": small_model(), "input_shape": (4,)}),
-        "make_private": (private, {**engine, "module": small_model(), "noise_multiplier": 2.0}),
-        "make_private_with_epsilon": (private, {**engine, "module": small_model(), "target_epsilon": 5.0, "target_delta": 1e-5}),
+        "make_private": (made_private, {**engine, "module": small_model(), "noise_multiplier": 2.0}),
+        "make_private_with_epsilon": (made_private, {**engine, "module": small_model(), "target_epsilon": 5.0, "target_delta": 1e-5}),
         "load": (lipdp.data.load, {"name": "digits", "data_dir": "/nowhere"}),
         "split_validation": (lipdp.data.split_validation, {"split": split, "fraction": 0.1, "seed": 0}),
         "bounding": (bounded, {"name": "clip", "lower": 0.0, "upper": 1.0, "x": x}),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import kit
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import train
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -55,28 +59,7 @@ class Net(nn.Module):
         return self.head(self.flat(x)) * self.options["gain"] + self.shift
 
 
-def private(model=None, dataset=None, *, criterion=None, check_every=None, optimizer=None, **options):
-    torch.manual_seed(0)
-    model = model if model is not None else Net()
-    engine = lipdp.PrivacyEngine("rdp", seed=0, check_every=check_every)
-    defaults = {"expected_batch_size": 32, "steps": 6, "noise_multiplier": 1.0}
-    made = engine.make_private(
-        module=model,
-        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=0.5),
-        criterion=criterion or losses.TauCrossEntropy(8.0),
-        dataset=dataset if dataset is not None else images(),
-        **{**defaults, **options},
-    )
-    return engine, *made
-
-
-def train(model, optimizer, loader, criterion, steps=None):
-    for done, (x, y) in enumerate(loader, start=1):
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-        if done == steps:
-            return
+private = partial(kit.private, net=Net, data=images, expected_batch_size=32, steps=6)
 
 
 # --- the model and the loss between steps -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import FALSE_ALARM, has_std
 from scipy import optimize, stats
 
 from lipdp.errors import CheckpointError, EngineError, ParameterError, UnknownNameError
@@ -27,7 +28,6 @@ from lipdp.noise.ratchet import Ratchet
 from lipdp.noise.secure import SecureGaussianNoise
 
 ALLOCATIONS = [GlobalAllocation(), PerLayerAllocation(), MinVarianceAllocation()]
-FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass
 
 blocks = st.lists(
     st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.integers(1, 10**7)), min_size=1, max_size=12
@@ -151,13 +151,6 @@ def test_no_value_is_read_back_to_the_host(allocation):
 
 
 # --- the law of the draws ---------------------------------------------------------------------------------------------
-
-
-def has_std(sample: torch.Tensor, std: float) -> bool:
-    """Σ z²/s² is χ²(n) when z ~ N(0, s²): accept inside the two-sided 1 − FALSE_ALARM interval (±0.35 % at n = 10⁶)."""
-    statistic = (sample.double() / std).square().sum().item()
-    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], sample.numel())
-    return low <= statistic <= high
 
 
 def uncorrelated(a: torch.Tensor, b: torch.Tensor) -> bool:

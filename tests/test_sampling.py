@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import FALSE_ALARM
 from scipy import stats
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
@@ -24,9 +25,6 @@ from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError
 from lipdp.noise.cipher import keystream, keystream_blocks
 from lipdp.noise.ratchet import Ratchet
-
-FALSE_ALARM = 1e-6  # of each statistical test below; the seeds are fixed, so a pass stays a pass
-
 
 # --- the law ----------------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,14 @@ import json
 import math
 import shutil
 import sys
+from functools import partial
 
+import kit
 import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from kit import FALSE_ALARM, has_std, train
 from scipy import stats
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -30,13 +33,6 @@ from lipdp.privacy.gate import QuantileGate
 from lipdp.training import Interrupted, Monitor, Trainer, configure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
-
-
-def has_std(sample: torch.Tensor, std: float) -> bool:
-    statistic = (sample.double() / std).square().sum().item()
-    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], sample.numel())
-    return low <= statistic <= high
 
 
 # --- the cipher -------------------------------------------------------------------------------------------------------
@@ -253,29 +249,7 @@ def test_secure_batches_resume_and_do_not_mix_with_others():
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
-
-def private(secure=True, seed=None, **options):
-    torch.manual_seed(0)
-    model = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(20, 16), lnn.GroupSort2(), lnn.SpectralLinear(16, 5))
-    x = torch.randn(200, 20)
-    engine = lipdp.PrivacyEngine("rdp", seed=seed, secure=secure)
-    made = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9),
-        criterion=losses.TauCrossEntropy(8.0),
-        dataset=TensorDataset(x, torch.randint(5, (200,))),
-        **{"expected_batch_size": 50, "steps": 5, "noise_multiplier": 1.0, **options},
-    )
-    return engine, *made
-
-
-def train(model, optimizer, loader, criterion, steps=None):
-    for done, (x, y) in enumerate(loader, start=1):
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-        if done == steps:
-            return
+private = partial(kit.private, secure=True, seed=None, momentum=0.9)
 
 
 @pytest.mark.parametrize("sampling", ["poisson", "fixed_size"])
@@ -304,16 +278,11 @@ def test_a_secure_run_resumes_bit_identical(seed, sampling):
 @pytest.mark.statistical
 def test_the_noise_on_the_weights_is_what_epsilon_was_computed_from():
     model = nn.Sequential(lnn.InputBound(1.0), nn.Linear(100, 300, bias=False))
-    engine = lipdp.PrivacyEngine("rdp", seed=0, secure=True)
-    _, optimizer, loader, criterion = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+    dataset = TensorDataset(torch.randn(64, 100), torch.randint(300, (64,)))
+    engine, model, optimizer, loader, criterion = kit.private(
+        model, dataset, secure=True, lr=1.0, expected_batch_size=16, steps=2, noise_multiplier=1.7,
         criterion=losses.TauCrossEntropy(),
-        dataset=TensorDataset(torch.randn(64, 100), torch.randint(300, (64,))),
-        expected_batch_size=16,
-        steps=2,
-        noise_multiplier=1.7,
-    )
+    )  # fmt: skip
     start, std = model[1].weight.detach().clone(), engine.noise_stds()["1.weight"]
     assert std == pytest.approx(1.7 * math.sqrt(2), rel=1e-3)
     for x, y in loader:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import FALSE_ALARM
 from scipy import stats
 from torch.utils.data import TensorDataset
 
@@ -36,7 +37,6 @@ from lipdp.data.split import resize
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
 from lipdp.training import Trainer, configure, train
 
-FALSE_ALARM = 1e-6
 RNG = np.random.default_rng(0)
 
 

@@ -1,7 +1,9 @@
 """Owners and views: what one owner, with all records, or one record, with all views, can move."""
 
+from functools import partial
 from itertools import pairwise
 
+import kit
 import numpy as np
 import pytest
 import torch
@@ -33,21 +35,10 @@ def network(*, gate=None):
 
 def released(x, y, *, size, sigma=1e-9, gate=None, engine_gate=None, scale=1.0, microbatch=3, **options):
     """The sum that one step with q = 1 releases, and Δ, by name."""
-    model = network(gate=gate)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
-    engine = lipdp.PrivacyEngine(accountant="rdp", seed=1)
-    _, optimizer, loader, criterion = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        criterion=losses.TauCrossEntropy(50.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=size,
-        dataset_size=size,
-        steps=1,
-        noise_multiplier=sigma,
-        gate=engine_gate,
-        **options,
-    )
+    engine, model, optimizer, loader, criterion = private(
+        network(gate=gate), TensorDataset(x, y), lr=1e-30, seed=1, expected_batch_size=size, dataset_size=size, steps=1,
+        noise_multiplier=sigma, gate=engine_gate, **options,
+    )  # fmt: skip
     deltas = dict(engine.sensitivity())
     for xb, yb, *weight in loader:
         optimizer.zero_grad()
@@ -61,6 +52,12 @@ def longest(count):
     x = torch.zeros(count, 4, dtype=torch.float64)
     x[:, 0] = 1.0
     return x, torch.ones(count, dtype=torch.int64)
+
+
+private = partial(
+    kit.private, net=network, data=lambda: TensorDataset(*longest(20)), criterion=losses.TauCrossEntropy(50.0), lr=0.1,
+    seed=None, expected_batch_size=4, steps=3,
+)  # fmt: skip
 
 
 def moved(first, second):
@@ -138,7 +135,7 @@ def test_the_quantile_gate_counts_a_unit_once(views, owners):
         x, y = longest(6)
         x = x if count == 1 else x[:, None].repeat(1, count, 1)
         units = 6 if owners is None else 3
-        engine, model, (_, optimizer, loader, criterion) = private(
+        engine, model, optimizer, loader, criterion = private(
             dataset=TensorDataset(x, y),
             expected_batch_size=units,
             noise_multiplier=1e-6,
@@ -204,26 +201,9 @@ def test_parts_are_a_partition(drawn, size, cuts):
     assert np.concatenate(shards).tolist() == indices.tolist()
 
 
-def private(**options):
-    x, y = longest(20)
-    model = network()
-    engine = lipdp.PrivacyEngine(accountant="rdp")
-    return (
-        engine,
-        model,
-        engine.make_private(
-            module=model,
-            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-            criterion=losses.TauCrossEntropy(50.0),
-            dataset=options.pop("dataset", TensorDataset(x, y)),
-            **{"expected_batch_size": 4, "steps": 3, "noise_multiplier": 1.0, **options},
-        ),
-    )
-
-
 def test_the_account_is_of_owners():
     """20 records of 5 owners: q = 4/5, N = 5."""
-    engine, model, (_, optimizer, loader, criterion) = private(group=np.arange(20) // 4)
+    engine, model, optimizer, loader, criterion = private(group=np.arange(20) // 4)
     assert (engine.facts.dataset_size, engine.facts.sampling_rate, engine.facts.unit) == (5, 0.8, "owner")
     sizes = set()
     for x, y, weight in loader:
@@ -237,7 +217,7 @@ def test_the_account_is_of_owners():
 
 
 def test_weights_forgotten_or_invented():
-    _, model, (_, _, loader, criterion) = private(group=np.arange(20) // 4)
+    _, model, _, loader, criterion = private(group=np.arange(20) // 4)
     x, y, weight = next(b for b in loader if len(b[0]))
     with pytest.raises(EngineError, match="needs one weight a row, got none"):
         criterion(model(x), y)
@@ -247,7 +227,7 @@ def test_weights_forgotten_or_invented():
     criterion(model(x[2:]), y[2:], weight[2:])
     with pytest.raises(EngineError, match="weights of shape"):
         criterion(model(x), y, weight[1:])
-    _, model, (_, _, loader, criterion) = private(expected_batch_size=20)
+    _, model, _, loader, criterion = private(expected_batch_size=20)
     x, y = next(iter(loader))
     with pytest.raises(EngineError, match="leave the weight out"):
         criterion(model(x), y, torch.ones(len(x)))
@@ -278,11 +258,11 @@ class Views(Dataset):
 )
 def test_groups_and_multiplicities_that_do_not_fit(options, message):
     with pytest.raises(ParameterError, match=message):
-        next(iter(private(**options)[2][2]))
+        next(iter(private(**options)[3]))
 
 
 def test_views_of_a_map_style_dataset():
-    _, model, (_, _, loader, criterion) = private(multiplicity=2, dataset=Views(), expected_batch_size=20)
+    _, model, _, loader, criterion = private(multiplicity=2, dataset=Views(), expected_batch_size=20)
     x, y = next(iter(loader))
     assert x.shape == (40, 4)
     assert y.shape == (40,)

@@ -3,11 +3,9 @@
     lipdp.audit.many_runs(epsilon=4.0)                  # N against N + 1 records, many tiny runs
     lipdp.audit.one_run(epsilon=4.0)                    # one run, thousands of canaries
 
-A lower bound above the claim refutes it; one below proves nothing. `defects` plants known mistakes in the real engine;
-docs/audit.md says which tool finds which.
+A lower bound above the claim refutes it; one below proves nothing.
 """
 
-from lipdp.audit import defects
 from lipdp.audit.experiments import Experiment, gradient_canaries, input_canaries, worst_case
 from lipdp.audit.run import AuditResult, many_runs, one_run
 from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound, one_run_p_value
@@ -15,7 +13,6 @@ from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound,
 __all__ = [
     "AuditResult",
     "Experiment",
-    "defects",
     "gradient_canaries",
     "independent_lower_bound",
     "input_canaries",

@@ -1,9 +1,9 @@
-"""Defects seen in private training code, to be planted in the real engine and found again.
+"""Mistakes seen in published private training code, to be planted in the real engine and found again.
 
-    with lipdp.audit.defects.planted("halved sensitivity"):
+    with planted("halved sensitivity"):
         assert lipdp.audit.many_runs(epsilon=1.0).violated
 
-For tests of the audit only: inside the `with`, nothing that the library trains is private.
+Inside the `with`, nothing that the library trains is private.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,27 +21,9 @@ from lipdp.batches.samplers import PoissonSampler
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds import layers as rules
 from lipdp.bounds.rules import Local
-from lipdp.errors import UnknownNameError
 from lipdp.losses import LipschitzLoss
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.run import Run
-
-__all__ = ["DEFECTS", "CoupledLoss", "Defect", "planted"]
-
-
-@dataclass(frozen=True)
-class Defect:
-    """One defect.
-
-    Attributes:
-        name: for `planted`.
-        description: what is wrong.
-        plant: a context manager that puts it into the library and takes it out again.
-    """
-
-    name: str
-    description: str
-    plant: Callable[[], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -176,23 +158,15 @@ class CoupledLoss(LipschitzLoss):
 
 # --- by name ----------------------------------------------------------------------------------------------------------
 
-
-def _defect(plant: Callable[[], AbstractContextManager[None]]) -> Defect:
-    return Defect(plant.__name__.replace("_", " "), (plant.__doc__ or "").split("\n")[0], plant)
-
-
-DEFECTS: dict[str, Defect] = {
-    defect.name: defect
-    for defect in map(
-        _defect,
-        (
-            halved_sensitivity,
-            convolution_over_k,
-            bias_without_positions,
-            noise_per_microbatch,
-            realised_batch_size,
-            shuffled_batches,
-        ),
+DEFECTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    plant.__name__.replace("_", " "): plant
+    for plant in (
+        halved_sensitivity,
+        convolution_over_k,
+        bias_without_positions,
+        noise_per_microbatch,
+        realised_batch_size,
+        shuffled_batches,
     )
 }
 
@@ -200,14 +174,9 @@ DEFECTS: dict[str, Defect] = {
 def planted(name: str) -> AbstractContextManager[None]:
     """The defect of that name, in the library while the `with` lasts.
 
-    Raises:
-        UnknownNameError: there is none.
-
     >>> with planted("halved sensitivity"):
     ...     model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
     ...     round(lipdp.sensitivity(model, lipdp.losses.TauCrossEntropy(), input_shape=(4,))["1.weight"], 4)
     0.7071
     """
-    if name not in DEFECTS:
-        raise UnknownNameError("defect", name, DEFECTS)
-    return DEFECTS[name].plant()
+    return DEFECTS[name]()

@@ -1,0 +1,147 @@
+"""The account is that of the steps taken, and steps, batches and losses come in the one order that it holds for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kit import lipschitz_net, private, table, train, weights
+from torch.nn import functional as F
+
+import lipdp
+from lipdp import losses
+from lipdp.errors import EngineError, ParameterError
+
+# --- the account ------------------------------------------------------------------------------------------------------
+
+
+def test_epsilon_is_that_of_the_steps_taken():
+    engine, model, optimizer, loader, criterion = private(accountant="prv")
+    assert engine.get_epsilon(1e-5) == 0
+    train(model, optimizer, loader, criterion, steps=3)
+    assert engine.get_epsilon(1e-5) == lipdp.epsilon(noise_multiplier=1.0, sampling_rate=0.25, steps=3, delta=1e-5)
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "fixed_size"])
+def test_a_target_epsilon_is_reached_and_not_passed(sampling):
+    model = lipschitz_net()
+    engine = lipdp.PrivacyEngine("rdp", seed=0)
+    made = engine.make_private_with_epsilon(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5), criterion=losses.TauCrossEntropy(8.0),
+        dataset=table(), expected_batch_size=32, steps=20, target_epsilon=2.0, target_delta=1e-5, sampling=sampling,
+    )  # fmt: skip
+    train(*made)
+    assert 1.98 <= engine.get_epsilon(1e-5) <= 2.0
+    assert engine.facts.target_epsilon == 2.0
+    assert engine.facts.seeded
+
+
+def test_the_sampling_rate_comes_from_the_public_size():
+    engine, *_, loader, _ = private(dataset=table(200), dataset_size=1000, expected_batch_size=100)
+    assert engine.facts.sampling_rate == loader.sampler.sampling_rate == 0.1
+    with pytest.raises(ParameterError, match="dataset_size=1000"):  # q = B/N would understate B/200
+        private(dataset=table(200), dataset_size=1000, expected_batch_size=100, sampling="fixed_size")
+
+
+def test_fixed_size_batches_have_their_size():
+    _, _, _, loader, _ = private(sampling="fixed_size", expected_batch_size=50)
+    assert {len(x) for x, _ in loader} == {50}
+
+
+# --- order of use -----------------------------------------------------------------------------------------------------
+
+
+def test_a_step_needs_a_batch_of_its_own():
+    engine, model, optimizer, loader, criterion = private()
+    with pytest.raises(EngineError, match="without a new batch"):
+        optimizer.step()
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+    optimizer.step()
+    with pytest.raises(EngineError, match="without a new batch"):
+        optimizer.step()
+    loader.load_state_dict({**loader.state_dict(), "position": 0})  # the same draw again
+    with pytest.raises(EngineError, match="without a new batch"):
+        optimizer.step()
+    assert engine.steps_taken == 1
+
+
+def test_no_step_beyond_the_budget():
+    engine, model, optimizer, loader, criterion = private(steps=2)
+    train(model, optimizer, loader, criterion)
+    assert list(loader) == []
+    before = weights(model)
+    with pytest.raises(EngineError, match="all 2 steps"):
+        optimizer.step()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert engine.steps_taken == 2
+
+
+def test_two_batches_in_one_step_are_refused():
+    _, model, optimizer, loader, criterion = private()
+    batches = iter(loader)
+    for _ in range(2):
+        x, y = next(batches)
+        criterion(model(x[:5]), y[:5]).backward()  # few enough to look like one batch
+    with pytest.raises(EngineError, match="2 batches were drawn"):
+        optimizer.step()
+
+
+def test_a_look_at_the_first_batch_is_harmless_but_skipping_one_is_not():
+    engine, model, optimizer, loader, criterion = private()
+    next(iter(loader))
+    train(model, optimizer, loader, criterion, steps=2)
+    next(iter(loader))
+    with pytest.raises(EngineError, match="skipped"):
+        train(model, optimizer, loader, criterion, steps=1)
+    assert engine.steps_taken == 2
+
+
+@pytest.mark.parametrize("way", ["two losses", "two backwards", "twice the batch"])
+def test_a_record_counts_once(way):
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    if way == "two losses":
+        (criterion(model(x), y) + criterion(model(x), y)).backward()
+    elif way == "two backwards":
+        loss = criterion(model(x), y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    else:
+        criterion(model(torch.cat([x, x])), torch.cat([y, y])).backward()
+    with pytest.raises(EngineError, match="more than once"):
+        optimizer.step()
+    assert engine.steps_taken == 0
+
+
+def test_an_audit_of_the_gradients_is_harmless():
+    engine, model, optimizer, loader, criterion = private(steps=2)
+    for x, y in loader:
+        for _ in range(3):
+            torch.autograd.grad(criterion(model(x), y), list(model.parameters()))
+        criterion(model(x), y).backward()
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert engine.steps_taken == 2
+
+
+def test_metrics_without_gradients_are_free():
+    engine, model, optimizer, loader, criterion = private(steps=1)
+    x, y = next(iter(loader))
+    logits = model(x)
+    criterion(logits, y).backward()
+    with torch.no_grad():
+        criterion(model(x), y)
+    criterion(logits.detach(), y)
+    optimizer.step()
+    assert engine.steps_taken == 1
+
+
+def test_another_criterion_is_refused():
+    engine, model, optimizer, loader, _ = private()
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward()
+    with pytest.raises(EngineError, match="criterion that make_private returned"):
+        optimizer.step()
+    assert engine.steps_taken == 0

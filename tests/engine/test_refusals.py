@@ -1,0 +1,217 @@
+"""What the engine refuses: gradients changed before the step, foreign optimisers, coupled losses, NaN, bad arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kit import lipschitz_net, private, table, train, weights
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from lipdp import losses
+from lipdp import nn as lnn
+from lipdp.errors import (
+    EngineError,
+    LossError,
+    NonFiniteError,
+    OptimizerError,
+    ParameterError,
+    UnboundedError,
+    UnknownNameError,
+)
+
+# --- between backward and step ----------------------------------------------------------------------------------------
+
+
+def clip_norm(model, optimizer):
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+
+def clip_value(model, optimizer):
+    nn.utils.clip_grad_value_(model.parameters(), 0.1)
+
+
+def replace(model, optimizer):
+    model[1].weight.grad = model[1].weight.grad * 2
+
+
+def drop(model, optimizer):
+    optimizer.zero_grad()
+
+
+def add(model, optimizer):
+    model[3].weight.grad.add_(1.0)
+
+
+def shrink_weights(model, optimizer):
+    with torch.no_grad():
+        model[3].weight.mul_(0.1)
+
+
+@pytest.mark.parametrize("change", [clip_norm, clip_value, replace, drop, add, shrink_weights])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_backward_left_is_what_the_step_must_find(change, parts):
+    engine, model, optimizer, loader, criterion = private(steps=3)
+    batches = iter(loader)
+    x, y = next(batches)
+    for xb, yb in engine.microbatches(x, y, math.ceil(len(x) / parts)):
+        criterion(model(xb), yb).backward()
+    change(model, optimizer)
+    with pytest.raises(EngineError, match="were changed between"):
+        optimizer.step()
+    assert engine.steps_taken == 0
+
+
+def test_a_gradient_changed_between_two_parts_of_a_batch_is_refused():
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    first, second = engine.microbatches(x, y, math.ceil(len(x) / 2))
+    criterion(model(first[0]), first[1]).backward()
+    clip_norm(model, optimizer)
+    with pytest.raises(EngineError, match="were changed between"):
+        criterion(model(second[0]), second[1]).backward()
+    assert engine.steps_taken == 0
+
+
+def test_why_clipping_a_sum_is_refused():
+    """Layer 0 of one record, at its bound, changes what clipping leaves of layer 1 by far more than layer 1's bound."""
+    deltas = torch.tensor([10.0, 0.01])
+    others = torch.tensor([0.0, 5.0])  # what the other records sum to
+
+    def clipped(total, limit=5.0):
+        return total * min(1.0, limit / float(total.norm()))
+
+    moved = (clipped(others + torch.tensor([10.0, 0.0])) - clipped(others)).abs()
+    assert moved[1] > 100 * deltas[1]
+    stds = torch.tensor([2**0.5 * 10.0, 2**0.5 * 0.01])  # per layer, joint σ = 1
+    assert (moved / stds).norm() > 100  # where σ = 1 allows 1
+
+
+def test_weights_may_change_between_the_steps_and_gradients_after_the_noise():
+    engine, model, optimizer, loader, criterion = private(steps=4)
+    optimizer.register_step_pre_hook(lambda *_: clip_norm(model, optimizer) and None)  # sees the noisy gradients
+    for set_to_none, (x, y) in zip((True, False, False, True), loader, strict=True):
+        criterion(model(x), y)  # a look with gradients, unused
+        with torch.no_grad():
+            model[3].weight.mul_(0.9)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        criterion(model(x), y).backward()
+        optimizer.step()
+    assert engine.steps_taken == 4
+
+
+def test_a_fused_optimiser_under_a_scaler_is_refused():
+    model = lipschitz_net()
+    engine, model, optimizer, loader, criterion = private(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    )
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = next(iter(loader))
+    scaler.scale(criterion(model(x), y)).backward()
+    with pytest.raises(OptimizerError, match="bf16"):
+        scaler.step(optimizer)
+    assert engine.steps_taken == 0
+
+
+# --- optimisers, layers, losses and arguments -------------------------------------------------------------------------
+
+
+def test_an_optimiser_over_other_parameters_is_refused():
+    model = lipschitz_net()
+    with pytest.raises(OptimizerError, match="1 parameter"):
+        private(model, optimizer=torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1))
+    with pytest.raises(OptimizerError, match=r"lacks the trainable parameter\(s\) 3\.weight"):
+        private(model, optimizer=torch.optim.SGD([model[1].weight], lr=0.1))
+    engine, model, optimizer, loader, criterion = private(model)
+    with pytest.raises(OptimizerError, match="already private"):
+        private(model, optimizer=optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(OptimizerError, match="the model lacks"):
+        train(model, optimizer, loader, criterion)
+    assert engine.steps_taken == 0
+    frozen = lipschitz_net().requires_grad_(False)
+    with pytest.raises(OptimizerError, match="no trainable"):
+        private(frozen)
+
+
+def test_a_replaced_layer_is_refused():
+    engine, model, optimizer, loader, criterion = private()
+    model[3] = lnn.SpectralLinear(32, 5)
+    with pytest.raises(OptimizerError):
+        train(model, optimizer, loader, criterion)
+    assert engine.steps_taken == 0
+
+
+class CountWeighted(losses.TauCrossEntropy):
+    """Weights by the class counts of the batch, as the published KR losses do."""
+
+    def forward(self, logits, target):
+        counts = torch.bincount(target, minlength=logits.shape[1])
+        return super().forward(logits, target) / counts[target]
+
+
+class Averaged(losses.TauCrossEntropy):
+    def forward(self, logits, target):
+        return super().forward(logits, target).mean()
+
+
+class DividedByBatch(losses.TauCrossEntropy):
+    def forward(self, logits, target):
+        return super().forward(logits, target) / len(logits)
+
+
+@pytest.mark.parametrize("loss", [CountWeighted(), Averaged(), DividedByBatch()])
+def test_a_loss_that_couples_samples_is_refused(loss):
+    with pytest.raises(LossError, match=r"couples|without reduction"):
+        private(criterion=loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"expected_batch_size": 0}, ParameterError, "expected_batch_size"),
+        ({"expected_batch_size": 257}, ParameterError, "N = 256"),
+        ({"steps": 0}, ParameterError, "steps"),
+        ({"steps": 2.5}, ParameterError, "steps"),
+        ({"noise_multiplier": 0.0}, ParameterError, "noise_multiplier"),
+        ({"noise_multiplier": math.nan}, ParameterError, "noise_multiplier"),
+        ({"gate": -1.0}, ParameterError, "gate"),
+        ({"allocation": "per_block"}, UnknownNameError, "per_layer"),
+        ({"sampling": "shuffle"}, UnknownNameError, "poisson"),
+        ({"criterion": nn.NLLLoss()}, LossError, "NLLLoss"),
+        ({"model": nn.Linear(20, 5)}, UnboundedError, "InputBound"),
+        ({"dataset": [torch.zeros(20)] * 64}, EngineError, "pairs"),
+    ],
+)
+def test_bad_arguments_are_named(options, error, named):
+    with pytest.raises(error, match=named):
+        private(**options)
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_input_stops_the_run_with_nothing_released(value):
+    x, y = table().tensors
+    x = x.clone()
+    x[100:] = value
+    engine, model, optimizer, loader, criterion = private(dataset=TensorDataset(x, y))
+    before = weights(model)
+    with pytest.raises(NonFiniteError, match=r"step 1: .* 1\.weight, 3\.weight"):
+        train(model, optimizer, loader, criterion)
+    assert engine.steps_taken == 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_bad_weight_stops_the_run():
+    engine, model, optimizer, loader, criterion = private()
+    train(model, optimizer, loader, criterion, steps=2)
+    model[3].weight.data[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match=r"step 3: .*1\.weight"):
+        train(model, optimizer, loader, criterion)
+    assert engine.steps_taken == 2
+    with pytest.raises(NonFiniteError, match="weight is NaN"):
+        engine.sensitivity()

@@ -1,0 +1,108 @@
+"""Small data, small nets, a private run and its loop, for every test file."""
+
+from __future__ import annotations
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import lipdp
+from lipdp import losses
+from lipdp import nn as lnn
+
+FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
+EMPTY_FIRST = 0  # a seed whose first batch, of 1 in 200 records on average, is empty
+ALLOCATIONS = ("per_layer", "global", "min_variance")
+
+
+def table(n=256, features=20, classes=5, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, features, generator=generator, dtype=dtype)
+    return TensorDataset(x, torch.randint(classes, (n,), generator=generator))
+
+
+def lipschitz_net(features=20, hidden=32, classes=5, dtype=torch.float32):
+    return nn.Sequential(
+        lnn.InputBound(1.0),
+        lnn.SpectralLinear(features, hidden, dtype=dtype),
+        lnn.GroupSort2(),
+        lnn.SpectralLinear(hidden, classes, dtype=dtype),
+    )
+
+
+def plain_net(features=100, hidden=200, classes=50):
+    """Without constraints nothing is projected, so a step moves the weights by the noisy gradient and nothing else."""
+    return nn.Sequential(
+        lnn.InputBound(1.0), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes, bias=False)
+    )
+
+
+def private(
+    model=None, dataset=None, *, net=lipschitz_net, data=table, optimizer=None, lr=0.5, momentum=0.0, accountant="rdp",
+    seed=0, secure=False, check_every=None, deferred=None, world=None, **options,
+):  # fmt: skip
+    """(engine, model, optimizer, loader, criterion) of a run; `options` go to `make_private`.
+
+    A test file has its own defaults by `private = partial(kit.private, net=..., data=..., lr=...)`.
+    """
+    if model is None:
+        torch.manual_seed(0)
+        model = net()
+    engine = lipdp.PrivacyEngine(
+        accountant, seed=seed, secure=secure, check_every=check_every, deferred=deferred, world=world
+    )
+    defaults = {
+        "expected_batch_size": 64,
+        "steps": 5,
+        "noise_multiplier": 1.0,
+        "criterion": losses.TauCrossEntropy(8.0),
+    }
+    made = engine.make_private(
+        module=model,
+        optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum),
+        dataset=data() if dataset is None else dataset,
+        **{**defaults, **options},
+    )
+    return engine, *made
+
+
+def step(batch, model, optimizer, criterion):
+    x, y, *weight = batch
+    optimizer.zero_grad()
+    criterion(model(x), y, *weight).backward()
+    optimizer.step()
+
+
+def train(model, optimizer, loader, criterion, *, steps=None, after=lambda: None):
+    """The ordinary loop, to its end or for some steps; `after` is called after each."""
+    for done, batch in enumerate(loader, start=1):
+        step(batch, model, optimizer, criterion)
+        after()
+        if done == steps:
+            return
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def has_std(samples: Tensor, std: float) -> bool:
+    """Two-sided χ² test of a centred Gaussian's standard deviation."""
+    total = float((samples.double() / std).square().sum())
+    tail = min(stats.chi2.cdf(total, samples.numel()), stats.chi2.sf(total, samples.numel()))
+    return tail > FALSE_ALARM / 2
+
+
+def pure_noise(engine, model, optimizer, loader, criterion) -> dict[str, Tensor]:
+    """Per parameter the noise of every step on the *sum*, with lr = 1 and a gradient of exactly zero."""
+    draws: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for x, y in loader:
+        before = weights(model)
+        optimizer.zero_grad()
+        (criterion(model(x), y) * 0.0).backward()
+        optimizer.step()
+        for name, p in model.named_parameters():
+            draws[name].append((before[name].double() - p.detach().double()) * engine.facts.expected_batch_size)
+            p.data.copy_(before[name])  # the same weights, hence the same bounds, at every step
+    return {name: torch.stack(d) for name, d in draws.items()}

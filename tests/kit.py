@@ -95,14 +95,16 @@ def has_std(samples: Tensor, std: float) -> bool:
 
 
 def pure_noise(engine, model, optimizer, loader, criterion) -> dict[str, Tensor]:
-    """Per parameter the noise of every step on the *sum*, with lr = 1 and a gradient of exactly zero."""
+    """Per parameter the noise of every step on the *sum*, with lr = 1: what is released less what was summed."""
     draws: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
     for x, y in loader:
         before = weights(model)
         optimizer.zero_grad()
-        (criterion(model(x), y) * 0.0).backward()
+        criterion(model(x), y).backward()
+        summed = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         for name, p in model.named_parameters():
-            draws[name].append((before[name].double() - p.detach().double()) * engine.facts.expected_batch_size)
+            moved = (before[name].double() - p.detach().double()) * engine.facts.expected_batch_size
+            draws[name].append(moved - summed.get(name, 0.0))
             p.data.copy_(before[name])  # the same weights, hence the same bounds, at every step
     return {name: torch.stack(d) for name, d in draws.items()}

@@ -36,10 +36,18 @@ class _Release(torch.autograd.Function):
         if call.sharded:  # the pass itself goes on to the parameters, from the logits
             ctx.release(grads[0])
             return None, None, None, None, ctx.gated
-        wanted = [edge is not None and torch._C._will_engine_execute_node(edge) for edge in ctx.edges]
+        wanted = [edge is not None and _is_wanted(edge) for edge in ctx.edges]
         if not any(wanted[1:]):  # an attack on the inputs: nothing reaches the weights
             return None, None, None, None, call.gradient_of_input(), *[None] * len(wanted[1:])
         return None, None, None, None, *ctx.release(grads[0])
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the backward pass that is running leads to this node."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
+        return True
 
 
 class PrivateCriterion(nn.Module):

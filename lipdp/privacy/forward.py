@@ -121,7 +121,12 @@ class PrivateForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._model), self._model)
-        return MethodType(type(self._model).forward, copied)
+        return _bound_forward(copied)
 
     def __reduce__(self) -> Any:
-        return MethodType, (type(self._model).forward, self._model)
+        return _bound_forward, (self._model,)
+
+
+def _bound_forward(model: nn.Module) -> Any:
+    """What a pickled model has in the place of its private forward pass."""
+    return MethodType(type(model).forward, model)

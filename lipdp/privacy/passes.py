@@ -51,13 +51,15 @@ Claim = tuple[Tensor, str]
 """() bool on the device, and what is wrong where it is False."""
 
 OTHER_TERMS = (
-    "something beside the criterion's value reached the gradients, or changed them: a further term of the loss, clipping"
-    " (clip_grad_norm_, gradient_clip_val), a GradScaler, a missing zero_grad(). Only the criterion's value may be"
-    " back-propagated. For a penalty on the weights alone use engine.add_penalty; change noisy gradients in a step"
-    " pre-hook registered after make_private"
+    "the summed gradients were changed between backward() and step(), or something beside the criterion's value reached them: a"
+    " further term of the loss, clipping (clip_grad_norm_, gradient_clip_val, accelerator.clip_grad_norm_), a GradScaler, a"
+    " missing zero_grad(). Only the criterion's value may be back-propagated. For a penalty on the weights alone use"
+    " engine.add_penalty; change noisy gradients in a step pre-hook registered after make_private"
 )
 _LEFT = "p.grad held something before the first private backward pass of this step; call optimizer.zero_grad() first"
-_DROPPED = "the summed gradients were dropped between backward() and step(): call zero_grad() before backward()"
+_DROPPED = (
+    "the summed gradients were changed between backward() and step(): some are gone. Call zero_grad() before backward()"
+)
 _FACTOR = (
     "the criterion's value was multiplied, divided or transformed before backward(): the bound holds for the value itself, and a"
     " factor could depend on the batch. Call criterion(model(x), y).backward(); the engine divides by the public batch size"
@@ -245,6 +247,8 @@ class StepInProgress(Listener):
     def after_draw(self, drawn: Draw | None) -> None:
         """See `Listener`."""
         self.drawn = drawn
+        if drawn is None:
+            self.forget()
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -293,7 +297,8 @@ class StepInProgress(Listener):
         Raises:
             EngineError: rows are missing, met or unknown; weights or gradients were changed.
         """
-        self._drop_unused()
+        if self._rows and all(p.grad is None for p in self._parameters):
+            raise EngineError(_DROPPED)
         _check_versions(self._versions)
         drawn = self.drawn
         claims = [*self._claims, *self.gradients.claims(parameters)]

@@ -142,6 +142,7 @@ def test_a_restored_optimiser_without_its_account_is_refused(momentum):
     again, model, optimizer, loader, criterion = private(momentum=momentum)
     optimizer.load_state_dict(state["optimizer"])
     for _ in range(2):
+        optimizer.zero_grad()
         with pytest.raises(EngineError, match="restored after 2 private steps but the account has 0"):
             train(model, optimizer, loader, criterion, steps=1)
     again.load_state_dict(state["engine"])

@@ -105,11 +105,7 @@ class Understated(losses.TauCrossEntropy):
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_the_gate_holds_whatever_the_loss_says_or_the_caller_multiplies(scale):
     dataset = table(dtype=torch.float64)
-    engine, model, _, _, criterion = private(
-        lipschitz_net(dtype=torch.float64),
-        dataset,
-        criterion=Understated(8.0) if scale == 1.0 else losses.TauCrossEntropy(),
-    )
+    engine, model, _, _, criterion = private(lipschitz_net(dtype=torch.float64), dataset, criterion=Understated(8.0))
     x, y = dataset.tensors
     assert 0.9 < neighbours(engine, model, lambda z, t: scale * criterion(z, t), x[:20], y[:20]) <= 1.0 + 1e-9
     raw = losses.TauCrossEntropy()
@@ -120,7 +116,7 @@ def test_a_gradient_penalty_cannot_slip_past_the_gate():
     _, model, _, loader, criterion = private()
     x, y = next(iter(loader))
     gradient = torch.autograd.grad(criterion(model(x), y), model[1].weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.square().sum().backward()
 
 
@@ -180,7 +176,7 @@ def test_unfreezing_brings_noise_and_freezing_takes_a_raw_gradient_away():
         before = weights(model)
         x, y = next(batches)
         optimizer.zero_grad()
-        (criterion(model(x), y) * 0.0).backward()
+        criterion(model(x), y).backward()
         if late:  # frozen between backward and step, with its raw gradient still there
             model[1].weight.grad.fill_(1.0)
             model[1].requires_grad_(thaw)
@@ -208,7 +204,7 @@ def test_a_parameter_the_trace_did_not_see_is_caught():
     late, model = False, Deceptive()
     _, _, optimizer, loader, criterion = private(model)
     late = True  # no attribute of the model, so that only the gradient shows it
-    with pytest.raises(EngineError, match=r"step 1: b\.weight has a gradient"):
+    with pytest.raises(EngineError, match="computes something else than what make_private traced"):
         train(model, optimizer, loader, criterion)
 
 

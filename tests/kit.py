@@ -40,7 +40,7 @@ def plain_net(features=100, hidden=200, classes=50):
 
 def private(
     model=None, dataset=None, *, net=lipschitz_net, data=table, optimizer=None, lr=0.5, momentum=0.0, accountant="rdp",
-    seed=0, secure=False, check_every=None, deferred=None, world=None, **options,
+    seed=0, secure=False, check_every=None, deferred=None, world=None, engine=None, **options,
 ):  # fmt: skip
     """(engine, model, optimizer, loader, criterion) of a run; `options` go to `make_private`.
 
@@ -49,7 +49,7 @@ def private(
     if model is None:
         torch.manual_seed(0)
         model = net()
-    engine = lipdp.PrivacyEngine(
+    engine = engine or lipdp.PrivacyEngine(
         accountant, seed=seed, secure=secure, check_every=check_every, deferred=deferred, world=world
     )
     defaults = {

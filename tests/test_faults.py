@@ -1,7 +1,8 @@
 """What can happen to a run: killed at any moment, damaged files, a full disk, a folder that may not be written.
 
-The claims: a resume always works and ends with the bits of a run that was left alone; no step whose release somebody may
-have seen is missing in `privacy.json`; every other fault is one message, exit code 2, and the last good files untouched.
+The claims: a resume always works and ends with the bits of a run that was left alone; no step whose release somebody
+may have seen is missing in `privacy.json`; every other fault is one message, exit code 2, and the last good files
+untouched.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ QUICK = {"model": "linear", "batch_size": 128, "noise_multiplier": 2.0, "account
 
 
 def settings(steps, seed=0, every=2):
-    """A tiny run with every kind of state: moments, averages, schedule, gate, and metrics out of step with checkpoints."""
+    """A tiny run with every kind of state: moments, averages, schedule, gate, metrics out of step with checkpoints."""
     plan = ["--steps", steps, "--noise-multiplier", "2", "--checkpoint-every", every, "--log-every", "3"]
     return ["train", *NET, *HOW, *plan, *([] if seed is None else ["--seed", seed])]
 
@@ -46,7 +47,7 @@ def commands():
 
 
 def go_on(commands, folder, given, **fault):
-    """One process: the run begun, or resumed once `config.json` is there. Its answer, and whether the run is finished."""
+    """One process: the run begun, or resumed once `config.json` is there. Its answer, and whether the run ended."""
     begun = (folder / "config.json").exists()
     answer = commands(*(["train", "--resume", folder] if begun else [*given, "--out", folder]), **fault)
     if answer["signal"] is not None:
@@ -125,7 +126,7 @@ def test_killed_in_every_call_that_writes(commands, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, None])
 def test_killed_two_hundred_times(seed, commands, tmp_path):
-    """Half of them by the clock, half in the middle of writing; the run without a seed is compared with a copy of it."""
+    """Half of them by the clock, half in the middle of writing; an unseeded run is compared with a copy of it."""
     rng, kills, runs = random.Random(11), 0, 0
     given = settings(24, seed)
     start = tmp_path / "start"

@@ -1,6 +1,6 @@
 """Bad input, by the thousand: each ends in success or in one readable message of the library, never in a traceback.
 
-Every sweep runs with few cases by default and with many under `-m slow`. What the default run tries is the same every time.
+Every sweep runs with few cases by default and with many under `-m slow`. The default run tries the same every time.
 """
 
 from __future__ import annotations
@@ -493,7 +493,7 @@ def read_changed(files, kind, content, folder):
 
 @st.composite
 def pickles(draw):
-    """Programs of the pickle machine: its opcodes in any order, with arguments that name what a reader must not call."""
+    """Programs of the pickle machine: its opcodes in any order, with arguments that a reader must not call."""
     words = [
         b"cos\nsystem\n",
         b"cnumpy\nndarray\n",
@@ -586,9 +586,9 @@ def test_data_files(cases, files, tmp_path):
 # --- arguments of the library -----------------------------------------------------------------------------------------
 
 GARBAGE = [
-    None, True, False, -1, 0, 1, 2, 3, 7, 2**63, 10**30, -(10**400), 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf, -math.inf,
-    Fraction(1, 3), np.float32(0.3), np.int64(3), np.float64("inf"), "", "a", "1", "nan", "\0", "\udcff", "global", "prv",
-    [], [1], [None], [-1], (), (1, 2), (4,), (1, 4, 4), (10**30,), {}, {"a": 1},
+    None, True, False, -1, 0, 1, 2, 3, 7, 2**63, 10**30, -(10**400), 0.5, -0.0, 1e-320, 1e308, math.nan, math.inf,
+    -math.inf, Fraction(1, 3), np.float32(0.3), np.int64(3), np.float64("inf"), "", "a", "1", "nan", "\0", "\udcff",
+    "global", "prv", [], [1], [None], [-1], (), (1, 2), (4,), (1, 4, 4), (10**30,), {}, {"a": 1},
 ]  # fmt: skip
 """In the place of a name, a number, a shape or options. What takes tensors and modules is left to torch to refuse."""
 
@@ -639,7 +639,8 @@ def project(kind):
 
 def arguments_of_the_library():
     """Name → (function, arguments that are right); one or two of them are then replaced."""
-    x, logits, labels = torch.zeros(2, 4), torch.zeros(2, 3), torch.tensor([0, 2])
+    x, logits = torch.zeros(2, 4), torch.zeros(2, 3)
+    scored = {"logits": logits, "target": torch.tensor([0, 2])}
     plan = {"sampling_rate": 0.1, "steps": 5, "delta": 1e-5, "accountant": "rdp", "relation": "add_or_remove_one"}
     split = lipdp.data.load("digits")
     engine = {
@@ -650,38 +651,44 @@ def arguments_of_the_library():
     calls = {
         "epsilon": (lipdp.epsilon, {**plan, "noise_multiplier": 2.0}),
         "calibrate": (lipdp.calibrate, {**plan, "target_epsilon": 2.0}),
-        "build": (model_of, {"name": "mlp", "input_shape": (1, 4, 4), "num_classes": 3, "input_bound": 2.0, "clips": None,
-                             "gates": None, "bias": False, "twin": False, "width": 8, "depth": 2}),
+        "build": (model_of, {"name": "mlp", "input_shape": (1, 4, 4), "num_classes": 3, "input_bound": 2.0,
+                             "clips": None, "gates": None, "bias": False, "twin": False, "width": 8, "depth": 2}),
         "build cnn": (model_of, {"name": "cnn", "input_shape": (1, 8, 8), "num_classes": 3, "gates": (0.1, None)}),
-        "cross-entropy": (loss(lipdp.losses.TauCrossEntropy), {"tau": 2.0, "logits": logits, "target": labels}),
-        "hinge": (loss(lipdp.losses.CategoricalHinge), {"margin": 1.0, "logits": logits, "target": labels}),
-        "multiclass": (loss(lipdp.losses.MulticlassHinge), {"num_classes": 3, "margin": 1.0, "logits": logits, "target": labels}),
-        "bce": (loss(lipdp.losses.TauBCEWithLogits), {"tau": 1.0, "num_outputs": 1, "logits": logits[:, :1], "target": labels}),
-        "cosine": (loss(lipdp.losses.CosineSimilarity), {"floor": 1.0, "logits": logits, "target": labels}),
-        "hkr": (loss(lipdp.losses.HKR), {"priors": [0.2, 0.3, 0.5], "alpha": 0.5, "margin": 1.0, "logits": logits, "target": labels}),
-        "mse": (loss(lipdp.losses.MeanSquaredError), {"target_bound": 1.0, "num_outputs": 3, "logits": logits, "target": logits}),
-        "mae": (loss(lipdp.losses.MeanAbsoluteError), {"num_outputs": 3, "logits": logits, "target": logits}),
+        "cross-entropy": (loss(lipdp.losses.TauCrossEntropy), {"tau": 2.0, **scored}),
+        "hinge": (loss(lipdp.losses.CategoricalHinge), {"margin": 1.0, **scored}),
+        "multiclass": (loss(lipdp.losses.MulticlassHinge), {"num_classes": 3, "margin": 1.0, **scored}),
+        "bce": (loss(lipdp.losses.TauBCEWithLogits), {"tau": 1.0, "num_outputs": 1, **scored, "logits": logits[:, :1]}),
+        "cosine": (loss(lipdp.losses.CosineSimilarity), {"floor": 1.0, **scored}),
+        "hkr": (loss(lipdp.losses.HKR), {"priors": [0.2, 0.3, 0.5], "alpha": 0.5, "margin": 1.0, **scored}),
+        "mse": (loss(lipdp.losses.MeanSquaredError),
+                {"target_bound": 1.0, "num_outputs": 3, **scored, "target": logits}),
+        "mae": (loss(lipdp.losses.MeanAbsoluteError), {"num_outputs": 3, **scored, "target": logits}),
         "InputBound": (layer("InputBound"), {"bound": 1.0}),
         "GradientGate": (layer("GradientGate"), {"bound": 1.0}),
-        "SpectralLinear": (layer("SpectralLinear"), {"in_features": 4, "out_features": 3, "bias": True, "k_coef_lip": 1.0}),
-        "SpectralConv2d": (layer("SpectralConv2d"), {"in_channels": 1, "out_channels": 2, "kernel_size": 3, "stride": 1}),
+        "SpectralLinear": (layer("SpectralLinear"),
+                           {"in_features": 4, "out_features": 3, "bias": True, "k_coef_lip": 1.0}),
+        "SpectralConv2d": (layer("SpectralConv2d"),
+                           {"in_channels": 1, "out_channels": 2, "kernel_size": 3, "stride": 1}),
         "Spectral": (project("Spectral"), {"radius": 1.0, "matrix": torch.ones(3, 4)}),
         "Orthogonal": (project("Orthogonal"), {"matrix": torch.ones(3, 4)}),
         "Frobenius": (project("Frobenius"), {"radius": 1.0, "matrix": torch.ones(3, 4)}),
         "poisson": (sampled(PoissonSampler), {"population": 12, "sampling_rate": 0.3, "steps": 3, "seed": 0}),
         "fixed size": (sampled(FixedSizeSampler), {"population": 12, "batch_size": 4, "steps": 3, "seed": 0}),
-        "sensitivity": (lipdp.sensitivity, {"model": small_model(), "loss": lipdp.losses.TauCrossEntropy(), "input_shape": (4,),
-                                            "gate": 0.5}),
+        "sensitivity": (lipdp.sensitivity, {"model": small_model(), "loss": lipdp.losses.TauCrossEntropy(),
+                                            "input_shape": (4,), "gate": 0.5}),
         "lipschitz_constant": (lipdp.lipschitz_constant, {"model": small_model(), "input_shape": (4,)}),
         "make_private": (made_private, {**engine, "module": small_model(), "noise_multiplier": 2.0}),
-        "make_private_with_epsilon": (made_private, {**engine, "module": small_model(), "target_epsilon": 5.0, "target_delta": 1e-5}),
+        "make_private_with_epsilon": (made_private,
+                                      {**engine, "module": small_model(), "target_epsilon": 5.0, "target_delta": 1e-5}),
         "load": (lipdp.data.load, {"name": "digits", "data_dir": "/nowhere"}),
         "split_validation": (lipdp.data.split_validation, {"split": split, "fraction": 0.1, "seed": 0}),
         "bounding": (bounded, {"name": "clip", "lower": 0.0, "upper": 1.0, "x": x}),
-        "features": (featured, {"name": "dct", "keep": 4, "unit_norm": True, "eps": 1e-5, "dtype": "float32", "x": torch.zeros(2, 1, 8, 8)}),
+        "features": (featured,
+                     {"name": "dct", "keep": 4, "unit_norm": True, "eps": 1e-5, "dtype": "float32",
+                      "x": torch.zeros(2, 1, 8, 8)}),
         "configure": (lipdp.training.configure, {**dict.fromkeys(CONFIGURED), "dataset": "digits"}),
-        "falsify_loss": (partial(lipdp.testing.falsify_loss, starts=1, steps=1), {"loss": lipdp.losses.TauCrossEntropy(),
-                                                                                  "num_outputs": 3}),
+        "falsify_loss": (partial(lipdp.testing.falsify_loss, starts=1, steps=1),
+                         {"loss": lipdp.losses.TauCrossEntropy(), "num_outputs": 3}),
         "falsify_layer": (partial(lipdp.testing.falsify_layer, starts=1, steps=1, climbs=1),
                           {"layer": torch.nn.ReLU(), "input_shape": (3,), "radius": 1.0}),
     }  # fmt: skip
@@ -733,7 +740,7 @@ CONFIGURED += (
 
 CALLS = arguments_of_the_library()
 OF_PRIVACY = ("epsilon", "calibrate", "poisson", "fixed size", "make_private", "make_private_with_epsilon")
-"""Their arguments are checked for their range, not yet for their type (None, text): a TypeError of Python's comes through."""
+"""Their arguments are checked for their range, not for their type (None, text): Python's TypeError comes through."""
 NOT_REPLACED = (torch.Tensor, torch.nn.Module, torch.utils.data.Dataset, lipdp.data.Split)
 
 

@@ -87,7 +87,7 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ----------------------------------------------------------------------------------------------------------- npy folders
+# ---------------------------------------------------------------------------------------------------------- npy folders
 
 
 def test_a_run_from_disk_is_the_run_from_memory(digits_folder, tmp_path):
@@ -238,7 +238,7 @@ def test_a_record_that_is_not_finite_stops_the_run_in_one_line(tmp_path, capsys)
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: the inputs hold NaN or infinity")
 
 
-# --------------------------------------------------------------------------------------- what a split answers, everywhere
+# ------------------------------------------------------------------------------------- what a split answers, everywhere
 
 
 @pytest.mark.parametrize("dataset", ["memory", "disk"])
@@ -478,7 +478,7 @@ def test_datasets_folders_that_are_not_whole(tmp_path, capsys):
 @hub
 @pytest.mark.parametrize("kind", ["npy", "arrow"])
 def test_damaged_files_are_read_or_refused(tmp_path, kind):
-    """Cut, or with other bytes in places; Arrow follows offsets to wherever they point if they are not looked at first."""
+    """Cut, or with other bytes in places; Arrow follows offsets wherever they point unless they are checked."""
     folder = image_set(tmp_path) if kind == "arrow" else images(tmp_path)
     files = sorted(folder.rglob(f"*.{kind}"))
     draw = random.Random(0)
@@ -570,14 +570,14 @@ def test_bad_owners_are_named(tmp_path, owners):
         data.open_split(str(tmp_path), columns=data.Columns(label="y"))
 
 
-# ----------------------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------------------- augmentation
 
 
 @pytest.mark.parametrize("name", sorted(AUGMENTS))
 @given(seed=st.integers(0, 10**6), height=st.integers(1, 9), width=st.integers(1, 9))
 @settings(max_examples=30, deadline=None)
 def test_views_are_never_longer_and_hold_no_other_record(name, seed, height, width):
-    """The norm bound, entry by entry: what a view holds are pixels of its own image, each as often as there, and zeros."""
+    """The norm bound, entry by entry: a view holds pixels of its own image, each as often as there, and zeros."""
     x = torch.randn(4, 2, height, width, generator=torch.Generator().manual_seed(seed)).double()
     x += torch.arange(4)[:, None, None, None] * 100  # records are told apart by their values
     torch.manual_seed(seed)
@@ -779,7 +779,7 @@ def test_the_command_takes_the_options(digits_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["interrupt of all", "terminate all", "kill a worker"])
 def test_signals_to_a_run_with_workers(digits_folder, tmp_path, end):
-    """Ctrl-C reaches the workers too: the run saves, ends with 130 and takes them along. So it does without one of them."""
+    """Ctrl-C reaches the workers too: the run saves, ends with 130 and takes them along, also without one of them."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "lipdp", "train", "--dataset", str(digits_folder), "--num-workers", "2"]
     options = ["--model", "mlp", "--steps", "100000", "--checkpoint-every", "5", "--batch-size", "100"]

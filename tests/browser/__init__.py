@@ -1,4 +1,4 @@
-"""A real browser for the tests of a page: headless Chromium from the system, driven by selenium; no network is needed."""
+"""A real browser for the tests of a page: headless Chromium from the system, driven by selenium, without a network."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def spread(*, dtype=torch.float64, **options):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     made = offered(model, *records(dtype), **{"seed": 0, "steps": 50, "gate": 0.8, **options})
-    loop(*made)
+    loop(*made, skip_empty=False)
     engine = made[0]
     whole = {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
     return whole, engine.get_epsilon(1e-5), dict(engine.sensitivity())

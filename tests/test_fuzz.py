@@ -72,132 +72,26 @@ def patience():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 NUMBERS = [
-    "nan",
-    "inf",
-    "-inf",
-    "-1",
-    "0",
-    "1",
-    "2",
-    "3",
-    "0.5",
-    "-0.0",
-    "1e-9",
-    "1e-320",
-    "1e9",
-    "1e400",
-    "1_0",
-    "0x10",
+    "nan", "inf", "-inf", "-1", "0", "1", "2", "3", "0.5", "-0.0", "1e-9", "1e-320", "1e9", "1e400", "1_0", "0x10",
     "٣",
-]
+]  # fmt: skip
 TEXTS = [
-    "",
-    " ",
-    "None",
-    "true",
-    "[]",
-    "{}",
-    "[" * 5000,
-    "(1,",
-    "a" * 5000,
-    "é\n",
-    "\udcff",
-    "[/bold]",
-    "--",
-    "=",
-    "x=",
-    "=1",
-    "*",
-]
+    "", " ", "None", "true", "[]", "{}", "[" * 5000, "(1,", "a" * 5000, "é\n", "\udcff", "[/bold]", "--", "=", "x=",
+    "=1", "*",
+]  # fmt: skip
 NAMES = [
-    "digits",
-    "mnist",
-    "adbench/",
-    "adbench/../x",
-    "no.npz",
-    "/",
-    ".",
-    "/dev/null",
-    "x.csv",
-    "cnn",
-    "mlp",
-    "os:getcwd",
-]
-NAMES += [
-    "os:",
-    ":",
-    "json:loads",
-    "torch.nn:Linear",
-    "..:x",
-    "poisson",
-    "fixed_size",
-    "global",
-    "min_variance",
-    "off",
-    "prv",
-]
-NAMES += [
-    "pld",
-    "rdp",
-    "sgd",
-    "adam",
-    "cosine",
-    "linear",
-    "hinge",
-    "bce",
-    "hkr",
-    "dct",
-    "clip",
-    "tanh",
-    "signed-log",
-    "meta",
-]
-NAMES += ["rescale", "standardise", "cuda", "cuda:99", "cpu:7", "mps", "scattering"]
+    "digits", "mnist", "adbench/", "adbench/../x", "no.npz", "/", ".", "/dev/null", "x.csv", "cnn", "mlp", "os:getcwd",
+    "os:", ":", "json:loads", "torch.nn:Linear", "..:x", "poisson", "fixed_size", "global", "min_variance", "off",
+    "prv", "pld", "rdp", "sgd", "adam", "cosine", "linear", "hinge", "bce", "hkr", "dct", "clip", "tanh", "signed-log",
+    "meta", "rescale", "standardise", "cuda", "cuda:99", "cpu:7", "mps", "scattering",
+]  # fmt: skip
 PAIRS = [
-    "width=0",
-    "width=3",
-    "depth=1",
-    "depth=-1",
-    "width=1e99",
-    "depth=[]",
-    "tau=nan",
-    "tau=-1",
-    "margin=inf",
-    "alpha=2",
-]
-PAIRS += [
-    "priors=[1,2]",
-    "priors=x",
-    "keep=0",
-    "keep=99",
-    "J=9",
-    "unit_norm=3",
-    "dtype=int8",
-    "group_norm=2",
-    "eps=0",
-    "upper=-1",
-]
-PAIRS += [
-    "lower=nan",
-    "scale=0",
-    "mean=[1,2]",
-    "std=x",
-    "std=1e-320",
-    "input_bound=0",
-    "input_bound=1e-30",
-    "gates=[null]",
-]
-PAIRS += [
-    "clips=1e308",
-    "gates=-1",
-    "bias=1",
-    "twin=true",
-    "kind=5",
-    "width=true",
-    "input_shape=3",
-    "layers=1",
-    "num_classes=2",
-]
+    "width=0", "width=3", "depth=1", "depth=-1", "width=1e99", "depth=[]", "tau=nan", "tau=-1", "margin=inf",
+    "alpha=2", "priors=[1,2]", "priors=x", "keep=0", "keep=99", "J=9", "unit_norm=3", "dtype=int8", "group_norm=2",
+    "eps=0", "upper=-1", "lower=nan", "scale=0", "mean=[1,2]", "std=x", "std=1e-320", "input_bound=0",
+    "input_bound=1e-30", "gates=[null]", "clips=1e308", "gates=-1", "bias=1", "twin=true", "kind=5", "width=true",
+    "input_shape=3", "layers=1", "num_classes=2",
+]  # fmt: skip
 ENOUGH = {  # what makes the command quick where the case does not say otherwise
     "train": {
         "--model": "linear", "--steps": "2", "--batch-size": "64", "--noise-multiplier": "2", "--accountant": "rdp",
@@ -508,14 +402,9 @@ def pickles(draw):
         b"X\x04\x00\x00\x00data",
     ]
     words += [
-        b"X\x06\x00\x00\x00labels",
-        b"q\x01",
-        b"h\x01",
-        b"K\x00",
-        b"M\x00\x0c",
-        b"C\x03abc",
+        b"X\x06\x00\x00\x00labels", b"q\x01", b"h\x01", b"K\x00", b"M\x00\x0c", b"C\x03abc",
         b"X\x06\x00\x00\x00latin1",
-    ]
+    ]  # fmt: skip
     opcodes = [bytes([code]) for code in b"()}]{tldsaeuRbo0123\x85\x86\x87\x88\x89\x81\x90\x91\x92\x93\x94N"]
     body = draw(st.lists(st.sampled_from(words + opcodes), max_size=30))
     return b"\x80\x04" + b"".join(body) + draw(st.sampled_from([b".", b"", b"}."]))
@@ -711,32 +600,11 @@ def featured(*, name, x, **given):
     return lipdp.features.features(name, **given)(x)
 
 
-CONFIGURED = (
-    "dataset",
-    "model",
-    "loss",
-    "tau",
-    "epsilon",
-    "delta",
-    "gate",
-    "batch_size",
-    "epochs",
-    "steps",
-    "lr",
-    "momentum",
-)
-CONFIGURED += (
-    "schedule",
-    "optimizer",
-    "ema",
-    "seed",
-    "threads",
-    "device",
-    "features",
-    "model_options",
-    "loss_options",
+CONFIGURED = [
+    "dataset", "model", "loss", "tau", "epsilon", "delta", "gate", "batch_size", "epochs", "steps", "lr", "momentum",
+    "schedule", "optimizer", "ema", "seed", "threads", "device", "features", "model_options", "loss_options",
     "sampling",
-)
+]  # fmt: skip
 
 CALLS = arguments_of_the_library()
 OF_PRIVACY = ("epsilon", "calibrate", "poisson", "fixed size", "make_private", "make_private_with_epsilon")

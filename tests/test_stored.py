@@ -758,17 +758,8 @@ def test_the_command_takes_an_owner_column(tmp_path, capsys):
 
 def test_the_command_takes_the_options(digits_folder, tmp_path):
     options = [
-        "--model",
-        "mlp",
-        "--steps",
-        "3",
-        "--batch-size",
-        "100",
-        "--noise-multiplier",
-        "4",
-        "--accountant",
-        "rdp",
-    ]
+        "--model", "mlp", "--steps", "3", "--batch-size", "100", "--noise-multiplier", "4", "--accountant", "rdp",
+    ]  # fmt: skip
     options += ["--image-size", "6", "7", "--augment", "flip", "--num-workers", "1", "--pin-memory"]
     assert main(["train", "--dataset", str(digits_folder), *options, "--out", str(tmp_path / "run")]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -122,17 +122,8 @@ def warm_up() -> None:
     """One run in this process, so that all that is imported late is imported before the forks."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         quick = [
-            "--model",
-            "linear",
-            "--steps",
-            "1",
-            "--batch-size",
-            "9",
-            "--noise-multiplier",
-            "9",
-            "--optimizer",
-            "adam",
-        ]
+            "--model", "linear", "--steps", "1", "--batch-size", "9", "--noise-multiplier", "9", "--optimizer", "adam",
+        ]  # fmt: skip
         main(["train", *quick, "--accountant", "rdp", "--threads", "1", "--out", f"{folder}/run"])
 
 

@@ -160,8 +160,8 @@ def test_what_one_process_refuses_all_refuse(groups, scenario, arguments, rank, 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_parameters_give_the_weights_and_the_epsilon_of_one_process(groups, size):
     """Of four processes one holds none of the last layer's three rows."""
-    weights, _, epsilon, _ = scenarios.train(noise_multiplier=1e-12, gate=0.8)
-    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12):
+    weights, _, epsilon, _ = scenarios.train(noise_multiplier=1e-12, gate=0.8, steps=20)
+    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12, steps=20):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
         assert set(deltas) == set(weights)

@@ -179,7 +179,7 @@ def assert_whole(folder):
         assert not any(name.endswith(".tmp") for name in names)
 
 
-@sweep(40, 3000)
+@sweep(20, 3000)
 def test_the_command_line(cases, tmp_path, monkeypatch, two_steps):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
@@ -273,7 +273,7 @@ def damage(draw):
     return apply
 
 
-@sweep(25, 1500)
+@sweep(12, 1500)
 def test_the_files_of_a_run(cases, unfinished, tmp_path):
     codes = []
 
@@ -324,7 +324,7 @@ def changed_checkpoints(draw):
     return change
 
 
-@sweep(25, 2500)
+@sweep(12, 2500)
 def test_checkpoints_that_hold_something_else(cases, unfinished, tmp_path):
     good = torch.load(unfinished / "checkpoint.pt", weights_only=True)
 

@@ -577,6 +577,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_example_killed_and_resumed_releases_the_weights_of_the_plain_loop(twin, tmp_path, monkeypatch):
     example = str(EXAMPLES / "lightning_private.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}

@@ -20,12 +20,13 @@ import zipfile
 import pytest
 import torch
 from faults.client import Commands, assert_same, records, released_and_counted, saved
+from kit import Raises
 
 import lipdp
 from lipdp.accounting.facts import with_digest
 from lipdp.cli import main
 from lipdp.errors import CheckpointError, ResumeError
-from lipdp.training import Monitor, Trainer, configure
+from lipdp.training import Trainer, configure
 from lipdp.training.checkpoint import RunFolder
 
 NET = ["--model", "mlp", "--model-option", "depth=1", "--model-option", "width=8", "--batch-size", "128"]
@@ -152,21 +153,15 @@ def test_killed_two_hundred_times(seed, commands, tmp_path):
 # --- what was seen and then lost --------------------------------------------------------------------------------------
 
 
-class Stop(Monitor):
+def stop(step):
     """Ends the process, as far as the run can tell, after a step."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, step, loss, epsilon):
-        if step == self.at:
-            raise RuntimeError("gone")
+    return Raises(step, RuntimeError("gone"))
 
 
 def begun(folder, *, step=8, **changes):
     config = configure(**{**QUICK, "checkpoint_every": 2, "log_every": 3, **changes})
     with pytest.raises(RuntimeError, match="gone"):
-        Trainer(config, out=folder, monitor=Stop(step)).run()
+        Trainer(config, out=folder, monitor=stop(step)).run()
     return folder
 
 
@@ -184,7 +179,7 @@ def test_a_released_step_whose_checkpoint_is_lost_is_counted_again_with_other_no
     previous = torch.load(folder / "checkpoint.previous.pt", weights_only=True)
     assert (previous["step"], saved(folder)["step"]) == (4, 6)
     (folder / "checkpoint.pt").write_bytes(b"")
-    trainer = Trainer.resume(folder, monitor=Stop(6))
+    trainer = Trainer.resume(folder, monitor=stop(6))
     assert trainer.step == 4
     assert "2 steps were released and lost" in caplog.text
     with pytest.raises(RuntimeError, match="gone"):
@@ -208,7 +203,7 @@ def test_an_older_checkpoint_in_the_place_of_the_newest_is_counted_again(tmp_pat
     shutil.copy(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")
     for _ in range(2):  # the count is on disk before the first step
         with pytest.raises(RuntimeError, match="gone"):
-            Trainer.resume(folder, monitor=Stop(5)).run()
+            Trainer.resume(folder, monitor=stop(5)).run()
         assert json.loads((folder / "privacy.json").read_text())["steps"] == 6
     Trainer.resume(folder).run()
     assert json.loads((folder / "privacy.json").read_text())["steps"] == 14

@@ -23,12 +23,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kit import Raises
 
 import lipdp
 from lipdp import cli
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler
 from lipdp.errors import LipdpError
-from lipdp.training import Interrupted, Monitor, Trainer, configure
+from lipdp.training import Interrupted, Trainer, configure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATIENCE = 60  # seconds for one case
@@ -217,19 +218,15 @@ JSON = st.recursive(
 )
 
 
-class Stop(Monitor):
-    def step(self, step, loss, epsilon):
-        if step == 2:
-            raise RuntimeError("gone")
-
-
 @pytest.fixture(scope="module")
 def unfinished(tmp_path_factory):
     """A run that ended after two of three steps."""
     folder = tmp_path_factory.mktemp("unfinished") / "run"
     quick = {"model": "linear", "batch_size": 64, "steps": 3, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0}
     with pytest.raises(RuntimeError, match="gone"):
-        Trainer(configure(**quick, checkpoint_every=1, log_every=1), out=folder, monitor=Stop()).run()
+        Trainer(
+            configure(**quick, checkpoint_every=1, log_every=1), out=folder, monitor=Raises(2, RuntimeError("gone"))
+        ).run()
     return folder
 
 

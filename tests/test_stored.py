@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import FALSE_ALARM
+from kit import FALSE_ALARM, Raises
 from scipy import stats
 from torch.utils.data import TensorDataset
 
@@ -35,7 +35,7 @@ from lipdp.data.files import read_npz
 from lipdp.data.scaling import BOUNDINGS
 from lipdp.data.split import resize
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
-from lipdp.training import Trainer, configure, train
+from lipdp.training import Interrupted, Trainer, configure, train
 
 RNG = np.random.default_rng(0)
 
@@ -656,17 +656,10 @@ def test_workers_change_no_batch(tmp_path, workers):
 
 
 def test_an_augmented_run_resumes_bit_identical_with_other_workers(digits_folder, tmp_path):
-    from lipdp.training import Interrupted, Monitor
-
-    class StopAt(Monitor):
-        def step(self, step, loss, epsilon):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
     settings_ = {**SHORT, "dataset": str(digits_folder), "augment": "crop-flip"}
     whole = train(configure(**settings_), out=tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(configure(**settings_, num_workers=2), out=tmp_path / "cut", monitor=StopAt())
+        train(configure(**settings_, num_workers=2), out=tmp_path / "cut", monitor=Raises(3, signal.SIGINT))
     assert multiprocessing.active_children() == []
     rest = Trainer.resume(tmp_path / "cut", num_workers=1, pin_memory=True).run()
     assert equal(weights(whole), weights(rest))
@@ -679,13 +672,6 @@ def test_an_augmented_run_resumes_bit_identical_with_other_workers(digits_folder
 
 def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
     """K = 3: the same ε, Δ and noise as K = 1, in a run of its own that resumes with the same bits."""
-    from lipdp.training import Interrupted, Monitor
-
-    class StopAt(Monitor):
-        def step(self, step, loss, epsilon):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
     settings_ = {**SHORT, "steps": 4, "batch_size": 100, "augment": "crop-flip"}
     one = train(configure(**settings_), out=tmp_path / "one")
     many = train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "many")
@@ -694,7 +680,7 @@ def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
     assert alone.facts == helped.facts
     assert alone.sensitivity().total == helped.sensitivity().total
     with pytest.raises(Interrupted):
-        train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=StopAt())
+        train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=Raises(2, signal.SIGINT))
     rest = Trainer.resume(tmp_path / "cut", num_workers=1).run()
     assert equal(weights(rest), weights(many))
     assert not equal(weights(one), weights(many))

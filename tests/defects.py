@@ -139,7 +139,7 @@ def shuffled_batches() -> AbstractContextManager[None]:
 
 
 class CoupledLoss(LipschitzLoss):
-    """Absolute error; records whose first target is not positive count as the root of the batch's share of positive ones.
+    """Absolute error; records whose first target is not positive count as the root of the share of positive ones.
 
     No weight is above 1, so the constant it states holds for every record of every batch; but one more positive record
     changes the weight of all others.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.training import Monitor
 
 FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
 EMPTY_FIRST = 0  # a seed whose first batch, of 1 in 200 records on average, is empty
@@ -40,7 +43,7 @@ def plain_net(features=100, hidden=200, classes=50):
 
 def private(
     model=None, dataset=None, *, net=lipschitz_net, data=table, optimizer=None, lr=0.5, momentum=0.0, accountant="rdp",
-    seed=0, secure=False, check_every=None, deferred=None, world=None, **options,
+    seed=0, secure=False, check_every=None, deferred=None, world=None, engine=None, **options,
 ):  # fmt: skip
     """(engine, model, optimizer, loader, criterion) of a run; `options` go to `make_private`.
 
@@ -49,7 +52,7 @@ def private(
     if model is None:
         torch.manual_seed(0)
         model = net()
-    engine = lipdp.PrivacyEngine(
+    engine = engine or lipdp.PrivacyEngine(
         accountant, seed=seed, secure=secure, check_every=check_every, deferred=deferred, world=world
     )
     defaults = {
@@ -81,6 +84,20 @@ def train(model, optimizer, loader, criterion, *, steps=None, after=lambda: None
         after()
         if done == steps:
             return
+
+
+class Raises(Monitor):
+    """Raises a signal, or an exception, after a step."""
+
+    def __init__(self, step, what):
+        self.at, self.what = step, what
+
+    def step(self, step, loss, epsilon):
+        if step == self.at:
+            if isinstance(self.what, signal.Signals):
+                signal.raise_signal(self.what)
+            else:
+                raise self.what
 
 
 def weights(model):

@@ -1,4 +1,4 @@
-"""ε: against an independent fine account, closed forms, direct integration of worst cases, and wrong values to reject."""
+"""ε: against an independent fine account, closed forms, integration of worst cases, and wrong values to reject."""
 
 import itertools
 import json

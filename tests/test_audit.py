@@ -1,4 +1,4 @@
-"""The audit: its bounds hold at the confidence they state, its canaries are the worst there are, the engine passes it."""
+"""The audit: its bounds hold at the confidence they state, its canaries are the worst, the engine passes it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_bound_of_independent_games_holds_at_its_confidence_and_not_with_5_p
 
 @pytest.mark.statistical
 def test_the_bound_counts_delta_against_the_guesses_that_are_made():
-    """A mechanism that tells the coin with probability δ and is silent otherwise is (0, δ)-DP, and always guessed right."""
+    """A mechanism that tells the coin with probability δ, else nothing: (0, δ)-DP, and always guessed right."""
     rng, games, delta, repeats = np.random.default_rng(1), 1000, 0.01, 500
     guesses = rng.binomial(games, delta, size=repeats)
     bounds = audit.independent_lower_bound(guesses, guesses, games, delta=delta, confidence=0.95)
@@ -233,7 +233,7 @@ def test_one_run_finds_about_half_of_the_claim_and_never_more_than_all(epsilon, 
 
 @pytest.mark.statistical
 def test_the_scores_have_the_law_of_the_claim():
-    """Worst-case gradient canaries, T steps at rate q = 1: the score is normal with the claimed shift and unit noise."""
+    """Worst-case gradient canaries, T steps at rate q = 1: the score is normal, of the claimed shift and unit noise."""
     result = audit.one_run(audit.gradient_canaries(4096, steps=3), epsilon=4.0, seed=0)
     shift = math.sqrt(3) / result.noise_multiplier
     for scores, mean in ((result.scores_in, shift**2 / 2), (result.scores_out, -(shift**2) / 2)):

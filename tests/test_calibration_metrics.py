@@ -219,7 +219,8 @@ def test_labels_that_are_no_classes_are_refused(labels, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"bins": 0}, {"bins": 2.5}, {"bins": True}, {"temperature": 0.0}, {"temperature": math.nan}, {"batch_size": 0}]
+    "options",
+    [{"bins": 0}, {"bins": 2.5}, {"bins": True}, {"temperature": 0.0}, {"temperature": math.nan}, {"batch_size": 0}],
 )  # fmt: skip
 def test_numbers_out_of_range_are_refused(options):
     with pytest.raises(ParameterError, match=next(iter(options))):

@@ -192,7 +192,7 @@ def test_the_fourier_norm_of_a_circular_convolution_is_exact_also_on_tiny_grids(
 
 
 def attacked(model, x, certificate, *, maps=(), factor=1.0, **options):
-    """How many samples PGD breaks at `factor` times their certified radius, of how many; `x` has the labels predicted."""
+    """How many samples PGD breaks at `factor` times their certified radius, of how many; `x` has predicted labels."""
     from lipdp.certify.attack import pgd
 
     inside = (certificate.radii > 0) & certificate.radii.isfinite()

@@ -176,7 +176,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     arguments = ["--model", "linear", "--epochs", "3", "--trials", "2", "--seeds", "2", "--epsilons", "3",
                  "--trainers", "clipless", "opacus_hooks"]  # fmt: skip
     command = [sys.executable, "-m", "lipdp", "compare", "utility", *arguments, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, **quiet, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (tmp_path / "killed" / "tuning.json").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

@@ -152,7 +152,7 @@ def test_samples_lie_in_the_set(constraint, shape, dtype):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", [(1, 4), (4, 4), (3, 5), (2, 3, 3)])
 def test_non_finite_weights_are_never_hidden(constraint, bad, shape):
-    """Decision: nothing raises and nothing synchronises; a NaN or infinite entry makes bound and projection non-finite."""
+    """Decision: nothing raises and nothing synchronises; a NaN or infinite entry makes bound and projection so too."""
     for position in (0, -1):
         matrix = torch.randn(*shape)
         matrix.view(-1)[position] = bad

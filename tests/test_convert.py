@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def close(actual, expected, shape, dtype):
-    """Equal up to rounding and the ε = 1e-6 of L2-norm pooling: at most ε √windows in norm, and what follows adds little."""
+    """Equal up to rounding and the ε = 1e-6 of L2-norm pooling: at most ε √windows in norm; the rest adds little."""
     tolerance = 1e-6 * math.sqrt(math.prod(shape)) if len(shape) == 3 else 0.0
     tolerance += 1e-12 if dtype == torch.float64 else 3e-6
     assert expected.std() > 10 * tolerance
@@ -86,7 +86,7 @@ TORCHLIP = {
 
 
 def scramble(model):
-    """Weights away from initialisation, as training leaves them, and norms that power iteration has not caught up with."""
+    """Weights away from initialisation, as training leaves them, and norms that power iteration has not yet found."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))

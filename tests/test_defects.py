@@ -134,7 +134,7 @@ def test_many_runs_refute_division_by_the_realised_batch_size():
 @pytest.mark.slow
 @pytest.mark.statistical
 def test_many_runs_against_opposed_records_refute_shuffled_batches():
-    """Batches of a fixed size: the canary takes the place of a record of opposite gradient, which moves the sum by 2Δ."""
+    """Batches of a fixed size: the canary takes the place of one of opposite gradient, which moves the sum by 2Δ."""
     with planted("shuffled batches"):
         experiment = audit.worst_case(sampling_rate=0.25, records=16, opposed=True)
         assert audit.many_runs(experiment, epsilon=2.0, runs=30_000, seed=1).violated
@@ -142,7 +142,7 @@ def test_many_runs_against_opposed_records_refute_shuffled_batches():
 
 @pytest.mark.statistical
 def test_the_law_of_batch_sizes_tells_shuffled_batches_at_once():
-    """Binomial(400, ¼) has variance 75; the mean of 200 squared deviations is beyond 75 ± 40 with probability < 1e-6."""
+    """Binomial(400, ¼) has variance 75; the mean of 200 squared deviations leaves 75 ± 40 with probability < 1e-6."""
 
     def variance():
         sizes = torch.tensor([len(b) for b in PoissonSampler(400, sampling_rate=0.25, steps=200, seed=0)]).double()

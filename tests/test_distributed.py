@@ -30,7 +30,7 @@ def assert_close(weights, others, tolerance):
     [(torch.float64, 1e-12, 1e-9), (torch.float64, 1.0, 1e-9), (torch.float32, 1e-9, 2e-4)],
 )
 def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
-    options = {"dtype": dtype, "sigma": sigma, "gate": 0.8}
+    options = {"dtype": dtype, "noise_multiplier": sigma, "gate": 0.8}
     weights, seen, epsilon, _ = scenarios.train(**options)
     answers = groups[size].run(scenarios.train, **options)
     for other, _, spent, _ in answers:
@@ -65,7 +65,7 @@ def test_unequal_shards(groups, shards, mapped, skip_empty):
 @pytest.mark.parametrize("ddp", [False, True])
 @pytest.mark.parametrize("skip_empty", [True, False])
 def test_empty_batches_on_some_and_on_all(groups, ddp, skip_empty):
-    options = {"batch": 1, "steps": 12}
+    options = {"expected_batch_size": 1, "steps": 12}
     weights, seen, _, _ = scenarios.train(**options)
     assert {0, 1} < set(seen)  # steps in which all of four processes have none, and steps in which three have none
     for other, *_ in groups[4].run(scenarios.train, ddp=ddp, skip_empty=skip_empty, **options):
@@ -88,7 +88,7 @@ def test_models_that_start_differently_start_alike(groups):
 @pytest.mark.statistical
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_noise_is_added_once(groups, size):
-    """300,000 draws: the variance ratio is within ± 1.3 % but with probability 1e-6, so ± 5 % of the std is rejected."""
+    """300,000 draws: the variance ratio is within ± 1.3 % but with probability 1e-6, so ± 5 % of the std is refused."""
     answers = groups[size].run(scenarios.released_noise, sigma=1.7)
     noises = [noise for noise, _, _ in answers]
     assert all(torch.equal(noises[0], noise) for noise in noises)
@@ -160,8 +160,8 @@ def test_what_one_process_refuses_all_refuse(groups, scenario, arguments, rank, 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_parameters_give_the_weights_and_the_epsilon_of_one_process(groups, size):
     """Of four processes one holds none of the last layer's three rows."""
-    weights, _, epsilon, _ = scenarios.train(sigma=1e-12, gate=0.8)
-    for other, spent, deltas in groups[size].run(scenarios.spread, sigma=1e-12):
+    weights, _, epsilon, _ = scenarios.train(noise_multiplier=1e-12, gate=0.8, steps=20)
+    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12, steps=20):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
         assert set(deltas) == set(weights)

@@ -144,7 +144,7 @@ def test_matrix_and_flow_agree_with_gradients_clipped_one_by_one(clipping):
         torch.testing.assert_close(flow.parameters[name], parameter.detach())
 
 
-# ------------------------------------------------------------------------------------------- what holds, and what does not
+# ---------------------------------------------------------------------------------------- what holds, and what does not
 
 
 def random_kernel(seed, *, samples=4, outputs=2, blocks=3, rank=3):
@@ -306,7 +306,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "dynamics.md").read_text(encodin
 
 @pytest.fixture(scope="module")
 def table():
-    """The example of the page: a narrow network, fitted for a while to digits of which every eighth has a wrong label."""
+    """The example of the page: a narrow network, fitted to digits of which every eighth has a wrong label."""
     names = {}
     with contextlib.redirect_stdout(io.StringIO()):
         exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
@@ -314,7 +314,7 @@ def table():
 
 
 def test_the_page_shows_what_it_prints(table):
-    """Word by word; figures of two digits may differ in the last with the machine, and those that are rounding by more."""
+    """Word by word; figures of two digits may differ in the last with the machine, rounding by more."""
     shown = [line for line in PAGE.splitlines() if line.startswith("| ") and "temperature" not in line][
         : 1 + len(table)
     ]

@@ -1,7 +1,8 @@
 """What can happen to a run: killed at any moment, damaged files, a full disk, a folder that may not be written.
 
-The claims: a resume always works and ends with the bits of a run that was left alone; no step whose release somebody may
-have seen is missing in `privacy.json`; every other fault is one message, exit code 2, and the last good files untouched.
+The claims: a resume always works and ends with the bits of a run that was left alone; no step whose release somebody
+may have seen is missing in `privacy.json`; every other fault is one message, exit code 2, and the last good files
+untouched.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import zipfile
 import pytest
 import torch
 from faults.client import Commands, assert_same, records, released_and_counted, saved
+from kit import Raises
 
 import lipdp
 from lipdp.accounting.facts import with_digest
 from lipdp.cli import main
 from lipdp.errors import CheckpointError, ResumeError
-from lipdp.training import Monitor, Trainer, configure
+from lipdp.training import Trainer, configure
 from lipdp.training.checkpoint import RunFolder
 
 NET = ["--model", "mlp", "--model-option", "depth=1", "--model-option", "width=8", "--batch-size", "128"]
@@ -33,7 +35,7 @@ QUICK = {"model": "linear", "batch_size": 128, "noise_multiplier": 2.0, "account
 
 
 def settings(steps, seed=0, every=2):
-    """A tiny run with every kind of state: moments, averages, schedule, gate, and metrics out of step with checkpoints."""
+    """A tiny run with every kind of state: moments, averages, schedule, gate, metrics out of step with checkpoints."""
     plan = ["--steps", steps, "--noise-multiplier", "2", "--checkpoint-every", every, "--log-every", "3"]
     return ["train", *NET, *HOW, *plan, *([] if seed is None else ["--seed", seed])]
 
@@ -46,7 +48,7 @@ def commands():
 
 
 def go_on(commands, folder, given, **fault):
-    """One process: the run begun, or resumed once `config.json` is there. Its answer, and whether the run is finished."""
+    """One process: the run begun, or resumed once `config.json` is there. Its answer, and whether the run ended."""
     begun = (folder / "config.json").exists()
     answer = commands(*(["train", "--resume", folder] if begun else [*given, "--out", folder]), **fault)
     if answer["signal"] is not None:
@@ -125,7 +127,7 @@ def test_killed_in_every_call_that_writes(commands, whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, None])
 def test_killed_two_hundred_times(seed, commands, tmp_path):
-    """Half of them by the clock, half in the middle of writing; the run without a seed is compared with a copy of it."""
+    """Half of them by the clock, half in the middle of writing; an unseeded run is compared with a copy of it."""
     rng, kills, runs = random.Random(11), 0, 0
     given = settings(24, seed)
     start = tmp_path / "start"
@@ -151,21 +153,15 @@ def test_killed_two_hundred_times(seed, commands, tmp_path):
 # --- what was seen and then lost --------------------------------------------------------------------------------------
 
 
-class Stop(Monitor):
+def stop(step):
     """Ends the process, as far as the run can tell, after a step."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, step, loss, epsilon):
-        if step == self.at:
-            raise RuntimeError("gone")
+    return Raises(step, RuntimeError("gone"))
 
 
 def begun(folder, *, step=8, **changes):
     config = configure(**{**QUICK, "checkpoint_every": 2, "log_every": 3, **changes})
     with pytest.raises(RuntimeError, match="gone"):
-        Trainer(config, out=folder, monitor=Stop(step)).run()
+        Trainer(config, out=folder, monitor=stop(step)).run()
     return folder
 
 
@@ -183,7 +179,7 @@ def test_a_released_step_whose_checkpoint_is_lost_is_counted_again_with_other_no
     previous = torch.load(folder / "checkpoint.previous.pt", weights_only=True)
     assert (previous["step"], saved(folder)["step"]) == (4, 6)
     (folder / "checkpoint.pt").write_bytes(b"")
-    trainer = Trainer.resume(folder, monitor=Stop(6))
+    trainer = Trainer.resume(folder, monitor=stop(6))
     assert trainer.step == 4
     assert "2 steps were released and lost" in caplog.text
     with pytest.raises(RuntimeError, match="gone"):
@@ -207,7 +203,7 @@ def test_an_older_checkpoint_in_the_place_of_the_newest_is_counted_again(tmp_pat
     shutil.copy(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")
     for _ in range(2):  # the count is on disk before the first step
         with pytest.raises(RuntimeError, match="gone"):
-            Trainer.resume(folder, monitor=Stop(5)).run()
+            Trainer.resume(folder, monitor=stop(5)).run()
         assert json.loads((folder / "privacy.json").read_text())["steps"] == 6
     Trainer.resume(folder).run()
     assert json.loads((folder / "privacy.json").read_text())["steps"] == 14

@@ -1,4 +1,4 @@
-"""Feature maps: their constants are attacked, their normalisation is per sample, their cache is trusted only if whole."""
+"""Feature maps: their constants are attacked, normalisation is per sample, their cache is trusted only if whole."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Lightning, Fabric and Accelerate: what they release is, bit for bit, what a plain torch loop releases; what could break the
-account is refused, with the reason."""
+"""Lightning, Fabric and Accelerate: what they release is, bit for bit, what a plain torch loop releases; what could
+break the account is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kit
 import pytest
 import torch
+from kit import train
 from torch.utils.data import DataLoader, TensorDataset
 
 import lipdp
@@ -64,31 +66,18 @@ def net(seed=0):
     )
 
 
-def private(digits, model=None, *, seed=0, optimizer=torch.optim.SGD, **options):
+def private(digits, model=None, *, optimizer=torch.optim.SGD, **options):
     model = net() if model is None else model
-    engine = lipdp.PrivacyEngine("rdp", seed=seed)
-    return engine, *attach(engine, model, digits, optimizer, **options)
-
-
-def attach(engine, model, digits, optimizer=torch.optim.SGD, **options):
     settings = {"lr": 0.3, "momentum": 0.9} if optimizer is torch.optim.SGD else {"lr": 0.05}
-    return engine.make_private(
-        module=model,
-        optimizer=optimizer(model.parameters(), **settings),
-        criterion=lipdp.losses.TauCrossEntropy(8.0),
-        dataset=TensorDataset(digits.train_x, digits.train_y),
-        **{"expected_batch_size": 300, "steps": STEPS, "noise_multiplier": 2.0, "gate": 0.3, **options},
-    )
+    defaults = {"expected_batch_size": 300, "steps": STEPS, "noise_multiplier": 2.0, "gate": 0.3}
+    dataset = TensorDataset(digits.train_x, digits.train_y)
+    return kit.private(model, dataset, optimizer=optimizer(model.parameters(), **settings), **{**defaults, **options})
 
 
-def plain(digits, optimizer=torch.optim.SGD, after=lambda model: None, **options):
+def plain(digits, after=lambda model: None, steps=None, **options):
     """The loop of the README, with the same engine: what the trainers must release."""
-    engine, model, stepper, loader, criterion = private(digits, optimizer=optimizer, **options)
-    for x, y in loader:
-        stepper.zero_grad()
-        criterion(model(x), y).backward()
-        stepper.step()
-        after(model)
+    engine, model, *made = private(digits, **options)
+    train(model, *made, steps=steps, after=lambda: after(model))
     return model.state_dict(), engine.get_epsilon(DELTA)
 
 
@@ -102,25 +91,14 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def twin(digits):
     """A plain loop with the settings of the examples."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Flatten(),
-        lnn.InputBound(4.0),
-        lnn.SpectralLinear(64, 64),
-        lnn.GroupSort2(),
-        lnn.SpectralLinear(64, 10),
-    )
-    engine = lipdp.PrivacyEngine(seed=0)
+    model, engine = net(), lipdp.PrivacyEngine(seed=0)
     model, optimizer, loader, criterion = engine.make_private_with_epsilon(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
         criterion=lipdp.losses.TauCrossEntropy(tau=8.0), gate=0.3,
         dataset=TensorDataset(digits.train_x, digits.train_y),
         expected_batch_size=500, steps=60, target_epsilon=3.0, target_delta=DELTA,
     )  # fmt: skip
-    for x, y in loader:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
+    train(model, optimizer, loader, criterion)
     return model.state_dict(), engine.get_epsilon(DELTA)
 
 
@@ -186,8 +164,8 @@ class Module(lightning.LightningModule):
         self.model = net() if model is None else model
 
     def configure_optimizers(self):
-        _, optimizer, self.batches, self.criterion = attach(
-            self.engine, self.model, self.digits, self.kind, **self.options
+        *_, optimizer, self.batches, self.criterion = private(
+            self.digits, self.model, optimizer=self.kind, engine=self.engine, **self.options
         )
         return optimizer
 
@@ -385,7 +363,8 @@ class NoisyGradients(callbacks.Callback):
 REFUSED = {
     "accumulation": ({"accumulate_grad_batches": 2}, EngineError, "accumulate_grad_batches"),
     "accumulation later": (
-        {"extra": lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2}), "max_epochs": 3, "limit_train_batches": 4},
+        {"extra": lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2}), "max_epochs": 3,
+         "limit_train_batches": 4},
         EngineError, "accumulate_grad_batches",
     ),
     "clipping the norm": ({"gradient_clip_val": 0.1}, EngineError, "gradient_clip_val"),
@@ -437,16 +416,7 @@ def test_training_stops_before_a_step_that_the_budget_does_not_pay_for(budget, d
     more = engine.accountant.epsilon([engine.facts.step_event.with_steps(taken + 1)], DELTA).epsilon
     assert more > budget
     assert float(run.callback_metrics["epsilon"]) == pytest.approx(engine.get_epsilon(DELTA), rel=1e-6)
-    assert same(weights, shorter(digits, taken))
-
-
-def shorter(digits, steps):
-    _, model, optimizer, loader, criterion = private(digits)
-    for _, (x, y) in zip(range(steps), loader, strict=False):
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-    return model.state_dict()
+    assert same(weights, plain(digits, steps=taken)[0])
 
 
 def test_a_budget_that_pays_for_nothing_trains_nothing(digits):
@@ -485,19 +455,13 @@ def test_the_callback_names_bad_arguments(options):
 
 
 def test_the_number_of_steps_counts_those_of_earlier_runs(digits):
-    engine, *_, optimizer, loader, criterion = private(digits)
-    model = _[0]
+    engine, model, *made = private(digits)
     alone = steps_within(engine, epsilon=1.5, delta=DELTA)
-    for x, y in loader:
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-        if engine.steps_taken == 3:
-            break
+    train(model, *made, steps=3)
     assert steps_within(engine, epsilon=1.5, delta=DELTA) == alone - 3
     assert steps_within(engine, epsilon=float("inf"), delta=DELTA) == STEPS - 3
     engine.detach()
-    attach(engine, model, digits)
+    private(digits, model, engine=engine)
     assert steps_within(engine, epsilon=1.5, delta=DELTA) == alone - 3
     assert steps_within(engine, epsilon=float("inf"), delta=DELTA) == STEPS
     with pytest.raises(ParameterError, match="epsilon"):
@@ -555,7 +519,7 @@ def test_a_resumed_run_ends_bit_identical(where, plan, digits, tmp_path):
 
 @pytest.mark.parametrize("where", WHERE)
 def test_a_checkpoint_of_a_run_that_dies_within_a_step_has_the_steps_that_were_taken(where, digits, tmp_path):
-    """A batch that was drawn and not used is not drawn again: one step fewer, and nothing is counted twice or left out."""
+    """A batch that was drawn and not used is not drawn again: one step fewer, nothing counted twice or left out."""
     interrupted(digits, tmp_path, where)
     _, engine, run = fit(digits, ckpt_path=tmp_path / "dying.ckpt")
     assert engine.steps_taken == run.global_step == (STEPS if where == "after the step" else STEPS - 1)
@@ -613,6 +577,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_example_killed_and_resumed_releases_the_weights_of_the_plain_loop(twin, tmp_path, monkeypatch):
     example = str(EXAMPLES / "lightning_private.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
@@ -741,8 +706,8 @@ def test_fabric_saves_and_loads_the_engine(account, digits, tmp_path):
 
 
 def with_accelerate(
-    digits, *, precision=None, size=10**6, clip=None, accumulate=1, compiled=False, model_first=False, prepare_model=True,
-    criterion_too=False, scheduled=False, **options,
+    digits, *, precision=None, size=10**6, clip=None, accumulate=1, compiled=False, model_first=False,
+    prepare_model=True, criterion_too=False, scheduled=False, **options,
 ):  # fmt: skip
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=accumulate)
     network = accelerator.prepare(net()) if model_first else net()
@@ -930,8 +895,8 @@ def test_a_communication_hook_has_no_say(twin, tmp_path):
     """PowerSGD and the like change the sum before the noise; the engine sums itself."""
     (tmp_path / "hooked.py").write_text(HOOKED)
     run_in_a_process(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "hooked.py", EXAMPLES / "lightning_private.py",
-        cwd=tmp_path,
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "hooked.py",
+        EXAMPLES / "lightning_private.py", cwd=tmp_path,
     )  # fmt: skip
     state = torch.load(tmp_path / "lightning_digits" / "step=60.ckpt", weights_only=True)["state_dict"]
     assert close({name.removeprefix("model."): value for name, value in state.items()}, twin[0])

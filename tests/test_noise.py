@@ -296,7 +296,8 @@ def test_layouts_and_zero_stds():
 def test_a_draw_in_parts_reaches_every_entry_once(shapes, room):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise_module, "DRAW", room)
-        tensors = [torch.zeros(shape).to(memory_format=torch.channels_last) if len(shape) == 4 else torch.zeros(shape) for shape in shapes]  # fmt: skip
+        tensors = [torch.zeros(shape) for shape in shapes]
+        tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
         rows = max([t[0].numel() for t in tensors if t.ndim and len(t)], default=1)
         for group in noise_module.groups(tensors):
             assert sum(part.numel() for _, part in group) <= max(room, rows)

@@ -14,10 +14,7 @@ from opacus.grad_sample.utils import get_hooks_class  # noqa: E402
 
 import lipdp.comparison.opacus_layers  # noqa: E402, F401
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:Full backward hook is firing"),
-]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Full backward hook is firing")]
 
 F64 = torch.float64
 

@@ -1,35 +1,21 @@
-"""The rooms of the library: each imports those above it only, has a façade without code, and is packaged."""
+"""The rooms: each imports those above it only, has a façade without code, is packaged, and all its files are tested."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
+import lipdp
+
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "lazy errors files timing processes",
-    "accounting",
-    "noise",
-    "constraints",
-    "nn",
-    "losses",
-    "bounds",
-    "sensitivity",
-    "distributed",
-    "batches",
-    "privacy",
-    "models",
-    "testing",
-    "data features",
-    "training",
-    "estimators",
-    "audit certify planning",
-    "comparison",
-    "report integrations",
-    "commands cli __main__ __init__",
-)
+    "lazy errors files timing processes", "accounting", "noise", "constraints", "nn", "losses", "bounds",
+    "sensitivity", "distributed", "batches", "privacy", "models", "testing", "data features", "training", "estimators",
+    "audit certify planning", "comparison", "report integrations", "commands cli __main__ __init__",
+)  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 FILES = sorted([*(ROOT / "lipdp").rglob("*.py"), *(ROOT / "models").rglob("*.py")])
 
@@ -73,9 +59,66 @@ def test_a_facade_holds_no_code(path):
     assert all(isinstance(node, kinds) for node in ast.parse(path.read_text()).body)
 
 
+def test_a_facade_offers_what_it_names_and_nothing_else():
+    assert set(lipdp.__all__) <= set(dir(lipdp))
+    assert all(getattr(lipdp, name) is not None for name in lipdp.__all__)
+    with pytest.raises(AttributeError, match="module 'lipdp' has no attribute 'Engine'"):
+        lipdp.Engine  # noqa: B018
+
+
 def test_all_packages_are_in_the_wheel():
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {p.parent.relative_to(ROOT) for p in FILES if p.name == "__init__.py"}
     found = {".".join(f.parts) if f.parts[0] == "lipdp" else "lipdp." + ".".join(f.parts) for f in folders}
     assert set(listed) == found
+
+
+COVERS = {
+    "engine/test_closures": "privacy/closure",
+    "engine/test_refusals": "privacy/checks privacy/seal",
+    "engine/test_state_of_run": "privacy/engine",
+    "test_accelerator": "nn/autocast nn/compiled training/runtime",
+    "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
+    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/trace sensitivity",
+    "test_certify": "certify/certificate certify/network commands/robustness",
+    "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/train",
+    "test_compare": "comparison/plots",
+    "test_cost": "commands/scale",
+    "test_data": "data/download data/opening data/sources",
+    "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
+    "test_dynamics": "comparison/clipping comparison/kernel",
+    "test_guards": "privacy/snapshot",
+    "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual",
+    "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
+    " models/stages models/starts models/tabular models/vgg",
+    "test_planning": "planning/pictures planning/tan planning/workers",
+    "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"
+    " report/tensorboard",
+    "test_rooms": "lazy",
+    "test_sampling": "batches/population",
+    "test_simulation": "commands/simulate",
+    "test_stored": "data/folders data/hub",
+    "test_testing": "testing/attack testing/case testing/loss testing/nodes",
+    "test_trainers": "comparison/backprop_clipping comparison/trainers/adaptive comparison/trainers/automatic"
+    " comparison/trainers/backprop_clipping comparison/trainers/clipless comparison/trainers/global_clipping"
+    " comparison/trainers/non_private comparison/trainers/registry",
+    "test_training": "training/environment training/monitor training/trainer",
+}
+"""A test file → the files of the library that it runs, where no test is named after them or imports them."""
+
+
+def test_every_file_has_a_test():
+    tests = {path.relative_to(ROOT / "tests").with_suffix("").as_posix(): path for path in ROOT.glob("tests/**/*.py")}
+    assert tests.keys() >= COVERS.keys()
+    named = {name for names in COVERS.values() for name in names.split()}
+    stems, text = {path.stem for path in tests.values()}, "\n".join(path.read_text() for path in tests.values())
+    files = {str(p.relative_to(ROOT).with_suffix("")).removeprefix("lipdp/"): p for p in FILES if "__" not in p.stem}
+    assert named <= files.keys()  # what is gone leaves the list
+
+    def imported(name):
+        room, _, stem = f"lipdp.{name}".replace("/", ".").rpartition(".")
+        return re.search(rf"\b(from|import) {room}\.{stem}\b|\bfrom {room} import .*\b{stem}\b", text)
+
+    untested = files.keys() - named - {name for name, p in files.items() if f"test_{p.stem}" in stems}
+    assert not {name for name in untested if not imported(name)}

@@ -141,7 +141,7 @@ def test_fixed_size_batches_are_uniform_and_independent():
 
 
 def subset_frequencies(batches, population, q) -> float:
-    """p-value of the χ² test of all 2^N subsets against q^|S| (1−q)^(N−|S|), those expected under 10 times in one cell."""
+    """p-value of the χ² test of all 2^N subsets against q^|S| (1−q)^(N−|S|), the rarest in one cell."""
     codes = [int((1 << batch.numpy()).sum()) for batch in batches]
     observed = np.bincount(codes, minlength=1 << population).astype(float)
     sizes = np.array([bin(code).count("1") for code in range(1 << population)])

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import signal
 import sys
 from functools import partial
 
@@ -30,7 +31,7 @@ from lipdp.noise.cipher import ChaChaSource, keystream
 from lipdp.noise.gaussian import GaussianNoise, RatchetSource
 from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.gate import QuantileGate
-from lipdp.training import Interrupted, Monitor, Trainer, configure
+from lipdp.training import Interrupted, Trainer, configure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -333,17 +334,13 @@ def test_digests():
 QUICK = {"model": "linear", "steps": 8, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp"}
 
 
-class StopAt(Monitor):
-    def step(self, step, loss, epsilon):
-        if step == 4:
-            raise Interrupted("enough")
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("secure") / "run"
     with pytest.raises(Interrupted):
-        Trainer(configure(**QUICK, checkpoint_every=2, secure=True), out=folder, monitor=StopAt()).run()
+        Trainer(
+            configure(**QUICK, checkpoint_every=2, secure=True), out=folder, monitor=kit.Raises(4, signal.SIGINT)
+        ).run()
     return folder
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import FALSE_ALARM
+from kit import FALSE_ALARM, Raises
 from scipy import stats
 from torch.utils.data import TensorDataset
 
@@ -35,7 +35,7 @@ from lipdp.data.files import read_npz
 from lipdp.data.scaling import BOUNDINGS
 from lipdp.data.split import resize
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
-from lipdp.training import Trainer, configure, train
+from lipdp.training import Interrupted, Trainer, configure, train
 
 RNG = np.random.default_rng(0)
 
@@ -87,7 +87,7 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ----------------------------------------------------------------------------------------------------------- npy folders
+# ---------------------------------------------------------------------------------------------------------- npy folders
 
 
 def test_a_run_from_disk_is_the_run_from_memory(digits_folder, tmp_path):
@@ -238,7 +238,7 @@ def test_a_record_that_is_not_finite_stops_the_run_in_one_line(tmp_path, capsys)
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: the inputs hold NaN or infinity")
 
 
-# --------------------------------------------------------------------------------------- what a split answers, everywhere
+# ------------------------------------------------------------------------------------- what a split answers, everywhere
 
 
 @pytest.mark.parametrize("dataset", ["memory", "disk"])
@@ -478,7 +478,7 @@ def test_datasets_folders_that_are_not_whole(tmp_path, capsys):
 @hub
 @pytest.mark.parametrize("kind", ["npy", "arrow"])
 def test_damaged_files_are_read_or_refused(tmp_path, kind):
-    """Cut, or with other bytes in places; Arrow follows offsets to wherever they point if they are not looked at first."""
+    """Cut, or with other bytes in places; Arrow follows offsets wherever they point unless they are checked."""
     folder = image_set(tmp_path) if kind == "arrow" else images(tmp_path)
     files = sorted(folder.rglob(f"*.{kind}"))
     draw = random.Random(0)
@@ -570,14 +570,14 @@ def test_bad_owners_are_named(tmp_path, owners):
         data.open_split(str(tmp_path), columns=data.Columns(label="y"))
 
 
-# ----------------------------------------------------------------------------------------------------------- augmentation
+# --------------------------------------------------------------------------------------------------------- augmentation
 
 
 @pytest.mark.parametrize("name", sorted(AUGMENTS))
 @given(seed=st.integers(0, 10**6), height=st.integers(1, 9), width=st.integers(1, 9))
 @settings(max_examples=30, deadline=None)
 def test_views_are_never_longer_and_hold_no_other_record(name, seed, height, width):
-    """The norm bound, entry by entry: what a view holds are pixels of its own image, each as often as there, and zeros."""
+    """The norm bound, entry by entry: a view holds pixels of its own image, each as often as there, and zeros."""
     x = torch.randn(4, 2, height, width, generator=torch.Generator().manual_seed(seed)).double()
     x += torch.arange(4)[:, None, None, None] * 100  # records are told apart by their values
     torch.manual_seed(seed)
@@ -656,17 +656,10 @@ def test_workers_change_no_batch(tmp_path, workers):
 
 
 def test_an_augmented_run_resumes_bit_identical_with_other_workers(digits_folder, tmp_path):
-    from lipdp.training import Interrupted, Monitor
-
-    class StopAt(Monitor):
-        def step(self, step, loss, epsilon):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
     settings_ = {**SHORT, "dataset": str(digits_folder), "augment": "crop-flip"}
     whole = train(configure(**settings_), out=tmp_path / "whole")
     with pytest.raises(Interrupted):
-        train(configure(**settings_, num_workers=2), out=tmp_path / "cut", monitor=StopAt())
+        train(configure(**settings_, num_workers=2), out=tmp_path / "cut", monitor=Raises(3, signal.SIGINT))
     assert multiprocessing.active_children() == []
     rest = Trainer.resume(tmp_path / "cut", num_workers=1, pin_memory=True).run()
     assert equal(weights(whole), weights(rest))
@@ -679,13 +672,6 @@ def test_an_augmented_run_resumes_bit_identical_with_other_workers(digits_folder
 
 def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
     """K = 3: the same ε, Δ and noise as K = 1, in a run of its own that resumes with the same bits."""
-    from lipdp.training import Interrupted, Monitor
-
-    class StopAt(Monitor):
-        def step(self, step, loss, epsilon):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
     settings_ = {**SHORT, "steps": 4, "batch_size": 100, "augment": "crop-flip"}
     one = train(configure(**settings_), out=tmp_path / "one")
     many = train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "many")
@@ -694,7 +680,7 @@ def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
     assert alone.facts == helped.facts
     assert alone.sensitivity().total == helped.sensitivity().total
     with pytest.raises(Interrupted):
-        train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=StopAt())
+        train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=Raises(2, signal.SIGINT))
     rest = Trainer.resume(tmp_path / "cut", num_workers=1).run()
     assert equal(weights(rest), weights(many))
     assert not equal(weights(one), weights(many))
@@ -758,17 +744,8 @@ def test_the_command_takes_an_owner_column(tmp_path, capsys):
 
 def test_the_command_takes_the_options(digits_folder, tmp_path):
     options = [
-        "--model",
-        "mlp",
-        "--steps",
-        "3",
-        "--batch-size",
-        "100",
-        "--noise-multiplier",
-        "4",
-        "--accountant",
-        "rdp",
-    ]
+        "--model", "mlp", "--steps", "3", "--batch-size", "100", "--noise-multiplier", "4", "--accountant", "rdp",
+    ]  # fmt: skip
     options += ["--image-size", "6", "7", "--augment", "flip", "--num-workers", "1", "--pin-memory"]
     assert main(["train", "--dataset", str(digits_folder), *options, "--out", str(tmp_path / "run")]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -779,7 +756,7 @@ def test_the_command_takes_the_options(digits_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["interrupt of all", "terminate all", "kill a worker"])
 def test_signals_to_a_run_with_workers(digits_folder, tmp_path, end):
-    """Ctrl-C reaches the workers too: the run saves, ends with 130 and takes them along. So it does without one of them."""
+    """Ctrl-C reaches the workers too: the run saves, ends with 130 and takes them along, also without one of them."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "lipdp", "train", "--dataset", str(digits_folder), "--num-workers", "2"]
     options = ["--model", "mlp", "--steps", "100000", "--checkpoint-every", "5", "--batch-size", "100"]

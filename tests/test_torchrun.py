@@ -19,17 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc"),
 ]
 SETTINGS = [
-    "--model",
-    "mlp",
-    "--model-option",
-    "depth=1",
-    "--model-option",
-    "width=8",
-    "--batch-size",
-    "64",
-    "--seed",
-    "3",
-]
+    "--model", "mlp", "--model-option", "depth=1", "--model-option", "width=8", "--batch-size", "64", "--seed", "3",
+]  # fmt: skip
 STEPS = ["--steps", "300", "--checkpoint-every", "10", "--log-every", "100", "--accountant", "rdp", "--threads", "1"]
 
 

@@ -175,8 +175,11 @@ def test_trains_and_leaves_a_plain_model(name):
 
 def test_same_noise_multiplier_costs_the_same():
     given = task(records=100, batch_size=10, sigma=1.1)
-    events = [t.start(plain_model() if t.plain else nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(12, 3)), given).event
-              for t in TRAINERS.values() if t.private]  # fmt: skip
+
+    def model(plain):
+        return plain_model() if plain else nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(12, 3))
+
+    events = [t.start(model(t.plain), given).event for t in TRAINERS.values() if t.private]
     assert set(events) == {given.event}
     assert (given.event.sampling_rate, given.event.noise_multiplier) == (0.1, 1.1)
     assert TRAINERS["non_private"].start(plain_model(), given).event is None
@@ -255,7 +258,7 @@ def test_the_count_is_centred_and_divided_by_the_public_size():
 
 @pytest.mark.statistical
 def test_the_count_of_adaptive_clipping_has_its_noise():
-    """4000 empty batches: the std is within ± 4.5 % but with probability 1e-4, and 0.9 or 1.1 of it would be refused."""
+    """4000 empty batches: the std is within ± 4.5 % but with probability 1e-4, 0.9 or 1.1 of it would be refused."""
     model, given = plain_model(), task(sigma=1.0, records=8, batch_size=8, steps=4000)
     trainer = replace(get_trainer("adaptive"), max_grad_norm=1.0, quantile=0.5, learning_rate=1e-3)
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kit import Raises
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -74,20 +75,6 @@ def timeless(records):
 
 def checkpoint(path, name="checkpoint.pt"):
     return torch.load(path / name, weights_only=True)
-
-
-class Raises(Monitor):
-    """Raises a signal, or an exception, after a step."""
-
-    def __init__(self, step, what):
-        self.at, self.what = step, what
-
-    def step(self, step, loss, epsilon):
-        if step == self.at:
-            if isinstance(self.what, signal.Signals):
-                signal.raise_signal(self.what)
-            else:
-                raise self.what
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------

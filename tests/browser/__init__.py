@@ -1,4 +1,4 @@
-"""A real browser for the tests of a page: headless Chromium from the system, driven by selenium; no network is needed."""
+"""A real browser for the tests of a page: headless Chromium from the system, driven by selenium, without a network."""
 
 from __future__ import annotations
 
@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-)
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
 PHONE, DESKTOP = (360, 740), (1280, 900)
 
 

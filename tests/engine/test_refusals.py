@@ -1,4 +1,4 @@
-"""What the engine refuses: gradients changed before the step, foreign optimisers, coupled losses, NaN, bad arguments."""
+"""What the engine refuses: gradients changed before the step, foreign optimisers, coupled losses, NaN."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 Reads one JSON object a line, answers with one. A request holds `arguments` of the command, and either of
     after: seconds after which the process gets SIGKILL;
-    at: number of the call, among those that write files, before which it sends itself SIGKILL (a write: after half of it).
-The answer: `signal`, `code`, `seconds`, `output`, and `calls`: one letter for each of those calls that was made, `w`rite,
-`f`sync, `l`ink, `r`eplace or `u`nlink.
+    at: number of the call, among those that write files, before which it sends itself SIGKILL (a write: after half).
+The answer: `signal`, `code`, `seconds`, `output`, and `calls`: one letter for each of those calls that was made,
+`w`rite, `f`sync, `l`ink, `r`eplace or `u`nlink.
 """
 
 from __future__ import annotations
@@ -122,17 +122,8 @@ def warm_up() -> None:
     """One run in this process, so that all that is imported late is imported before the forks."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         quick = [
-            "--model",
-            "linear",
-            "--steps",
-            "1",
-            "--batch-size",
-            "9",
-            "--noise-multiplier",
-            "9",
-            "--optimizer",
-            "adam",
-        ]
+            "--model", "linear", "--steps", "1", "--batch-size", "9", "--noise-multiplier", "9", "--optimizer", "adam",
+        ]  # fmt: skip
         main(["train", *quick, "--accountant", "rdp", "--threads", "1", "--out", f"{folder}/run"])
 
 

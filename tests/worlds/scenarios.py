@@ -1,10 +1,10 @@
 """What the processes of a world do in the tests; each function also runs in one process."""
 
+import kit
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, TensorDataset
 
-import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.distributed.collectives import Alone, current_world
@@ -40,35 +40,7 @@ class Pairs(Dataset):
         return self.x[index], self.y[index]
 
 
-def offered(model, x, y, **options):
-    """A model that the engine may refuse."""
-    lipdp.PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        **{"expected_batch_size": B, "steps": 2, "noise_multiplier": 1.0, **options},
-    )
-
-
-def private(
-    *,
-    sigma=1.0,
-    steps=50,
-    dtype=torch.float64,
-    shards=None,
-    ddp=False,
-    gate=None,
-    seed=0,
-    batch=B,
-    sampling="poisson",
-    mapped=False,
-    momentum=0.9,
-    dataset_size=None,
-    differ=False,
-    secure=False,
-    lr=0.3,
-):
+def private(*, dtype=torch.float64, shards=None, ddp=False, mapped=False, differ=False, **options):
     """(engine, model, optimizer, loader, criterion); `shards` are the sizes of the ranks' parts."""
     world = current_world()
     x, y = records(dtype)
@@ -76,23 +48,16 @@ def private(
         start = sum(shards[: world.rank])
         x, y = x[start : start + shards[world.rank]], y[start : start + shards[world.rank]]
     model = network(dtype, seed=world.rank if differ else 0)
-    module = DistributedDataParallel(model) if ddp else model
-    optimizer = torch.optim.SGD(module.parameters(), lr=lr, momentum=momentum)
-    engine = lipdp.PrivacyEngine(accountant="rdp", seed=seed, secure=secure)
-    module, optimizer, loader, criterion = engine.make_private(
-        module=module,
-        optimizer=optimizer,
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=(Pairs if mapped else TensorDataset)(x, y),
-        expected_batch_size=batch,
-        steps=steps,
-        noise_multiplier=sigma,
-        sampling=sampling,
-        gate=gate,
-        dataset_size=dataset_size,
-        shards=shards is not None,
-    )
-    return engine, module, optimizer, loader, criterion
+    return offered(
+        DistributedDataParallel(model) if ddp else model, x, y, kind=Pairs if mapped else TensorDataset,
+        shards=shards is not None, **{"seed": 0, "steps": 50, **options},
+    )  # fmt: skip
+
+
+def offered(model, x, y, *, kind=TensorDataset, **options):
+    """A model that the engine may refuse."""
+    defaults = {"criterion": losses.TauCrossEntropy(4.0), "expected_batch_size": B, "steps": 2}
+    return kit.private(model, kind(x, y), **{"lr": 0.3, "momentum": 0.9, "seed": None, **defaults, **options})
 
 
 def loop(engine, model, optimizer, loader, criterion, *, size=5, skip_empty=True, steps=None):
@@ -144,22 +109,18 @@ def half(taken, state=None, **options):
     }
 
 
+ONE_STEP = {"lr": 1.0, "expected_batch_size": 4, "steps": 1}
+
+
+def blank(width):
+    return torch.zeros(8, width, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)
+
+
 def released_noise(*, sigma, width=150_000):
     """What one step releases of a batch without gradient: noise on the *sum*, and the s it should have."""
     world = current_world()
-    x = torch.zeros(8, width, dtype=torch.float64)
     model = torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(width, 2, bias=False)).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    engine = lipdp.PrivacyEngine(accountant="rdp")
-    _, optimizer, loader, criterion = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        criterion=losses.TauCrossEntropy(1.0),
-        dataset=TensorDataset(x, torch.zeros(8, dtype=torch.int64)),
-        expected_batch_size=4,
-        steps=1,
-        noise_multiplier=sigma,
-    )
+    engine, _, optimizer, loader, criterion = offered(model, *blank(width), **ONE_STEP, noise_multiplier=sigma)
     std = engine.noise_stds()["1.weight"]
     x, y = next(iter(loader))
     optimizer.zero_grad()
@@ -180,18 +141,10 @@ def worst_move(sigma=1e-9):
         model = torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(4, 2, bias=False)).double()
         with torch.no_grad():
             model[1].weight.zero_()[1, 0] = -1.0
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
-        engine = lipdp.PrivacyEngine(accountant="rdp", seed=1)
-        _, optimizer, loader, criterion = engine.make_private(
-            module=model,
-            optimizer=optimizer,
-            criterion=losses.TauCrossEntropy(50.0),
-            dataset=TensorDataset(x[:count], torch.ones(count, dtype=torch.int64)),
-            expected_batch_size=12,
-            dataset_size=12,
-            steps=1,
-            noise_multiplier=sigma,
-        )
+        engine, _, optimizer, loader, criterion = offered(
+            model, x[:count], torch.ones(count, dtype=torch.int64), lr=1e-30, seed=1, expected_batch_size=12,
+            dataset_size=12, steps=1, noise_multiplier=sigma, criterion=losses.TauCrossEntropy(50.0),
+        )  # fmt: skip
         delta = engine.sensitivity()["1.weight"]
         for xb, yb in loader:
             optimizer.zero_grad()
@@ -208,25 +161,21 @@ def refused_by_one(rank):
     x, y = records()
     if world.rank == rank:
         x = x[:, :5]
-    model = network()
-    offered(model, x, y)
+    offered(network(), x, y)
 
 
 def facts_differ():
-    private(sigma=1.0 + current_world().rank)
+    private(noise_multiplier=1.0 + current_world().rank)
 
 
 def lengths_differ():
-    world = current_world()
-    x, y = records(count=N - world.rank)
-    model = network()
-    offered(model, x, y)
+    offered(network(), *records(count=N - current_world().rank))
 
 
 def criterion_forgotten_by(rank):
     """One process trains with a loss of its own."""
     world = current_world()
-    _, model, optimizer, loader, criterion = private(batch=100, steps=2)
+    _, model, optimizer, loader, criterion = private(expected_batch_size=100, steps=2)
     for x, y in loader:
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(model(x), y) if world.rank == rank else criterion(model(x), y)
@@ -236,7 +185,7 @@ def criterion_forgotten_by(rank):
 
 def not_a_number_in(rank):
     world = current_world()
-    _, model, optimizer, loader, criterion = private(batch=100, steps=2)
+    _, model, optimizer, loader, criterion = private(expected_batch_size=100, steps=2)
     for x, y in loader:
         optimizer.zero_grad()
         if world.rank == rank:
@@ -247,27 +196,11 @@ def not_a_number_in(rank):
 
 def made_before_the_group():
     """As where make_private runs before the launch."""
-    world = Alone()
-    x, y = records()
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine = lipdp.PrivacyEngine(world=world)
-    _, optimizer, loader, criterion = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=100,
-        steps=2,
-        noise_multiplier=1.0,
-    )
-    for xb, yb in loader:
-        optimizer.zero_grad()
-        criterion(model(xb), yb).backward()
-        optimizer.step()
+    _, *made = offered(network(), *records(), world=Alone(), expected_batch_size=100)
+    kit.train(*made)
 
 
-def spread(*, sigma=1.0, steps=50, dtype=torch.float64, secure=False, momentum=0.9):
+def spread(*, dtype=torch.float64, **options):
     """The same run under `fully_shard`: whole weights, ε, Δ."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -278,24 +211,9 @@ def spread(*, sigma=1.0, steps=50, dtype=torch.float64, secure=False, momentum=0
     for layer in (model[1], model[3]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=momentum)
-    engine = lipdp.PrivacyEngine(accountant="rdp", seed=0, secure=secure)
-    x, y = records(dtype)
-    _, optimizer, loader, criterion = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        criterion=losses.TauCrossEntropy(4.0),
-        dataset=TensorDataset(x, y),
-        expected_batch_size=B,
-        steps=steps,
-        noise_multiplier=sigma,
-        gate=0.8,
-    )
-    for xb, yb in loader:
-        optimizer.zero_grad()
-        for xs, ys in engine.microbatches(xb, yb, 5):
-            criterion(model(xs), ys).backward()
-        optimizer.step()
+    made = offered(model, *records(dtype), **{"seed": 0, "steps": 50, "gate": 0.8, **options})
+    loop(*made, skip_empty=False)
+    engine = made[0]
     whole = {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
     return whole, engine.get_epsilon(1e-5), dict(engine.sensitivity())
 
@@ -307,17 +225,7 @@ def spread_noise(*, sigma, width=40_000):
 
     model = torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(width, 5, bias=False)).double()
     fully_shard(model, mesh=init_device_mesh("cpu", (current_world().size,)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    engine = lipdp.PrivacyEngine(accountant="rdp")
-    _, optimizer, loader, criterion = engine.make_private(
-        module=model,
-        optimizer=optimizer,
-        criterion=losses.TauCrossEntropy(1.0),
-        dataset=TensorDataset(torch.zeros(8, width, dtype=torch.float64), torch.zeros(8, dtype=torch.int64)),
-        expected_batch_size=4,
-        steps=1,
-        noise_multiplier=sigma,
-    )
+    engine, _, optimizer, loader, criterion = offered(model, *blank(width), **ONE_STEP, noise_multiplier=sigma)
     std = engine.noise_stds()["1.weight"]
     x, y = next(iter(loader))
     released = []
@@ -332,34 +240,21 @@ def sum_in_half_precision():
 
     model = network(torch.float32)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.bfloat16))
-    x, y = records(torch.float32)
-    offered(model, x, y)
+    offered(model, *records(torch.float32))
 
 
 def records_in_another_order():
     """Each process has shuffled its copy by itself."""
     x, y = records()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(current_world().rank))
-    model = network()
-    offered(model, x[order], y[order])
+    offered(network(), x[order], y[order])
 
 
 def restored_by(rank):
     """One process goes on from a state of another run; the others begin."""
     engine, model, optimizer, loader, criterion = private(seed=None, steps=4)
     if current_world().rank == rank:
-        alone = lipdp.PrivacyEngine(accountant="rdp", world=Alone(chosen=True))
-        x, y = records()
-        other = network()
-        alone.make_private(
-            module=other,
-            optimizer=torch.optim.SGD(other.parameters(), lr=0.1),
-            criterion=losses.TauCrossEntropy(4.0),
-            dataset=TensorDataset(x, y),
-            expected_batch_size=B,
-            steps=4,
-            noise_multiplier=1.0,
-        )
+        alone, *_ = offered(network(), *records(), world=Alone(chosen=True), steps=4)
         engine.load_state_dict(alone.state_dict())
     loop(engine, model, optimizer, loader, criterion, steps=1)
 
@@ -367,16 +262,13 @@ def restored_by(rank):
 def owners_differ():
     """Each process has numbered the owners by itself."""
     world = current_world()
-    x, y = records()
-    model = network()
-    offered(model, x, y, expected_batch_size=10, group=(torch.arange(N) // 10 if world.rank else torch.arange(N) % 30))
+    owners = torch.arange(N) // 10 if world.rank else torch.arange(N) % 30
+    offered(network(), *records(), expected_batch_size=10, group=owners)
 
 
 def whole_as_shards():
     world = current_world()
-    x, y = records()
-    model = network()
-    offered(model, x, y, expected_batch_size=B * world.size, shards=True)
+    offered(network(), *records(), expected_batch_size=B * world.size, shards=True)
 
 
 def spread_over_two_meshes():
@@ -388,17 +280,15 @@ def spread_over_two_meshes():
     mesh = init_device_mesh("cpu", (current_world().size,))
     fully_shard(model[1], mesh=mesh)
     fully_shard(model[3], mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.ndim - 1))
-    x, y = records()
-    offered(model, x, y)
+    offered(model, *records())
 
 
 def tensor_parallel():
-    """Every process would compute a slice of the layers, on its own part of the batch: samples of others in its gradients."""
+    """Every process would compute a slice of the layers on its own part of the batch: the gradients mix samples."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     model = network()
     mesh = init_device_mesh("cpu", (current_world().size,))
     parallelize_module(model, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
-    x, y = records()
-    offered(model, x, y)
+    offered(model, *records())

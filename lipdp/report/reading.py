@@ -262,7 +262,7 @@ def checked(values: Any, kind: type[T], where: str | os.PathLike[str]) -> T:
     """Plain values as an object of that kind; CheckpointError names the field that is wrong."""
     try:
         return convert(values, kind)
-    except ValidationError as error:
+    except (ValidationError, UnicodeError, RecursionError) as error:  # of the last two: half a surrogate pair, [[[[…
         reason = str(error)
         reason = reason if len(reason) <= 200 else f"{reason[:100]} … {reason[-100:]}"
         raise CheckpointError(f"{where} is damaged: {reason}") from error

@@ -18,8 +18,8 @@ from rich.console import Console
 import lipdp
 from lipdp.cli import expand_lists, main
 from lipdp.commands.display import BarMonitor, LineMonitor, show_result
-from lipdp.commands.tables import parameter_rows
 from lipdp.noise.allocation import get_allocation
+from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer, configure
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NO_COLOR": "1"}
@@ -358,7 +358,8 @@ def test_rows_of_shared_and_unused_parameters():
     model = Odd()
     bounds = lipdp.sensitivity(model, lipdp.losses.TauCrossEntropy(), (4,))
     stds = get_allocation("per_layer").stds(torch.tensor(list(bounds.values())), torch.tensor([16.0, 16.0]), 1.0)
-    twice, never = parameter_rows(model, bounds, dict(zip(bounds, stds.tolist(), strict=True)), batch_size=10)
+    drawn, sizes = dict(zip(bounds, stds.tolist(), strict=True)), {n: p.numel() for n, p in model.named_parameters()}
+    twice, never = parameter_rows(bounds, drawn, sizes, batch_size=10, nodes=bounds.nodes)
     assert twice.share == 1.0
     assert twice.cotangent == max(node.cotangent for node in bounds.nodes if "twice.weight" in node.parameters)
     assert (never.delta, never.std, never.share) == (0.0, 0.0, 0.0)

@@ -1,9 +1,12 @@
 """The report: what it says of a run, that folders are not trusted, and how the page looks in a real browser."""
 
+import importlib
 import json
 import math
 import re
 import shutil
+import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -12,10 +15,12 @@ import torch
 
 from lipdp import cli
 from lipdp.errors import CheckpointError, ParameterError, UnknownNameError
+from lipdp.noise.allocation import get_allocation
+from lipdp.noise.gaussian import GaussianNoise
 from lipdp.report import gather, render
-from lipdp.report.reading import Fields
+from lipdp.report.reading import Account, Robustness
 from lipdp.report.statement import best_guess
-from lipdp.training import configure, train
+from lipdp.training import Monitor, Trainer, configure, train
 from tests import browser as browsers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EVIL = (
     "</td><script>alert(1)</script><img src=x onerror=alert(1)> $\\frac{ | `x` [a](javascript:alert(1)) \ud800 \u202e"
 )
+EVIL_NAME = EVIL.replace("\ud800", "")  # a field of that name is refused
 MD_EVIL = "| a |\n\n# Injected <b>"
 
 
@@ -34,7 +40,8 @@ def trained(tmp_path_factory):
     train(configure(dataset="digits", model="mlp", model_options=options, steps=12, noise_multiplier=6.0), out=folder)
     points = {"radii": [0.0, 0.1, 0.2], "certified_accuracy": [0.8, 0.5, 0.1]}
     certificate = {
-        "samples": 360, "accuracy": 0.8, "radii": [0.1, 0.2], "certified_accuracy": [0.5, 0.1], "attacked_accuracy": [0.7, 0.4],
+        "samples": 360, "accuracy": 0.8, "radii": [0.1, 0.2],
+        "certified_accuracy": [0.5, 0.1], "attacked_accuracy": [0.7, 0.4],
         "lipschitz": 0.3, "method": "fourier", "weights": "model", "step": 12, "curve": points,
         "attack": {"attacked_at_own_radius": 300, "broken_at_own_radius": 0},
     }  # fmt: skip
@@ -53,19 +60,14 @@ def folder(trained, tmp_path):
 
 @pytest.fixture
 def comparison(tmp_path):
+    of = {"model": "mlp", "dataset": "digits"}
+    found = [("clipless", 1.0, 0.8), ("clipless", 3.0, 0.9), ("opacus_hooks", 1.0, 0.7), ("non_private", None, 0.97)]
     cells = [
-        {"trainer": t, "model": "mlp", "dataset": "digits", "target_epsilon": e, "epsilon": e, "seed": s, "accuracy": a + s / 100}
-        for t, e, a in (("clipless", 1.0, 0.8), ("clipless", 3.0, 0.9), ("opacus_hooks", 1.0, 0.7), ("non_private", None, 0.97))
-        for s in (0, 1)
-    ]  # fmt: skip
-    speed = {
-        "trainer": "clipless",
-        "model": "mlp",
-        "dataset": "digits",
-        "batch_size": 64,
-        "step_seconds": 0.002,
-        "peak_bytes": 2**20,
-    }
+        {**of, "trainer": trainer, "target_epsilon": e, "epsilon": e, "seed": seed, "accuracy": accuracy + seed / 100}
+        for trainer, e, accuracy in found
+        for seed in (0, 1)
+    ]
+    speed = {**of, "trainer": "clipless", "batch_size": 64, "step_seconds": 0.002, "peak_bytes": 2**20}
     path = tmp_path / "comparison"
     path.mkdir()
     (path / "results.json").write_text(json.dumps([*cells, speed]))
@@ -110,18 +112,62 @@ def test_the_page_states_the_account_of_the_run(trained):
     page = page_of(trained, calibrate=True)
     account = json.loads((trained / "privacy.json").read_text())
     for text in (
-        f"≤ {account['epsilon']:.3g}", f"δ = {account['delta']:g} (1 in 100,000)", "1,437", "add or remove one record", "PRV",
-        "Noise multiplier σ 6 ", "its digest agrees", "Expected calibration error", "is at least 0.7", "consistent with the claim",
-        "50.0 %", "succeeded on 0 of 300 records", "What ε does not cover", "torch 2", "pytest",
+        f"≤ {account['epsilon']:.3g}", f"δ = {account['delta']:g} (1 in 100,000)", "1,437", "PRV",
+        "add or remove one record", "Noise multiplier σ 6 ", "its digest agrees", "Expected calibration error",
+        "no cipher (numpy's on a CPU", "is at least 0.7",
+        "consistent with the claim", "50.0 %", "succeeded on 0 of 300 records", "What ε does not cover", "torch 2",
+        "pytest",
     ):  # fmt: skip
         assert text in page.words, text
     assert "NOT private" not in page.words
     assert sum(tag == "svg" for tag, _ in page.tags) == 5  # budget, accuracy, signal, reliability, robustness
 
 
-def test_noise_and_signal_are_those_of_the_engine(tmp_path):
-    from lipdp.training import Trainer
+def test_the_noise_shown_is_the_noise_drawn(tmp_path, monkeypatch):
+    """Under a quantile gate each step has a bound of its own: what is computed after the last one is not its noise."""
+    drawn, add = [], GaussianNoise.add_
+    monkeypatch.setattr(
+        GaussianNoise, "add_", lambda self, t, stds: (drawn.append(stds.tolist()), add(self, t, stds))[1]
+    )
+    options = {"dataset": "digits", "model": "mlp", "steps": 6, "noise_multiplier": 6.0, "lr": 2.0, "optimizer": "sgd"}
+    trainer = Trainer(configure(**options, gate_quantile=0.5), out=tmp_path / "run")
+    assert trainer.privacy()["noise_stds"] == {}
+    trainer.run()
+    account = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    steps = [stds for stds in drawn if len(stds) == len(account["sensitivity"])]  # the others are of the gate's count
+    assert (len(steps), len(drawn)) == (6, 12)
+    assert (
+        account["noise_stds"]
+        == trainer.engine.noise_stds()
+        == dict(zip(account["sensitivity"], steps[-1], strict=True))
+    )
+    report = gather([tmp_path / "run"], calibrate=False).runs[0]
+    assert {row.name: row.std for row in report.parameters} == account["noise_stds"]
+    shown = " ".join(f"{row.std:.4g}" for row in report.parameters)
+    assert all(std in page_of(tmp_path / "run").words for std in shown.split())
+    deltas = torch.tensor(list(account["sensitivity"].values()), dtype=torch.float64)
+    again = get_allocation(account["allocation"]).stds(deltas, torch.ones(len(deltas)), account["noise_multiplier"])
+    assert not any(a == pytest.approx(b, rel=1e-3) for a, b in zip(again.tolist(), steps[-1], strict=True))
 
+
+def test_a_resume_states_the_noise_of_the_step_it_goes_on_from(tmp_path):
+    class Stop(Monitor):
+        def step(self, step, loss, epsilon):
+            if step == 3:
+                raise RuntimeError("gone")
+
+    options = {"steps": 6, "noise_multiplier": 6.0, "gate_quantile": 0.5, "lr": 2.0, "checkpoint_every": 1}
+    config = configure(dataset="digits", model="linear", **options)
+    with pytest.raises(RuntimeError, match="gone"):
+        Trainer(config, out=tmp_path / "run", monitor=Stop()).run()
+    account = json.loads((tmp_path / "run" / "privacy.json").read_text())
+    assert account["steps"] == 2
+    assert account["noise_stds"]
+    trainer = Trainer.resume(tmp_path / "run")
+    assert trainer.privacy()["noise_stds"] == account["noise_stds"] != trainer.engine.noise_stds()
+
+
+def test_noise_and_signal_are_those_of_the_engine(tmp_path):
     for allocation, sampling in (("min_variance", "poisson"), ("per_layer", "fixed_size")):
         out = tmp_path / allocation
         trainer = Trainer(
@@ -132,10 +178,7 @@ def test_noise_and_signal_are_those_of_the_engine(tmp_path):
         )
         trainer.run()
         report = gather([out], calibrate=False).runs[0]
-        stds = trainer.engine.noise_stds()
-        assert [row.std for row in report.parameters] == pytest.approx(
-            [stds[r.name] for r in report.parameters], rel=1e-6
-        )
+        assert {row.name: row.std for row in report.parameters} == trainer.engine.noise_stds()
         assert sum(row.share for row in report.parameters) == pytest.approx(1.0)
         row = report.parameters[0]
         assert row.signal == pytest.approx(trainer.batch_size * row.delta / (row.std * math.sqrt(row.size)))
@@ -231,7 +274,7 @@ def test_markdown_is_a_section_of_a_model_card(trained):
 
 
 def test_strings_of_a_folder_are_text_on_the_page_and_in_the_markdown(folder, comparison):
-    edit(folder / "config.json", dataset=EVIL, features=EVIL, data_dir=EVIL, **{EVIL: MD_EVIL})
+    edit(folder / "config.json", dataset=EVIL, features=EVIL, data_dir=EVIL, **{EVIL_NAME: MD_EVIL})
     edit(folder / "privacy.json", allocation="global", gate=EVIL, accountant_note=MD_EVIL, sensitivity={EVIL: 1.0})
     (folder / "environment.json").write_text(json.dumps([{"command": EVIL + "```\n# x", "lipdp": EVIL, EVIL: MD_EVIL}]))
     edit(folder / "audit.json", audits=[{"method": EVIL, "experiment": EVIL, "lower_bound": 1, "claimed_epsilon": 2}])
@@ -272,15 +315,28 @@ def test_the_page_asks_the_network_for_nothing(trained):
     assert "script-src" not in policy
 
 
-@pytest.mark.parametrize("name", ["config.json", "privacy.json", "metrics.jsonl", "certificate.json", "audit.json", "environment.json"])  # fmt: skip
+FILES = ["config.json", "privacy.json", "metrics.jsonl", "certificate.json", "audit.json", "environment.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[1, 2]\n", b'{"step": "x"}\n', b"\xff\xfe", b'{"epsilon": NaN}\n', b"[" * 100_000]
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1, 2]\n",
+        b'{"step": "x"}\n',
+        b"\xff\xfe",
+        b'{"epsilon": NaN}\n',
+        b'{"\\ud800": 1}\n',
+        b"[" * 100_000,
+    ],
 )
 def test_damaged_files_are_named(folder, name, content, capsys):
     (folder / name).write_bytes(content)
     if name in ("metrics.jsonl",) and content == b"":
         assert cli.main(["report", str(folder), "--no-calibration"]) == cli.DONE  # no record yet
-    elif name == "config.json" and content.startswith(b"{") and content != b"{":
+    elif name == "config.json" and content in (b'{"step": "x"}\n', b'{"epsilon": NaN}\n'):
         assert cli.main(["report", str(folder), "--no-calibration"]) == cli.DONE  # an object, if a strange one
     elif name == "environment.json" and content.startswith(b"[1"):
         assert cli.main(["report", str(folder), "--no-calibration"]) == cli.REFUSED
@@ -290,6 +346,71 @@ def test_damaged_files_are_named(folder, name, content, capsys):
         assert name in error
         assert error.count("\n") == 1
         assert len(error) < 500
+
+
+HOSTILE = [
+    "x",
+    "\x1b[31m" * 100,
+    None,
+    True,
+    -1,
+    0.5,
+    2**70,
+    10**400,
+    math.nan,
+    math.inf,
+    [],
+    [[]],
+    {},
+    {"": -1},
+    [-1, "x"],
+]
+
+
+READ = {
+    "config.json": {"dataset", "model", "features"},
+    "privacy.json": {field.name for field in fields(Account)} - {"intact"},
+    "metrics.jsonl": {"step", "epsilon", "train_loss_not_private", "seconds", "test_accuracy", "test_accuracy_ema"},
+    "certificate.json": {field.name for field in fields(Robustness)} - {"certified_auroc"},
+    "audit.json": {"claimed_epsilon", "lower_bound", "confidence", "audits"},
+    "environment.json": {"command", "started", "torch"},
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_field_may_hold_anything(folder, name, monkeypatch):
+    """A report, or one readable message that names the file: no traceback, and no string of the folder as it is."""
+    monkeypatch.setattr("lipdp.report.document.recomputed_epsilon", lambda account: None)  # slow, and not read here
+    for checkpoint in folder.glob("*.pt"):  # slow too
+        checkpoint.unlink()
+    path, refused = folder / name, {}
+    plain = json.loads(path.read_text().splitlines()[0] if name == "metrics.jsonl" else path.read_text())
+    inner = plain[0] if isinstance(plain, list) else plain
+    for field in READ[name]:
+        for value in HOSTILE:
+            changed = {**inner, field: value}
+            path.write_text(json.dumps([changed] if isinstance(plain, list) else changed))
+            try:
+                report = gather([folder], calibrate=False)
+            except CheckpointError as error:
+                refused[field, repr(value)] = str(error)
+            else:
+                json.loads(render(report, "json"))
+                render(report, "md")
+    assert {field for field, _ in refused} == READ[name]
+    for message in refused.values():
+        assert name in message
+        assert message.isprintable()
+        assert len(message) < 500
+
+
+def test_without_msgspec_the_message_says_what_to_install(folder, monkeypatch, capsys):
+    for module in ("document", "reading", "comparison"):
+        monkeypatch.delitem(sys.modules, f"lipdp.report.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "msgspec", None)
+    assert cli.main(["report", str(folder)]) == cli.REFUSED
+    assert 'pip install "lipdp[report]"' in capsys.readouterr().err
+    importlib.import_module("lipdp.report.tensorboard")  # which reads nothing
 
 
 def test_wrong_folders_and_options_are_refused(folder, tmp_path, capsys):
@@ -308,16 +429,23 @@ def test_wrong_folders_and_options_are_refused(folder, tmp_path, capsys):
         gather([folder] * 13)
     with pytest.raises(UnknownNameError, match="html"):
         render(gather([folder], calibrate=False), "htm")
-    with pytest.raises(CheckpointError, match="epsilon is 'x', a number"):
-        Fields("f", {"epsilon": "x"}).number("epsilon")
+    edit(folder / "privacy.json", epsilon="x")
+    with pytest.raises(
+        CheckpointError, match=r"privacy\.json is damaged: Expected `float`, got `str` - at `\$\.epsilon`"
+    ):
+        gather([folder], calibrate=False)
 
 
 def test_without_its_checkpoint_or_its_data_a_run_still_has_a_report(folder):
     for path in folder.glob("*.pt"):
         path.unlink()
     words = page_of(folder, calibrate=True).words
-    assert "The noise is not shown" in words
+    assert "The numbers of weights are not shown" in words
     assert "Not computed" in words
+    std = next(iter(json.loads((folder / "privacy.json").read_text())["noise_stds"].values()))
+    assert f" {std:.4g} " in words
+    edit(folder / "privacy.json", noise_stds={})
+    assert "The noise is not shown" in page_of(folder).words
 
 
 def test_the_command_writes_whole_files_and_prints_the_others(folder, tmp_path, capsys):
@@ -340,20 +468,8 @@ def test_the_command_writes_whole_files_and_prints_the_others(folder, tmp_path, 
 def test_tensorboard_holds_the_curves_of_the_run(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
     out = tmp_path / "run"
-    arguments = [
-        "train",
-        "--model",
-        "linear",
-        "--steps",
-        "6",
-        "--noise-multiplier",
-        "6",
-        "--log-every",
-        "3",
-        "--out",
-        str(out),
-    ]
-    assert cli.main([*arguments, "--tensorboard"]) == cli.DONE
+    arguments = ["--steps", "6", "--noise-multiplier", "6", "--log-every", "3", "--out", str(out), "--tensorboard"]
+    assert cli.main(["train", "--model", "linear", *arguments]) == cli.DONE
     assert (out / "tensorboard").stat().st_mode & 0o077 == 0
     events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
@@ -404,15 +520,24 @@ def test_the_page_can_be_read(chromium, pages, name, size):
     chromium.open(pages[name], size=size)
     assert chromium.log() == []
     assert chromium.run("return document.documentElement.scrollWidth") <= size[0]
-    boxes = chromium.run("return [...document.querySelectorAll('svg')].map(s => { const b = s.getBoundingClientRect(); return [b.left, b.right, b.height, s.querySelectorAll('path').length] })")  # fmt: skip
+    boxes = chromium.run(
+        "return [...document.querySelectorAll('svg')].map(s => { const b = s.getBoundingClientRect();"
+        " return [b.left, b.right, b.height, s.querySelectorAll('path').length] })"
+    )
     assert len(boxes) == {"one": 5, "two": 7}[name]  # the options of B build no model: no reliability
     for left, right, height, paths in boxes:
         assert 0 <= left < left + 250 < right <= size[0]
         assert height > 60
         assert paths > 5
-    smallest = chromium.run("return Math.min(...[...document.querySelectorAll('p, td, th, li, dd, dt, small, figcaption, code')].map(e => parseFloat(getComputedStyle(e).fontSize)))")  # fmt: skip
+    smallest = chromium.run(
+        "return Math.min(...[...document.querySelectorAll('p, td, th, li, dd, dt, small, figcaption, code')]"
+        ".map(e => parseFloat(getComputedStyle(e).fontSize)))"
+    )
     assert smallest >= 12
-    letters = chromium.run("return Math.min(...[...document.querySelectorAll('svg text')].map(t => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b)))")  # fmt: skip
+    letters = chromium.run(
+        "return Math.min(...[...document.querySelectorAll('svg text')].map(t =>"
+        " parseFloat(getComputedStyle(t).fontSize) * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b)))"
+    )
     assert letters >= 9.5
     assert chromium.run("return performance.getEntriesByType('resource').length") == 0
 
@@ -421,7 +546,10 @@ def test_the_page_can_be_read(chromium, pages, name, size):
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_the_page_is_accessible_in_both_colour_schemes(chromium, pages, name, scheme):
     chromium.open(pages[name], scheme=scheme)
-    paper, ink, label = chromium.run("const t = document.querySelector('svg text'), s = getComputedStyle(document.body); return [s.backgroundColor, s.color, getComputedStyle(t).fill]")  # fmt: skip
+    paper, ink, label = chromium.run(
+        "const t = document.querySelector('svg text'), s = getComputedStyle(document.body);"
+        " return [s.backgroundColor, s.color, getComputedStyle(t).fill]"
+    )
     assert (_brightness(paper) > 0.9) == (scheme == "light")
     assert abs(_brightness(paper) - _brightness(ink)) > 0.6
     assert abs(_brightness(paper) - _brightness(label)) > 0.6  # the figures follow

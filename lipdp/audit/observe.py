@@ -144,10 +144,10 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
     training = Training(experiment, setting, included)
     scorer: _Orthogonal | _Joint = (_Orthogonal if experiment.saturated else _Joint)(experiment, setting)
     for x, y in training.loader:
-        stds = training.engine.noise_stds()
         weights = {n: p.detach().clone() for n, p in training.parameters.items()}
         expected = training.gradient(*experiment.others)
         training.step(x, y)
+        stds = training.engine.noise_stds()
         release = {}
         for name, parameter in training.parameters.items():
             released = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

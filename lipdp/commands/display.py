@@ -19,7 +19,8 @@ from rich.progress import (
 from rich.table import Table
 
 from lipdp import __version__
-from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
+from lipdp.commands.tables import LEGEND, number, parameter_table
+from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer
 from lipdp.training.monitor import Monitor, Result
 
@@ -110,10 +111,10 @@ def terminal_monitor(console: Console) -> LineMonitor:
 def show_plan(console: Console, trainer: Trainer) -> None:
     """What the run will spend and on what, before its first step."""
     facts, config = trainer.engine.facts, trainer.config
-    rows = parameter_rows(
-        trainer.model, trainer.engine.sensitivity(), trainer.engine.noise_stds(), batch_size=trainer.batch_size
-    )
-    weights = sum(row.size for row in rows)
+    sizes = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    bounds, stds = trainer.engine.sensitivity(), trainer.engine.noise_stds()
+    rows = parameter_rows(bounds, stds, sizes, batch_size=trainer.batch_size, nodes=bounds.nodes)
+    weights = sum(sizes.values())
     features = f" on {config.features} features" if config.features else ""
     lines = {
         f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}, {weights:,} weights, {trainer.device}",

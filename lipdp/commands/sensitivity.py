@@ -43,8 +43,9 @@ def sensitivity(
 
     from lipdp import Relation
     from lipdp import sensitivity as bound
-    from lipdp.commands.tables import LEGEND, number, parameter_rows, parameter_table
+    from lipdp.commands.tables import LEGEND, number, parameter_table
     from lipdp.noise.allocation import get_allocation
+    from lipdp.report.parameters import parameter_rows
     from lipdp.training.choices import make_loss, make_model
 
     shape = parse_shape(input_shape)
@@ -59,7 +60,8 @@ def sensitivity(
         torch.tensor([sizes[name] for name in bounds], dtype=torch.float64),
         noise_multiplier,
     )
-    rows = parameter_rows(net, bounds, dict(zip(bounds, stds.tolist(), strict=True)), batch_size=batch_size)
+    drawn = dict(zip(bounds, stds.tolist(), strict=True))
+    rows = parameter_rows(bounds, drawn, sizes, batch_size=batch_size, nodes=bounds.nodes)
     if as_json:
         summary = {"total": bounds.total, "lipschitz": bounds.lipschitz, "loss_constant": bounds.loss_constant}
         relation = Relation.ADD_OR_REMOVE_ONE.value
@@ -68,8 +70,8 @@ def sensitivity(
     console = Console()
     console.print(parameter_table(rows))
     console.print(
-        f"\n{sum(row.size for row in rows):,} weights; Δ of all {number(bounds.total)}; network {number(bounds.lipschitz)}"
-        f"-Lipschitz; {criterion}, gradient at the logits ≤ {number(bounds.loss_constant)}\n",
+        f"\n{sum(sizes[name] for name in bounds):,} weights; Δ of all {number(bounds.total)}; network"
+        f" {number(bounds.lipschitz)}-Lipschitz; {criterion}, gradient at the logits ≤ {number(bounds.loss_constant)}\n",
         highlight=False,
     )
     console.print(f"[dim]{LEGEND}[/dim]", highlight=False)

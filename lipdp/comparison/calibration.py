@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lipdp.errors import DataError, NonFiniteError, ParameterError
 from lipdp.nn.constrained import check_positive
+from lipdp.training.evaluation import outputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +125,7 @@ def calibration(
         raise ParameterError(f"bins={bins!r}: give a whole number of at least 1")
     if batch_size < 1:
         raise ParameterError(f"batch_size={batch_size}: give at least 1")
-    logits = temperature * _logits(model, x, batch_size)
+    logits = temperature * _logits(outputs(model, x.split(batch_size)))
     labels = _labels(y, *logits.shape)
     probabilities = logits.softmax(1)
     confidences, predictions = probabilities.max(1)
@@ -190,21 +191,8 @@ def reliability_diagram(calibration: Calibration, *, title: str | None = None) -
     return figure
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """(N, C) float64 on the CPU; one logit z becomes (0, z)."""
-    if not len(x):
-        raise DataError("there are no records to evaluate on")
-    like = next(model.parameters(), x)
-    dtype = like.dtype if x.is_floating_point() else x.dtype
-    was_training = model.training
-    model.eval()
-    try:
-        chunks = [model(chunk.to(like.device, dtype)).double().cpu() for chunk in x.split(batch_size)]
-    finally:
-        model.train(was_training)
-    logits = torch.cat(chunks)
-    logits = logits[:, None] if logits.dim() == 1 else logits.flatten(1)
+def _logits(logits: Tensor) -> Tensor:
+    """Of at least two classes: one logit z becomes (0, z)."""
     if not bool(torch.isfinite(logits).all()):
         raise NonFiniteError("the model's logits are not finite")
     return torch.cat([torch.zeros_like(logits), logits], 1) if logits.shape[1] == 1 else logits

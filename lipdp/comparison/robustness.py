@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lipdp.accounting.accountants import get_accountant
@@ -31,6 +30,7 @@ from lipdp.errors import (
 )
 from lipdp.training.assembly import decided, prepare
 from lipdp.training.config import TrainConfig, configure
+from lipdp.training.evaluation import outputs
 
 Progress = Callable[[Cell], None]
 _MARKERS = "os^Dv"
@@ -209,14 +209,12 @@ def _certified(bench: _Bench, model: nn.Module) -> Cell:
     return {name: facts[name] for name in names}
 
 
-@torch.no_grad()
 def _accuracy(model: nn.Module, bench: _Bench) -> float:
     """Without a certificate; an answer that is NaN is wrong."""
-    model.eval()
     y = bench.split.test_y[: bench.config.samples]
-    outputs = torch.cat([model(batch.float()) for batch in bench.split.test_x[: len(y)].split(1024)]).flatten(1)
-    answers = outputs.argmax(1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).long()
-    return float(((answers == y) & outputs.isfinite().all(1)).double().mean())
+    found = outputs(model, bench.split.test_x[: len(y)].split(1024))
+    answers = found.argmax(1) if found.shape[1] > 1 else (found[:, 0] > 0).long()
+    return float(((answers == y) & found.isfinite().all(1)).double().mean())
 
 
 def _configured(trainer: Trainer, bench: _Bench) -> Trainer:

@@ -379,7 +379,10 @@ class PrivacyEngine:
         return self._current().sensitivity()
 
     def noise_stds(self) -> dict[str, float]:
-        """Standard deviation of the noise on each parameter's *summed* gradient, at the weights as they are."""
+        """Standard deviation of the noise on each parameter's *summed* gradient: as the last step drew it.
+
+        Before the first step, and before the first after `load_state_dict`: of a step at the weights as they are.
+        """
         return self._current().noise_stds()
 
     def settle(self) -> None:

@@ -85,6 +85,7 @@ class Run:
         self._vetted = set(self.names)
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._spread = torch.empty(0)
+        self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = facts.expected_batch_size
         self._gradients = GradientCheck(
             module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else check_every
@@ -146,7 +147,9 @@ class Run:
         return read_sweep(self.graph.sweep(self._start), start, Relation(self.facts.relation))
 
     def noise_stds(self) -> dict[str, float]:
-        return dict(zip(self.names, self._deltas_and_stds()[1].tolist(), strict=True))
+        """Of the last step, as drawn; of a step at the weights as they are, where none was."""
+        names, stds = self._drawn or (self.names, self._deltas_and_stds()[1])
+        return dict(zip(names, stds.tolist(), strict=True))
 
     # -- the hooks -----------------------------------------------------------------------------------------------------
 
@@ -189,6 +192,7 @@ class Run:
             )
             self._check_records(sweep)
         self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
+        self._drawn = self.names, stds
         with self.clock("noise"):
             self._draw(gradients, stds)
             share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
@@ -383,7 +387,7 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])
-        self.ledger, self.before = ledger, int(state["before"])
+        self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
         self._taken_at = self.loader.position
 
 

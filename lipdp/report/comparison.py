@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from lipdp.errors import CheckpointError
-from lipdp.report.reading import Fields, parse, read_text
+from lipdp.report.reading import Count, Positive, Share, read
 
 
 @dataclass(frozen=True)
@@ -36,51 +36,60 @@ class ComparisonRow:
     peak_bytes: float | None = None
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """One measurement."""
+
+    model: str
+    trainer: str
+    dataset: str = ""
+    target_epsilon: Positive | None = None
+    epsilon: Positive | None = None
+    accuracy: Share | None = None
+    auroc: Share | None = None
+    batch_size: Count | None = None
+    step_seconds: Positive | None = None
+    peak_bytes: Positive | None = None
+
+    @property
+    def score(self) -> float | None:
+        return self.accuracy if self.auroc is None else self.auroc
+
+    def row(self) -> ComparisonRow:
+        """Without its figures: equal for the cells that belong together."""
+        if self.score is None:
+            return ComparisonRow(self.dataset, self.model, self.trainer, batch_size=self.batch_size)
+        metric = "accuracy" if self.auroc is None else "auroc"
+        budget = self.epsilon if self.target_epsilon is None else self.target_epsilon
+        return ComparisonRow(self.dataset, self.model, self.trainer, budget, metric)
+
+
 def read_comparison(folder: str | os.PathLike[str]) -> tuple[ComparisonRow, ...]:
     """The rows of a comparison's folder, those with scores by data set, budget and score.
 
     Raises:
         CheckpointError: it holds no comparison, or a damaged one.
     """
-    path = Path(folder).expanduser() / "results.json"
-    if not path.exists():
-        raise CheckpointError(f"{folder} has no results.json: give the folder that lipdp compare wrote (its --out)")
-    cells = parse(read_text(path), path)
-    if not isinstance(cells, list):
-        raise CheckpointError(f"{path} is damaged: a list is needed")
-    groups: dict[tuple[str, str, str, float | None, str | None, int | None], list[Fields]] = {}
-    for number, cell in enumerate(cells, start=1):
-        fields = Fields(f"{path}, cell {number}", cell)
-        metric = next((name for name in ("auroc", "accuracy") if fields.get(name) is not None), None)
-        budget = fields.number("target_epsilon", fields.number("epsilon", None)) if metric else None
-        batch = None if metric else fields.count("batch_size", None)
-        key = (fields.text("dataset", ""), fields.text("model"), fields.text("trainer"), budget, metric, batch)
-        groups.setdefault(key, []).append(fields)
-    return tuple(sorted((_row(key, group) for key, group in groups.items()), key=_order))
+    groups: dict[ComparisonRow, list[_Cell]] = {}
+    for cell in read(Path(folder).expanduser() / "results.json", tuple[_Cell, ...]):
+        groups.setdefault(cell.row(), []).append(cell)
+    return tuple(sorted((_measured(row, cells) for row, cells in groups.items()), key=_order))
 
 
-def _row(key: tuple[str, str, str, float | None, str | None, int | None], cells: list[Fields]) -> ComparisonRow:
-    dataset, model, trainer, epsilon, metric, batch = key
-    if metric:
-        scores = [cell.number(metric, high=1.0) for cell in cells]
+def _measured(row: ComparisonRow, cells: list[_Cell]) -> ComparisonRow:
+    scores = [cell.score for cell in cells if cell.score is not None]
+    if scores:
         spread = stdev(scores) if len(scores) > 1 else None
-        return ComparisonRow(dataset, model, trainer, epsilon, metric, fmean(scores), spread, len(scores))
-    seconds, peaks = ([cell.number(n, None) for cell in cells] for n in ("step_seconds", "peak_bytes"))
-    return ComparisonRow(dataset, model, trainer, batch_size=batch, seconds=_median(seconds), peak_bytes=_median(peaks))
+        return replace(row, mean=fmean(scores), spread=spread, runs=len(scores))
+    seconds, peaks = _median(cell.step_seconds for cell in cells), _median(cell.peak_bytes for cell in cells)
+    return replace(row, seconds=seconds, peak_bytes=peaks)
 
 
-def _median(values: list[float | None]) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     measured = [value for value in values if value is not None]
     return median(measured) if measured else None
 
 
 def _order(row: ComparisonRow) -> tuple[str, bool, float, float, int, float]:
     epsilon = float("inf") if row.epsilon is None else row.epsilon
-    return (
-        row.dataset,
-        row.metric is None,
-        epsilon,
-        -(row.mean or 0.0),
-        row.batch_size or 0,
-        row.seconds or 0.0,
-    )
+    return (row.dataset, row.metric is None, epsilon, -(row.mean or 0.0), row.batch_size or 0, row.seconds or 0.0)

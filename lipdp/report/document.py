@@ -13,7 +13,7 @@ from lipdp.comparison.calibration import Calibration
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.report.comparison import ComparisonRow, read_comparison
 from lipdp.report.evaluation import run_calibration
-from lipdp.report.parameters import ParameterRow, parameter_rows
+from lipdp.report.parameters import ParameterRow, rows_of_run
 from lipdp.report.reading import Run, read_run
 from lipdp.report.statement import Notice, notices, paragraphs, recomputed_epsilon
 
@@ -110,11 +110,8 @@ def gather(
         calibration, why = None, "Not asked for: leave --no-calibration out."
         if calibrate:
             calibration, why = run_calibration(run, data_dir=data_dir, run_code=run_code)
-        reports.append(
-            RunReport(
-                label, run, notices(run, recomputed), paragraphs(run.account), recomputed, *parameter_rows(run), calibration, why
-            )
-        )  # fmt: skip
+        told = notices(run, recomputed), paragraphs(run.account), recomputed
+        reports.append(RunReport(label, run, *told, *rows_of_run(run), calibration, why))
     return Report(tuple(reports), rows, made or date.today().isoformat(), __version__)
 
 
@@ -122,7 +119,7 @@ def render(report: Report, format: str = "html") -> str:
     """The report as one self-contained HTML page, as JSON, or as a section of a model card in markdown.
 
     Raises:
-        UnknownNameError: another format. ParameterError: Jinja2 is not installed (JSON needs none).
+        UnknownNameError: another format. ParameterError: Jinja2 is not installed (JSON does not need it).
     """
     from lipdp.report.pages import as_html, as_json, as_markdown
 

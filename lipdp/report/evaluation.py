@@ -27,10 +27,11 @@ def run_calibration(
         data_dir: where the data are, if not where the run read them.
         run_code: build a model that is given as module:function, which runs that module's code.
     """
-    if ":" in run.config.text("model", "") and not run_code:
+    model = str(run.config.get("model"))
+    if ":" in model and not run_code:
         return None, (
-            f"The model is built by code of its own ({run.config['model']}). If you trust it, add --run-code to have it built"
-            " and evaluated."
+            f"The model is built by code of its own ({model}). If you trust it, add --run-code to have it built and"
+            " evaluated."
         )
     try:
         return _calibration(run, data_dir), ""
@@ -44,7 +45,7 @@ def _calibration(run: Run, data_dir: str | os.PathLike[str] | None) -> Calibrati
     tau = getattr(loss, "tau", None)
     if tau is None:
         raise ParameterError(
-            f"the loss {loaded.config.loss} does not make probabilities of the outputs, so there is nothing to calibrate"
+            f"the loss {loaded.config.loss} makes no probabilities of the outputs, so there is nothing to calibrate"
         )
     inputs = apply_maps(loaded.maps, loaded.x, torch.float32)
     return calibration(loaded.model, inputs, loaded.y, temperature=float(tau))

@@ -1,7 +1,8 @@
 """The figures of a report: matplotlib's, as SVG that takes its colours and its letters from the page.
 
-Colours are drawn as markers that become CSS variables, so that the page's light and dark colours, and those of a printer,
-hold in the figures. Texts stay texts. Nothing that comes out of a run's folder is read as mathematics by matplotlib.
+Colours are drawn as markers that become CSS variables, so that the page's light and dark colours, and those of a
+printer, hold in the figures. Texts stay texts. Nothing that comes out of a run's folder is read as mathematics by
+matplotlib.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ Labelled = Sequence[tuple[str, Run]]
 def budget(runs: Labelled) -> Markup | None:
     """ε spent against the step; None where no run has a record."""
     lines = [
-        (label, [(0.0, 0.0), *((m["step"], m["epsilon"]) for m in run.metrics)]) for label, run in runs if run.metrics
+        (label, [(0.0, 0.0), *((record.step, record.epsilon) for record in run.metrics)])
+        for label, run in runs
+        if run.metrics
     ]
     if not lines:
         return None
@@ -69,11 +72,11 @@ def score(runs: Labelled) -> Markup | None:
     """Score on the test records against the step, of the last and of the averaged weights."""
     lines = []
     for label, run in runs:
-        name, prefix = f"test_{run.metric}", f"{label}: " if label else ""
-        for suffix, what in (("", "last weights"), ("_ema", "averaged weights")):
-            points = [(m["step"], 100 * m[name + suffix]) for m in run.metrics if name + suffix in m]
+        for averaged, what in ((False, "last weights"), (True, "averaged weights")):
+            scores = [(record.step, record.score(run.metric, averaged=averaged)) for record in run.metrics]
+            points = [(step, 100 * score) for step, score in scores if score is not None]
             if points:
-                lines.append((prefix + what, points))
+                lines.append((_of(label) + what, points))
     if not lines:
         return None
     metric = runs[0][1].metric.replace("auroc", "AUROC")
@@ -104,11 +107,11 @@ def robustness(runs: Labelled) -> Markup | None:
     with _drawn():
         figure, axes = _axes("L2 radius, in units of the raw input", "accuracy, %")
         for i, (label, one) in enumerate(found):
-            prefix, colour = f"{label}: " if label else "", _SERIES[i % len(_SERIES)]
-            radii, accuracies = one.curve
-            axes.plot(radii, [100 * a for a in accuracies], color=colour, label=f"{prefix}certified")
-            if one.attacked is not None:
-                points = sorted([(0.0, one.accuracy), *zip(one.radii, one.attacked, strict=True)])
+            prefix, colour = _of(label), _SERIES[i % len(_SERIES)]
+            accuracies = [100 * a for a in one.curve.certified_accuracy]
+            axes.plot(one.curve.radii, accuracies, color=colour, label=f"{prefix}certified")
+            if one.attacked_accuracy is not None:
+                points = sorted([(0.0, one.accuracy), *zip(one.radii, one.attacked_accuracy, strict=True)])
                 xs, ys = zip(*points, strict=True)
                 axes.plot(xs, [100 * y for y in ys], "--", marker="o", color=colour, label=f"{prefix}under attack")
         axes.set_ylim(0, 100)
@@ -117,7 +120,7 @@ def robustness(runs: Labelled) -> Markup | None:
         ends = "; ".join(
             f"{_of(label)}{100 * a:.1f} % at radius {r:.3g}"
             for label, one in found
-            for r, a in zip(one.radii, one.certified, strict=True)
+            for r, a in zip(one.radii, one.certified_accuracy, strict=True)
         )
         return _inline(figure, key="robustness", text=f"Certified accuracy against the radius: {ends}.")
 

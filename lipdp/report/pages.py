@@ -17,7 +17,7 @@ from lipdp.report.statement import NOT_COVERED, PUBLIC, one_in
 if TYPE_CHECKING:
     import jinja2
 
-    from lipdp.report import Report, RunReport
+    from lipdp.report.document import Report, RunReport
 
 _RELATIONS = {Relation.ADD_OR_REMOVE_ONE: "add or remove one", Relation.REPLACE_ONE: "replace one"}
 _PROTECTED = {
@@ -34,7 +34,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-!|~$])")
 
 
 def as_html(report: Report) -> str:
-    """One page that needs nothing else: styles and figures are in it, and its own policy forbids scripts and requests."""
+    """One page that needs nothing else: styles and figures are in it, and its policy forbids scripts and requests."""
     from lipdp.report import figures
 
     drawn = {
@@ -110,14 +110,14 @@ def setting(value: Any) -> str:
 def facts(one: RunReport) -> list[tuple[str, str]]:
     """The account of a run: name and value, in order."""
     account = one.run.account
-    again = f", {account.counted_again} of them taken again" if account.counted_again else ""
+    again = f", {account.steps_counted_again} of them taken again" if account.steps_counted_again else ""
     planned = "" if account.finished else f" of {account.planned_steps} planned"
     batches = {"poisson": "Poisson", "fixed_size": "fixed size"}.get(account.sampling, account.sampling)
-    source = {
-        True: "a cipher, seeded by the operating system",
-        False: "torch, seeded by the operating system",
-        None: "not recorded",
-    }
+    source = (
+        "a cipher" if account.secure else "a fast generator that is no cipher (numpy's on a CPU, torch's elsewhere)"
+    )
+    source = "a fixed seed: repeatable" if account.seeded else f"{source}, seeded by the operating system"
+    rate = f"{number(account.sampling_rate)} ({batches} batches of B = {number(account.expected_batch_size)})"
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
         ("Protected", _PROTECTED[account.unit].format(number(account.dataset_size))),
@@ -127,13 +127,13 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
         ("Accountant", _ACCOUNTANTS.get(account.accountant, account.accountant)),
         ("ε computed again for this report", number(one.recomputed)),
         ("Noise multiplier σ", number(account.noise_multiplier)),
-        ("Sampling rate q", f"{number(account.sampling_rate)} ({batches} batches of B = {number(account.expected_batch_size)})"),
+        ("Sampling rate q", rate),
         ("Steps T", f"{number(account.steps)}{planned}{again}"),
         ("Noise shared among parameters", account.allocation.replace("_", " ")),
         ("Gate on every record’s gradient at the outputs", _gate(account.gate)),
-        ("Source of the noise", "a fixed seed: repeatable" if account.seeded else source[account.secure]),
+        ("Source of the noise", source),
         ("privacy.json", checked[account.intact]),
-    ]  # fmt: skip
+    ]
 
 
 def _gate(text: str) -> str:

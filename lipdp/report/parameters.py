@@ -3,65 +3,91 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from lipdp.errors import CheckpointError, LipdpError
-from lipdp.noise.allocation import get_allocation
-from lipdp.report.reading import Run
+from lipdp.errors import LipdpError
+from lipdp.sensitivity import NodeBound
 from lipdp.training.checkpoint import RunFolder
+
+if TYPE_CHECKING:
+    from lipdp.report.reading import Run
 
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One trainable parameter, at the weights of the last checkpoint.
+    """What is known of one trainable parameter; None where something is not.
 
     Attributes:
-        name: of the parameter. size: number of weights d, where it is known.
+        name: of the parameter. size: number of weights d.
+        value, cotangent: X and G, bounds on the norm of its layer's output and of the gradient there, per record.
         delta: Δ, the bound on one record's gradient.
         std: s, of the noise on every entry of the summed gradient.
         share: part of the budget 1/σ² that the parameter takes.
-        signal: the most that B records can weigh over the noise, B Δ / (s √d). A bound, no figure of the data.
+        signal: the most that B records can weigh over the noise, B Δ / (s √d). A bound, no figure of the data. None
+            where there is no noise.
     """
 
     name: str
     size: int | None
+    value: float | None
+    cotangent: float | None
     delta: float
     std: float | None
     share: float | None
     signal: float | None
 
 
-def parameter_rows(run: Run) -> tuple[tuple[ParameterRow, ...], str]:
-    """A row per parameter, and why some columns are empty ("" if none is)."""
-    account = run.account
-    names = list(account.sensitivity)
-    deltas = torch.tensor([account.sensitivity[n] for n in names], dtype=torch.float64)
-    reason = ""
-    sizes: Mapping[str, int] = {}
-    stds: list[float | None] = [None] * len(names)
-    try:
-        sizes = _sizes(run)
-        missing = [n for n in names if n not in sizes]
-        if missing:
-            raise CheckpointError(f"the checkpoint has no {', '.join(missing[:3])}")
-        moved = deltas * account.relation.sensitivity_factor
-        counts = torch.tensor([sizes[n] for n in names])
-        stds = get_allocation(account.allocation).stds(moved, counts, account.noise_multiplier).tolist()
-    except LipdpError as error:
-        reason = f"The noise is not shown: {error}."
-    spent = [(d / s) ** 2 if s else 0.0 for d, s in zip(deltas.tolist(), stds, strict=True)]
-    total = sum(spent) or 1.0
+def parameter_rows(
+    deltas: Mapping[str, float],
+    stds: Mapping[str, float],
+    sizes: Mapping[str, int],
+    *,
+    batch_size: float,
+    nodes: Sequence[NodeBound] = (),
+) -> tuple[ParameterRow, ...]:
+    """A row per parameter.
+
+    Args:
+        deltas, stds, sizes: parameter name → Δ, s and d; of the last two some may be missing.
+        batch_size: B.
+        nodes: those of a `Sensitivity`, for X and G; a shared parameter has the largest of its uses.
+
+    >>> parameter_rows({"w": 2.0}, {"w": 4.0}, {"w": 9}, batch_size=6)[0].signal
+    1.0
+    """
+    spent = {name: (delta / stds[name]) ** 2 if stds.get(name) else 0.0 for name, delta in deltas.items()}
+    total = sum(spent.values()) or 1.0
     rows = []
-    for name, delta, std, part in zip(names, deltas.tolist(), stds, spent, strict=True):
-        size = sizes.get(name)
-        signal = account.expected_batch_size * delta / (std * math.sqrt(size)) if std and size else None
-        rows.append(ParameterRow(name, size, delta, std, part / total if std else None, signal))
-    return tuple(rows), reason
+    for name, delta in deltas.items():
+        size, std, uses = sizes.get(name), stds.get(name), [node for node in nodes if name in node.parameters]
+        rows.append(
+            ParameterRow(
+                name=name,
+                size=size,
+                value=max((node.value for node in uses), default=None),
+                cotangent=max((node.cotangent for node in uses), default=None),
+                delta=delta,
+                std=std,
+                share=None if std is None else spent[name] / total,
+                signal=batch_size * delta / (std * math.sqrt(size)) if std and size else None,
+            )
+        )
+    return tuple(rows)
 
 
-def _sizes(run: Run) -> dict[str, int]:
-    weights = RunFolder(run.folder).load()["model"]
-    return {name: value.numel() for name, value in weights.items() if isinstance(value, torch.Tensor)}
+def rows_of_run(run: Run) -> tuple[tuple[ParameterRow, ...], str]:
+    """The noise as it was drawn, and why some columns are empty ("" if none is)."""
+    account, sizes, reasons = run.account, {}, []
+    if not set(account.sensitivity) <= set(account.noise_stds):
+        reasons.append("The noise is not shown: privacy.json tells of none that was drawn.")
+    try:
+        weights = RunFolder(run.folder).load()["model"]
+        sizes = {name: value.numel() for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    except LipdpError as error:
+        reasons.append(f"The numbers of weights are not shown: {error}.")
+    rows = parameter_rows(account.sensitivity, account.noise_stds, sizes, batch_size=account.expected_batch_size)
+    return rows, " ".join(reasons)

@@ -78,7 +78,7 @@ def one_in(delta: float) -> str:
 
 def paragraphs(account: Account) -> tuple[str, ...]:
     """What the guarantee says, for somebody who has never heard of it."""
-    n, unit = "the" if account.dataset_size is None else f"the {account.dataset_size:,}", account.unit
+    n, unit = f"the {account.dataset_size:,}", account.unit
     those, with_all = {
         "record": ("training records", ""),
         "owner": ("owners of training records", " (with all records of theirs)"),
@@ -98,17 +98,18 @@ def paragraphs(account: Account) -> tuple[str, ...]:
     opening = (
         f"{change}: no outcome of the training becomes more than {how} times as likely (the factor is e to the power of"
         f" ε = {account.epsilon:.3g}), nor less likely by more than that factor, except with a probability of at most"
-        f" δ = {account.delta:g}{one_in(account.delta)}. An outcome is everything that can be seen of the model: its weights"
-        " after every step, its predictions, whatever is computed from them."
+        f" δ = {account.delta:g}{one_in(account.delta)}. An outcome is everything that can be seen of the model: its"
+        " weights after every step, its predictions, whatever is computed from them."
     )
     practice = (
         f"Put differently: somebody who knows all the other {unit}s and gives even odds to {odds} is right at most"
-        f" {100 * best_guess(account.epsilon, account.delta):.1f}\u00a0% of the time after studying the model, where a coin is"
-        f" right 50\u00a0% of the time. This is a bound for the worst {unit} and the best attack, proved rather than measured."
+        f" {100 * best_guess(account.epsilon, account.delta):.1f}\u00a0% of the time after studying the model, where a"
+        f" coin is right 50\u00a0% of the time. This is a bound for the worst {unit} and the best attack, proved rather"
+        " than measured."
     )
     judged = (
-        f"By the usual reading ε = {account.epsilon:.3g} is a {strength(account.epsilon)} guarantee (up to 1 strong, up to"
-        " 10 reasonable, above that weak: Ponomareva et al. 2023, How to DP-fy ML)."
+        f"By the usual reading ε = {account.epsilon:.3g} is a {strength(account.epsilon)} guarantee (up to 1 strong, up"
+        " to 10 reasonable, above that weak: Ponomareva et al. 2023, How to DP-fy ML)."
     )
     return (opening, practice, judged)
 
@@ -126,8 +127,9 @@ _ALARMS: tuple[tuple[Callable[[Run], bool], str, str], ...] = (
     (
         lambda run: run.account.seeded,
         "This run is NOT private",
-        "It was trained with a fixed seed, so anybody who knows the seed can repeat the noise and take it away. The figures"
-        " below are those of the same run without a seed. Use it for tests only; train again without one to release a model.",
+        "It was trained with a fixed seed, so anybody who knows the seed can repeat the noise and take it away. The"
+        " figures below are those of the same run without a seed. Use it for tests only; train again without one to"
+        " release a model.",
     ),
     (
         lambda run: run.account.intact is False,
@@ -151,23 +153,29 @@ def notices(run: Run, recomputed: float | None) -> tuple[Notice, ...]:
             Notice("ε could not be checked", "No accountant gives an ε for the σ, q, T and δ of this run.", alarm=True)
         )
     elif account.epsilon < recomputed * (1 - 1e-3) - 1e-6:
-        text = f"From its own σ, q, T and δ this run spent ε = {recomputed:.4g}, and privacy.json claims {account.epsilon:.4g}."
+        text = (
+            f"From its own σ, q, T and δ this run spent ε = {recomputed:.4g}, and privacy.json claims"
+            f" {account.epsilon:.4g}."
+        )
         found.append(Notice("ε is larger than claimed", text, alarm=True))
     if account.dataset_size and account.delta >= 1 / account.dataset_size:
-        text = f"δ = {account.delta:g} is not below 1/N: a guarantee with such a δ may still publish a whole {account.unit}."
+        text = (
+            f"δ = {account.delta:g} is not below 1/N: a guarantee with such a δ may still publish a whole"
+            f" {account.unit}."
+        )
         found.append(Notice("δ is too large", text, alarm=True))
     if not account.finished:
         text = (
-            f"{account.steps} of {account.planned_steps} steps are taken. While a run can be resumed its checkpoint holds the"
-            " noise to come: keep the folder as secret as the data."
+            f"{account.steps} of {account.planned_steps} steps are taken. While a run can be resumed its checkpoint"
+            " holds the noise to come: keep the folder as secret as the data."
         )
         found.append(Notice("The run is not finished", text))
-    if account.counted_again:
-        text = f"{account.counted_again} steps were lost with a checkpoint and taken again; ε counts them twice."
+    if account.steps_counted_again:
+        text = f"{account.steps_counted_again} steps were lost with a checkpoint and taken again; ε counts them twice."
         found.append(Notice("Some steps are counted twice", text))
-    if account.note:
-        found.append(Notice("Another accountant answered", account.note))
-    if run.robustness and run.robustness.step not in (None, account.steps, account.steps - account.counted_again):
+    if account.accountant_note:
+        found.append(Notice("Another accountant answered", account.accountant_note))
+    if run.robustness and run.robustness.step not in (account.steps, account.steps - account.steps_counted_again):
         text = f"They were computed after step {run.robustness.step}. Run lipdp certify again."
         found.append(Notice("The certified radii are of other weights", text))
     return tuple(found)

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from lipdp.bounds.trace import mode
 from lipdp.errors import DataError, NonFiniteError
 
 
 @torch.no_grad()
+def outputs(model: nn.Module, inputs: Iterable[Tensor], *, device: torch.device | str | None = None) -> Tensor:
+    """(N, C) float64 outputs on the CPU, of inputs that come in batches; in evaluation mode, which is left as it was.
+
+    Args:
+        model: gives (n, C), or (n,) for C = 1.
+        inputs: (n, *input_shape) each; moved to the device, and to the model's dtype where they are floating-point.
+        device: where the model is; that of its first parameter by default.
+
+    Raises:
+        DataError: no records.
+
+    >>> outputs(torch.nn.Flatten(0), [torch.ones(2, 1), torch.zeros(1, 1)]).tolist()
+    [[1.0], [1.0], [0.0]]
+    """
+    chunks = []
+    with mode(model, False):
+        for x in inputs:
+            like = next(model.parameters(), x)
+            dtype = like.dtype if x.is_floating_point() else x.dtype
+            chunks.append(model(x.to(device or like.device, dtype, non_blocking=True)).double().cpu())
+    if not sum(map(len, chunks)):
+        raise DataError("there are no records to evaluate on")
+    return torch.cat(chunks).flatten(1) if chunks[0].dim() > 1 else torch.cat(chunks)[:, None]
+
+
 def evaluate(
     model: nn.Module,
     x: Tensor,
@@ -30,7 +56,7 @@ def evaluate(
         x: (N, *input_shape), of any float dtype and on any device.
         y: (N,) int64 labels.
         binary: score two classes, by the single logit or by the difference of two.
-        device: where the model is; that of `x` by default.
+        device: where the model is; that of its first parameter by default.
         batch_size: of the forward passes.
 
     Returns:
@@ -43,11 +69,10 @@ def evaluate(
     >>> evaluate(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 0]))
     {'accuracy': 0.5}
     """
-    batches = zip(x.split(batch_size), y.split(batch_size), strict=True) if len(x) else ()
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
     return evaluate_batches(model, batches, binary=binary, device=device)
 
 
-@torch.no_grad()
 def evaluate_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -60,24 +85,20 @@ def evaluate_batches(
     >>> evaluate_batches(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))] * 3)
     {'accuracy': 0.5}
     """
-    was_training = model.training
-    model.eval()
-    chunks, truths = [], []
-    try:
+    truths: list[Tensor] = []
+
+    def inputs() -> Iterator[Tensor]:
         for x, y in batches:
-            chunks.append(model(x.to(device or x.device, non_blocking=True).float()).double().cpu())
             truths.append(y.cpu())
-    finally:
-        model.train(was_training)
-    if not chunks:
-        raise DataError("there are no records to evaluate on")
-    outputs = torch.cat(chunks).flatten(1) if chunks[0].dim() > 1 else torch.cat(chunks)[:, None]
-    if bool(torch.isnan(outputs).any()):
+            yield x
+
+    found = outputs(model, inputs(), device=device)
+    if bool(torch.isnan(found).any()):
         raise NonFiniteError("the model's outputs are NaN")
     truth = torch.cat(truths)
     if not binary:
-        return {"accuracy": float((outputs.argmax(1) == truth).double().mean())}
-    scores = outputs[:, 0] if outputs.shape[1] == 1 else outputs[:, 1] - outputs[:, 0]
+        return {"accuracy": float((found.argmax(1) == truth).double().mean())}
+    scores = found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
     if len(truth.unique()) != 2:
         raise DataError("the test records are all of one class: there is no ROC curve; use a larger test part")
     accuracy = float(((scores > 0) == truth.bool()).double().mean())

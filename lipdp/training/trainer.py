@@ -180,6 +180,7 @@ class Trainer:
         self._shown: Later | None = None
         self._timer: Timer = UNTIMED
         self._saved_at: int | None = None
+        self._stds: dict[str, float] | None = {}  # of the noise of step `self.step`; None: the engine has them
 
     @property
     def total_steps(self) -> int:
@@ -275,6 +276,7 @@ class Trainer:
             self.scheduler.step()
             self.ema.update()
         self.step += 1
+        self._stds = None
         self._loss += total
         samples = (self.loader.drawn.units if self.loader.drawn else 0) * self.loader.views  # rows, where each weighs 1
         self._samples += samples
@@ -345,10 +347,17 @@ class Trainer:
             "accountant_requested": self.planned.requested,
             "accountant_note": self.planned.note,
             "sensitivity": dict(self.engine.sensitivity()),
+            "noise_stds": self._drawn(),
             "protects": _PROTECTED[facts["unit"]].format(facts["dataset_size"]),
             "not_covered": NOT_COVERED,
         }
         return with_digest(report)
+
+    def _drawn(self) -> dict[str, float]:
+        """Parameter → the standard deviation of its noise in the last step; none before the first."""
+        if self._stds is None:
+            self._stds = self.engine.noise_stds()
+        return self._stds
 
     def _save(self) -> None:
         """Let the step leave the process: its account first, then the checkpoint, then what is computed from the weights.
@@ -408,6 +417,7 @@ class Trainer:
             "engine": self.engine.state_dict(),
             "random": random_state(self.device),
             "records": self.records,
+            "noise_stds": self._drawn(),
             "progress": [self.step, self._seconds, float(self._loss), self._samples],
         }
 
@@ -426,6 +436,7 @@ class Trainer:
             with own_random_state(self.device, self._random):
                 pass
             self.records = [dict(record) for record in state["records"]]
+            self._stds = dict(state["noise_stds"])
             self.step, self._seconds, loss, self._samples = map(plain_number, state["progress"])
             self._loss.fill_(loss)
             if self.world.rank > 0:  # what was saved is the first process's part

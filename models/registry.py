@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError, UnknownNameError
-from lipdp.nn.constrained import check_positive
 
 from .cnn import cnn
 from .families import Family, Lipschitz, Plain

@@ -24,7 +24,7 @@ from lipdp.bounds.trace import Node, check_modules, inspect_nodes, trace
 from lipdp.constraints import vector_norm
 from lipdp.errors import UnboundedError, UnsupportedOperationError
 from lipdp.nn.compiled import eager, original
-from lipdp.nn.sharded import is_sharded, unsharded, whole
+from lipdp.nn.sharded import full_tensor, is_sharded, unsharded
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class BoundGraph:
     def _constant(self, node: fx.Node) -> Tensor:
         """The value of a node that does not depend on the sample."""
         if node.op == "get_attr":
-            return whole(self._attribute(node))
+            return full_tensor(self._attribute(node))
 
         def load(argument: fx.Node) -> Any:
             fact = self._facts[argument]

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 
 from lipdp.comparison.factors import Clipping, Flat, GlobalFlat, GlobalPerLayer, PerLayer, Unclipped
 from lipdp.comparison.kernel import Ntk, PerSampleLoss, Probe, Spectrum, kernel_of, ntk, spectrum
+from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
-from lipdp.nn.constrained import check_positive
 
 __all__ = [
     "PUBLISHED",

@@ -14,7 +14,7 @@ from lipdp.bounds.probe import probe_input, untouched
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import original
-from lipdp.nn.sharded import is_dtensor, is_sharded, is_wrapped
+from lipdp.nn.sharded import is_dtensor, is_fully_sharded, is_sharded
 
 
 def own_reduction(module: nn.Module, world: World) -> nn.Module:
@@ -33,7 +33,7 @@ def own_reduction(module: nn.Module, world: World) -> nn.Module:
             "DataParallel runs copies of the model that the engine cannot bound; start one process per device with torchrun, and"
             " pass the model itself, or in DistributedDataParallel"
         )
-    shards = [inner for inner in wrapper.modules() if is_wrapped(inner)]
+    shards = [inner for inner in wrapper.modules() if is_fully_sharded(inner)]
     if shards:
         _sum_shards(wrapper, shards, world)
         return module
@@ -85,7 +85,7 @@ def settle_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
         with untouched(module):
             module(probe_input(module, input_shape))
         for inner in module.modules():
-            if is_wrapped(inner):
+            if is_fully_sharded(inner):
                 inner.reshard()  # type: ignore[operator]  # without a backward pass the outermost stays whole
 
 

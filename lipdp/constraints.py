@@ -362,7 +362,7 @@ def check_positive(name: str, value: float) -> float:
 
 
 def check_size(name: str, value: Any, *, pair: bool = False) -> None:
-    """ParameterError unless it is a whole number of at least 1 that a tensor can have, or (`pair`) a tuple of them."""
+    """A `ParameterError` that names the value unless it is a size (`is_size`) or, with `pair`, a tuple of sizes."""
     sizes = value if pair and isinstance(value, tuple) else (value,)
     if not sizes or not all(map(is_size, sizes)):
         raise ParameterError(f"{name} is a positive whole number, got {value!r}")

@@ -21,11 +21,11 @@ def cnn(
 ) -> Stages:
     r"""Two convolutions (w and 2w channels) with 2x2 norm pooling, then a dense layer.
 
-    A convolution, the norm of each window, and the channels' mean taken off: the pooling is the only non-linearity, as in
-    a scattering transform (a modulus and an average), and keeps norms better than with an activation in front of it. The
-    first convolution starts from the smoothest cosine filters, which keep most of an image's energy.
+    A convolution, the norm of each window, and the channels' mean taken off: the pooling is the only non-linearity, as
+    in a scattering transform (a modulus and an average), and keeps norms better than with an activation in front of it.
+    The first convolution starts from the smoothest cosine filters, which keep most of an image's energy.
 
-    Joints: behind the first convolution's pooling, behind the second's, and behind the hidden dense layer if there is one.
+    Joints: behind the first convolution's pooling, the second's, and the hidden dense layer if there is one.
 
     Args:
         width: channels w of the first convolution.

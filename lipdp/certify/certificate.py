@@ -1,4 +1,4 @@
-"""Certified robustness: L2 radii per sample, certified accuracy and AUROC, and the attack that has to fail inside them."""
+"""Certified robustness: L2 radii per sample, certified accuracy and AUROC."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Certificate:
-    r"""What is certified of each sample, in units of the raw input.
+    """What is certified of each sample, in units of the raw input.
 
-    Guarantee: for every x' with ‖x' − x_i‖₂ ≤ radii[i], the model as computed (rounding included) gives x' the label of x_i,
-    deterministically and with certainty; nothing is sampled.
+    Guarantee: for every x' with ‖x' − x_i‖₂ ≤ radii[i], the model as computed (rounding included) gives x' the label of
+    x_i, deterministically and with certainty; nothing is sampled.
 
     Attributes:
         radii: (N,) float64, 0 where the prediction is wrong or nothing is certified.
@@ -67,12 +67,12 @@ class Certificate:
         return float((self.correct & (self.radii >= _non_negative(radius))).double().mean())
 
     def auroc(self, radius: float = 0.0) -> float:
-        r"""Certified area under the ROC curve, for two classes: every score may move as far as it can, in the wrong direction.
+        """Certified area under the ROC curve, for two classes: every score moves the wrong way as far as it can.
 
-        The score s (the single logit, or z_1 − z_0) of a record that moves by r at most moves by Δ_i = ‖w‖ ω_i(r) at most, and
-        2e more by rounding. A positive and a negative record are in the right order for sure if s_p − Δ_p > s_n + Δ_n, and at
-        worst tied where both are equal. So the AUROC of the scores s ∓ Δ is a lower bound of every AUROC that an adversary
-        who moves each record by at most r can leave.
+        The score s (the single logit, or z₁ − z₀) of a record that moves by r at most moves by Δ_i = ‖w‖ ω_i(r) at
+        most, and 2e more by rounding. A positive and a negative record are in the right order for sure if
+        s_p − Δ_p > s_n + Δ_n, and at worst tied where both are equal. So the AUROC of the scores s ∓ Δ is a lower bound
+        of every AUROC that an adversary who moves each record by at most r can leave.
 
         Raises:
             DataError: more than two classes, or labels of one class only.
@@ -108,13 +108,13 @@ def certify(
     convolution: str = "fourier",
     batch_size: int = 1024,
 ) -> Certificate:
-    r"""Certified L2 radius of every sample, from certified constants of the network as it is.
+    """Certified L2 radius of every sample, from certified constants of the network as it is.
 
-    The margin :math:`z_y - z_j`, less twice its rounding error e, is spent on the last layer's input: that may move by
-    :math:`\rho = \min_j (z_y - z_j - 2e_{yj}) / \|w_y - w_j\|` before the class changes. (A single logit: |z| and ‖w‖.) A move in
-    front of a K-Lipschitz stretch of the network may be ρ/K; in front of a clip, and of a normalisation of the inputs,
-    what the exact modulus at the sample allows (`moduli.Projection`, `moduli.GroupNormalisation`), which for samples
-    outside the clip's ball is more than ρ. So back to the raw input.
+    The margin z_y − z_j, less twice its rounding error e, is spent on the last layer's input: that may move by
+    ρ = min_j (z_y − z_j − 2e_yj) / ‖w_y − w_j‖ before the class changes. (A single logit: |z| and ‖w‖.) A move in front
+    of a K-Lipschitz stretch of the network may be ρ/K; in front of a clip, and of a normalisation of the inputs, what
+    the exact modulus at the sample allows (`moduli.Projection`, `moduli.GroupNormalisation`), which for samples outside
+    the clip's ball is more than ρ. So back to the raw input.
 
     Args:
         model: any module torch.fx can trace, trained in any way; evaluated in evaluation mode and left as it was.
@@ -125,7 +125,7 @@ def certify(
         batch_size: of the forward passes.
 
     Raises:
-        UnboundedError, UnsupportedOperationError, UnsupportedLayerError, MixesSamplesError: no certified constant exists, and why.
+        UnboundedError, UnsupportedOperationError, UnsupportedLayerError, MixesSamplesError: no certified constant.
         DataError, NonFiniteError, ParameterError: inputs or labels that are none.
 
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), torch.nn.Linear(2, 2, bias=False))

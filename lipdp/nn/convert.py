@@ -78,8 +78,8 @@ def from_torchlip(model: nn.Module) -> nn.Module:
             _refuse(
                 name,
                 module,
-                "it is reparametrised and not a layer of deel-torchlip; the gradient of the raw weight has no bound. Call"
-                " torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first",
+                "it is reparametrised and not a layer of deel-torchlip; the gradient of the raw weight has no bound."
+                " Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first",
             )
     return converted
 

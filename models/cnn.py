@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .families import Family
-from .stages import Stages, count, image
+from .stages import Stages, count, head, image
 from .starts import cosine, haar
 
 
@@ -43,12 +43,8 @@ def cnn(
     channels, height, columns = image("cnn", input_shape, halvings=2)
     width, kernel_size = count("width", width), count("kernel_size", kernel_size, odd=True)
     features = 2 * width * (height // 4) * (columns // 4)
-    stages = [
+    return [
         [layers.conv(channels, width, kernel_size, lipschitz=gain, start=cosine), *layers.magnitude(2)],
         [layers.conv(width, 2 * width, kernel_size, start=haar), *layers.magnitude(2), nn.Flatten()],
+        *head(layers, features, num_classes, hidden=hidden),
     ]
-    if hidden is not None:
-        hidden = count("hidden", hidden, even=True)
-        stages.append([layers.linear(features, hidden), layers.activation()])
-        features = hidden
-    return [*stages, [layers.linear(features, num_classes)]]

@@ -109,11 +109,7 @@ class Plain(Family):
     def bound(self, radius: float) -> nn.Module:
         return nn.Identity()
 
-    def clip(self, bound: float) -> nn.Module:
-        return nn.Identity()
-
-    def gate(self, bound: float) -> nn.Module:
-        return nn.Identity()
+    clip = gate = bound
 
     def linear(
         self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None

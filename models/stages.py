@@ -49,6 +49,14 @@ def chain(family: Family, stages: Stages, *, input_bound: float, clips: Joints, 
     return nn.Sequential(*modules)
 
 
+def head(layers: Family, features: int, num_classes: int, *, hidden: int | None) -> Stages:
+    """The last stages: a hidden dense layer of `hidden` neurons, an even number, if there is one, and a dense layer."""
+    if hidden is None:
+        return [[layers.linear(features, num_classes)]]
+    width = count("hidden", hidden, even=True)
+    return [[layers.linear(features, width), layers.activation()], [layers.linear(width, num_classes)]]
+
+
 def _per_joint(name: str, bounds: Joints, joints: int) -> list[float | None]:
     if bounds is None or isinstance(bounds, (int, float)):
         return [bounds] * joints

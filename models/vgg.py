@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .families import Family
-from .stages import Stages, count, image
+from .stages import Stages, count, head, image
 
 
 def vgg(
@@ -51,9 +51,4 @@ def vgg(
         )
         channels, height, columns = wide, height // 2, columns // 2
     stages[-1].append(nn.Flatten())
-    features = channels * height * columns
-    if hidden is not None:
-        hidden = count("hidden", hidden, even=True)
-        stages.append([layers.linear(features, hidden), layers.activation()])
-        features = hidden
-    return [*stages, [layers.linear(features, num_classes)]]
+    return [*stages, *head(layers, channels * height * columns, num_classes, hidden=hidden)]

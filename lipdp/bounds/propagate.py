@@ -168,11 +168,11 @@ class BoundGraph:
     # -- construction --------------------------------------------------------------------------------------------------
 
     def _trace(self, model: nn.Module) -> None:
-        plain = unsharded(model)
-        check_modules(plain)
-        self.module = trace(plain)
-        x = probe_input(plain, self.input_shape)
-        with untouched(plain):
+        gathered = unsharded(model)
+        check_modules(gathered)
+        self.module = trace(gathered)
+        x = probe_input(gathered, self.input_shape)
+        with untouched(gathered):
             self._info = inspect_nodes(self.module, x)
         output = self._find_output()
         self._modules = dict(self.module.named_modules())
@@ -182,10 +182,10 @@ class BoundGraph:
         self.constants = [n for n in tensors if self._info[n].kind == "constant"]
         self.steps = [self._step(n) for n in tensors if self._info[n].kind != "constant" and n.op != "placeholder"]
         self.sweep(1.0)  # every rule once: what they refuse is refused here
-        check_samples_apart(plain, x)
-        self._check_coverage(check_faithful(plain, self.module, x))
-        if plain is not model:  # let go of the gathered parameters
-            for parameter in plain.parameters():
+        check_samples_apart(gathered, x)
+        self._check_coverage(check_faithful(gathered, self.module, x))
+        if gathered is not model:  # free the gathered parameters
+            for parameter in gathered.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
     def _find_output(self) -> fx.Node:
@@ -208,11 +208,10 @@ class BoundGraph:
 
         args, kwargs = fx.map_arg(node.args, slot), fx.map_arg(node.kwargs, slot)
         if node.op == "call_module":
-            path, plain = str(node.target), self._modules[str(node.target)]
-            prefix: str = self.module.meta["prefix"]
-            name = path[len(prefix) :] or type(plain).__name__
-            rule, kind = module_rule(name, plain), type(plain).__name__
-            module = self._own(path, plain)
+            path, traced = str(node.target), self._modules[str(node.target)]
+            name = path[len(self._prefix) :] or type(traced).__name__
+            rule, kind = module_rule(name, traced), type(traced).__name__
+            module = self._own(path, traced)
         else:
             name, module, rule = node.name, None, function_rule(node.name, node.target)
             kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -229,12 +228,14 @@ class BoundGraph:
             output_shape=self._info[node].shape,
         )
 
-    def _own(self, path: str, plain: nn.Module) -> nn.Module:
+    @property
+    def _prefix(self) -> str:
+        """What the names of the traced modules have in front of the model's own."""
+        return str(self.module.meta["prefix"])
+
+    def _own(self, path: str, traced: nn.Module) -> nn.Module:
         """The model's own module that the traced one stands for; they are two where parameters are sharded."""
-        if not is_sharded(self.model):
-            return plain
-        prefix: str = self.module.meta["prefix"]
-        return self.model.get_submodule(path[len(prefix) :])
+        return self.model.get_submodule(path[len(self._prefix) :]) if is_sharded(self.model) else traced
 
     def _check_coverage(self, trained: set[str]) -> None:
         """Every parameter that gets a gradient must be met by a rule."""
@@ -267,11 +268,10 @@ class BoundGraph:
 
     def _attribute(self, node: fx.Node) -> Tensor:
         """The tensor as the model holds it now (the traced module keeps its own reference)."""
-        prefix: str = self.module.meta["prefix"]
-        for root, path in ((self.model, str(node.target)[len(prefix) :]), (self.module, str(node.target))):
+        for root, path in ((self.model, str(node.target)[len(self._prefix) :]), (self.module, str(node.target))):
             value: Any = root
-            for part in path.split("."):
-                value = getattr(value, part, None)
+            for name in path.split("."):
+                value = getattr(value, name, None)
             if isinstance(value, Tensor):
                 return value
         raise UnsupportedOperationError(f"the model has lost its tensor '{node.target}' since it was traced")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipdp.bounds.trace import mode
 from lipdp.certify.inputs import InputMap, apply_maps, moduli_of_maps
-from lipdp.certify.moduli import Confined, Lipschitz, Modulus, pull, push
+from lipdp.certify.moduli import Confined, Lipschitz, Modulus, pull, push, sample_norms
 from lipdp.certify.network import Head, Network, Stretch
 from lipdp.errors import DataError, NonFiniteError, ParameterError
 
@@ -144,12 +144,12 @@ def certify(
         stretches, head = network.analyse()
         if not bool(head.pair_errors.isfinite().all()):  # nothing bounds the values: bound the inputs instead
             inputs = (apply_maps(maps, batch, network.dtype) for batch in x.split(batch_size))
-            network.input_bound = 2 * max(float(_norms(batch).max()) for batch in inputs)
+            network.input_bound = 2 * max(float(sample_norms(batch).max()) for batch in inputs)
             stretches, head = network.analyse()
         batches = zip(x.split(batch_size), labels.split(batch_size), strict=True)
         pieces = [_piece(network, stretches, head, maps, *batch) for batch in batches]
         lipschitz = float(network.lipschitz())
-    verdicts = [_verdict(piece, part, head) for piece, part in zip(pieces, labels.split(batch_size), strict=True)]
+    verdicts = [_verdict(piece, own, head) for piece, own in zip(pieces, labels.split(batch_size), strict=True)]
     return Certificate(
         radii=torch.cat([radii for _, radii in verdicts]),
         correct=torch.cat([correct for correct, _ in verdicts]),
@@ -177,7 +177,7 @@ def _piece(
         raise NonFiniteError("the model's outputs are not finite")
     chain = moduli_of_maps(maps, raw, network.dtype)
     if network.input_bound < math.inf:
-        chain.append(Confined(network.input_bound * _DOWNWARDS - _norms(inputs)))
+        chain.append(Confined(network.input_bound * _DOWNWARDS - sample_norms(inputs)))
     return _Piece(logits.cpu(), (*chain, *network.moduli(stretches, norms), Lipschitz(head.constant)))
 
 
@@ -196,10 +196,6 @@ def _verdict(piece: _Piece, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]
     left = margins - 2 * errors
     budget = torch.where(norms > 0, left / norms, torch.where(left > 0, torch.inf, 0.0)).amin(1)
     return correct, torch.where(correct, pull(piece.chain, budget) * _DOWNWARDS, 0.0)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.double().flatten(1), dim=1).cpu()
 
 
 def _non_negative(radius: float) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipdp.certify.moduli import GroupNormalisation, Lipschitz, Modulus, Projection
+from lipdp.certify.moduli import GroupNormalisation, Lipschitz, Modulus, Projection, sample_norms
 from lipdp.data.scaling import Clip
 from lipdp.errors import UnboundedError
 from lipdp.features import NORM_FLOOR, FeatureSpec
@@ -69,7 +69,7 @@ def _feature_moduli(spec: FeatureSpec, x: Tensor) -> list[Modulus]:
         chain.append(GroupNormalisation(entries, spec.group_norm, smallest.cpu()))
         z = F.group_norm(z, spec.group_norm, eps=spec.eps)
     if spec.unit_norm:
-        norms = torch.linalg.vector_norm(z.flatten(1), dim=1).cpu() * (1 - 1e-9)
+        norms = sample_norms(z) * (1 - 1e-9)
         chain += [Projection(NORM_FLOOR, norms), Lipschitz(1 / NORM_FLOOR)]
         z = F.normalize(z.flatten(1), dim=1, eps=NORM_FLOOR)
     return chain if spec.dtype == "float32" else [*chain, _rounding(z, getattr(torch, spec.dtype))]
@@ -82,6 +82,5 @@ def _rounding(z: Tensor, dtype: torch.dtype) -> Lipschitz:
     """
     info = torch.finfo(dtype)
     unit = info.eps / 2 * (1 + 1e-6)
-    size = torch.linalg.vector_norm(z.double().flatten(1), dim=1).cpu()
     tiny = info.smallest_normal * info.eps * z[0].numel() ** 0.5
-    return Lipschitz(1 + unit, 2 * unit * size + tiny)
+    return Lipschitz(1 + unit, 2 * unit * sample_norms(z) + tiny)

@@ -31,6 +31,11 @@ class Modulus(ABC):
         """The largest r with ω(r) ≤ ρ, never negative."""
 
 
+def sample_norms(x: Tensor) -> Tensor:
+    """(N,) float64 on the CPU: the norm of every sample of (N, …)."""
+    return torch.linalg.vector_norm(x.double().flatten(1), dim=1).cpu()
+
+
 def push(moduli: Sequence[Modulus], before: Tensor) -> Tensor:
     """The move behind a chain of maps.
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from lipdp.bounds import BoundGraph, Call, ForwardSweep, Local, Rounding, Step
 from lipdp.certify.convolution import is_convolution, tightened
-from lipdp.certify.moduli import Lipschitz, Modulus, Projection
+from lipdp.certify.moduli import Lipschitz, Modulus, Projection, sample_norms
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.nn.constrained import Constrained
 from lipdp.nn.gates import GradientGate, ValueClip
@@ -190,7 +190,7 @@ class _Norms(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n in self.norms:
-            self.norms[n] = torch.linalg.vector_norm(value.double().flatten(1), dim=1).cpu()
+            self.norms[n] = sample_norms(value)
         return value
 
 

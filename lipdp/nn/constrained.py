@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lipdp.constraints import BUILT_IN, Constraint, Frobenius, Orthogonal, check_positive
 from lipdp.nn.sharded import is_sharded, load_unsharded_, unsharded
 
-_SMALL = 64 * 64  # weights of a layer that a CPU projects together with its like
+_SMALL = 64 * 64  # weights of a layer up to which a CPU projects equal ones as a stack
 _STACK = 1 << 22  # weights in a stack: in float64, and with what is computed from them, some 200 MiB
 
 
@@ -107,16 +107,16 @@ def project_(model: nn.Module, *, batched: bool | None = None) -> None:
             gathered.project_()
             load_unsharded_(layer, gathered)
         elif (layer.weight.is_cuda or layer.weight.numel() <= _SMALL) if batched is None else batched:
-            stacks.setdefault(_kind(layer), []).append(layer)
+            stacks.setdefault(_stack_key(layer), []).append(layer)
         else:
             layer.project_()
     for layers in stacks.values():
         size = max(1, _STACK // layers[0].weight.numel())
         for start in range(0, len(layers), size):
-            _project_together_(layers[start : start + size])
+            _project_stack_(layers[start : start + size])
 
 
-def _kind(layer: Constrained) -> Any:
+def _stack_key(layer: Constrained) -> Any:
     """Equal for layers whose weights can be projected as one stack; the layer itself where it goes alone."""
     own = type(layer).project_ is not Constrained.project_ or type(layer.constraint) not in BUILT_IN
     if own or not layer.weight.requires_grad:
@@ -125,7 +125,7 @@ def _kind(layer: Constrained) -> Any:
 
 
 @torch.no_grad()
-def _project_together_(layers: Sequence[Constrained]) -> None:
+def _project_stack_(layers: Sequence[Constrained]) -> None:
     if len(layers) == 1:
         layers[0].project_()
         return

@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds import Call, Local, Rule, least
-from lipdp.nn.constrained import Constrained
 from lipdp.nn.conv import SpectralConv2d
+from lipdp.nn.linear import SpectralLinear
 
 _BLOCK = 1 << 22  # complex numbers transformed at a time
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, SpectralConv2d.forward)
+
+
+def scale_of(layer: nn.Module) -> float:
+    """What the forward pass multiplies the weight by: α in the layers of `lipdp.nn`, 1 where it is torch's."""
+    scaled = type(layer).forward in (SpectralLinear.forward, SpectralConv2d.forward)
+    return float(layer.scale) if scaled else 1.0  # type: ignore[arg-type]
 
 
 def is_convolution(module: nn.Module | None) -> bool:
@@ -85,7 +91,7 @@ def tightened(rule: Rule) -> Rule:
         windows = [total - k + 1 for total, k in zip(padded, layer.kernel_size, strict=True)]
         if circular and any(count > size for count, size in zip(windows, sizes, strict=True)):
             return local
-        kernel = call.used(layer.weight * (layer.scale if isinstance(layer, Constrained) else 1.0))
+        kernel = call.used(layer.weight * scale_of(layer))
         blocks = kernel.reshape(layer.groups, -1, *kernel.shape[1:])
         norm = max(fourier_norm(block, tuple(sizes) if circular else padded) for block in blocks)
         return dataclasses.replace(local, gains=(least(local.gains[0], norm),))

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from lipdp.bounds import BoundGraph, Call, ForwardSweep, Local, Rounding, Step
-from lipdp.certify.convolution import is_convolution, tightened
+from lipdp.certify.convolution import is_convolution, scale_of, tightened
 from lipdp.certify.moduli import Lipschitz, Modulus, Projection, sample_norms
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
-from lipdp.nn.constrained import Constrained
 from lipdp.nn.gates import GradientGate, ValueClip
 from lipdp.nn.linear import SpectralLinear
 
@@ -156,7 +155,7 @@ class Network(BoundGraph):
             )
             return Head(constant, norms * _UPWARDS, norms * error)
         layer: nn.Linear = last.module  # type: ignore[assignment]
-        weight = layer.weight.double().cpu() * (layer.scale if isinstance(layer, Constrained) else 1.0)
+        weight = layer.weight.double().cpu() * scale_of(layer)
         rows = torch.linalg.vector_norm(weight, dim=1)
         bias = torch.zeros_like(rows) if layer.bias is None else layer.bias.double().cpu().abs()
         own = relative_error(forward.rounding, layer.in_features) * (

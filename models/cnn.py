@@ -19,7 +19,7 @@ def cnn(
     hidden: int | None = None,
     kernel_size: int = 5,
 ) -> Stages:
-    r"""Two convolutions (w and 2w channels) with 2x2 norm pooling, then a dense layer.
+    """Two convolutions (w and 2w channels) with 2x2 norm pooling, then a dense layer.
 
     A convolution, the norm of each window, and the channels' mean taken off: the pooling is the only non-linearity, as
     in a scattering transform (a modulus and an average), and keeps norms better than with an activation in front of it.

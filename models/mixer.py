@@ -21,7 +21,7 @@ def mixer(
     depth: int = 2,
     residual_weight: float = 1.0,
 ) -> Stages:
-    r"""Patches become tokens (N, T, w); each block mixes tokens, then features, by perceptrons with one hidden layer.
+    """Patches become tokens (N, T, w); each block mixes tokens, then features, by perceptrons with one hidden layer.
 
     A pixel lies in one patch, so nothing overlaps, and square orthogonal matrices and sorting keep every norm: the
     bounds on values and cotangents are nearly reached, where convolutions lose. So there is no shortcut by default,

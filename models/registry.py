@@ -62,7 +62,7 @@ def build(
     twin: bool = False,
     **options: Any,
 ) -> nn.Module:
-    r"""A model of the zoo by name, or your own as ``"module:function"``.
+    """A model of the zoo by name, or your own as ``"module:function"``.
 
     The models are made of stages, and a *joint* lies between each and the next (every model says how many). At a joint,
     `clips` projects the values on the ball of radius clip and scales it to the unit ball, and `gates` bounds the

@@ -20,7 +20,7 @@ Joints: TypeAlias = "float | Sequence[float | None] | None"
 
 
 def default_input_bound(input_shape: tuple[int, ...]) -> float:
-    r"""The radius a model projects its inputs on, from their format alone.
+    """The radius a model projects its inputs on, from their format alone.
 
     n entries in [0, 1] have ‖x‖ ≤ √n, which no natural image comes near: an MNIST digit has a norm of about 0.33 √n, an
     8x8 digit 0.42 √n, a CIFAR-10 photograph 0.53 √n. Images get √n/4, so that nearly all of them lie *on* the sphere

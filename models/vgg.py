@@ -18,7 +18,7 @@ def vgg(
     depth: int = 3,
     hidden: int | None = None,
 ) -> Stages:
-    r"""`depth` blocks of conv 3x3, sorting, conv 3x3, norm pooling 2x2, with w, 2w, 4w, … channels; then a dense layer.
+    """`depth` blocks of conv 3x3, sorting, conv 3x3, norm pooling 2x2, with w, 2w, 4w, … channels; then a dense layer.
 
     As in `cnn`, the channels' mean is taken off what the norm pooling leaves: it is large, the same for all classes,
     and would use up the bounds.

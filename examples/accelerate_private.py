@@ -1,6 +1,6 @@
 """A private model under Hugging Face Accelerate, top to bottom: python examples/accelerate_private.py [--epsilon 3]
 
-pip install "lipdp[accelerate]". `prepare` may be given the loader; it leaves it as it is, since it is no torch DataLoader.
+pip install "lipdp[accelerate]". `prepare` leaves the loader as it is, since it is no torch DataLoader.
 On several devices: accelerate launch --multi_gpu --num_processes 2 examples/accelerate_private.py
 On two processes of a CPU: ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/accelerate_private.py
 """
@@ -24,7 +24,7 @@ if args.seed is not None:
 data = lipdp.data.load("digits")
 accelerator = Accelerator()
 
-# --- private, on the device it will be trained on -----------------------------------------------------------------------
+# --- private, on the device it will be trained on ---------------------------------------------------------------------
 model = torch.nn.Sequential(
     torch.nn.Flatten(), lnn.InputBound(4.0),
     lnn.SpectralLinear(64, 64), lnn.GroupSort2(), lnn.SpectralLinear(64, 10),
@@ -37,7 +37,7 @@ _, optimizer, loader, criterion = engine.make_private_with_epsilon(
     expected_batch_size=500, steps=60, target_epsilon=args.epsilon, target_delta=1e-5,
 )  # fmt: skip
 
-# --- Accelerate's own loop ----------------------------------------------------------------------------------------------
+# --- Accelerate's own loop --------------------------------------------------------------------------------------------
 wrapped, stepper, loader = accelerator.prepare(model, optimizer, loader)
 accelerator.register_for_checkpointing(engine)  # save_state and load_state carry the account
 for x, y in loader:

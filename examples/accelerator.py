@@ -1,7 +1,7 @@
-"""What is gained without touching ε: python examples/accelerator.py [--models cnn resnet] [--batch-size 256] [--projection]
+"""What is gained without touching ε: python examples/accelerator.py [--models cnn resnet] [--projection]
 
-Forward and backward pass as written, channels last, in bf16 and compiled, interleaved in one process: the ratios count, not
-the times. With --projection: the layers' projections one by one and as stacks of equal shape.
+Forward and backward pass as written, channels last, in bf16 and compiled, interleaved in one process: the ratios count,
+not the times. With --projection: the layers' projections one by one and as stacks of equal shape.
 """
 
 import argparse

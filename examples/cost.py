@@ -1,8 +1,8 @@
 """Is the cost model right? python examples/cost.py --data-dir DIR [--batch-sizes 1024 4096] [--steps 8] [--repeat 9]
 
-Predicts from steps on at most 512 records what `lipdp train` (cnn on MNIST, micro-batches of 512) takes at larger batches, then
-runs that, each batch size in a process of its own, and compares the time of a step and the peak memory. Times are CPU seconds of
-the process, which other work on the machine disturbs least; wall times are shown beside them.
+Predicts from steps on at most 512 records what `lipdp train` (cnn on MNIST, micro-batches of 512) takes at larger
+batches, then runs that, each batch size in a process of its own, and compares the time of a step and the peak memory.
+Times are CPU seconds of the process, which other work on the machine disturbs least; wall times are shown beside them.
 
 With --ratio PARAMETERS: peak memory of a private step over the same model's non-private step, at about so many weights.
 """
@@ -34,7 +34,8 @@ def check(data_dir: str, batch_sizes: list[int], steps: int, repeat: int) -> Non
     load = os.getloadavg()[0]
     cost, _ = measure(workload, (128, 256, 512), repeat=repeat, clock=time.process_time, progress=print)
     print(
-        f"cnn, {cost.parameters:,} weights, {torch.get_num_threads()} threads, load {load:.1f} on {os.cpu_count()} cores"
+        f"cnn, {cost.parameters:,} weights, {torch.get_num_threads()} threads, load {load:.1f} on {os.cpu_count()}"
+        " cores"
     )
     print(f"fit, CPU seconds: {cost.times.fit}")
     for batch_size in batch_sizes:
@@ -42,8 +43,9 @@ def check(data_dir: str, batch_sizes: list[int], steps: int, repeat: int) -> Non
         run = trained(data_dir, batch_size, steps)
         print(f"B = {batch_size}, lipdp train, {steps} steps, load {run['load']:.1f}")
         print(
-            f"  step: predicted {found.step_seconds:.3f} s ({found.step_seconds_low:.3f} to {found.step_seconds_high:.3f}),"
-            f" measured {run['cpu']:.3f} s ({found.step_seconds / run['cpu'] - 1:+.1%}); wall {run['wall']:.3f} s"
+            f"  step: predicted {found.step_seconds:.3f} s ({found.step_seconds_low:.3f} to"
+            f" {found.step_seconds_high:.3f}), measured {run['cpu']:.3f} s"
+            f" ({found.step_seconds / run['cpu'] - 1:+.1%}); wall {run['wall']:.3f} s"
         )
         compare_bytes("the step alone", found.peak_bytes, peak(workload, batch_size))
         compare_bytes("lipdp train", run["before"] + found.peak_bytes - cost.memory.process, run["peak"])

@@ -24,7 +24,7 @@ data = lipdp.data.load("digits")
 fabric = Fabric(devices=args.processes, strategy="ddp" if args.processes > 1 else "auto")
 fabric.launch()
 
-# --- private, on the device it will be trained on -----------------------------------------------------------------------
+# --- private, on the device it will be trained on ---------------------------------------------------------------------
 model = torch.nn.Sequential(
     torch.nn.Flatten(), lnn.InputBound(4.0),
     lnn.SpectralLinear(64, 64), lnn.GroupSort2(), lnn.SpectralLinear(64, 10),
@@ -37,7 +37,7 @@ _, optimizer, loader, criterion = engine.make_private_with_epsilon(
     expected_batch_size=500, steps=60, target_epsilon=args.epsilon, target_delta=1e-5,
 )  # fmt: skip
 
-# --- Fabric's own loop --------------------------------------------------------------------------------------------------
+# --- Fabric's own loop ------------------------------------------------------------------------------------------------
 wrapped, stepper = fabric.setup(model, optimizer)
 for x, y in loader:
     stepper.zero_grad()

@@ -1,7 +1,8 @@
 """A million attempts on the bounds: python examples/falsify.py [--evaluations 1000000] [--only REGEX]
 
-Every layer, loss and model is attacked in float64 by gradient ascent on the per-sample gradient norm, with new seeds until each
-has had its share. Prints the number of gradients computed and the largest ratio to the bound: above 1 would be a broken promise.
+Every layer, loss and model is attacked in float64 by gradient ascent on the per-sample gradient norm, with new seeds
+until each has had its share. Prints the number of gradients computed and the largest ratio to the bound: above 1 would
+be a broken promise.
 """
 
 import argparse
@@ -48,7 +49,9 @@ LOSSES = {
     "CosineSimilarity": (losses.CosineSimilarity(), 5),
     "MeanAbsoluteError": (losses.MeanAbsoluteError(5), 5),
 }
-IMAGE = {"cnn": (1, 8, 8), "vgg": (1, 8, 8), "resnet": (1, 8, 8), "mixer": (1, 8, 8), "mlp": (12,), "linear": (12,), "tabular": (12,)}  # fmt: skip
+SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer"), (1, 8, 8)) | dict.fromkeys(
+    ("mlp", "linear", "tabular"), (12,)
+)
 HARD = {"starts": 64, "climbs": 16, "steps": 30}
 
 
@@ -56,7 +59,7 @@ def attacks():
     """name → a function of a seed that attacks once and reports."""
     found = {f"layer {n}": (lambda s, a=a: falsify_layer(*a, seed=s, **HARD)) for n, a in LAYERS.items()}
     found |= {f"loss {n}": (lambda s, a=a: falsify_loss(*a, seed=s)) for n, a in LOSSES.items()}
-    for name, shape in IMAGE.items():
+    for name, shape in SHAPES.items():
         options = {"depth": 2} if name == "vgg" else {}
         model = lipdp.models.build(name, input_shape=shape, num_classes=3, bias=True, **options)
         found[f"model {name}"] = lambda s, m=model, shape=shape: falsify(

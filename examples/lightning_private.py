@@ -1,7 +1,7 @@
 """A private model under Lightning's Trainer, top to bottom: python examples/lightning_private.py [--epsilon 3]
 
-pip install "lipdp[lightning]". An ordinary LightningModule: automatic optimisation, validation and checkpoints included. What
-is private about it is the call of make_private in `configure_optimizers`.
+pip install "lipdp[lightning]". An ordinary LightningModule: automatic optimisation, validation and checkpoints
+included. What is private about it is the call of make_private in `configure_optimizers`.
 """
 
 import argparse

@@ -19,13 +19,14 @@ parser.add_argument("--epochs", type=float, default=10)
 parser.add_argument("--batch-size", type=int, default=2048)
 args = parser.parse_args()
 
-# --- data: 60,000 + 10,000 digits, pixels in [0, 1] ---------------------------------------------------------------------
+# --- data: 60,000 + 10,000 digits, pixels in [0, 1] -------------------------------------------------------------------
 data = lipdp.data.load("mnist", data_dir=args.data_dir)
 train = torch.utils.data.TensorDataset(data.train_x, data.train_y)
 
-# --- model: every number here is a public constant, none is computed from the data --------------------------------------
-# A clip in front of a layer bounds its input, a gate behind it bounds the gradient that comes back: together they set the
-# layer's sensitivity, here 0.05, 0.1 and 0.3. Norm pooling is the non-linearity, centering the channels keeps the signal.
+# --- model: every number here is a public constant, none is computed from the data ------------------------------------
+# A clip in front of a layer bounds its input, a gate behind it bounds the gradient that comes back: together they set
+# the layer's sensitivity, here 0.05, 0.1 and 0.3. Norm pooling is the non-linearity, centering the channels keeps the
+# signal.
 model = torch.nn.Sequential(
     lnn.InputBound(8.1, radius=1.0),
     lnn.SpectralConv2d(1, 16, 5, padding=2), lnn.ScaledL2NormPool2d(2), lnn.LayerCentering(dim=(1,)),
@@ -35,7 +36,7 @@ model = torch.nn.Sequential(
     lnn.SpectralLinear(32 * 7 * 7, 10),
 )  # fmt: skip
 
-# --- privacy: the smallest noise that keeps ε within the budget ---------------------------------------------------------
+# --- privacy: the smallest noise that keeps ε within the budget -------------------------------------------------------
 steps = round(args.epochs * len(train) / args.batch_size)
 engine = lipdp.PrivacyEngine()
 model, optimizer, loader, criterion = engine.make_private_with_epsilon(
@@ -53,7 +54,7 @@ model, optimizer, loader, criterion = engine.make_private_with_epsilon(
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
 print(f"noise multiplier {engine.facts.noise_multiplier:.3f}, {steps} steps of about {args.batch_size} records")
 
-# --- training: an ordinary loop -----------------------------------------------------------------------------------------
+# --- training: an ordinary loop ---------------------------------------------------------------------------------------
 start = time.time()
 for step, (x, y) in enumerate(loader, 1):
     optimizer.zero_grad()
@@ -64,7 +65,7 @@ for step, (x, y) in enumerate(loader, 1):
     if step % 25 == 0 or step == steps:
         print(f"step {step:4d}  ε = {engine.get_epsilon(delta=1e-5):.3f}  {time.time() - start:.0f} s", flush=True)
 
-# --- test ---------------------------------------------------------------------------------------------------------------
+# --- test -------------------------------------------------------------------------------------------------------------
 model.eval()
 with torch.no_grad():
     right = sum(

@@ -1,7 +1,7 @@
 """How fast records come from where they are: python examples/reading.py DATASET [--batch-size 1024] [--batches 20] ...
 
-Draws Poisson batches as `lipdp train` does and reads them, without a model: records a second, by number of workers. With a
-model they are read while it computes, so what counts is whether this is more than the model takes.
+Draws Poisson batches as `lipdp train` does and reads them, without a model: records a second, by number of workers.
+With a model they are read while it computes, so what counts is whether this is more than the model takes.
 """
 
 from __future__ import annotations

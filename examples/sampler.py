@@ -1,6 +1,6 @@
 """What it costs to draw a Poisson batch: time a step and the most memory, by the number of records. Prints a table.
 
-    python examples/sampler.py [--records 10000 1000000 1000000000] [--batch-size 4096] [--steps 50] [--secure-up-to 1000000000]
+    python examples/sampler.py [--records 10000 1000000 1000000000] [--batch-size 4096] [--steps 50]
 
 One coin per record, the definition, is timed beside it up to ten million records.
 """

@@ -1,8 +1,9 @@
 """What privacy costs a step: python examples/speed.py [--model cnn] [--batch-size 1024] [--repeat 15] [--memory]
 
-The private step (noise, sensitivities and projection included), the same model's step without privacy, and the step of its
-unconstrained twin (Conv2d, ReLU, average pooling, Linear), interleaved in one process: the ratios count, not the times.
-With --memory each of the three takes 3 steps in a process of its own, and its peak memory (resident set) is compared.
+The private step (noise, sensitivities and projection included), the same model's step without privacy, and the step of
+its unconstrained twin (Conv2d, ReLU, average pooling, Linear), interleaved in one process: the ratios count, not the
+times. With --memory each of the three takes 3 steps in a process of its own, and its peak memory (resident set) is
+compared.
 """
 
 import argparse
@@ -38,9 +39,9 @@ def steps(name: str, batch_size: int, kinds: tuple[str, ...]) -> tuple[dict[str,
     engine = lipdp.PrivacyEngine()  # in every process, so that all have loaded the same modules
     if "private" in kinds:
         model, optimizer, loader, criterion = engine.make_private(
-            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), criterion=loss, dataset=data,
-            expected_batch_size=batch_size, steps=10**6, noise_multiplier=2.0, allocation="min_variance", gate=0.3,
-            sampling="fixed_size",
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), criterion=loss,
+            dataset=data, expected_batch_size=batch_size, steps=10**6, noise_multiplier=2.0,
+            allocation="min_variance", gate=0.3, sampling="fixed_size",
         )  # fmt: skip
         batches = iter(loader)
 
@@ -82,7 +83,8 @@ def compare_time(name: str, batch_size: int, repeat: int) -> None:
     for kind in KINDS[1:]:
         ratios = [a / b for a, b in zip(times["private"], times[kind], strict=True)]
         print(
-            f"  private / {kind}: {statistics.median(ratios):.3f} (median), {min(times['private']) / min(times[kind]):.3f} (least)"
+            f"  private / {kind}: {statistics.median(ratios):.3f} (median),"
+            f" {min(times['private']) / min(times[kind]):.3f} (least)"
         )
 
 
@@ -92,10 +94,12 @@ def compare_memory(name: str, batch_size: int) -> None:
         command = [sys.executable, __file__, "--model", name, "--batch-size", str(batch_size), "--peak", kind]
         peaks[kind] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     print(
-        f"{name}, B = {batch_size}, peak resident memory in MiB: {', '.join(f'{k} {v >> 10}' for k, v in peaks.items())}"
+        f"{name}, B = {batch_size}, peak resident memory in MiB:"
+        f" {', '.join(f'{k} {v >> 10}' for k, v in peaks.items())}"
     )
     print(
-        f"  private / same: {peaks['private'] / peaks['same']:.3f}, private / twin: {peaks['private'] / peaks['twin']:.3f}"
+        f"  private / same: {peaks['private'] / peaks['same']:.3f}, private / twin:"
+        f" {peaks['private'] / peaks['twin']:.3f}"
     )
 
 

@@ -1,8 +1,9 @@
 """The scaling law on real data: python examples/tan.py --data-dir DIR --out OUT [--dataset mnist --steps 100]
 
-At constant T and B/σ, runs of 1, 1/4, 1/16 and 1/64 of the compute have the same best learning rate, and their loss curves
-lie on each other. Each is a simulation: NOT private (the full one too, since it has a seed and validates on held-out training
-records). Interrupt it at any time: the same command goes on. It writes OUT/results.json and two pictures.
+At constant T and B/σ, runs of 1, 1/4, 1/16 and 1/64 of the compute have the same best learning rate, and their loss
+curves lie on each other. Each is a simulation: NOT private (the full one too, since it has a seed and validates on
+held-out training records). Interrupt it at any time: the same command goes on. It writes OUT/results.json and two
+pictures.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def progress(number, record, found):
     print(f"  lr {record['drawn']['lr']:<5g} {record['value'] or math.nan:.4f}  {record['seconds']:.0f} s", flush=True)
 
 
-# --- every learning rate at every scale, the cheapest first ---------------------------------------------------------------
+# --- every learning rate at every scale, the cheapest first -----------------------------------------------------------
 searches = {}
 for k in sorted(args.scales, reverse=True):
     print(f"k = {k:g}", flush=True)
@@ -51,7 +52,7 @@ for k in sorted(args.scales, reverse=True):
         settings, space, out=args.out / f"k{k:g}", scale=k, trials=len(args.rates), jobs=args.jobs, progress=progress
     )
 
-# --- what the small runs would have told --------------------------------------------------------------------------------
+# --- what the small runs would have told ------------------------------------------------------------------------------
 best = {k: found.best["drawn"]["lr"] for k, found in searches.items()}
 full = searches[min(args.scales)].simulation
 curves = {}

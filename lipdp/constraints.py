@@ -12,17 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lipdp.errors import ConstraintError
+from lipdp.errors import ConstraintError, ParameterError
 
 _GRAM_SQUARINGS = 9  # the bound is loose by at most rank ** (1 / 2**11): 0.4 % at rank 1000
 _TINY, _SMALLEST = 1e-300, 1e-100  # to divide by, and by its square
-# Newton-Schulz polynomials s ↦ a s + b s³ + c s⁵ on the singular values: the quintic lifts small ones by 3.4 a step into
-# [0.68, 1.21] (Jordan et al. 2024), the cubic then converges quadratically to 1.
+# Newton-Schulz polynomials s ↦ a s + b s³ + c s⁵ on the singular values: the quintic lifts small ones by 3.4 a step
+# into [0.68, 1.21] (Jordan et al. 2024), the cubic then converges quadratically to 1.
 _QUINTIC, _CUBIC = (3.4445, -4.7750, 2.0315), (1.5, -0.5, 0.0)
 _NEWTON_SCHULZ = (_QUINTIC,) * 8 + (_CUBIC,) * 6
 _WARM, _FINISH = (_QUINTIC,) * 3 + (_CUBIC,) * 3, (_CUBIC,) * 4  # in low precision; in float64
@@ -103,14 +103,14 @@ def _polynomials(gram: Tensor, coefficients: Sequence[tuple[float, float, float]
 
 
 def _warm_root(gram: Tensor, low: torch.dtype) -> Tensor:
-    r"""G^(-1/2), most of the iterations in low precision and the last ones in float64.
+    """G^(-1/2), most of the iterations in low precision and the last ones in float64.
 
-    Rounding G to `low` may take an eigenvalue near 0 below it, where the iteration would run away; so the low precision
-    looks at :math:`G + \mu I` with μ above the rounding error, which leaves singular values s at :math:`s/\sqrt{s^2+\mu} < 1`,
-    and the float64 steps bring those that are not small to 1. What comes out of the low precision is made symmetric: for
-    W = PU, with P the root of WWᵀ, and an error E, symmetric too, the polar factor of (P⁻¹ + E)PU differs from U by the
-    antisymmetric part of EP, ½[E, P − I], so the rounding error in the direction is E times how far W is from orthogonal:
-    nothing where nothing had to be done.
+    Rounding G to `low` may take an eigenvalue near 0 below it, where the iteration would run away. So the low precision
+    looks at G + μI with μ above the rounding error, which leaves singular values s at s/√(s² + μ) < 1, and the float64
+    steps bring those that are not small to 1. What comes out of the low precision is made symmetric: for W = PU, with P
+    the root of WWᵀ, and an error E, symmetric too, the polar factor of (P⁻¹ + E)PU differs from U by the antisymmetric
+    half of EP, ½[E, P − I]. So the rounding error in the direction is E times how far W is from orthogonal: nothing
+    where nothing had to be done.
     """
     size = gram.shape[-1]
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
@@ -134,12 +134,13 @@ def _low_precision(matrix: Tensor) -> torch.dtype | None:
 def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tensor:
     r"""Certified upper bound of the spectral norm, without a host-device synchronisation.
 
-    On a CPU :math:`\|W\|_2^2` is the largest eigenvalue of the smaller Gram matrix, computed in float64 by a backward
-    stable method: exact up to the slack that is added. On a GPU, where an eigenvalue would synchronise, the smaller of
-    two bounds that always hold: Gram iteration
-    :math:`\|W\|_2 = \|(W^\top W)^{2^k}\|_2^{1/2^{k+1}} \le \|(W^\top W)^{2^k}\|_F^{1/2^{k+1}}`, loose by at most
-    ``rank ** (1 / 2**(k+2))``, and :math:`\|W\|_2^2 = \|WW^\top\|_2 \le 1 + \|I - WW^\top\|_F`, exact for an
-    orthogonal W (for a tall W with WᵀW).
+    On a CPU ‖W‖₂² is the largest eigenvalue of the smaller Gram matrix, computed in float64 by a backward stable
+    method: exact up to the slack that is added. On a GPU, where an eigenvalue would synchronise, it is the smaller of
+    two bounds that always hold. Gram iteration is loose by at most ``rank ** (1 / 2**(k+2))``:
+
+    $$\|W\|_2 = \|(W^\top W)^{2^k}\|_2^{1/2^{k+1}} \le \|(W^\top W)^{2^k}\|_F^{1/2^{k+1}}$$
+
+    and ‖W‖₂² = ‖WWᵀ‖₂ ≤ 1 + ‖I − WWᵀ‖_F is exact for an orthogonal W (for a tall W with WᵀW).
 
     Args:
         matrix: (..., m, n), any floating dtype; computed in float64.
@@ -195,12 +196,15 @@ class Constraint(ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """A random matrix of the set with the given shape (..., m, n): the projection of a Gaussian one."""
+        """A random matrix of the set, of shape (..., m, n); `_sample` draws it."""
         if len(shape) < 2:
             raise ConstraintError(f"a matrix needs at least two axes, got shape {shape}")
-        dtype = dtype or torch.get_default_dtype()
-        gaussian = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
-        return self.project(gaussian / math.sqrt(max(shape[-2:]))).to(dtype)
+        drawn = self._sample(shape, partial(torch.randn, generator=generator, dtype=torch.float64, device=device))
+        return drawn.to(dtype or torch.get_default_dtype())
+
+    def _sample(self, shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Tensor:
+        """The projection of a Gaussian matrix."""
+        return self.project(randn(*shape) / math.sqrt(max(shape[-2:])))
 
 
 def _tolerance(matrix: Tensor, tolerance: float | None) -> float:
@@ -216,12 +220,32 @@ def _shrink(matrix: Tensor, radius: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Spectral(Constraint):
-    r"""Matrices of spectral norm at most `radius`.
+class _Ball(Constraint):
+    """Matrices of which some norm is at most `radius`."""
+
+    radius: float = 1.0
+
+    _order: ClassVar[Any]  # of the norm, as torch.linalg.matrix_norm names it
+
+    def __post_init__(self) -> None:
+        if not is_positive(self.radius):
+            raise ConstraintError(f"a radius is a positive finite number, got {self.radius!r}")
+        object.__setattr__(self, "radius", float(self.radius))
+
+    def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
+        if not bool(matrix.isfinite().all()):
+            return False
+        norm = torch.linalg.matrix_norm(matrix.double(), ord=self._order)
+        return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
+
+
+@dataclass(frozen=True)
+class Spectral(_Ball):
+    """Matrices of spectral norm at most `radius`.
 
     `project` clips the singular values at the radius (the nearest matrix in Frobenius norm):
-    :math:`W \mapsto U \min(1, r\Lambda^{-1/2}) U^\top W` with :math:`WW^\top = U\Lambda U^\top`, in float64, and then
-    divides by the certified bound, so that `norm_bound(project(W)) ≤ radius` up to the slack of the weight's dtype.
+    W ↦ U min(1, rΛ^(-1/2)) Uᵀ W with WWᵀ = UΛUᵀ, in float64, and then divides by the certified bound, so that
+    `norm_bound(project(W)) ≤ radius` up to the slack of the weight's dtype.
 
     >>> Spectral().contains(Spectral().project(torch.randn(4, 6)))
     True
@@ -229,11 +253,7 @@ class Spectral(Constraint):
     Source: Higham (1988), the projection on a spectral-norm ball.
     """
 
-    radius: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_radius(self.radius)
-        object.__setattr__(self, "radius", float(self.radius))
+    _order: ClassVar[Any] = 2
 
     def project(self, matrix: Tensor) -> Tensor:
         w, scale = _rescaled(matrix)
@@ -243,21 +263,15 @@ class Spectral(Constraint):
         clipped = _apply((vectors * shrink[..., None, :]) @ vectors.mT, w).mul_(scale)
         return _shrink(clipped, self.radius).to(matrix.dtype)
 
-    def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
-        if not bool(matrix.isfinite().all()):
-            return False
-        norm = torch.linalg.matrix_norm(matrix.double(), ord=2)
-        return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
-
 
 @dataclass(frozen=True)
 class Orthogonal(Constraint):
-    r"""Matrices with orthonormal rows (m ≤ n) or columns (m > n): every singular value is 1.
+    """Matrices with orthonormal rows (m ≤ n) or columns (m > n): every singular value is 1.
 
-    `project` keeps the singular vectors and sets every singular value to 1: the polar factor :math:`(WW^\top)^{-1/2} W`,
-    the nearest orthogonal matrix. The root of the small Gram matrix comes from its eigenvalues on a CPU, and from
-    Newton-Schulz (Björck) iterations on a GPU, where nothing synchronises. Singular values below 1e-4 of the largest may
-    stay below 1: a rank-deficient matrix comes out with norm 1 at most, but `contains` is false.
+    `project` keeps the singular vectors and sets every singular value to 1: the polar factor (WWᵀ)^(-1/2) W, the
+    nearest orthogonal matrix. The root of the small Gram matrix comes from its eigenvalues on a CPU, and from
+    Newton-Schulz (Björck) iterations on a GPU, where nothing synchronises. Singular values below 1e-4 of the largest
+    may stay below 1: a rank-deficient matrix comes out with norm 1 at most, but `contains` is false.
 
     >>> w = Orthogonal().sample(3, 5, dtype=torch.float64)
     >>> torch.allclose(w @ w.T, torch.eye(3, dtype=torch.float64))
@@ -272,8 +286,8 @@ class Orthogonal(Constraint):
     def retract(self, matrix: Tensor) -> Tensor:
         """`project`; on a GPU for a matrix that was orthogonal before a step, with most iterations in bfloat16.
 
-        Singular values below a twentieth of the largest may stay below 1 and rise at the following steps. The norm is at most
-        1 as after `project`: the last steps are in float64, and `exceeds` looks at the weights that came out.
+        Singular values below a twentieth of the largest may stay below 1 and rise at the following steps. The norm is
+        at most 1 as after `project`: the last steps are in float64, and `cannot_certify` looks at what came out.
         """
         low = _low_precision(matrix)
         return self.project(matrix) if low is None else self._polar(matrix, partial(_warm_root, low=low))
@@ -290,47 +304,30 @@ class Orthogonal(Constraint):
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         return bool((torch.linalg.matrix_norm(gram - eye) <= _tolerance(matrix, tolerance) * len(eye)).all())
 
-    def sample(
-        self,
-        *shape: int,
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """A Haar-distributed orthogonal matrix (QR of a Gaussian one, signs fixed): (..., m, n)."""
-        if len(shape) < 2:
-            raise ConstraintError(f"a matrix needs at least two axes, got shape {shape}")
+    def _sample(self, shape: tuple[int, ...], randn: Callable[..., Tensor]) -> Tensor:
+        """A Haar-distributed orthogonal matrix: QR of a Gaussian one, signs fixed."""
         *batch, rows, columns = shape
-        tall = (*batch, max(rows, columns), min(rows, columns))
-        q, r = torch.linalg.qr(torch.randn(*tall, generator=generator, dtype=torch.float64, device=device))
+        q, r = torch.linalg.qr(randn(*batch, max(rows, columns), min(rows, columns)))
         q = q * torch.diagonal(r, dim1=-2, dim2=-1).sign()[..., None, :]
-        return (q if rows > columns else q.mT).contiguous().to(dtype or torch.get_default_dtype())
+        return (q if rows > columns else q.mT).contiguous()
 
 
 @dataclass(frozen=True)
-class Frobenius(Constraint):
-    r"""Matrices of Frobenius norm at most `radius`; for one row this is the Euclidean ball.
+class Frobenius(_Ball):
+    """Matrices of Frobenius norm at most `radius`; for one row this is the Euclidean ball.
 
-    :math:`\|W\|_2 \le \|W\|_F`, with equality for rank one. `project` rescales: the nearest matrix of the ball.
+    ‖W‖₂ ≤ ‖W‖_F, with equality for rank one. `project` rescales: the nearest matrix of the ball.
 
     >>> Frobenius(2.0).project(torch.full((2, 2), 4.0)).norm().item()
     2.0
     """
 
-    radius: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_radius(self.radius)
-        object.__setattr__(self, "radius", float(self.radius))
+    _order: ClassVar[Any] = "fro"
 
     def project(self, matrix: Tensor) -> Tensor:
         w, scale = _rescaled(matrix)
         norm = torch.linalg.matrix_norm(w, keepdim=True) * scale
         return (matrix.double() * (self.radius / norm.clamp_min(self.radius))).to(matrix.dtype)
-
-    def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
-        norm = torch.linalg.matrix_norm(matrix.double())
-        return bool((norm <= self.radius * (1 + _tolerance(matrix, tolerance))).all())
 
 
 BUILT_IN = (Spectral, Orthogonal, Frobenius)
@@ -353,13 +350,22 @@ def is_size(value: Any) -> bool:
     >>> is_size(3), is_size(0), is_size(3.0)
     (True, False, False)
     """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    return whole and bool(0 < value < 2**31)
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    return integer and bool(0 < value < 2**31)
 
 
-def _check_radius(radius: float) -> None:
-    if not is_positive(radius):
-        raise ConstraintError(f"a radius is a positive finite number, got {radius!r}")
+def check_positive(name: str, value: float) -> float:
+    """`value` if it is a positive finite number, else a `ParameterError` that names it."""
+    if not is_positive(value):
+        raise ParameterError(f"{name} is a positive finite number, got {value!r}")
+    return float(value)
+
+
+def check_size(name: str, value: Any, *, pair: bool = False) -> None:
+    """A `ParameterError` that names the value unless it is a size (`is_size`) or, with `pair`, a tuple of sizes."""
+    sizes = value if pair and isinstance(value, tuple) else (value,)
+    if not sizes or not all(map(is_size, sizes)):
+        raise ParameterError(f"{name} is a positive whole number, got {value!r}")
 
 
 def vector_norm(vector: Tensor) -> Tensor:

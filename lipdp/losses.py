@@ -1,7 +1,8 @@
-r"""Per-sample losses that state their Lipschitz constant in the logits.
+"""Per-sample losses that state their Lipschitz constant in the logits.
 
-Every loss maps logits (N, C) and targets to N values, one a sample; no sample sees another, and there is no `reduction`:
-the engine sums and divides by its public batch size. `lipschitz` bounds ‖∂ℓ/∂z‖₂ for every logit vector and target.
+Every loss maps logits (N, C) and targets to N values, one a sample; no sample sees another, and there is no
+`reduction`: the engine sums and divides by its public batch size. `lipschitz` bounds ‖∂ℓ/∂z‖₂ for every logit vector
+and target.
 """
 
 from __future__ import annotations
@@ -14,26 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipdp.constraints import is_positive, is_size
+from lipdp.constraints import check_positive, check_size, is_positive
 from lipdp.errors import LossError, ParameterError
-
-
-def _positive(name: str, value: float) -> float:
-    if not is_positive(value):
-        raise ParameterError(f"{name} is a positive finite number, got {value!r}")
-    return float(value)
-
-
-def _count(name: str, value: int) -> int:
-    if not is_size(value):
-        raise ParameterError(f"{name} is a positive whole number, got {value!r}")
-    return int(value)
 
 
 class LipschitzLoss(nn.Module, ABC):
     """Base of the losses: `forward(logits, target) -> (N,)` and `lipschitz`, a bound on ‖∂ℓ/∂logits‖ per sample.
 
-    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` tries to break it.
+    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` attacks it.
     """
 
     lipschitz: float
@@ -48,9 +37,9 @@ class LipschitzLoss(nn.Module, ABC):
 
 
 class TauCrossEntropy(LipschitzLoss):
-    r"""Cross-entropy at temperature: :math:`\mathrm{CE}(\tau z, y)/\tau`; constant √2.
+    """Cross-entropy at temperature: CE(τz, y)/τ; constant √2.
 
-    :math:`\nabla_z = p - e_y` with p = softmax(τz), and ‖p − e_y‖² = (1 − p_y)² + Σ_{j≠y} p_j² ≤ 2 (1 − p_y)² ≤ 2.
+    ∇_z = p − e_y with p = softmax(τz), and ‖p − e_y‖² = (1 − p_y)² + Σ_{j≠y} p_j² ≤ 2 (1 − p_y)² ≤ 2.
     A large τ sharpens the loss of a network whose logits are small because it is 1-Lipschitz.
 
     Args:
@@ -66,7 +55,7 @@ class TauCrossEntropy(LipschitzLoss):
 
     def __init__(self, tau: float = 1.0) -> None:
         super().__init__()
-        self.tau = _positive("tau", tau)
+        self.tau = check_positive("tau", tau)
         self.lipschitz = math.sqrt(2)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -77,9 +66,9 @@ class TauCrossEntropy(LipschitzLoss):
 
 
 class TauBCEWithLogits(LipschitzLoss):
-    r"""Binary cross-entropy at temperature, mean over the C logits of a sample; constant 1/√C (1 for one logit).
+    """Binary cross-entropy at temperature, mean over the C logits of a sample; constant 1/√C (1 for one logit).
 
-    :math:`\partial\ell/\partial z_c = (\sigma(\tau z_c) - y_c)/C` lies in [−1/C, 1/C].
+    ∂ℓ/∂z_c = (σ(τz_c) − y_c)/C lies in [−1/C, 1/C].
 
     Args:
         tau: τ > 0.
@@ -93,8 +82,9 @@ class TauBCEWithLogits(LipschitzLoss):
 
     def __init__(self, tau: float = 1.0, num_outputs: int = 1) -> None:
         super().__init__()
-        self.tau = _positive("tau", tau)
-        self.num_outputs = _count("num_outputs", num_outputs)
+        self.tau = check_positive("tau", tau)
+        check_size("num_outputs", num_outputs)
+        self.num_outputs = int(num_outputs)
         self.lipschitz = 1 / math.sqrt(self.num_outputs)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -107,7 +97,7 @@ class TauBCEWithLogits(LipschitzLoss):
 
 
 class CategoricalHinge(LipschitzLoss):
-    r""":math:`\max(0, m - (z_y - \max_{j\ne y} z_j))`; constant √2 (the gradient is e_j − e_y or 0).
+    """max(0, m − (z_y − max_{j≠y} z_j)); constant √2 (the gradient is e_j − e_y or 0).
 
     Args:
         margin: m > 0.
@@ -120,7 +110,7 @@ class CategoricalHinge(LipschitzLoss):
 
     def __init__(self, margin: float = 1.0) -> None:
         super().__init__()
-        self.margin = _positive("margin", margin)
+        self.margin = check_positive("margin", margin)
         self.lipschitz = math.sqrt(2)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -131,10 +121,9 @@ class CategoricalHinge(LipschitzLoss):
 
 
 class MulticlassHinge(LipschitzLoss):
-    r"""One-against-all hinge, the true class weighted C − 1, mean over C; constant :math:`\sqrt{(C-1)/C}`.
+    """One-against-all hinge, the true class weighted C − 1, mean over C; constant √((C−1)/C).
 
-    :math:`\frac1C[(C-1)(m/2 - z_y)_+ + \sum_{j\ne y}(m/2 + z_j)_+]`: squared gradient norm at most
-    ((C−1)² + (C−1))/C² = (C−1)/C.
+    (1/C) [(C−1)(m/2 − z_y)₊ + Σ_{j≠y} (m/2 + z_j)₊]: squared gradient norm at most ((C−1)² + (C−1))/C² = (C−1)/C.
 
     Args:
         num_classes: C ≥ 2.
@@ -148,10 +137,11 @@ class MulticlassHinge(LipschitzLoss):
 
     def __init__(self, num_classes: int, margin: float = 1.0) -> None:
         super().__init__()
-        self.num_classes = _count("num_classes", num_classes)
+        check_size("num_classes", num_classes)
+        self.num_classes = int(num_classes)
         if num_classes < 2:
             raise ParameterError(f"MulticlassHinge needs at least 2 classes, got {num_classes}")
-        self.margin = _positive("margin", margin)
+        self.margin = check_positive("margin", margin)
         self.lipschitz = math.sqrt((num_classes - 1) / num_classes)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -162,7 +152,7 @@ class MulticlassHinge(LipschitzLoss):
 
 
 class CosineSimilarity(LipschitzLoss):
-    r""":math:`-\langle u, z/\max(\|z\|, K)\rangle` with ‖u‖ ≤ 1; constant 1/K.
+    """−⟨u, z/max(‖z‖, K)⟩ with ‖u‖ ≤ 1; constant 1/K.
 
     Inside the ball of radius K the gradient is u/K; outside it is (I − ẑẑᵀ)u/‖z‖.
 
@@ -177,7 +167,7 @@ class CosineSimilarity(LipschitzLoss):
 
     def __init__(self, floor: float = 1.0) -> None:
         super().__init__()
-        self.floor = _positive("floor", floor)
+        self.floor = check_positive("floor", floor)
         self.lipschitz = 1 / self.floor
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -195,7 +185,7 @@ class CosineSimilarity(LipschitzLoss):
 
 
 class MeanAbsoluteError(LipschitzLoss):
-    r""":math:`\frac1C\sum_c |z_c - y_c|`; constant 1/√C.
+    """(1/C) Σ_c |z_c − y_c|; constant 1/√C.
 
     Args:
         num_outputs: C.
@@ -208,7 +198,8 @@ class MeanAbsoluteError(LipschitzLoss):
 
     def __init__(self, num_outputs: int = 1) -> None:
         super().__init__()
-        self.num_outputs = _count("num_outputs", num_outputs)
+        check_size("num_outputs", num_outputs)
+        self.num_outputs = int(num_outputs)
         self.lipschitz = 1 / math.sqrt(self.num_outputs)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -217,7 +208,7 @@ class MeanAbsoluteError(LipschitzLoss):
 
 
 class MeanSquaredError(LipschitzLoss):
-    r""":math:`\frac1C\|z - y\|^2` with the target projected on a ball; constant :math:`2(X_{out} + \|y\|_{max})/C`.
+    """(1/C) ‖z − y‖² with the target projected on a ball; constant 2(X_out + ‖y‖_max)/C.
 
     The gradient 2(z − y)/C is bounded only because the logits are: X_out comes from the propagation. Without it
     `lipschitz` is infinite.
@@ -232,8 +223,9 @@ class MeanSquaredError(LipschitzLoss):
 
     def __init__(self, target_bound: float, num_outputs: int = 1) -> None:
         super().__init__()
-        self.target_bound = _positive("target_bound", target_bound)
-        self.num_outputs = _count("num_outputs", num_outputs)
+        self.target_bound = check_positive("target_bound", target_bound)
+        check_size("num_outputs", num_outputs)
+        self.num_outputs = int(num_outputs)
         self.lipschitz = math.inf
 
     def constant(self, output_bound: float | Tensor) -> float | Tensor:
@@ -246,14 +238,12 @@ class MeanSquaredError(LipschitzLoss):
 
 
 class HKR(LipschitzLoss):
-    r"""Hinge regularised Kantorovich–Rubinstein loss with PUBLIC class priors π; each class against the others.
+    """Hinge regularised Kantorovich–Rubinstein loss with PUBLIC class priors π; each class against the others.
 
-    :math:`\ell = (1-\alpha)\,\mathrm{KR} + \alpha\,\mathrm{hinge}`, where
-    :math:`\mathrm{KR} = -\frac1C\big(z_y/\pi_y - \sum_{j\ne y} z_j/(1-\pi_j)\big)` and the hinge is
-    :math:`\frac1C\sum_c(m/2 - \pm z_c)_+`. As commonly written it weights by the class counts of the batch, which couples
-    the samples (measured: gradients up to 200 times the bound); with fixed priors the constant is
-    :math:`\frac1C\max_y\big\|\big((1-\alpha)/\rho_j + \alpha\big)_j\big\|` with ρ_y = π_y and ρ_j = 1 − π_j for j ≠ y; for a
-    single logit :math:`\max_y (1-\alpha)/\pi_y + \alpha`.
+    ℓ = (1−α) KR + α hinge, where KR = −(1/C) (z_y/π_y − Σ_{j≠y} z_j/(1−π_j)) and the hinge is (1/C) Σ_c (m/2 ∓ z_c)₊,
+    minus for c = y. As commonly written it weights by the class counts of the batch, which couples the samples
+    (measured: gradients up to 200 times the bound). With fixed priors the constant is (1/C) max_y ‖((1−α)/ρ_j + α)_j‖
+    with ρ_y = π_y and ρ_j = 1 − π_j for j ≠ y; for a single logit it is max_y (1−α)/π_y + α.
 
     Args:
         priors: class probabilities known in public, C of them; two values with one logit for the binary case.
@@ -277,7 +267,7 @@ class HKR(LipschitzLoss):
             raise ParameterError(f"HKR: alpha lies in [0, 1], got {alpha!r}")
         self.priors = tuple(float(p) / sum(priors) for p in priors)
         self.alpha = float(alpha)
-        self.margin = _positive("margin", margin)
+        self.margin = check_positive("margin", margin)
         forms = (True, False) if len(priors) == 2 else (False,)  # one logit or C: the larger constant serves both
         self.lipschitz = max(self._norm(y, single=single) for y in range(len(priors)) for single in forms)
 
@@ -303,7 +293,7 @@ class HKR(LipschitzLoss):
 
 
 def _labels(logits: Tensor, target: Tensor, *, at_least: int = 1) -> Tensor:
-    """One integer label a sample for logits (N, C): the constants hold for nothing else (soft labels need not sum to 1)."""
+    """One integer label a sample, for logits (N, C); the constants do not hold for soft labels."""
     labels = target.dim() == 1 and not target.is_floating_point()
     if not labels or logits.dim() != 2 or logits.shape[1] < at_least or len(logits) != len(target):
         raise LossError(
@@ -326,8 +316,8 @@ def _columns(logits: Tensor, target: Tensor, num_outputs: int) -> tuple[Tensor, 
     target = target.unsqueeze(1) if target.dim() == 1 else target.flatten(1)
     if logits.shape[1] != num_outputs or target.shape != logits.shape:
         raise LossError(
-            f"the loss is for {num_outputs} outputs (num_outputs), got logits of shape {tuple(logits.shape)} and targets of"
-            f" shape {tuple(target.shape)}"
+            f"the loss has num_outputs={num_outputs}, got logits of shape {tuple(logits.shape)} and targets of shape"
+            f" {tuple(target.shape)}"
         )
     return logits, target.to(logits.dtype)
 
@@ -362,8 +352,8 @@ def as_lipschitz(criterion: nn.Module) -> LipschitzLoss:
         return MeanAbsoluteError()
     if "KR" in name:
         raise LossError(
-            f"{name} weights each sample by the class counts of its batch, so one record changes the gradient of the others"
-            " (measured: up to 200 times the bound). Use lipdp.losses.HKR(priors=...) with public class priors"
+            f"{name} weights each sample by the class counts of its batch, so one record changes the gradients of"
+            " others (measured: up to 200 times the bound). Use lipdp.losses.HKR(priors=...) with public class priors"
         )
     raise LossError(
         f"{name} has no known Lipschitz constant in the logits. Use a loss of lipdp.losses, or subclass"

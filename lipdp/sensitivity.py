@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lipdp.accounting.relation import Relation
-from lipdp.bounds import BoundGraph, Sweep
+from lipdp.bounds import BoundGraph, NodeBound, Sweep, as_tensor
 from lipdp.bounds.probe import sample_shape
 from lipdp.constraints import is_positive
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
@@ -19,19 +19,8 @@ from lipdp.losses import as_lipschitz
 
 
 @dataclass(frozen=True)
-class NodeBound:
-    """One operation of the model: bounds X on its output and G on the cotangent there, and its parameters."""
-
-    name: str
-    kind: str
-    value: float
-    cotangent: float
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Sensitivity(Mapping[str, float]):
-    r"""Δ per trainable parameter: ‖∇_θ ℓ(x, y)‖ ≤ Δ_θ for every record, at the weights it was computed from.
+    """Δ per trainable parameter: ‖∇_θ ℓ(x, y)‖ ≤ Δ_θ for every record, at the weights it was computed from.
 
     Attributes:
         parameters: parameter name → Δ, a float; also by indexing.
@@ -46,7 +35,7 @@ class Sensitivity(Mapping[str, float]):
     lipschitz: float
     loss_constant: float
     output_bound: float
-    nodes: tuple[NodeBound, ...]
+    nodes: tuple[NodeBound[float], ...]
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
 
     def __getitem__(self, name: str) -> float:
@@ -74,7 +63,7 @@ def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensit
     names = list(sweep.parameters)
     columns = [*sweep.parameters.values(), sweep.lipschitz, sweep.output]
     for row in sweep.rows:
-        columns += [row.value, row.cotangent]
+        columns += [as_tensor(number, sweep.output.device) for number in (row.value, row.cotangent)]
     numbers: list[float] = torch.stack(columns).tolist()
     deltas = dict(zip(names, numbers, strict=False))
     lipschitz, output, *rest = numbers[len(names) :]
@@ -85,7 +74,7 @@ def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensit
     if unbounded:
         raise UnboundedError(
             f"no finite sensitivity for {', '.join(unbounded)}: nothing bounds the values in front of them or the loss."
-            " Begin the model with lipdp.nn.InputBound(c) with a public c, or put lipdp.nn.ValueClip / GradientGate there"
+            " Begin the model with lipdp.nn.InputBound(c), c public, or put lipdp.nn.ValueClip or GradientGate there"
         )
     nodes = tuple(
         NodeBound(row.name, row.kind, rest[2 * i], rest[2 * i + 1], row.parameters) for i, row in enumerate(sweep.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .families import Family
-from .stages import Stages, count, image
+from .stages import Stages, count, head, image
 from .starts import cosine, haar
 
 
@@ -19,13 +19,13 @@ def cnn(
     hidden: int | None = None,
     kernel_size: int = 5,
 ) -> Stages:
-    r"""Two convolutions (w and 2w channels) with 2x2 norm pooling, then a dense layer.
+    """Two convolutions (w and 2w channels) with 2x2 norm pooling, then a dense layer.
 
-    A convolution, the norm of each window, and the channels' mean taken off: the pooling is the only non-linearity, as in
-    a scattering transform (a modulus and an average), and keeps norms better than with an activation in front of it. The
-    first convolution starts from the smoothest cosine filters, which keep most of an image's energy.
+    A convolution, the norm of each window, and the channels' mean taken off: the pooling is the only non-linearity, as
+    in a scattering transform (a modulus and an average), and keeps norms better than with an activation in front of it.
+    The first convolution starts from the smoothest cosine filters, which keep most of an image's energy.
 
-    Joints: behind the first convolution's pooling, behind the second's, and behind the hidden dense layer if there is one.
+    Joints: behind the first convolution's pooling, the second's, and the hidden dense layer if there is one.
 
     Args:
         width: channels w of the first convolution.
@@ -43,12 +43,8 @@ def cnn(
     channels, height, columns = image("cnn", input_shape, halvings=2)
     width, kernel_size = count("width", width), count("kernel_size", kernel_size, odd=True)
     features = 2 * width * (height // 4) * (columns // 4)
-    stages = [
+    return [
         [layers.conv(channels, width, kernel_size, lipschitz=gain, start=cosine), *layers.magnitude(2)],
         [layers.conv(width, 2 * width, kernel_size, start=haar), *layers.magnitude(2), nn.Flatten()],
+        *head(layers, features, num_classes, hidden=hidden),
     ]
-    if hidden is not None:
-        hidden = count("hidden", hidden, even=True)
-        stages.append([layers.linear(features, hidden), layers.activation()])
-        features = hidden
-    return [*stages, [layers.linear(features, num_classes)]]

@@ -67,7 +67,7 @@ class Family(ABC):
 
 @dataclass(frozen=True)
 class Lipschitz(Family):
-    """Orthogonal weights, sorting activations, norm pooling: 1-Lipschitz, and the norms of values and gradients survive."""
+    """Orthogonal weights, sorting activations, norm pooling: 1-Lipschitz, and values and gradients keep their norms."""
 
     def bound(self, radius: float) -> nn.Module:
         return lnn.InputBound(radius)
@@ -104,16 +104,12 @@ class Lipschitz(Family):
 
 @dataclass(frozen=True)
 class Plain(Family):
-    """The unconstrained twins: nn.Linear, nn.Conv2d, nn.ReLU, nn.AvgPool2d, x + f(x); nothing at the input and the joints."""
+    """The unconstrained twins: nn.Linear, nn.Conv2d, nn.ReLU, nn.AvgPool2d, x + f(x); nothing at input and joints."""
 
     def bound(self, radius: float) -> nn.Module:
         return nn.Identity()
 
-    def clip(self, bound: float) -> nn.Module:
-        return nn.Identity()
-
-    def gate(self, bound: float) -> nn.Module:
-        return nn.Identity()
+    clip = gate = bound
 
     def linear(
         self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None
@@ -147,7 +143,7 @@ class Shortcut(nn.Module):
 
 
 class Patches(nn.Module):
-    """Cut (N, C, rows · p, columns · p) into tokens (N, rows · columns, C p²). Moves numbers around, so it changes no norm.
+    """Cut (N, C, rows · p, columns · p) into tokens (N, rows · columns, C p²): the same numbers, so the same norm.
 
     (nn.PixelUnshuffle, which does the cutting, leaves the shape of an empty batch as it is.)
 

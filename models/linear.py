@@ -16,10 +16,11 @@ from .stages import Stages
 def linear(
     layers: Family, input_shape: tuple[int, ...], num_classes: int, gain: float, *, radius: float = 1.0
 ) -> Stages:
-    r"""Flatten and one dense layer: :math:`x \mapsto W x / c` with ‖W‖₂ ≤ radius, from W = 0. No joints.
+    """Flatten and one dense layer: x ↦ W x / c with ‖W‖₂ ≤ radius, from W = 0. No joints.
 
     Convex in W, so a private optimum is easy to reach; strong on scattering features, with `input_bound=1.0` where they
-    have unit norm. The sensitivity, X · G, does not depend on W: the radius only limits the network's Lipschitz constant.
+    have unit norm. The sensitivity, X · G, does not depend on W: the radius only limits the network's Lipschitz
+    constant.
 
     Args:
         radius: of the ball W is projected on; with a large one nothing is ever projected.

@@ -21,11 +21,11 @@ def mixer(
     depth: int = 2,
     residual_weight: float = 1.0,
 ) -> Stages:
-    r"""Patches become tokens (N, T, w); each block mixes tokens, then features, by perceptrons with one hidden layer.
+    """Patches become tokens (N, T, w); each block mixes tokens, then features, by perceptrons with one hidden layer.
 
-    A pixel lies in one patch, so nothing overlaps, and square orthogonal matrices and sorting keep every norm: the bounds
-    on values and cotangents are nearly reached, where convolutions lose. So there is no shortcut by default, which would
-    add what is not in phase. On (N, T, d), ‖∇_W‖ ≤ X G by Cauchy–Schwarz over the tokens.
+    A pixel lies in one patch, so nothing overlaps, and square orthogonal matrices and sorting keep every norm: the
+    bounds on values and cotangents are nearly reached, where convolutions lose. So there is no shortcut by default,
+    which would add what is not in phase. On (N, T, d), ‖∇_W‖ ≤ X G by Cauchy–Schwarz over the tokens.
 
     Joints: `depth` + 1, behind the patch embedding and behind every block.
 

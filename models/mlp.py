@@ -14,7 +14,7 @@ from .stages import Stages, count
 def mlp(
     layers: Family, input_shape: tuple[int, ...], num_classes: int, gain: float, *, width: int = 128, depth: int = 2
 ) -> Stages:
-    r"""`depth` hidden layers of `width` neurons, then the head: orthogonal dense layers and sorted pairs.
+    """`depth` hidden layers of `width` neurons, then the head: orthogonal dense layers and sorted pairs.
 
     Joints: `depth`, one behind every hidden layer.
 

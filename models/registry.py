@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError, UnknownNameError
-from lipdp.nn.constrained import check_positive
 
 from .cnn import cnn
 from .families import Family, Lipschitz, Plain
@@ -62,14 +62,14 @@ def build(
     twin: bool = False,
     **options: Any,
 ) -> nn.Module:
-    r"""A model of the zoo by name, or your own as ``"module:function"``.
+    """A model of the zoo by name, or your own as ``"module:function"``.
 
     The models are made of stages, and a *joint* lies between each and the next (every model says how many). At a joint,
-    `clips` projects the values on the ball of radius clip and scales it to the unit ball, and `gates` bounds the cotangents,
-    ‖g‖ ≤ gate, so that a layer between two joints has a sensitivity of at most gate times its own constant: what an
-    optimistic bound of the layers in front or behind cannot do. Values have norm at most 1, cotangents at most the loss's
-    constant; both shrink on their way, so bounds well below these clip little. A clip multiplies the network's Lipschitz
-    constant by 1/clip.
+    `clips` projects the values on the ball of radius clip and scales it to the unit ball, and `gates` bounds the
+    cotangents, ‖g‖ ≤ gate, so that a layer between two joints has a sensitivity of at most gate times its own constant:
+    what an optimistic bound of the layers in front or behind cannot do. Values have norm at most 1, cotangents at most
+    the loss's constant; both shrink on their way, so bounds well below these clip little. A clip multiplies the
+    network's Lipschitz constant by 1/clip.
 
     Args:
         name: one of `names()`, or ``"package.module:function"``: the function is called with `input_shape`,

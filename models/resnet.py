@@ -19,10 +19,10 @@ def resnet(
     blocks: int = 1,
     residual_weight: float = 0.25,
 ) -> Stages:
-    r"""`depth` stages of conv 3x3, sorting, residual blocks, norm pooling 2x2, with w, 2w, 4w, … channels; a dense layer.
+    """`depth` stages of conv 3x3, sorting, residual blocks, norm pooling 2x2, w, 2w, 4w, … channels; a dense layer.
 
-    A block computes :math:`(1-\lambda) x + \lambda f(x)` with f two convolutions and a sorting: 1-Lipschitz, with
-    a shortcut that carries most of the norm. The sensitivity of a block's weights has the factor λ, so a small λ costs no
+    A block computes (1 − λ) x + λ f(x) with f two convolutions and a sorting: 1-Lipschitz, with a
+    shortcut that carries most of the norm. The sensitivity of a block's weights has the factor λ, so a small λ costs no
     signal to noise. The channels' mean is taken off behind the pooling, as in `cnn`.
 
     Joints: `depth`, one behind every stage.

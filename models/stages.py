@@ -20,11 +20,11 @@ Joints: TypeAlias = "float | Sequence[float | None] | None"
 
 
 def default_input_bound(input_shape: tuple[int, ...]) -> float:
-    r"""The radius a model projects its inputs on, from their format alone.
+    """The radius a model projects its inputs on, from their format alone.
 
     n entries in [0, 1] have ‖x‖ ≤ √n, which no natural image comes near: an MNIST digit has a norm of about 0.33 √n, an
-    8x8 digit 0.42 √n, a CIFAR-10 photograph 0.53 √n. Images get √n/4, so that nearly all of them lie *on* the sphere and
-    the bound is tight (what is lost is an overall factor, that is the exposure); tables, where the norm may carry
+    8x8 digit 0.42 √n, a CIFAR-10 photograph 0.53 √n. Images get √n/4, so that nearly all of them lie *on* the sphere
+    and the bound is tight (what is lost is an overall factor, that is the exposure); tables, where the norm may carry
     information, get √n/2. Neither looks at the data.
 
     Args:
@@ -47,6 +47,14 @@ def chain(family: Family, stages: Stages, *, input_bound: float, clips: Joints, 
         modules += [] if clip is None else [family.clip(clip)]
         modules += stage
     return nn.Sequential(*modules)
+
+
+def head(layers: Family, features: int, num_classes: int, *, hidden: int | None) -> Stages:
+    """The last stages: a hidden dense layer of `hidden` neurons, an even number, if there is one, and a dense layer."""
+    if hidden is None:
+        return [[layers.linear(features, num_classes)]]
+    width = count("hidden", hidden, even=True)
+    return [[layers.linear(features, width), layers.activation()], [layers.linear(width, num_classes)]]
 
 
 def _per_joint(name: str, bounds: Joints, joints: int) -> list[float | None]:

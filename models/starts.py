@@ -22,7 +22,7 @@ def haar(conv: SpectralConv2d) -> None:
 
 @torch.no_grad()
 def smooth(conv: SpectralConv2d) -> None:
-    r"""Start from kernels whose taps are nearly equal: :math:`W = \mathrm{proj}(A + r B)`, A constant along the taps.
+    """Start from kernels whose taps are nearly equal: W = proj(A + r B), A constant along the taps.
 
     The factor 1/√m of a convolution allows for m overlapping windows that add up in phase. With equal taps they do, on
     images, which are smooth; with independent taps they do not, and every layer loses up to √m of the norm of values
@@ -38,15 +38,15 @@ def smooth(conv: SpectralConv2d) -> None:
 def cosine(conv: SpectralConv2d) -> None:
     """Start from the smoothest members of the orthonormal cosine basis (DCT-II) of channels x height x width.
 
-    Images have most of their energy there; a random orthogonal kernel spreads its filters over all frequencies alike.
+    Images have most of their energy there; a random orthogonal kernel has filters of all frequencies alike.
     Where there are more filters than basis members the kernel stays as it is.
     """
     filters, *sizes = conv.weight.shape
     if filters > math.prod(sizes):
         return
     frequencies = torch.cartesian_prod(*(torch.arange(size) for size in sizes))
-    spread = frequencies.max(1).values - frequencies.min(1).values
-    order = torch.argsort(frequencies.sum(1) * 1000 + spread, stable=True)[:filters]
+    difference = frequencies.max(1).values - frequencies.min(1).values
+    order = torch.argsort(frequencies.sum(1) * 1000 + difference, stable=True)[:filters]
     picked = [_cosines(size)[frequencies[order, axis]] for axis, size in enumerate(sizes)]
     conv.weight.copy_(torch.einsum("fc,fh,fw->fchw", *picked))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .families import Family
-from .stages import Stages, count, image
+from .stages import Stages, count, head, image
 
 
 def vgg(
@@ -18,10 +18,10 @@ def vgg(
     depth: int = 3,
     hidden: int | None = None,
 ) -> Stages:
-    r"""`depth` blocks of conv 3x3, sorting, conv 3x3, norm pooling 2x2, with w, 2w, 4w, … channels; then a dense layer.
+    """`depth` blocks of conv 3x3, sorting, conv 3x3, norm pooling 2x2, with w, 2w, 4w, … channels; then a dense layer.
 
-    As in `cnn`, the channels' mean is taken off what the norm pooling leaves: it is large, the same for all classes, and
-    would use up the bounds.
+    As in `cnn`, the channels' mean is taken off what the norm pooling leaves: it is large, the same for all classes,
+    and would use up the bounds.
 
     Joints: `depth`, one behind every block, and one behind the hidden dense layer if there is one.
 
@@ -51,9 +51,4 @@ def vgg(
         )
         channels, height, columns = wide, height // 2, columns // 2
     stages[-1].append(nn.Flatten())
-    features = channels * height * columns
-    if hidden is not None:
-        hidden = count("hidden", hidden, even=True)
-        stages.append([layers.linear(features, hidden), layers.activation()])
-        features = hidden
-    return [*stages, [layers.linear(features, num_classes)]]
+    return [*stages, *head(layers, channels * height * columns, num_classes, hidden=hidden)]

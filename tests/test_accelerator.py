@@ -29,7 +29,7 @@ from lipdp.errors import (
     UnknownNameError,
     UnsupportedLayerError,
 )
-from lipdp.nn.constrained import exceeds
+from lipdp.nn.constrained import cannot_certify
 from lipdp.privacy.gate import QuantileGate
 from lipdp.privacy.later import Later
 from lipdp.timing import UNTIMED
@@ -608,7 +608,7 @@ SHAPES = [(16, 27), (64, 576), (96, 96), (10, 2048), (40, 7)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3, 2.0, None])
 def test_iterations_in_bfloat16_end_certified(shape, size, monkeypatch):
-    """As on a GPU: whatever the low precision did, the norm of what comes out is at most 1, as `exceeds` certifies."""
+    """As on a GPU: whatever the low precision did, the norm of what comes out is at most 1, as `cannot_certify` finds."""
     monkeypatch.setattr(constraints, "_low_precision", lambda matrix: torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     orthogonal = Orthogonal()
@@ -616,8 +616,8 @@ def test_iterations_in_bfloat16_end_certified(shape, size, monkeypatch):
     noise = torch.randn(3, *shape, generator=generator) / max(shape) ** 0.5
     matrix = noise if size is None else start + size * noise
     out = orthogonal.retract(matrix)
-    assert not bool(exceeds(out, 1.0))
-    assert bool(exceeds(out * (1 + 1e-5), 1.0))  # it could have been seen
+    assert not bool(cannot_certify(out, 1.0))
+    assert bool(cannot_certify(out * (1 + 1e-5), 1.0))  # it could have been seen
     exact = orthogonal.project(matrix)
     if float(torch.linalg.cond(matrix).max()) < 20:  # the rest rises to 1 over several steps
         assert orthogonal.contains(out)
@@ -632,7 +632,7 @@ def test_a_matrix_without_full_rank_comes_out_within_the_norm(monkeypatch):
     matrix = torch.zeros(2, 8, 12)
     matrix[0, 0, 0], matrix[0, 1, 1] = 5.0, 1e-3
     out = Orthogonal().retract(matrix)
-    assert not bool(exceeds(out, 1.0))
+    assert not bool(cannot_certify(out, 1.0))
     assert out[0, 0, 0] == pytest.approx(1.0, abs=1e-5)
     assert bool((out[1] == 0).all())
     assert bool(Orthogonal().retract(matrix * math.nan).isnan().any())
@@ -662,4 +662,4 @@ def test_projection_on_cuda_agrees_with_the_cpu(name):
         torch.cuda.set_sync_debug_mode("default")
     move = (weights(expected) - before).norm()
     assert (weights(model).cpu() - weights(expected)).norm() <= 0.01 * move
-    assert not any(bool(a) for m in model.modules() if isinstance(m, lnn.Constrained) for a in m.outside().values())
+    assert not any(bool(a) for m in model.modules() if isinstance(m, lnn.Constrained) for a in m.uncertified().values())

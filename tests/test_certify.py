@@ -27,6 +27,7 @@ from lipdp.cli import main
 from lipdp.comparison.protocol import Task
 from lipdp.comparison.robustness import RobustnessConfig, front, robustness, robustness_figure, table
 from lipdp.comparison.trainers import get_trainer
+from lipdp.constraints import Orthogonal
 from lipdp.data import Clip, Rescale, SignedLog, Standardise, load
 from lipdp.errors import BoundViolation, DataError, MixesSamplesError, ParameterError, UnboundedError
 from lipdp.features import FeatureSpec, features
@@ -339,6 +340,20 @@ def test_a_layer_of_your_own_is_bounded_by_its_own_rule(own, monkeypatch):
         model, x = torch.nn.Sequential(*layers), torch.randn(60, 1, 3, 3)
     model.requires_grad_(False)
     assert attacked(model, x, certified(model, x))[0] == 0
+
+
+def test_a_scale_counts_only_where_the_forward_pass_multiplies_by_it():
+    class Unscaled(lnn.Constrained, torch.nn.Linear):
+        """A weight under a constraint, multiplied by torch's own forward: without α."""
+
+        constraint, scale, bias_radius = Orthogonal(), 0.1, 1.0
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(lnn.SpectralLinear(6, 6), Unscaled(6, 3)), torch.randn(60, 6)
+    model.requires_grad_(False)
+    assert attacked(model, x, certified(model, x))[0] == 0
+    head = Network(model.eval(), (6,)).analyse()[1]
+    assert head.pair_norms[0, 1] == pytest.approx(float((model[1].weight[0] - model[1].weight[1]).norm()), rel=1e-5)
 
 
 def test_a_clip_that_nothing_reads_plays_no_part():

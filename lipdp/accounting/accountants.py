@@ -224,8 +224,8 @@ def _rdp_epsilon(events: Sequence[Event], counts: Counts, delta: float, orders: 
 class PLDAccountant(Accountant):
     """Privacy loss distributions on a grid, rounded up ("connect the dots"), composed by FFT (dp-accounting).
 
-    The grid never makes ε smaller; an interval h adds up to h²/4 to the variance of each step's loss. h is a twentieth of
-    that loss's std, which makes ε 0.03 % too large or less (measured), unless that would take too many points.
+    The grid never makes ε smaller; an interval h adds up to h²/4 to the variance of each step's loss. h is a twentieth
+    of that loss's std, which makes ε 0.03 % too large or less (measured), unless that would take too many points.
 
     Sources: Koskela, Jälkö & Honkela (2020); Doroshenko et al. (2022).
     """
@@ -259,15 +259,16 @@ class PLDAccountant(Accountant):
 class PRVAccountant(Accountant):
     """Privacy random variables (prv-accountant): error bounds on both sides; the upper one is returned. The default.
 
-    The sum of the T losses, truncated to [−L, L], is computed on a grid of interval h by FFT. Theorem 5.5 of the source:
-    with `h = e/sqrt(T/2·log(12/d))`, the curve δ(ε) is off by at most e in ε and d in δ, provided that L leaves out
-    little enough. Here d = δ/1000 and e is `tolerance` times ε, found by repeating with a better guess of ε.
+    The sum of the T losses, truncated to [−L, L], is computed on a grid of interval h by FFT. Theorem 5.5 of the
+    source: with `h = e/sqrt(T/2·log(12/d))`, the curve δ(ε) is off by at most e in ε and d in δ, provided that L leaves
+    out little enough. Here d = δ/1000 and e is `tolerance` times ε, found by repeating with a better guess of ε.
 
     L, instead of the source's `3 + …`, which makes the grid needlessly wide when ε is small: for any c > 0,
-    `P(|Y| ≥ ε + c) ≤ 2·δ(ε)/(1 − e^{−c})`, as where `Y ≥ ε + c` at least the fraction `1 − e^{−c}` of the mass counts in
-    δ(ε), likewise below for the opposite pair, whose Rényi bound is the same. So `L = e + c + ε_Rényi(d·(1−e^{−c})/8)`
-    for the sum, and at least `c + ε_Rényi(d·(1−e^{−c})/(16·T))` for each step, leave out at most d/4 + d/8; coupling the
-    grid's losses with the true ones leaves out 2·d/6 (Hoeffding), which is d/4 + d/8 + d/3 < d in all.
+    `P(|Y| ≥ ε + c) ≤ 2·δ(ε)/(1 − e^{−c})`, as where `Y ≥ ε + c` at least the fraction `1 − e^{−c}` of the mass counts
+    in δ(ε), likewise below for the opposite pair, whose Rényi bound is the same. So
+    `L = e + c + ε_Rényi(d·(1−e^{−c})/8)` for the sum, and at least `c + ε_Rényi(d·(1−e^{−c})/(16·T))` for each step,
+    leave out at most d/4 + d/8; coupling the grid's losses with the true ones leaves out 2·d/6 (Hoeffding), which is
+    d/4 + d/8 + d/3 < d in all.
 
     Source: Gopi, Lee & Wutschitz (2021).
     """
@@ -302,7 +303,7 @@ class PRVAccountant(Accountant):
 
 
 def _mesh_and_points(events: tuple[Event, ...], delta: float, error: float) -> tuple[float, int]:
-    """h and the number of grid points that cover [−L, L], as in `PRVAccountant`; AccountingError when they are too many."""
+    """h and the number of grid points that cover [−L, L], as in `PRVAccountant`; AccountingError if too many."""
     counts = tuple(event.steps for event in events)
     lost = delta * _DELTA_ERROR
     mesh = error / math.sqrt(sum(counts) / 2.0 * math.log(12.0 / lost))
@@ -378,8 +379,8 @@ def epsilon(
         sampling_rate: q in (0, 1].
         steps: T ≥ 0; 0 gives ε = 0.
         delta: δ in (0, 1).
-        accountant: "prv" (0.5 to 0.6 % above ε), "pld" or "rdp" (looser); if it fails numerically the next one answers, which is logged
-            (`get_accountant(name).epsilon(...)` returns which one did).
+        accountant: "prv" (0.5 to 0.6 % above ε), "pld" or "rdp" (looser); if it fails numerically the next one answers,
+            which is logged (`get_accountant(name).epsilon(...)` returns which one did).
         relation: the neighbouring relation, or its value.
 
     Raises:

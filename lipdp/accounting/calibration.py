@@ -67,12 +67,13 @@ def calibrate(
     alone = strategy.epsilon(extra_events, delta).epsilon
     if alone > target_epsilon:
         raise CalibrationError(
-            f"the extra events alone cost ε={alone:.4g}, more than the target {target_epsilon:g}: no noise makes up for it"
+            f"the extra events alone cost ε={alone:.4g}, more than the target {target_epsilon:g}: no noise makes up for"
+            " it"
         )
     if delta >= used and not extra_events:
         raise CalibrationError(
-            f"δ={delta:g} is not below {used:g}, the probability that a given record is used in any of the {steps} steps: "
-            "ε is then 0 at every noise multiplier; δ should be well below 1/(number of records)"
+            f"δ={delta:g} is not below {used:g}, the probability that a given record is used in any of the {steps}"
+            " steps: ε is then 0 at every noise multiplier; δ should be well below 1/(number of records)"
         )
 
     def cost(sigma: float) -> float:

@@ -122,8 +122,8 @@ class Ledger:
     >>> ledger = Ledger()
     >>> for _ in range(3):
     ...     ledger.append(Event(1.0, 0.1, 1))
-    >>> ledger.events
-    (Event(noise_multiplier=1.0, sampling_rate=0.1, steps=3, relation=<Relation.ADD_OR_REMOVE_ONE: 'add_or_remove_one'>),)
+    >>> [(event.noise_multiplier, event.sampling_rate, event.steps) for event in ledger.events]
+    [(1.0, 0.1, 3)]
     >>> Ledger.from_state(ledger.state_dict()).steps
     3
     """

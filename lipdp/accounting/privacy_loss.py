@@ -16,11 +16,12 @@ composing the losses below is sound.
   look at one S and one member: (1−q)a + qb against (1−q)a + qb', three Gaussians with centres at most 1 apart. For
   α ≥ 1, `(1−q)a + qb − α((1−q)a + qb') = q·(b − α'·((1−β)a + βb'))` with `α' = 1 + (α−1)/q`, `β = α/α'`, hence
   `H_α = q·H_α'(b‖(1−β)a + βb') ≤ q·((1−β)H_α'(b‖a) + βH_α'(b‖b')) ≤ q·H_α'(N_1‖N_0)`, which by the same identity
-  with a = b' = N_0 is `H_α(mix‖N_0)`. For α < 1 use `H_α(P‖Q) = 1 − α + αH_{1/α}(Q‖P)` and the symmetry of the relation.
+  with a = b' = N_0 is `H_α(mix‖N_0)`. For α < 1 use `H_α(P‖Q) = 1 − α + αH_{1/α}(Q‖P)`: the relation is symmetric.
   The bound is attained (all others at +Δ, the record at −Δ or +Δ), so at one step it is exact. dp-accounting 0.6 has
   no PLD for this (its `REPLACE` is Poisson sampling), and its Rényi bound is looser; both are built here on its parts.
 
-Sources: Balle, Barthe & Gaboardi (2018), theorems 2 and 9; Zhu, Dong & Wang (2022), theorem 11; Mironov, Talwar & Zhang (2019).
+Sources: Balle, Barthe & Gaboardi (2018), theorems 2 and 9; Zhu, Dong & Wang (2022), theorem 11; Mironov, Talwar &
+Zhang (2019).
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ class StepLoss(PrivacyRandomVariable):
 
 
 class RemoveLoss(StepLoss):
-    """(mix, N_0): the same law as prv-accountant's `PoissonSubsampledGaussianMechanism`, in float64 where that one works
-    in extended precision, eight times slower."""
+    """(mix, N_0): the law of prv-accountant's `PoissonSubsampledGaussianMechanism`, in float64.
+
+    That one works in extended precision, eight times slower.
+    """
 
     def cdf(self, t: Any) -> Array:
         """`(1−q)·Φ(x(t)/σ) + q·Φ((x(t)−1)/σ)`, with Φ the normal distribution function."""
@@ -132,7 +135,7 @@ DIRECTIONS: dict[Relation, tuple[type[StepLoss], ...]] = {
 
 
 def loss_deviation(event: Event) -> float:
-    """About the std of one step's loss: `q·sqrt(e^{1/σ²} − 1)`, the scale on which its distribution must be resolved."""
+    """About the std of one step's loss: `q·sqrt(e^{1/σ²} − 1)`, the scale that its distribution must be resolved on."""
     return event.sampling_rate * math.sqrt(math.expm1(min(event.noise_multiplier**-2, 50.0)))
 
 

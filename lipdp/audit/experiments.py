@@ -96,7 +96,7 @@ def worst_case(
 ) -> Experiment:
     r"""One canary whose gradient is exactly at the bound of a convolution, of its bias and of a dense layer.
 
-    The joint shift of the release, :math:`\sqrt{\sum_l \Delta_l^2/s_l^2} = 1/\sigma`, is the worst that the claim allows. The
+    The joint shift of the release, √(Σ_l Δ_l²/s_l²) = 1/σ, is the worst that the claim allows. The
     records that are always there are fitted exactly, so that their gradient is zero (the absolute error at 0), or with
     `opposed` have the canary's gradient with the other sign: they then show batches of a fixed size, in which a canary takes
     the place of another record. There are few records and about 650 weights, so that dividing by the number of records
@@ -149,8 +149,8 @@ def gradient_canaries(count: int, *, steps: int = 1, sampling_rate: float = 1.0)
     r"""Canaries whose gradients are orthogonal to each other and exactly at the bound of either parameter block.
 
     Canary (i, k) has input e_i, of norm 1, and a target out of reach in the direction of row k of a Hadamard matrix, so that
-    its gradient is :math:`h_k e_i^\top/C` in the first block and twice that in the second, of norms Δ₁ and Δ₂, at any
-    weights: in the basis :math:`h_k e_i^\top/\sqrt C` a Dirac in each block.
+    its gradient is h_k e_iᵀ/C in the first block and twice that in the second, of norms Δ₁ and Δ₂, at any
+    weights: in the basis h_k e_iᵀ/√C a Dirac in each block.
 
     Args:
         count: m from 2 to 2^18 (then 1 GB); rounded up to a power of two.

@@ -26,7 +26,7 @@ def independent_lower_bound(
     The maths: in one game let a = P(guess in | in), b = P(guess in | out), c = P(guess out | out), d = P(guess out | in).
     If the mechanism is (ε, δ)-DP, then a ≤ e^ε b + δ and c ≤ e^ε d + δ. A guess is made with probability
     ρ = (a + b + c + d)/2 and is then right with probability p = (a + c)/(2ρ); adding the two inequalities,
-    2ρp ≤ 2ρ e^ε (1 − p) + 2δ, so :math:`e^\varepsilon \ge (p - \delta/\rho)/(1-p)`. Given the number of guesses, that of
+    2ρp ≤ 2ρ e^ε (1 − p) + 2δ, so e^ε ≥ (p − δ/ρ)/(1 − p). Given the number of guesses, that of
     right ones is Binomial(guesses, p), and the number of guesses is Binomial(games, ρ). The expression grows in p and in ρ,
     so their lower confidence bounds, with error probabilities that sum to 1 − confidence, bound it.
 
@@ -66,7 +66,7 @@ def one_run_p_value(correct: int, guesses: int, canaries: int, *, epsilon: float
     The maths: the coins are independent, so whatever the run reveals about the others, each guess is right with probability
     at most p = e^ε/(1 + e^ε), and under (ε, 0)-DP the number of right ones is dominated by W ~ Binomial(guesses, p). δ lets
     canaries be given away, 2 m δ of them on average; spending that in the worst way adds at most
-    :math:`2m\delta\,\alpha` with :math:`\alpha = \max_i \tfrac1i P(v - i \le W < v)`, v being the number of right guesses.
+    2mδα with α = max_i P(v − i ≤ W < v)/i, v being the number of right guesses.
 
     Args:
         correct: v.

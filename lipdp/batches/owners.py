@@ -61,10 +61,10 @@ class Shard:
 
 
 class Owners:
-    r"""Records grouped by owner: a batch of owners as their records, each weighted by one over its owner's number.
+    """Records grouped by owner: a batch of owners as their records, each weighted by one over its owner's number.
 
-    With n records of owner o, each of gradient norm ≤ Δ, :math:`\|\sum_{i \in o} \nabla\ell_i / n\| \le \Delta`: the owner, with all
-    records, moves the sum over a batch of owners by Δ at most, however many they are. Nothing is clipped.
+    With n records of owner o, each of gradient norm ≤ Δ, ‖Σ_{i∈o} ∇ℓ_i / n‖ ≤ Δ: the owner, with all records, moves
+    the sum over a batch of owners by Δ at most, however many they are. Nothing is clipped.
 
     Guarantees: the weights of an owner's records add up to 1 at most, also as float32 (they are rounded down).
 
@@ -82,7 +82,7 @@ class Owners:
     >>> len(owners), [part.tolist() for part in owners.records(np.array([0, 1]))]
     (2, [[2, 0, 1, 3], [1.0, 0.3333333134651184, 0.3333333134651184, 0.3333333134651184]])
 
-    Source: McMahan et al. (2018), "Learning differentially private recurrent language models", section 2 (user-level privacy).
+    Source: McMahan et al. (2018), "Learning differentially private recurrent language models", section 2.
     """
 
     def __init__(self, owner_of: Sequence[int] | Tensor | npt.NDArray[Any]) -> None:

@@ -50,7 +50,8 @@ class Population:
             shards: see `dataset`.
 
         Raises:
-            EngineError: no length, or data sets that differ in it. ParameterError: a group of another length, or of shards.
+            EngineError: no length, or data sets that differ in it. ParameterError: a group of another length, or of
+                shards.
         """
         with world.fail_together():
             records = length(dataset)
@@ -59,12 +60,13 @@ class Population:
                 raise ParameterError(
                     f"group: {owners.total} owners were given for {records} records; give one a record"
                     if not shards
-                    else "group= and shards=True: an owner's records could lie in two shards; give every process all records"
+                    else "group= and shards=True: shards could split an owner's records; give every process all of them"
                 )
         if len(set(world.gather(None if owners is None else owners.digest))) > 1:
             raise EngineError(
-                "group: the processes number the owners differently, so that one owner could count more than once in a step. Give all"
-                " the same ids (Python's hash() of texts, and the order of a set, differ between processes)"
+                "group: the processes number the owners differently, so that one owner could count more than once in a"
+                " step. Give all the same ids (Python's hash() of texts, and the order of a set, differ between"
+                " processes)"
             )
         counts = world.gather(records)
         part: Part
@@ -74,8 +76,8 @@ class Population:
         else:
             if len(set(counts)) > 1:
                 raise EngineError(
-                    f"the processes' data sets have {', '.join(map(str, counts))} records: give each the same, whole one, or pass"
-                    " shards=True if each has records of its own"
+                    f"the processes' data sets have {', '.join(map(str, counts))} records: give each the same, whole"
+                    " one, or pass shards=True if each has records of its own"
                 )
             present, part = records if owners is None else len(owners), EveryNth(world.rank, world.size)
         return cls(present, present if size is None else size, records, part, owners)
@@ -94,8 +96,8 @@ class Population:
 def check_records(dataset: Any, world: World, *, shards: bool) -> None:
     """Refuse data sets in which a record could be read by two processes in one step: in different orders, or twice.
 
-    Looks at up to 16 records over the whole: at the targets of whole data sets, since inputs may differ by random views, and
-    at inputs and targets of shards.
+    Looks at up to 16 records over the whole: at the targets of whole data sets, since inputs may differ by random
+    views, and at inputs and targets of shards.
 
     Raises:
         EngineError: whole data sets that differ, or shards that do not.
@@ -111,14 +113,14 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
     for rank, other in enumerate(world.gather(own)):
         if shards and rank != world.rank and own and other == own:
             raise EngineError(
-                f"shards=True, but process {world.rank} and process {rank} hold the same records: each would count more than once. Leave"
-                " it out where every process has the whole data set"
+                f"shards=True, but process {world.rank} and process {rank} hold the same records: each would count more"
+                " than once. Leave it out where every process has the whole data set"
             )
         if not shards and other != own:
             raise EngineError(
-                f"the data sets of process {world.rank} and process {rank} hold other records at the same places, so that one record"
-                " could be used twice in a step: give every process the same records in the same order, or pass shards=True if"
-                " each has records of its own"
+                f"the data sets of process {world.rank} and process {rank} hold other records at the same places, so"
+                " that one record could be used twice in a step: give every process the same records in the same order,"
+                " or pass shards=True if each has records of its own"
             )
 
 

@@ -136,10 +136,10 @@ class PoissonSampler(_IndependentBatches):
     its size, S is uniform among the subsets of that size: draw the size, then the subset, in O(q N) time and memory
     whatever N. An empty batch is a batch like any other and is yielded.
 
-    In float64, numpy's binomial draw of mean 4096 follows its law up to a factor of 1 ± 1e-16 N: 1e-10 at N = 10⁶, but 1e-7
-    at 10⁹, and T steps can turn that into 2e-7 T of ε. So beyond N = 2²⁰, where q ≤ 1/20, the same law is drawn in another
-    way: M ~ Poisson(−N ln(1−q)) arrivals, each at a uniform record. Then every record has Poisson(−ln(1−q)) of them,
-    independently of the others, so at least one with probability q; rounding is of the order of 1e-16 M ln M.
+    In float64, numpy's binomial draw of mean 4096 follows its law up to a factor of 1 ± 1e-16 N: 1e-10 at N = 10⁶, but
+    1e-7 at 10⁹, and T steps can turn that into 2e-7 T of ε. So beyond N = 2²⁰, where q ≤ 1/20, the same law is drawn in
+    another way: M ~ Poisson(−N ln(1−q)) arrivals, each at a uniform record. Then every record has Poisson(−ln(1−q)) of
+    them, independently of the others, so at least one with probability q; rounding is of the order of 1e-16 M ln M.
 
     Guarantees: the relation is *add or remove one record*.
 
@@ -161,8 +161,8 @@ class PoissonSampler(_IndependentBatches):
     >>> len(batches), batches[0].dtype, sampler.position, list(sampler)
     (3, torch.int64, 3, [])
 
-    Source: Abadi et al. (2016); Floyd's subset algorithm: Bentley & Floyd (1987); Kingman (1993), "Poisson Processes", for
-    the splitting of arrivals.
+    Source: Abadi et al. (2016); Floyd's subset algorithm: Bentley & Floyd (1987); Kingman (1993), "Poisson Processes",
+    for the splitting of arrivals.
     """
 
     relation: ClassVar[Relation] = Relation.ADD_OR_REMOVE_ONE

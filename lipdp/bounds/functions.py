@@ -12,13 +12,12 @@ from deel import torchlip
 from torch import nn
 from torch.nn import functional as F
 
-from lipdp.bounds.layers import adaptive_average_pool, average_pool, max_pool
 from lipdp.bounds.rules import Call, Input, Local, Number, own_axes, rule, times
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling
 
-# --- entrywise: f is L-Lipschitz on the line, so on vectors; f(0) ≠ 0 adds √n |f(0)| -----------------------------------
+# --- entrywise: f is L-Lipschitz on the line, so on vectors; f(0) ≠ 0 adds √n |f(0)| ---------------------------------
 
 
 def _entrywise(lipschitz: float, *targets: object, at_zero: float = 0.0, cap: float = math.inf) -> None:
@@ -54,32 +53,28 @@ def _hardtanh(call: Call) -> Local:
 
 @rule(nn.Softplus, F.softplus)
 def _softplus(call: Call) -> Local:
-    """log(1 + exp(βx))/β: slope a sigmoid ≤ 1; f(0) = log 2 / β. Behind the threshold it is x: a jump of e^(−threshold)/β."""
-    beta = call.module.beta if call.module is not None else call.argument(1, "beta", 1.0)
-    threshold = call.module.threshold if call.module is not None else call.argument(2, "threshold", 20.0)
-    if not threshold >= 20:  # type: ignore[operator]
+    """log(1 + e^(βx))/β: slope a sigmoid ≤ 1; f(0) = log 2 / β. Above the threshold t it is x: a jump of e^(−t)/β."""
+    beta, threshold = float(call.setting(1, "beta", 1.0)), call.setting(2, "threshold", 20.0)
+    if not threshold >= 20:
         raise UnsupportedLayerError(f"'{call.name}': softplus with threshold={threshold} jumps; leave it at 20")
-    return Local(offset=math.sqrt(call.x.numel) * math.log(2) / abs(float(beta)))  # type: ignore[arg-type]
+    return Local(offset=math.sqrt(call.x.numel) * math.log(2) / abs(beta))
 
 
 @rule(nn.ELU, F.elu)
 def _elu(call: Call) -> Local:
     """x or α(eˣ − 1): slope at most max(1, α)."""
-    alpha = call.module.alpha if call.module is not None else call.argument(1, "alpha", 1.0)
-    return Local(gains=(max(1.0, abs(float(alpha))),))  # type: ignore[arg-type]
+    return Local(gains=(max(1.0, abs(float(call.setting(1, "alpha", 1.0)))),))
 
 
 @rule(nn.LeakyReLU, F.leaky_relu)
 def _leaky_relu(call: Call) -> Local:
-    slope = call.module.negative_slope if call.module is not None else call.argument(1, "negative_slope", 0.01)
-    return Local(gains=(max(1.0, abs(float(slope))),))  # type: ignore[arg-type]
+    return Local(gains=(max(1.0, abs(float(call.setting(1, "negative_slope", 0.01)))),))
 
 
 @rule(nn.Softmax, torch.softmax, F.softmax, "softmax")
 def _softmax(call: Call) -> Local:
     """Jacobian diag(p) − ppᵀ: spectral norm ≤ 1/2 (Gershgorin: 2p(1 − p)); a row of probabilities has norm ≤ 1."""
-    dim: Any = call.module.dim if call.module is not None else call.argument(1, "dim")
-    (axis,) = own_axes(call, call.x, [dim])
+    (axis,) = own_axes(call, call.x, [call.setting(1, "dim")])
     classes = call.x.shape[axis - 1]
     return Local(gains=(0.5,), value_cap=math.sqrt(call.x.numel / classes), offset=math.inf, fan_in=classes)
 
@@ -162,7 +157,7 @@ def _flip(call: Call) -> Local:
 
 @rule(torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
 def _split(call: Call) -> Local:
-    """Parts side by side: every entry in one of them. (Their cotangents are added, which is more than √ΣG².)"""
+    """Tensors side by side: every entry in one of them. (Their cotangents are added, which is more than √ΣG².)"""
     own_axes(call, call.x, [call.argument(2, "dim", 0)])
     return Local(exact=True)
 
@@ -191,12 +186,13 @@ def _broadcast(call: Call, source: Input) -> float:
     ndim = len(source.shape) + (source.constant is None)
     if source.constant is None and ndim != full:
         raise MixesSamplesError(
-            f"node '{call.name}' combines tensors of {ndim} and {full} axes, so that the batch axis meets another one; give"
-            " both the same number of axes (unsqueeze)"
+            f"node '{call.name}' combines tensors of {ndim} and {full} axes, so that the batch axis meets another one;"
+            " give both the same number of axes (unsqueeze)"
         )
     if source.constant is not None and ndim == full and source.shape[0] != 1:
         raise MixesSamplesError(
-            f"node '{call.name}' combines a constant of shape {source.shape} along the batch axis; its first axis must be 1"
+            f"node '{call.name}' combines a constant of shape {source.shape} along the batch axis; its first axis must"
+            " be 1"
         )
     return math.sqrt(math.prod(call.output_shape) / source.numel)
 
@@ -208,8 +204,8 @@ def _numbers(call: Call) -> list[float]:
     constants = [*plain, call.kwargs.get("alpha", 1.0)]
     if not all(isinstance(c, (int, float)) for c in constants) or set(call.kwargs) - {"alpha", "input", "other"}:
         raise UnsupportedOperationError(
-            f"node '{call.name}' combines a tensor with {constants!r}; only tensors of the model and constant numbers have a"
-            " bound (a number computed from the size of the batch is not constant)"
+            f"node '{call.name}' combines a tensor with {constants!r}; only tensors of the model and constant numbers"
+            " have a bound (a number computed from the size of the batch is not constant)"
         )
     return [abs(float(a)) for a in plain]
 
@@ -256,7 +252,8 @@ def _div(call: Call) -> Local:
     divisor = call.argument(1, "other")
     if not isinstance(divisor, (int, float)) or divisor == 0 or call.kwargs.get("rounding_mode") is not None:
         raise UnsupportedOperationError(
-            f"node '{call.name}' divides by {divisor!r}; only division by a non-zero constant number, without rounding, has a bound"
+            f"node '{call.name}' divides by {divisor!r}; only division by a non-zero constant number, without rounding,"
+            " has a bound"
         )
     return Local(gains=(1.0 / abs(float(divisor)),))
 
@@ -270,7 +267,7 @@ def _concatenate(call: Call) -> Local:
     return Local(gains=(1.0,) * len(call.inputs), orthogonal=True, exact=True)
 
 
-# --- parts and reductions of a sample --------------------------------------------------------------------------------
+# --- reductions and indexing within a sample -------------------------------------------------------------------------
 
 
 def _reduction(gain: Callable[[int], float], *targets: object) -> None:
@@ -291,9 +288,9 @@ _reduction(lambda n: 1.0, torch.amax, "amax", torch.amin, "amin")
 
 @rule(operator.getitem)
 def _getitem(call: Call) -> Local:
-    """A part of a sample: a coordinate projection. Every sample must keep its place on the batch axis."""
+    """A slice of a sample: a coordinate projection. Every sample must keep its place on the batch axis."""
     index = call.args[1]
-    if call.x.parts:  # the i-th of a tuple of tensors
+    if call.x.is_tuple:  # the i-th of a tuple of tensors
         return Local(exact=True)
     if isinstance(index, tuple):
         if index and index[0] not in (slice(None), Ellipsis):
@@ -312,34 +309,7 @@ def _dropout(call: Call) -> Local:
     """Kept entries are multiplied by 1/(1 − p), in training mode."""
     if isinstance(call.module, nn.AlphaDropout):
         raise UnsupportedLayerError(f"'{call.name}': AlphaDropout adds constants; use nn.Dropout")
-    p = float(call.module.p if call.module is not None else call.argument(1, "p", 0.5))  # type: ignore[arg-type]
+    p = float(call.setting(1, "p", 0.5))
     if p >= 1:
         return Local(gains=(0.0,))
     return Local(gains=(1.0 / (1.0 - p),))
-
-
-# --- poolings as functions -------------------------------------------------------------------------------------------
-
-
-@rule(F.max_pool2d)
-def _functional_max_pool(call: Call) -> Local:
-    kernel = call.argument(1, "kernel_size")
-    dilation = call.argument(4, "dilation", 1)
-    if call.argument(5, "ceil_mode", False) or dilation not in (1, (1,), (1, 1)):
-        raise UnsupportedLayerError(f"'{call.name}': ceil_mode and dilation have no bound here")
-    return max_pool(call, kernel, call.argument(2, "stride") or kernel, call.argument(3, "padding", 0))
-
-
-@rule(F.avg_pool2d)
-def _functional_avg_pool(call: Call) -> Local:
-    kernel = call.argument(1, "kernel_size")
-    if call.argument(4, "ceil_mode", False) or call.argument(6, "divisor_override") is not None:
-        raise UnsupportedLayerError(f"'{call.name}': ceil_mode and divisor_override have no bound here")
-    if call.argument(3, "padding", 0) and not call.argument(5, "count_include_pad", True):
-        raise UnsupportedLayerError(f"'{call.name}': padding with count_include_pad=False has no bound here")
-    return average_pool(call, kernel, call.argument(2, "stride") or kernel, call.argument(3, "padding", 0))
-
-
-@rule(F.adaptive_avg_pool2d)
-def _functional_adaptive_avg_pool(call: Call) -> Local:
-    return adaptive_average_pool(call)

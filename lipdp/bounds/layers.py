@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from deel import torchlip
 from torch import nn
+from torch.nn import functional as F
 
 from lipdp.bounds.rules import Call, Local, Number, own_axes, rule
 from lipdp.constraints import Constraint, Spectral, certified_norm, vector_norm
@@ -35,13 +37,13 @@ def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -
 
 
 def _refuse_sums_in_low_precision(call: Call) -> None:
-    """Under autocast torch sums a weight's gradient over the batch in the low precision; the layers of lipdp.nn do not."""
+    """Under autocast torch sums a weight's gradient over the batch in low precision; the layers of lipdp.nn do not."""
     trainable = any(p.requires_grad for p in call.module.parameters())  # type: ignore[union-attr]
     if trainable and call.dtype.itemsize < 4:
         raise UnsupportedLayerError(
-            f"'{call.name}' ({type(call.module).__name__}) under autocast sums its gradient over the batch in {call.dtype},"
-            " where one record moves the rounded sum by more than its own gradient. Use lipdp.nn.SpectralLinear or"
-            " SpectralConv, which sum in float32, freeze the layer, or train in float32"
+            f"'{call.name}' ({type(call.module).__name__}) under autocast sums its gradient over the batch in"
+            f" {call.dtype}, where one record moves the rounded sum by more than its own gradient. Use"
+            " lipdp.nn.SpectralLinear or SpectralConv, which sum in float32, freeze the layer, or train in float32"
         )
 
 
@@ -137,81 +139,54 @@ def _gradient_gate(call: Call) -> Local:
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def window_overlap(
-    call: Call, kernel: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
-) -> int:
-    """m for a 2-D pooling: the most windows an entry lies in."""
-    sizes = call.x.shape[-2:]
-    pairs = zip(sizes, _pair(kernel), _pair(stride), _pair(padding), strict=True)
-    return math.prod(axis_overlap(n, k, s, p, p, circular=False) for n, k, s, p in pairs)
+def _windows(call: Call) -> tuple[int, int]:
+    """n and m of a 2-D pooling: the entries of a window, and the most windows that an entry lies in."""
+    kernel = call.setting(1, "kernel_size")
+    stride, padding = call.setting(2, "stride") or kernel, call.setting(3, "padding", 0)
+    pairs = zip(call.x.shape[-2:], _pair(kernel), _pair(stride), _pair(padding), strict=True)
+    return math.prod(_pair(kernel)), math.prod(axis_overlap(n, k, s, p, p, circular=False) for n, k, s, p in pairs)
 
 
-def max_pool(
-    call: Call, kernel: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
-) -> Local:
-    """Each window's maximum is 1-Lipschitz in the window; an entry lies in at most m windows: √m."""
-    return Local(gains=(math.sqrt(window_overlap(call, kernel, stride, padding)),), exact=True)
-
-
-def average_pool(
-    call: Call, kernel: int | Sequence[int], stride: int | Sequence[int], padding: int | Sequence[int]
-) -> Local:
-    """⟨1/n, window⟩ has norm 1/√n in the window of n entries; an entry lies in at most m windows: √(m/n)."""
-    entries = math.prod(_pair(kernel))
-    overlap = window_overlap(call, kernel, stride, padding)
-    return Local(gains=(math.sqrt(overlap / entries),), fan_in=entries)
-
-
-def _refuse_pooling(layer: nn.Module) -> None:
-    padded = any(_pair(getattr(layer, "padding", 0)))
-    if (
-        getattr(layer, "ceil_mode", False)
-        or getattr(layer, "divisor_override", None) is not None
-        or (padded and not getattr(layer, "count_include_pad", True))
-        or any(d != 1 for d in _pair(getattr(layer, "dilation", 1)))
-        or getattr(layer, "return_indices", False)
-    ):
+def _refuse_pooling(call: Call, *unusual: bool) -> None:
+    if any(unusual):
         raise UnsupportedLayerError(
-            f"{layer}: ceil_mode, divisor_override, dilation, return_indices and count_include_pad=False with padding"
-            " change the weights of a window and have no bound here; leave them at their defaults"
+            f"'{call.name}': ceil_mode, divisor_override, dilation, return_indices and count_include_pad=False with"
+            " padding change the weights of a window and have no bound here; leave them at their defaults"
         )
 
 
-@rule(nn.MaxPool2d)
+@rule(nn.MaxPool2d, F.max_pool2d)
 def _max_pool2d(call: Call) -> Local:
-    layer: nn.MaxPool2d = call.module  # type: ignore[assignment]
-    _refuse_pooling(layer)
-    return max_pool(call, layer.kernel_size, layer.stride, layer.padding)
+    """Each window's maximum is 1-Lipschitz in the window; an entry lies in at most m windows: √m."""
+    dilated = any(d != 1 for d in _pair(call.setting(4, "dilation", 1)))
+    _refuse_pooling(call, dilated, call.setting(5, "ceil_mode", False), call.setting(6, "return_indices", False))
+    return Local(gains=(math.sqrt(_windows(call)[1]),), exact=True)
 
 
-@rule(nn.AvgPool2d)
+@rule(nn.AvgPool2d, F.avg_pool2d)
 def _avg_pool2d(call: Call) -> Local:
-    layer: nn.AvgPool2d = call.module  # type: ignore[assignment]
-    _refuse_pooling(layer)
-    return average_pool(call, layer.kernel_size, layer.stride, layer.padding)
+    """⟨1/n, window⟩ has norm 1/√n in the window of n entries; an entry lies in at most m windows: √(m/n)."""
+    left_out = any(_pair(call.setting(3, "padding", 0))) and not call.setting(5, "count_include_pad", True)
+    weighted = call.setting(6, "divisor_override") is not None
+    _refuse_pooling(call, left_out, weighted, call.setting(4, "ceil_mode", False))
+    entries, overlap = _windows(call)
+    return Local(gains=(math.sqrt(overlap / entries),), fan_in=entries)
 
 
 @rule(torchlip.ScaledAvgPool2d, pooling.ScaledAvgPool2d)
 def _scaled_avg_pool2d(call: Call) -> Local:
     """Average pooling times k √n over disjoint windows: k."""
     layer: torchlip.ScaledAvgPool2d = call.module
-    _refuse_pooling(layer)
-    plain = average_pool(call, layer.kernel_size, layer.stride, layer.padding)
-    gain = plain.gains[0] * layer.scalingFactor * abs(layer._coefficient_lip)
-    return Local(gains=(gain,), fan_in=plain.fan_in)
+    plain = _avg_pool2d(call)
+    return replace(plain, gains=(plain.gains[0] * layer.scalingFactor * abs(layer._coefficient_lip),))
 
 
-@rule(nn.AdaptiveAvgPool2d)
+@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)
 def _adaptive_avg_pool2d(call: Call) -> Local:
     """Equal disjoint windows of n entries: 1/√n. Unequal windows are refused."""
-    return adaptive_average_pool(call)
-
-
-def adaptive_average_pool(call: Call) -> Local:
-    """Shared with the functional form."""
     (height, width), (rows, columns) = call.x.shape[-2:], call.output_shape[-2:]
     if height % rows or width % columns:
         raise UnsupportedLayerError(

@@ -80,8 +80,8 @@ def _close(first: Tensor, second: Tensor) -> bool:
 def check_faithful(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> set[str]:
     """Compare the graph with the model, outputs and gradients; returns the parameters that get a gradient.
 
-    torch.fx records what a custom `autograd.Function` does forwards and forgets its backward; a hook on the model itself
-    is not recorded either. Both show here.
+    torch.fx records what a custom `autograd.Function` does forwards and forgets its backward; a hook on the model
+    itself is not recorded either. Both show here.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with untouched(model):
@@ -93,9 +93,9 @@ def check_faithful(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> set[st
         same = same and (first is None or second is None or _close(first, second))
     if not same:
         raise UnsupportedOperationError(
-            f"the graph that torch.fx traced from {type(model).__name__} does not compute the same values and gradients as"
-            " the model: it has a custom autograd.Function, draws random numbers, or its `forward` was patched. Put that"
-            " part into a module of its own and register a rule for it (lipdp.bounds.rule)"
+            f"the graph that torch.fx traced from {type(model).__name__} does not compute the values and gradients of"
+            " the model: it has a custom autograd.Function, draws random numbers, or its `forward` was patched. Put"
+            " that code into a module of its own and register a rule for it (lipdp.bounds.rule)"
         )
     return {name for name, grad in zip(named, expected[2], strict=True) if grad is not None}
 
@@ -103,8 +103,8 @@ def check_faithful(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> set[st
 def check_samples_apart(model: nn.Module, x: Tensor) -> None:
     """Change one sample, then leave it out, and look at the others: outputs and gradients must not change at all.
 
-    A dynamic check beside the rules: it catches what hides inside a module with a (wrong) user rule. A buffer that a batch
-    leaves changed would carry its records into the next one.
+    A dynamic check beside the rules: it catches what hides inside a module with a (wrong) user rule. A buffer that a
+    batch leaves changed would carry its records into the next one.
     """
     state = {name: b.detach().clone() for name, b in model.named_buffers()}
     moved = x.clone()
@@ -122,12 +122,12 @@ def check_samples_apart(model: nn.Module, x: Tensor) -> None:
                     if not _close(first[1:], second):
                         raise MixesSamplesError(
                             f"{change} one sample changed the {what} of others by up to"
-                            f" {(first[1:] - second).abs().max().item():.3g}: {type(model).__name__} mixes the samples of a"
-                            " batch, so no per-sample bound exists"
+                            f" {(first[1:] - second).abs().max().item():.3g}: {type(model).__name__} mixes the samples"
+                            " of a batch, so no per-sample bound exists"
                         )
         for name, buffer in model.named_buffers():
             if not torch.equal(buffer, state[name]):
                 raise MixesSamplesError(
-                    f"the forward pass changes the buffer '{name}': it keeps something of the records it saw, which no noise"
+                    f"the forward pass changes the buffer '{name}': it keeps something of the records, which no noise"
                     " covers. Use a layer without running statistics"
                 )

@@ -1,4 +1,4 @@
-r"""The two sweeps: values forwards, cotangents backwards, over the traced graph of a model.
+"""The two sweeps: values forwards, cotangents backwards, over the traced graph of a model.
 
 Forward, in topological order:   X_v = min(cap, offset + Σ_j L_j X_j)      (√Σ L_j² X_j² for a concatenation)
 and, without caps and offsets,   K_v = Σ_j L_j K_j, K_input = 1            (the Lipschitz constant of v in the input)
@@ -9,10 +9,9 @@ Backward:                        G_j += L_j · min(G_v, cap)                (cot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,21 +19,23 @@ from torch import Tensor, fx, nn
 from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input, untouched
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, least, module_rule, times
-from lipdp.bounds.trace import Node, check_modules, inspect_nodes, trace
+from lipdp.bounds.trace import NodeInfo, check_modules, inspect_nodes, trace
 from lipdp.constraints import vector_norm
 from lipdp.errors import UnboundedError, UnsupportedOperationError
 from lipdp.nn.compiled import eager, original
-from lipdp.nn.sharded import is_sharded, unsharded, whole
+from lipdp.nn.sharded import full_tensor, is_sharded, unsharded
+
+N = TypeVar("N", covariant=True)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One node of the graph after a sweep: its name, what it is, X after it, and G at its output."""
+class NodeBound(Generic[N]):
+    """One operation of the model: bounds X on its output and G on the cotangent there, and its parameters."""
 
     name: str
     kind: str
-    value: Tensor
-    cotangent: Tensor
+    value: N
+    cotangent: N
     parameters: tuple[str, ...]
 
 
@@ -46,24 +47,17 @@ class Sweep:
         parameters: trainable parameter name → Δ.
         lipschitz: Lipschitz constant of the output in the input.
         output: bound on the norm of the output.
+        rows: per operation, in the order of the forward pass.
     """
 
     parameters: Mapping[str, Tensor]
     lipschitz: Tensor
     output: Tensor
-    _trail: tuple[tuple[str, str, Number, Number, tuple[str, ...]], ...]
-
-    @cached_property
-    def rows(self) -> tuple[Row, ...]:
-        """Per node, in the order of the forward pass."""
-        device = self.output.device
-        return tuple(
-            Row(name, kind, _tensor(value, device), _tensor(cotangent, device), parameters)
-            for name, kind, value, cotangent, parameters in self._trail
-        )
+    rows: tuple[NodeBound[Number], ...]
 
 
-def _tensor(number: Number, device: torch.device) -> Tensor:
+def as_tensor(number: Number, device: torch.device) -> Tensor:
+    """The number as a 0-dim float64 tensor."""
     if isinstance(number, Tensor):
         return number.to(torch.float64)
     return torch.full((), number, dtype=torch.float64, device=device)
@@ -91,7 +85,7 @@ class Step:
     Attributes:
         index: of its value among the values of a sweep.
         sources: indices of its tensor inputs, with repetitions (x + x has two).
-        facts: what these inputs are.
+        source_info: what these inputs are.
         args, kwargs: its arguments, tensors replaced by slots.
     """
 
@@ -101,15 +95,31 @@ class Step:
     module: nn.Module | None
     rule: Rule
     sources: tuple[int, ...]
-    facts: tuple[Node, ...]
+    source_info: tuple[NodeInfo, ...]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output_shape: tuple[int, ...]
 
+    def combine(self, local: Local, norms: Sequence[Number]) -> Number:
+        """The norm at the output for these norms at the inputs, offsets aside: Σ L_j N_j, or √Σ (L_j N_j)²."""
+        if len(local.gains) != len(norms):
+            raise UnsupportedOperationError(
+                f"the rule of '{self.name}' ({self.kind}) gives {len(local.gains)} gains for {len(norms)} tensor"
+                " inputs; one each"
+            )
+        terms = [times(gain, norm) for gain, norm in zip(local.gains, norms, strict=True)]
+        return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)
+
 
 @dataclass(frozen=True)
-class _Forward:
-    """What the forward sweep leaves for the backward one, by index of the node."""
+class ForwardSweep:
+    """The forward sweep: what the backward one starts from.
+
+    Attributes:
+        rounding: slack of the forward pass's dtype.
+        values, lipschitz: X and K of every node, by index.
+        calls: per step the call, its rule's answer, and the slack for rounding.
+    """
 
     rounding: Rounding
     values: list[Number]
@@ -127,8 +137,8 @@ class BoundGraph:
         input_shape: of one sample.
         dtype: what the forward pass computes in; the model's own dtype by default, `torch.bfloat16` for autocast.
         input_bound: a public bound on the input norm, for a model without `InputBound`.
-        gated: whether gates inside the model bound the cotangents. They do for one sample of full weight; where a unit is
-            several samples of weights w_i, a gate lets c through for each, not w_i c, and the bound must do without it.
+        gated: whether gates inside the model bound the cotangents. They do for one sample of full weight; where a unit
+            is several samples of weights w_i, a gate lets c through for each, not w_i c, and the bound must not use it.
 
     Raises:
         UnsupportedOperationError, UnsupportedLayerError: an operation without a sound rule.
@@ -158,29 +168,30 @@ class BoundGraph:
     # -- construction --------------------------------------------------------------------------------------------------
 
     def _trace(self, model: nn.Module) -> None:
-        plain = unsharded(model)
-        check_modules(plain)
-        self.module, other = trace(plain)
+        gathered = unsharded(model)
+        check_modules(gathered)
+        self.module, other = trace(gathered)
         self._by_mode = {model.training: self.module, not model.training: other}
-        x = probe_input(plain, self.input_shape)
-        with untouched(plain):
-            self._facts = inspect_nodes(self.module, x)
-        self._output = self._find_output()
+        x = probe_input(gathered, self.input_shape)
+        with untouched(gathered):
+            self._info = inspect_nodes(self.module, x)
+        output = self._find_output()
         self._modules = dict(self.module.named_modules())
-        tensors = [n for n, fact in self._facts.items() if fact.kind != "plain"]
+        tensors = [n for n, info in self._info.items() if info.kind != "plain"]
         self.index = {node: i for i, node in enumerate(tensors)}
-        self.constants = [n for n in tensors if self._facts[n].kind == "constant"]
-        self.steps = [self._step(n) for n in tensors if self._facts[n].kind != "constant" and n.op != "placeholder"]
+        self.output_index, self.num_outputs = self.index[output], math.prod(self._info[output].shape)
+        self.constants = [n for n in tensors if self._info[n].kind == "constant"]
+        self.steps = [self._step(n) for n in tensors if self._info[n].kind != "constant" and n.op != "placeholder"]
         self.sweep(1.0)  # every rule once: what they refuse is refused here
-        check_samples_apart(plain, x)
-        self._check_coverage(check_faithful(plain, self.module, x))
-        if plain is not model:  # let go of the gathered parameters
-            for parameter in plain.parameters():
+        check_samples_apart(gathered, x)
+        self._check_coverage(check_faithful(gathered, self.module, x))
+        if gathered is not model:  # free the gathered parameters
+            for parameter in gathered.parameters():
                 parameter.data = parameter.data.new_empty(0)
 
     def _find_output(self) -> fx.Node:
         outputs = [n.args[0] for n in self.module.graph.nodes if n.op == "output"]
-        if len(outputs) != 1 or not isinstance(outputs[0], fx.Node) or self._facts[outputs[0]].kind != "sample":
+        if len(outputs) != 1 or not isinstance(outputs[0], fx.Node) or self._info[outputs[0]].kind != "sample":
             raise UnsupportedOperationError(
                 "the model must return one tensor that depends on its input, the logits (N, C)"
             )
@@ -190,19 +201,18 @@ class BoundGraph:
         sources: list[fx.Node] = []
 
         def slot(argument: fx.Node) -> Any:
-            fact = self._facts[argument]
-            if fact.kind == "plain":
-                return argument if fact.value is None else fact.value
+            info = self._info[argument]
+            if info.kind == "plain":
+                return argument if info.value is None else info.value
             sources.append(argument)
             return _Slot(len(sources) - 1)
 
         args, kwargs = fx.map_arg(node.args, slot), fx.map_arg(node.kwargs, slot)
         if node.op == "call_module":
-            path, plain = str(node.target), self._modules[str(node.target)]
-            prefix: str = self.module.meta["prefix"]
-            name = path[len(prefix) :] or type(plain).__name__
-            rule, kind = module_rule(name, plain), type(plain).__name__
-            module = self._own(path, plain)
+            path, traced = str(node.target), self._modules[str(node.target)]
+            name = path[len(self._prefix) :] or type(traced).__name__
+            rule, kind = module_rule(name, traced), type(traced).__name__
+            module = self._own(path, traced)
         else:
             name, module, rule = node.name, None, function_rule(node.name, node.target)
             kind = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
@@ -213,18 +223,20 @@ class BoundGraph:
             module=module,
             rule=rule,
             sources=tuple(self.index[s] for s in sources),
-            facts=tuple(self._facts[s] for s in sources),
+            source_info=tuple(self._info[s] for s in sources),
             args=args,
             kwargs=kwargs,
-            output_shape=self._facts[node].shape,
+            output_shape=self._info[node].shape,
         )
 
-    def _own(self, path: str, plain: nn.Module) -> nn.Module:
-        """The model's own module that the traced one stands for; they are two where parameters are spread."""
-        if not is_sharded(self.model):
-            return plain
-        prefix: str = self.module.meta["prefix"]
-        return self.model.get_submodule(path[len(prefix) :])
+    @property
+    def _prefix(self) -> str:
+        """What the names of the traced modules have in front of the model's own."""
+        return str(self.module.meta["prefix"])
+
+    def _own(self, path: str, traced: nn.Module) -> nn.Module:
+        """The model's own module that the traced one stands for; they are two where parameters are sharded."""
+        return self.model.get_submodule(path[len(self._prefix) :]) if is_sharded(self.model) else traced
 
     def _check_coverage(self, trained: set[str]) -> None:
         """Every parameter that gets a gradient must be met by a rule."""
@@ -234,8 +246,8 @@ class BoundGraph:
             met |= {names.get(id(p)) for p in step.module.parameters()} if step.module is not None else set()
         if trained - met:
             raise UnboundedError(
-                f"{', '.join(sorted(trained - met))}: the forward pass uses the parameter where torch.fx does not see it;"
-                " use it as an attribute of its module (self.weight)"
+                f"{', '.join(sorted(trained - met))}: the forward pass uses the parameter where torch.fx does not see"
+                " it; use it as an attribute of its module (self.weight)"
             )
 
     def forward_pass(self, x: Tensor) -> Tensor:
@@ -245,11 +257,6 @@ class BoundGraph:
         return self._by_mode[self.model.training].forward(x)
 
     # -- the model as it is now ----------------------------------------------------------------------------------------
-
-    @property
-    def num_outputs(self) -> int:
-        """Entries of one sample's output: the number of logits."""
-        return math.prod(self._facts[self._output].shape)
 
     @property
     def device(self) -> torch.device:
@@ -268,11 +275,10 @@ class BoundGraph:
 
     def _attribute(self, node: fx.Node) -> Tensor:
         """The tensor as the model holds it now (the traced module keeps its own reference)."""
-        prefix: str = self.module.meta["prefix"]
-        for root, path in ((self.model, str(node.target)[len(prefix) :]), (self.module, str(node.target))):
+        for root, path in ((self.model, str(node.target)[len(self._prefix) :]), (self.module, str(node.target))):
             value: Any = root
-            for part in path.split("."):
-                value = getattr(value, part, None)
+            for name in path.split("."):
+                value = getattr(value, name, None)
             if isinstance(value, Tensor):
                 return value
         raise UnsupportedOperationError(f"the model has lost its tensor '{node.target}' since it was traced")
@@ -280,19 +286,20 @@ class BoundGraph:
     def _constant(self, node: fx.Node) -> Tensor:
         """The value of a node that does not depend on the sample."""
         if node.op == "get_attr":
-            return whole(self._attribute(node))
+            return full_tensor(self._attribute(node))
 
         def load(argument: fx.Node) -> Any:
-            fact = self._facts[argument]
-            return self._constant(argument).detach() if fact.kind == "constant" else fact.value
+            info = self._info[argument]
+            return self._constant(argument).detach() if info.kind == "constant" else info.value
 
         path = str(node.target)
         module = unsharded(self._own(path, self._modules[path])) if node.op == "call_module" else None
-        sources = [self._constant(s) for s in node.all_input_nodes if self._facts[s].kind == "constant"]
+        sources = [self._constant(s) for s in node.all_input_nodes if self._info[s].kind == "constant"]
         if any(t.requires_grad for t in (*sources, *(module.parameters() if module is not None else ()))):
             raise UnsupportedOperationError(
-                f"node '{node.name}' computes with trainable parameters before they meet the input; no rule bounds their"
-                " gradients through that. Store the result as the parameter, or register a rule for the module around it"
+                f"node '{node.name}' computes with trainable parameters before they meet the input; no rule bounds"
+                " their gradients through that. Store the result as the parameter, or register a rule for the module"
+                " around it"
             )
         args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
         if node.op == "call_method":
@@ -300,9 +307,11 @@ class BoundGraph:
         target: Any = module or node.target
         return target(*args, **kwargs)
 
-    # -- forward -------------------------------------------------------------------------------------------------------
+    # -- the sweeps ----------------------------------------------------------------------------------------------------
 
-    def _forward(self) -> _Forward:
+    @torch.no_grad()
+    def forward_sweep(self) -> ForwardSweep:
+        """Bounds on the values of every node and their Lipschitz constants, at the weights as they are."""
         rounding = Rounding(self.dtype, self.device)
         values: list[Number] = [self.input_bound] * len(self.index)
         lipschitz: list[Number] = [1.0] * len(self.index)
@@ -314,31 +323,27 @@ class BoundGraph:
         calls: list[tuple[Step, Call, Local, float]] = []
         for step in self.steps:
             inputs = tuple(
-                Input(fact.shape, values[i], constants.get(i), fact.kind == "parts")
-                for i, fact in zip(step.sources, step.facts, strict=True)
+                Input(info.shape, values[i], constants.get(i), info.kind == "tuple")
+                for i, info in zip(step.sources, step.source_info, strict=True)
             )
             args, kwargs = _fill(step.args, inputs), _fill(step.kwargs, inputs)
             module = None if step.module is None else unsharded(step.module)  # gathered for this rule alone
             call = Call(step.name, module, inputs, step.output_shape, args, kwargs, rounding.dtype)
             local = step.rule(call)
             slack = 1.0 if local.exact else rounding.slack(local.fan_in)
-            norms = _combine(step, local, [values[i] for i in step.sources])
+            norms = step.combine(local, [values[i] for i in step.sources])
             values[step.index] = times(least(norms + local.offset, local.value_cap), slack)
-            lipschitz[step.index] = times(_combine(step, local, [lipschitz[i] for i in step.sources]), slack)
+            lipschitz[step.index] = times(step.combine(local, [lipschitz[i] for i in step.sources]), slack)
             calls.append((step, call if module is step.module else replace(call, module=step.module), local, slack))
-        return _Forward(rounding, values, lipschitz, calls)
+        return ForwardSweep(rounding, values, lipschitz, calls)
 
-    # -- the public sweeps ---------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def lipschitz(self) -> Tensor:
         """The network's Lipschitz constant in its input, as a float64 tensor."""
-        return _tensor(self._forward().lipschitz[self.index[self._output]], self.device)
+        return as_tensor(self.forward_sweep().lipschitz[self.output_index], self.device)
 
-    @torch.no_grad()
     def output_bound(self) -> Tensor:
         """A bound on the norm of the output, as a float64 tensor."""
-        return _tensor(self._forward().values[self.index[self._output]], self.device)
+        return as_tensor(self.forward_sweep().values[self.output_index], self.device)
 
     @torch.no_grad()
     def sweep(self, loss_constant: Number | Callable[[Tensor], Number]) -> Sweep:
@@ -347,14 +352,14 @@ class BoundGraph:
         Args:
             loss_constant: a number, or a function of the output bound (squared error).
         """
-        device, forward, end = self.device, self._forward(), self.index[self._output]
-        output = _tensor(forward.values[end], device)
+        device, forward, end = self.device, self.forward_sweep(), self.output_index
+        output = as_tensor(forward.values[end], device)
         cotangents: list[Number] = [0.0] * len(self.index)
         start = loss_constant(output) if callable(loss_constant) else loss_constant
         cotangents[end] = times(start, forward.rounding.cast)
         names = self._names()
         deltas: dict[str, Number] = dict.fromkeys(names.values(), 0.0)
-        trail: list[tuple[str, str, Number, Number, tuple[str, ...]]] = []
+        rows: list[NodeBound[Number]] = []
         for step, _, local, slack in reversed(forward.calls):
             g = cotangents[step.index]
             inner = times(least(g, local.cotangent_cap if self.gated else math.inf), slack)
@@ -363,24 +368,14 @@ class BoundGraph:
             own = _module_parameters(step, local, names)
             for key, name in own.items():
                 deltas[name] = deltas[name] + times(local.parameters[key], inner)
-            trail.append((step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
+            rows.append(NodeBound(step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
         for node in self.constants:
             own_name = names.get(id(self._attribute(node))) if node.op == "get_attr" else None
             if own_name is not None:
                 deltas[own_name] = deltas[own_name] + cotangents[self.index[node]]
-        lipschitz = _tensor(forward.lipschitz[end], device)
-        bounds = {name: _tensor(delta, device) for name, delta in deltas.items()}
-        return Sweep(bounds, lipschitz, output, tuple(reversed(trail)))
-
-
-def _combine(step: Step, local: Local, norms: list[Number]) -> Number:
-    """Σ L_j N_j, or √Σ (L_j N_j)²."""
-    if len(local.gains) != len(norms):
-        raise UnsupportedOperationError(
-            f"the rule of '{step.name}' ({step.kind}) gives {len(local.gains)} gains for {len(norms)} tensor inputs; one each"
-        )
-    terms = [times(gain, norm) for gain, norm in zip(local.gains, norms, strict=True)]
-    return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)
+        lipschitz = as_tensor(forward.lipschitz[end], device)
+        bounds = {name: as_tensor(delta, device) for name, delta in deltas.items()}
+        return Sweep(bounds, lipschitz, output, tuple(reversed(rows)))
 
 
 def _module_parameters(step: Step, local: Local, trainable: Mapping[int, str]) -> dict[str, str]:

@@ -10,9 +10,9 @@ _TF32_EPS = 2.0**-10
 class Rounding:
     """Relative slack of an operation computed in `dtype` on `device`.
 
-    An accumulation of n terms in float32 (or float64) has a relative error of at most n ε, and the bound allows 8 n ε: the
-    backward pass rounds as well. Where a product is computed from less precise numbers (bfloat16 under autocast, TF32 on
-    a GPU that is allowed to use it, bfloat16 for `set_float32_matmul_precision("medium")`), 4 ε of that format is added.
+    A sum of n terms in float32 (or float64) has a relative error of at most n ε, and the bound allows 8 n ε: the
+    backward pass rounds as well. Where products are of less precise numbers (bfloat16 under autocast, TF32 on a GPU
+    that is allowed to use it, bfloat16 for `set_float32_matmul_precision("medium")`), 4 ε of that format is added.
 
     Args:
         dtype: of the forward pass.

@@ -1,4 +1,4 @@
-r"""The registry: one rule per operation, each a function from a `Call` to the `Local` bounds of that operation.
+"""The registry: one rule per operation, each a function from a `Call` to the `Local` bounds of that operation.
 
 A rule states, for y = f(x₁, …, x_k; θ) on ONE sample and Euclidean norms:
     gains       L_j with ‖∂f/∂x_j‖₂ ≤ L_j      so cotangents obey  G_j = L_j · G
@@ -84,13 +84,13 @@ class Input:
         shape: of one sample (no batch axis); for a constant, its own shape.
         value: X, a bound on its norm.
         constant: the tensor itself where it does not depend on the sample (a parameter, a buffer), else None.
-        parts: a tuple of tensors (the result of `chunk`); `shape` then counts all their entries.
+        is_tuple: a tuple of tensors (the result of `chunk`); `shape` then counts all their entries.
     """
 
     shape: tuple[int, ...]
     value: Number
     constant: Tensor | None = None
-    parts: bool = False
+    is_tuple: bool = False
 
     @property
     def numel(self) -> int:
@@ -106,8 +106,8 @@ class Call:
         module: the module called, or None for a function or method.
         inputs: the tensor inputs.
         output_shape: of one sample.
-        args, kwargs: the call's arguments; every tensor is replaced by its `Input`, every number computed from shapes by
-            its value, unless it depends on the batch size.
+        args, kwargs: the call's arguments; every tensor is replaced by its `Input`, every number computed from shapes
+            by its value, unless it depends on the batch size.
         dtype: what the forward pass computes in (float32, float64, or bfloat16 under autocast).
     """
 
@@ -128,6 +128,10 @@ class Call:
         """An argument given by position or by name."""
         return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
+    def setting(self, position: int, name: str, default: Any = None) -> Any:
+        """The module's attribute of that name; where a function is called, its `argument`."""
+        return self.argument(position, name, default) if self.module is None else getattr(self.module, name)
+
     def used(self, weight: Tensor) -> Tensor:
         """The weight as the forward pass uses it: rounded to the autocast dtype."""
         weight = weight.detach()
@@ -139,7 +143,8 @@ def own_axes(call: Call, source: Input, dims: Sequence[int]) -> list[int]:
     ndim = len(source.shape) + 1
     if not all(isinstance(d, int) and -ndim <= d < ndim for d in dims):
         raise UnsupportedOperationError(
-            f"'{call.name}' works on the axes {tuple(dims)} of a {ndim}-D tensor; name axes of one sample, 1 to {ndim - 1}"
+            f"'{call.name}' works on the axes {tuple(dims)} of a {ndim}-D tensor; name axes of one sample, 1 to"
+            f" {ndim - 1}"
         )
     axes = [d % ndim for d in dims]
     if 0 in axes:

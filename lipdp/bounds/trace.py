@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,13 +40,14 @@ def check_modules(model: nn.Module) -> None:
         name = f"'{path or 'the model'}' ({type(module).__name__})"
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, torchlip.BatchLipNorm)):
             raise MixesSamplesError(
-                f"{name} uses or keeps statistics of the batch: one record changes the outputs of others, so no per-sample"
-                " bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the first trainable layer"
+                f"{name} uses or keeps statistics of the batch: one record changes the outputs of others, so no"
+                " per-sample bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the first trainable"
+                " layer"
             )
         if original(module) is not module:
             raise UnsupportedLayerError(
-                f"{name} was made by torch.compile within the model: compile the whole model, torch.compile(model), or the"
-                " part in place, part.compile()"
+                f"{name} was made by torch.compile within the model: compile the whole model, torch.compile(model), or"
+                " the submodule in place, submodule.compile()"
             )
         if parametrize.is_parametrized(module):
             raise UnsupportedLayerError(
@@ -62,13 +64,14 @@ def check_modules(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             raise UnsupportedLayerError(
-                f"the parameter '{path}' is {parameter.dtype}, so its gradient is summed over the batch in that precision,"
-                " where one record moves the rounded sum by more than its own gradient. Keep parameters in float32 and run"
-                " the forward pass under torch.autocast (forward_dtype=torch.bfloat16)"
+                f"the parameter '{path}' is {parameter.dtype}, so its gradient is summed over the batch in that"
+                " precision, where one record moves the rounded sum by more than its own gradient. Keep parameters in"
+                " float32 and run the forward pass under torch.autocast (forward_dtype=torch.bfloat16)"
             )
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedLayerError(
-                f"the parameter '{path}' carries gradient hooks, which can scale its gradient beyond the bound; remove them"
+                f"the parameter '{path}' carries gradient hooks, which can scale its gradient beyond the bound; remove"
+                " them"
             )
 
 
@@ -86,8 +89,8 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
         other = _trace(root)
     if _script(traced.graph) != _script(other.graph):
         raise UnsupportedOperationError(
-            f"the forward of {type(model).__name__} does something else in training than in evaluation mode, so that a bound"
-            " of one would be no bound of the other. Move that part into a module and register a rule that covers both"
+            f"the forward of {type(model).__name__} does something else in training than in evaluation mode, so that a"
+            " bound of one would be no bound of the other. Move that code into a module and register a rule for both"
         )
     traced.meta["prefix"] = "" if root is model else "0."
     return traced, other
@@ -101,8 +104,8 @@ def _trace(root: nn.Module) -> fx.GraphModule:
         raise
     except Exception as error:  # torch.fx raises whatever the traced code raises
         raise UnsupportedOperationError(
-            f"torch.fx cannot trace {type(root).__name__}: {error}. Avoid Python branches on tensor values, or register a"
-            " rule for the submodule that contains them (lipdp.bounds.rule)"
+            f"torch.fx cannot trace {type(root).__name__}: {error}. Avoid Python branches on tensor values, or register"
+            " a rule for the submodule that contains them (lipdp.bounds.rule)"
         ) from error
     finally:  # the tracer leaves the constants it met on the model
         for name in set(vars(root)) - attributes:
@@ -132,16 +135,16 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Node:
+class NodeInfo:
     """What a run showed of one node.
 
     Attributes:
         kind: a tensor with one entry a sample, a tuple of such tensors, a tensor without samples, or a plain value.
-        shape: of one sample (of the whole tensor for a constant; all parts together for a tuple).
+        shape: of one sample (of the tensor itself for a constant; of all entries together for a tuple).
         value: the plain value; `None` where it depends on the batch size.
     """
 
-    kind: Literal["sample", "parts", "constant", "plain"]
+    kind: Literal["sample", "tuple", "constant", "plain"]
     shape: tuple[int, ...] = ()
     value: Any = None
 
@@ -158,8 +161,8 @@ class _Recorder(fx.Interpreter):
         for source in n.all_input_nodes:
             if _version(self.env[source]) != self._versions[source]:
                 raise UnsupportedOperationError(
-                    f"node '{n.name}' reads '{source.name}' after it was overwritten in place, so that its bound is not the"
-                    " one computed; use the out-of-place form (x = x + y, inplace=False)"
+                    f"node '{n.name}' reads '{source.name}' after it was overwritten in place, so that its bound is not"
+                    " the one computed; use the out-of-place form (x = x + y, inplace=False)"
                 )
         result = super().run_node(n)
         for source in n.all_input_nodes:
@@ -172,37 +175,37 @@ class _Recorder(fx.Interpreter):
 def _version(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value._version
-    return [v._version for v in value] if _is_parts(value) else None
+    return [v._version for v in value] if _is_tuple(value) else None
 
 
-def _is_parts(value: Any) -> bool:
+def _is_tuple(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, Tensor) for v in value)
 
 
 @torch.no_grad()
-def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Node]:
+def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
     """Run the graph on the batch and on its first sample, and say what every node is.
 
     Raises:
         MixesSamplesError: a tensor whose first axis is not the batch, or whose other axes depend on its size.
     """
     many, one = _run(graph, x), _run(graph, x[:1])
-    nodes: dict[fx.Node, Node] = {}
+    nodes: dict[fx.Node, NodeInfo] = {}
     for node in graph.graph.nodes:
         if node.op == "output":
             continue
         pair = many[node], one[node]
         sources = [nodes[s].kind for s in node.all_input_nodes]
-        from_sample = node.op == "placeholder" or "sample" in sources or "parts" in sources
+        from_sample = node.op == "placeholder" or "sample" in sources or "tuple" in sources
         if isinstance(pair[0], Tensor):
             nodes[node] = _sample_node(node, pair, len(x)) if from_sample else _constant_node(node, pair)
-        elif _is_parts(pair[0]):
-            parts = [_sample_node(node, p, len(x)) for p in zip(*pair, strict=True)]
-            nodes[node] = Node("parts", (sum(torch.Size(p.shape).numel() for p in parts),))
+        elif _is_tuple(pair[0]):
+            items = [_sample_node(node, p, len(x)) for p in zip(*pair, strict=True)]
+            nodes[node] = NodeInfo("tuple", (sum(math.prod(item.shape) for item in items),))
         else:
             _check_query(node, from_sample)
             same = type(pair[0]) is type(pair[1]) and pair[0] == pair[1]
-            nodes[node] = Node("plain", value=pair[0] if same else None)
+            nodes[node] = NodeInfo("plain", value=pair[0] if same else None)
     return nodes
 
 
@@ -219,27 +222,29 @@ def _run(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Any]:
     return recorder.env
 
 
-def _sample_node(node: fx.Node, pair: tuple[Tensor, Tensor], count: int) -> Node:
+def _sample_node(node: fx.Node, pair: tuple[Tensor, Tensor], count: int) -> NodeInfo:
     many, one = (tuple(t.shape) for t in pair)
     for shape, size in ((many, count), (one, 1)):
         if not shape or shape[0] != size:
             raise MixesSamplesError(
-                f"node '{node.name}' turns a batch of {size} samples into a tensor of shape {shape}: the first axis must"
-                " stay the batch, one entry a sample"
+                f"node '{node.name}' turns a batch of {size} samples into a tensor of shape {shape}: the first axis"
+                " must stay the batch, one entry a sample"
             )
     if many[1:] != one[1:]:
         raise MixesSamplesError(
-            f"the shape of node '{node.name}' depends on the batch size: {many[1:]} for {count} samples, {one[1:]} for one"
+            f"the shape of node '{node.name}' depends on the batch size: {many[1:]} for {count} samples, {one[1:]} for"
+            " one"
         )
-    return Node("sample", many[1:])
+    return NodeInfo("sample", many[1:])
 
 
-def _constant_node(node: fx.Node, pair: tuple[Tensor, Tensor]) -> Node:
+def _constant_node(node: fx.Node, pair: tuple[Tensor, Tensor]) -> NodeInfo:
     if pair[0].shape != pair[1].shape or not torch.equal(pair[0], pair[1]):
         raise UnsupportedOperationError(
-            f"node '{node.name}' makes a tensor that is random or depends on the batch size; only constants have a bound"
+            f"node '{node.name}' makes a tensor that is random or depends on the batch size; only constants have a"
+            " bound"
         )
-    return Node("constant", tuple(pair[0].shape))
+    return NodeInfo("constant", tuple(pair[0].shape))
 
 
 def _check_query(node: fx.Node, from_sample: bool) -> None:

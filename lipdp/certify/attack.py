@@ -1,8 +1,8 @@
-r"""L2 projected gradient descent on the whole pipeline, by foolbox: what must never succeed inside a certified radius.
+"""L2 projected gradient descent on the whole pipeline, by foolbox: what must never succeed inside a certified radius.
 
-Every sample is attacked in its own ball. foolbox sees the perturbation in units of that ball's radius, so that one step size
-fits all radii, and logits in units of the sample's margin, so that the cross-entropy neither saturates (a plain network's
-large logits) nor is flat (a network with a small constant).
+Every sample is attacked in its own ball. foolbox sees the perturbation in units of that ball's radius, so that one step
+size fits all radii, and logits in units of the sample's margin, so that the cross-entropy neither saturates (a plain
+network's large logits) nor is flat (a network with a small constant).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class AttackResult:
 
     Attributes:
         broken: (N,) bool, whether some input within the radius is given another label than the true one.
-        distances: (N,) float64, how far the perturbed input found is (0 for samples that were wrong before), ∞ where none was.
+        distances: (N,) float64, how far the perturbed input found is; 0 for samples that were wrong before, ∞ where
+            none was found.
     """
 
     broken: Tensor
@@ -132,7 +133,7 @@ def _attack(
     restarts: int,
     step_size: float,
 ) -> tuple[Tensor, Tensor]:
-    """All restarts on one batch; `make` builds the balls of the samples at some indices. A broken sample is left alone."""
+    """All restarts on one batch; `make` builds the balls of the samples at some indices. A broken one is left alone."""
     import foolbox
 
     with torch.no_grad():
@@ -159,7 +160,7 @@ def _attack(
 
 
 def _attacker() -> Any:
-    """foolbox's L2 PGD; where the pipeline begins with a clip, the perturbed input is kept in its box, where it counts."""
+    """foolbox's L2 PGD; where the pipeline begins with a clip, the perturbed input is kept in its box."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # foolbox imports a deprecated name of scipy

@@ -1,4 +1,4 @@
-"""Certified robustness: L2 radii per sample, certified accuracy and AUROC, and the attack that has to fail inside them."""
+"""Certified robustness: L2 radii per sample, certified accuracy and AUROC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipdp.bounds.trace import mode
 from lipdp.certify.inputs import InputMap, apply_maps, moduli_of_maps
-from lipdp.certify.moduli import Confined, Lipschitz, Modulus, pull, push
+from lipdp.certify.moduli import Confined, Lipschitz, Modulus, pull, push, sample_norms
 from lipdp.certify.network import Head, Network, Stretch
 from lipdp.errors import DataError, NonFiniteError, ParameterError
 
@@ -37,10 +37,10 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Certificate:
-    r"""What is certified of each sample, in units of the raw input.
+    """What is certified of each sample, in units of the raw input.
 
-    Guarantee: for every x' with ‖x' − x_i‖₂ ≤ radii[i], the model as computed (rounding included) gives x' the label of x_i,
-    deterministically and with certainty; nothing is sampled.
+    Guarantee: for every x' with ‖x' − x_i‖₂ ≤ radii[i], the model as computed (rounding included) gives x' the label of
+    x_i, deterministically and with certainty; nothing is sampled.
 
     Attributes:
         radii: (N,) float64, 0 where the prediction is wrong or nothing is certified.
@@ -67,12 +67,12 @@ class Certificate:
         return float((self.correct & (self.radii >= _non_negative(radius))).double().mean())
 
     def auroc(self, radius: float = 0.0) -> float:
-        r"""Certified area under the ROC curve, for two classes: every score may move as far as it can, in the wrong direction.
+        """Certified area under the ROC curve, for two classes: every score moves the wrong way as far as it can.
 
-        The score s (the single logit, or z_1 − z_0) of a record that moves by r at most moves by Δ_i = ‖w‖ ω_i(r) at most, and
-        2e more by rounding. A positive and a negative record are in the right order for sure if s_p − Δ_p > s_n + Δ_n, and at
-        worst tied where both are equal. So the AUROC of the scores s ∓ Δ is a lower bound of every AUROC that an adversary
-        who moves each record by at most r can leave.
+        The score s (the single logit, or z₁ − z₀) of a record that moves by r at most moves by Δ_i = ‖w‖ ω_i(r) at
+        most, and 2e more by rounding. A positive and a negative record are in the right order for sure if
+        s_p − Δ_p > s_n + Δ_n, and at worst tied where both are equal. So the AUROC of the scores s ∓ Δ is a lower bound
+        of every AUROC that an adversary who moves each record by at most r can leave.
 
         Raises:
             DataError: more than two classes, or labels of one class only.
@@ -108,13 +108,13 @@ def certify(
     convolution: str = "fourier",
     batch_size: int = 1024,
 ) -> Certificate:
-    r"""Certified L2 radius of every sample, from certified constants of the network as it is.
+    """Certified L2 radius of every sample, from certified constants of the network as it is.
 
-    The margin :math:`z_y - z_j`, less twice its rounding error e, is spent on the last layer's input: that may move by
-    :math:`\rho = \min_j (z_y - z_j - 2e_{yj}) / \|w_y - w_j\|` before the class changes. (A single logit: |z| and ‖w‖.) A move in
-    front of a K-Lipschitz stretch of the network may be ρ/K; in front of a clip, and of a normalisation of the inputs,
-    what the exact modulus at the sample allows (`moduli.Projection`, `moduli.GroupNormalisation`), which for samples
-    outside the clip's ball is more than ρ. So back to the raw input.
+    The margin z_y − z_j, less twice its rounding error e, is spent on the last layer's input: that may move by
+    ρ = min_j (z_y − z_j − 2e_yj) / ‖w_y − w_j‖ before the class changes. (A single logit: |z| and ‖w‖.) A move in front
+    of a K-Lipschitz stretch of the network may be ρ/K; in front of a clip, and of a normalisation of the inputs, what
+    the exact modulus at the sample allows (`moduli.Projection`, `moduli.GroupNormalisation`), which for samples outside
+    the clip's ball is more than ρ. So back to the raw input.
 
     Args:
         model: any module torch.fx can trace, trained in any way; evaluated in evaluation mode and left as it was.
@@ -125,7 +125,7 @@ def certify(
         batch_size: of the forward passes.
 
     Raises:
-        UnboundedError, UnsupportedOperationError, UnsupportedLayerError, MixesSamplesError: no certified constant exists, and why.
+        UnboundedError, UnsupportedOperationError, UnsupportedLayerError, MixesSamplesError: no certified constant.
         DataError, NonFiniteError, ParameterError: inputs or labels that are none.
 
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), torch.nn.Linear(2, 2, bias=False))
@@ -144,12 +144,12 @@ def certify(
         stretches, head = network.analyse()
         if not bool(head.pair_errors.isfinite().all()):  # nothing bounds the values: bound the inputs instead
             inputs = (apply_maps(maps, batch, network.dtype) for batch in x.split(batch_size))
-            network.input_bound = 2 * max(float(_norms(batch).max()) for batch in inputs)
+            network.input_bound = 2 * max(float(sample_norms(batch).max()) for batch in inputs)
             stretches, head = network.analyse()
         batches = zip(x.split(batch_size), labels.split(batch_size), strict=True)
         pieces = [_piece(network, stretches, head, maps, *batch) for batch in batches]
         lipschitz = float(network.lipschitz())
-    verdicts = [_verdict(piece, part, head) for piece, part in zip(pieces, labels.split(batch_size), strict=True)]
+    verdicts = [_verdict(piece, own, head) for piece, own in zip(pieces, labels.split(batch_size), strict=True)]
     return Certificate(
         radii=torch.cat([radii for _, radii in verdicts]),
         correct=torch.cat([correct for correct, _ in verdicts]),
@@ -177,7 +177,7 @@ def _piece(
         raise NonFiniteError("the model's outputs are not finite")
     chain = moduli_of_maps(maps, raw, network.dtype)
     if network.input_bound < math.inf:
-        chain.append(Confined(network.input_bound * _DOWNWARDS - _norms(inputs)))
+        chain.append(Confined(network.input_bound * _DOWNWARDS - sample_norms(inputs)))
     return _Piece(logits.cpu(), (*chain, *network.moduli(stretches, norms), Lipschitz(head.constant)))
 
 
@@ -196,10 +196,6 @@ def _verdict(piece: _Piece, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]
     left = margins - 2 * errors
     budget = torch.where(norms > 0, left / norms, torch.where(left > 0, torch.inf, 0.0)).amin(1)
     return correct, torch.where(correct, pull(piece.chain, budget) * _DOWNWARDS, 0.0)
-
-
-def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.double().flatten(1), dim=1).cpu()
 
 
 def _non_negative(radius: float) -> float:

@@ -8,12 +8,18 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipdp.bounds.rules import Call, Local, Rule, least
-from lipdp.nn.constrained import Constrained
+from lipdp.bounds import Call, Local, Rule, least
 from lipdp.nn.conv import SpectralConv2d
+from lipdp.nn.linear import SpectralLinear
 
 _BLOCK = 1 << 22  # complex numbers transformed at a time
 _FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, SpectralConv2d.forward)
+
+
+def scale_of(layer: nn.Module) -> float:
+    """What the forward pass multiplies the weight by: α in the layers of `lipdp.nn`, 1 where it is torch's."""
+    scaled = type(layer).forward in (SpectralLinear.forward, SpectralConv2d.forward)
+    return float(layer.scale) if scaled else 1.0  # type: ignore[arg-type]
 
 
 def is_convolution(module: nn.Module | None) -> bool:
@@ -22,19 +28,19 @@ def is_convolution(module: nn.Module | None) -> bool:
 
 
 def fourier_norm(kernel: Tensor, grid: tuple[int, ...]) -> float:
-    r"""The norm of the circular convolution with a kernel on a periodic grid, :math:`\max_\omega \|\hat K(\omega)\|_2`.
+    """The norm of the circular convolution with a kernel on a periodic grid, max_ω ‖K̂(ω)‖₂.
 
-    The Fourier transform, an isometry up to a factor, turns the convolution into one matrix (out, in) a frequency. With
-    :math:`\hat K(\omega) = \sum_t K_t e^{-i\langle\omega,t\rangle}` summed over the kernel's entries, whichever way it wraps. A
-    real kernel has :math:`\hat K(-\omega)` conjugate to :math:`\hat K(\omega)`, so half of the frequencies are enough.
+    The Fourier transform, an isometry up to a factor, turns the convolution into one matrix (out, in) a frequency:
+    K̂(ω) = Σ_t K_t e^(−i⟨ω,t⟩), summed over the kernel's entries, whichever way it wraps. A real kernel has K̂(−ω)
+    conjugate to K̂(ω), so half of the frequencies are enough.
 
     Args:
         kernel: (out, in, *sizes), real.
         grid: number of points per axis.
 
     Returns:
-        The norm, rounded upwards. In float64 each entry of a transform is off by 40 ε Σ_t |K_t| at most, the eigenvalues by a
-        multiple of ε relative to the largest; the slack (64 + 8 n) ε ‖K‖_F for n entries covers both.
+        The norm, rounded upwards. In float64 each entry of a transform is off by 40 ε Σ_t |K_t| at most, the
+        eigenvalues by a multiple of ε relative to the largest; the slack (64 + 8 n) ε ‖K‖_F for n entries covers both.
 
     >>> kernel = torch.tensor([[[1.0, 1.0]]])
     >>> 2.0 <= fourier_norm(kernel, (8,)) < 2.0001
@@ -61,16 +67,16 @@ def fourier_norm(kernel: Tensor, grid: tuple[int, ...]) -> float:
 
 
 def tightened(rule: Rule) -> Rule:
-    r"""A convolution's rule with the smaller of two bounds: the reshaped kernel's, and the Fourier transform's.
+    """A convolution's rule with the smaller of two bounds: the reshaped kernel's, and the Fourier transform's.
 
-    *Zero padding.* Pad a sample with its zeros (an isometry) and take the padded image for one period of a torus: no
-    window of a padded image wraps around, so the layer's outputs are some of the entries of a circular convolution there,
-    whatever the stride, and leaving out entries is a projection. So the norm is at most that of the circular convolution on
-    the padded grid, which is never above √(k_h k_w) times the norm of the reshaped kernel.
+    *Zero padding.* Pad a sample with its zeros (an isometry) and take the padded image for one period of a torus. No
+    window of a padded image wraps around, so the layer's outputs are some of the entries of a circular convolution
+    there, whatever the stride, and leaving out entries is a projection. So the norm is at most that of the circular
+    convolution on the padded grid, which is never above √(k_h k_w) times the norm of the reshaped kernel.
 
-    *Circular padding.* The outputs are entries of the circular convolution on the image's own grid, each at most once if
-    there are no more windows than points on each axis (at stride 1, counted before the stride): the same bound. Else the
-    reshaped kernel's is kept.
+    *Circular padding.* The outputs are entries of the circular convolution on the image's own grid, each at most once
+    if there are no more windows than points on each axis (at stride 1, counted before the stride): the same bound. Else
+    the reshaped kernel's is kept.
     """
 
     def bound(call: Call) -> Local:
@@ -85,7 +91,7 @@ def tightened(rule: Rule) -> Rule:
         windows = [total - k + 1 for total, k in zip(padded, layer.kernel_size, strict=True)]
         if circular and any(count > size for count, size in zip(windows, sizes, strict=True)):
             return local
-        kernel = call.used(layer.weight * (layer.scale if isinstance(layer, Constrained) else 1.0))
+        kernel = call.used(layer.weight * scale_of(layer))
         blocks = kernel.reshape(layer.groups, -1, *kernel.shape[1:])
         norm = max(fourier_norm(block, tuple(sizes) if circular else padded) for block in blocks)
         return dataclasses.replace(local, gains=(least(local.gains[0], norm),))

@@ -9,36 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lipdp.certify.moduli import GroupNormalisation, Lipschitz, Modulus, Projection
+from lipdp.certify.moduli import GroupNormalisation, Lipschitz, Modulus, Projection, sample_norms
 from lipdp.data.scaling import Clip
 from lipdp.errors import UnboundedError
-from lipdp.features import FeatureSpec
+from lipdp.features import NORM_FLOOR, FeatureSpec
 
 InputMap = Callable[[Tensor], Tensor]
-"""A map of a batch of inputs, record by record: one of `lipdp.data.scaling`, a `FeatureSpec`, or any with `lipschitz`."""
-
-_NORMALISE_FLOOR = 1e-12  # F.normalize divides by max(‖z‖, this)
+"""A map of a batch of inputs, record by record: of `lipdp.data.scaling`, a `FeatureSpec`, or any with `lipschitz`."""
 
 
 def apply_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The model's inputs in its dtype. Everything but a clip is computed in float64, so that it rounds once, at the end."""
+    """The model's inputs in its dtype. All but a clip is computed in float64, so that it rounds once, at the end."""
     if not all(isinstance(step, Clip) for step in maps):
         x = x.double()
     for step in maps:
-        x = _computed(step, x)
+        x = step(x).to(x.dtype)
     return x.to(dtype)
-
-
-def _computed(step: InputMap, x: Tensor) -> Tensor:
-    if not isinstance(step, FeatureSpec):
-        return step(x)
-    z = step.map(x)
-    if step.group_norm:
-        z = F.group_norm(z, step.group_norm, eps=step.eps)
-    z = z.flatten(1)
-    if step.unit_norm:
-        z = F.normalize(z, dim=1, eps=_NORMALISE_FLOOR)
-    return z.to(getattr(torch, step.dtype)).to(z.dtype)
 
 
 def moduli_of_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> list[Modulus]:
@@ -57,7 +43,7 @@ def moduli_of_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> l
     z = x if exact else x.double()
     for step in maps:
         chain += _feature_moduli(step, z) if isinstance(step, FeatureSpec) else [Lipschitz(_constant(step))]
-        z = _computed(step, z)
+        z = step(z).to(z.dtype)
     return chain if exact else [*chain, _rounding(z, dtype)]
 
 
@@ -65,8 +51,8 @@ def _constant(step: Any) -> float:
     constant = getattr(step, "lipschitz", None)
     if not isinstance(constant, (int, float)) or not 0 <= constant < float("inf"):
         raise UnboundedError(
-            f"{step!r} states no finite Lipschitz constant (`lipschitz` is {constant!r}), so a radius behind it says nothing"
-            " about raw inputs; give maps of lipdp.data.scaling or a lipdp.features.FeatureSpec"
+            f"{step!r} states no finite Lipschitz constant (`lipschitz` is {constant!r}), so a radius behind it says"
+            " nothing about raw inputs; give maps of lipdp.data.scaling or a lipdp.features.FeatureSpec"
         )
     return float(constant)
 
@@ -78,24 +64,23 @@ def _feature_moduli(spec: FeatureSpec, x: Tensor) -> list[Modulus]:
     if spec.group_norm:
         groups = z.reshape(len(z), spec.group_norm, -1)
         entries = groups.shape[2]
-        spread = (groups - groups.mean(2, keepdim=True)).square().sum(2)
-        smallest = (spread + entries * spec.eps).sqrt().amin(1) * (1 - 1e-9)
+        squares = (groups - groups.mean(2, keepdim=True)).square().sum(2)
+        smallest = (squares + entries * spec.eps).sqrt().amin(1) * (1 - 1e-9)
         chain.append(GroupNormalisation(entries, spec.group_norm, smallest.cpu()))
         z = F.group_norm(z, spec.group_norm, eps=spec.eps)
     if spec.unit_norm:
-        norms = torch.linalg.vector_norm(z.flatten(1), dim=1).cpu() * (1 - 1e-9)
-        chain += [Projection(_NORMALISE_FLOOR, norms), Lipschitz(1 / _NORMALISE_FLOOR)]
-        z = F.normalize(z.flatten(1), dim=1, eps=_NORMALISE_FLOOR)
+        norms = sample_norms(z) * (1 - 1e-9)
+        chain += [Projection(NORM_FLOOR, norms), Lipschitz(1 / NORM_FLOOR)]
+        z = F.normalize(z.flatten(1), dim=1, eps=NORM_FLOOR)
     return chain if spec.dtype == "float32" else [*chain, _rounding(z, getattr(torch, spec.dtype))]
 
 
 def _rounding(z: Tensor, dtype: torch.dtype) -> Lipschitz:
-    """Rounding to nearest moves z by at most u ‖z‖, and z' by u (‖z‖ + r): ω(r) = (1 + u) r + 2 u ‖z‖, u half the spacing.
+    """Rounding moves z by at most u ‖z‖, and z' by u (‖z‖ + r): ω(r) = (1 + u) r + 2 u ‖z‖, u half the spacing.
 
     Numbers below the smallest normal one are rounded by at most its spacing's half, entry by entry.
     """
     info = torch.finfo(dtype)
     unit = info.eps / 2 * (1 + 1e-6)
-    size = torch.linalg.vector_norm(z.double().flatten(1), dim=1).cpu()
     tiny = info.smallest_normal * info.eps * z[0].numel() ** 0.5
-    return Lipschitz(1 + unit, 2 * unit * size + tiny)
+    return Lipschitz(1 + unit, 2 * unit * sample_norms(z) + tiny)

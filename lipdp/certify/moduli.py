@@ -1,12 +1,12 @@
-r"""How far each sample can move behind a map when it moves by at most r in front of it: certified moduli of continuity.
+"""How far a sample can move behind a map when it moves by at most r in front of it: certified moduli of continuity.
 
 A modulus states, for a map f and sample i, a non-decreasing ω_i with
 
     ‖f(x') − f(x_i)‖ ≤ ω_i(r)   for every x' with ‖x' − x_i‖ ≤ r,
 
 and its inverse ρ ↦ sup{r : ω_i(r) ≤ ρ}. Both compose along a chain of maps, the inverse from last to first, so that a
-margin at the logits becomes a radius in the raw input. A Lipschitz constant is one modulus; a projection on a ball and a
-normalisation have much better ones at samples they shorten.
+margin at the logits becomes a radius in the raw input. A Lipschitz constant is one modulus; a projection on a ball and
+a normalisation have much better ones at samples they shorten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Modulus(ABC):
-    """One map's modulus at each of N samples; radii are (N,) float64, of any sign where a budget is already overdrawn."""
+    """One map's modulus at each of N samples; radii are (N,) float64, negative where a budget is overdrawn."""
 
     @abstractmethod
     def after(self, before: Tensor) -> Tensor:
@@ -29,6 +29,11 @@ class Modulus(ABC):
     @abstractmethod
     def before(self, after: Tensor) -> Tensor:
         """The largest r with ω(r) ≤ ρ, never negative."""
+
+
+def sample_norms(x: Tensor) -> Tensor:
+    """(N,) float64 on the CPU: the norm of every sample of (N, …)."""
+    return torch.linalg.vector_norm(x.double().flatten(1), dim=1).cpu()
 
 
 def push(moduli: Sequence[Modulus], before: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ def pull(moduli: Sequence[Modulus], after: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lipschitz(Modulus):
-    r"""ω(r) = K r + e: a K-Lipschitz map whose two computed values are each off by e/2 at most.
+    """ω(r) = K r + e: a K-Lipschitz map whose two computed values are each off by e/2 at most.
 
     Attributes:
         constant: K, finite.
@@ -88,17 +93,17 @@ class Confined(Modulus):
 
 @dataclass(frozen=True)
 class Projection(Modulus):
-    r"""The exact modulus of P(x) = x min(1, c/‖x‖), the projection on the ball of radius c, at a point of norm a.
+    """The exact modulus of P(x) = x min(1, c/‖x‖), the projection on the ball of radius c, at a point of norm a.
 
     **a ≤ c.** P is 1-Lipschitz and the identity at x, so ω(r) = r.
 
     **a > c.** Px = c e with x = a e. Let x' be a nearest point to x among those with ‖Px' − Px‖ ≥ ρ, and θ the angle
     between x' and x. Write θ_ρ for the angle with 2c sin(θ_ρ/2) = ρ, that is cos θ_ρ = 1 − ρ²/(2c²).
 
-    - x' inside the ball, P x' = x': on the circle ‖x' − ce‖ = s ≥ ρ, ‖x' − ae‖² = (a−c)² + s² − 2(a−c)⟨x' − ce, e⟩ falls
-      with ⟨x', e⟩, which is largest where the circle leaves the ball, so x' lies on the sphere too.
-    - x' on or outside the sphere, ‖Px' − Px‖ = 2c sin(θ/2): θ ≥ θ_ρ. The nearest point to x on the part of a ray at angle
-      θ that is not in the ball is the foot of the perpendicular, at distance a sin θ, if that foot is outside,
+    - x' inside the ball, P x' = x': on the circle ‖x' − ce‖ = s ≥ ρ, ‖x' − ae‖² = (a−c)² + s² − 2(a−c)⟨x' − ce, e⟩
+      falls with ⟨x', e⟩, which is largest where the circle leaves the ball, so x' lies on the sphere too.
+    - x' on or outside the sphere, ‖Px' − Px‖ = 2c sin(θ/2): θ ≥ θ_ρ. Of the points of a ray at angle θ that are not in
+      the ball, the nearest to x is the foot of the perpendicular, at distance a sin θ, if that foot is outside,
       a cos θ ≥ c, and else the point c of the ray, at distance √(a² + c² − 2ac cos θ); both grow with θ, so θ = θ_ρ.
 
     Hence the distance, with cos θ_ρ put in, is
@@ -107,8 +112,8 @@ class Projection(Modulus):
         R(ρ) = √((a−c)² + (a/c) ρ²)          else, for ρ ≤ 2c; ∞ for ρ > 2c: two points of the ball are 2c apart.
 
     R is the inverse of ω, continuous, R(ρ) ≥ ρ, and grows with a, so that a lower bound of the norm may be given for a.
-    In two dimensions or more both are attained. (The bound 2c/(‖x‖ + ‖x'‖) on the stretch of a segment gives the smaller
-    2aρ/(2c + ρ), and less than the global constant 1 does where a is near c.)
+    In two dimensions or more both are attained. (The bound 2c/(‖x‖ + ‖x'‖) on how a segment is lengthened gives the
+    smaller 2aρ/(2c + ρ), and less than the global constant 1 does where a is near c.)
 
     Attributes:
         bound: c > 0.
@@ -144,17 +149,17 @@ class Projection(Modulus):
 
 @dataclass(frozen=True)
 class GroupNormalisation(Modulus):
-    r"""The modulus of (z_g − mean)/√(var + ε) in each of G groups of n entries, at a sample.
+    """The modulus of (z_g − mean)/√(var + ε) in each of G groups of n entries, at a sample.
 
-    With v = z_g − mean, an orthogonal projection of z_g, a group's output is √n v/√(‖v‖² + nε): √n times the first entries of
-    w/‖w‖, w = (v, √(nε)), and w moves no further than z_g. Its norm at the sample is a_g. A move of d < a_g turns w by an
-    angle θ ≤ arcsin(d/a_g), so the output moves by at most √n 2 sin(θ/2), whose square is φ_g(d²),
+    With v = z_g − mean, an orthogonal projection of z_g, a group's output is √n v/√(‖v‖² + nε): √n times the first
+    entries of w/‖w‖, w = (v, √(nε)), and w moves no further than z_g. Its norm at the sample is a_g. A move of d < a_g
+    turns w by an angle θ ≤ arcsin(d/a_g), so the output moves by at most √n 2 sin(θ/2), whose square is φ_g(d²),
 
         φ_g(t) = 2n (1 − √(1 − t/a_g²)),
 
     convex on [0, a_g²], zero at 0, and smaller for larger a_g. Over all groups, Σ d_g² ≤ r² < a², a = min a_g, gives
-    Σ φ_g(d_g²) ≤ Σ φ_a(d_g²) ≤ φ_a(r²) (convex and zero at zero: superadditive): the worst is to move the flattest group
-    alone. For r ≥ a the bound is that of two outputs of norm √(nG) each. Hence with s = ρ/√n
+    Σ φ_g(d_g²) ≤ Σ φ_a(d_g²) ≤ φ_a(r²) (convex and zero at zero: superadditive): the worst is to move the flattest
+    group alone. For r ≥ a the bound is that of two outputs of norm √(nG) each. Hence with s = ρ/√n
 
         ω(r) = √n √(2 − 2√(1 − r²/a²)),      R(ρ) = a s √(1 − s²/4) for s ≤ √2, a for √2 < s ≤ 2√G.
 

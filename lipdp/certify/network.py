@@ -1,4 +1,4 @@
-r"""What a certificate needs of a network: its constants between its clips, its rounding error, its last layer."""
+"""What a certificate needs of a network: its constants between its clips, its rounding error, its last layer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from lipdp.bounds.propagate import BoundGraph, Step, _combine, _Forward
-from lipdp.bounds.rounding import Rounding
-from lipdp.bounds.rules import Call, Local, Number
-from lipdp.certify.convolution import is_convolution, tightened
-from lipdp.certify.moduli import Lipschitz, Modulus, Projection
+from lipdp.bounds import BoundGraph, Call, ForwardSweep, Local, Rounding, Step
+from lipdp.certify.convolution import is_convolution, scale_of, tightened
+from lipdp.certify.moduli import Lipschitz, Modulus, Projection, sample_norms
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
-from lipdp.nn.constrained import Constrained
 from lipdp.nn.gates import GradientGate, ValueClip
 from lipdp.nn.linear import SpectralLinear
 
@@ -26,7 +23,7 @@ _UPWARDS = 1.0 + 1e-9  # covers the float64 rounding of the formulas here
 
 @dataclass(frozen=True)
 class Stretch:
-    """A stretch of the network that ends in front of a clip: a K-Lipschitz map, whose computed value is off by `error`."""
+    """A stretch of the network that ends at a clip: a K-Lipschitz map, whose computed value is off by `error`."""
 
     end: fx.Node
     constant: float
@@ -40,8 +37,8 @@ class Head:
 
     Attributes:
         constant: K_f, of the stretch from the last clip to its input.
-        pair_norms: ‖w_i − w_j‖, (C, C); for a single logit ‖w‖, (1, 1). Where the last layer is not dense, K_f goes up to the
-            logits and a difference of two of them moves by √2.
+        pair_norms: ‖w_i − w_j‖, (C, C); for a single logit ‖w‖, (1, 1). Where the last layer is not dense, K_f goes up
+            to the logits and a difference of two of them moves by √2.
         pair_errors: how far z_i − z_j as computed may be off, (C, C); for a single logit z, (1, 1).
     """
 
@@ -51,17 +48,18 @@ class Head:
 
 
 class Network(BoundGraph):
-    r"""The model's graph in evaluation mode, with certified constants and certified rounding errors.
+    """The model's graph in evaluation mode, with certified constants and certified rounding errors.
 
     **Local constants at clips.** A clip that every path from the input to the logits goes through cuts the network into
-    stretches. Each is bounded by its global constant, each clip by `Projection`, its exact modulus at the value the sample
-    has there. Clips with a path around them (inside a residual block) keep their global constant.
+    stretches. Each is bounded by its global constant, each clip by `Projection`, its exact modulus at the value the
+    sample has there. Clips with a path around them (inside a residual block) keep their global constant.
 
-    **Rounding.** Beside K, an error E with ‖fl(v) − v‖ ≤ E at every node is propagated, E_v = Σ L_j E_j + γ A_v: an operation
-    that sums n terms in a precision with spacing ε is off by γ = (n + 8) ε/2 (and a little, for γ's higher powers), relative
-    to A_v, a bound on the same operation done with absolute values: ‖|W|‖₂ X + ‖b‖ for dense and convolutional layers,
-    the norms of inputs and output elsewhere. Sums in any order are covered; transforms that trade accuracy for
-    speed (Winograd, FFT) are not. An operation of your own is taken to be as accurate as its rule's `fan_in` says.
+    **Rounding.** Beside K, an error E with ‖fl(v) − v‖ ≤ E at every node is propagated, E_v = Σ L_j E_j + γ A_v. An
+    operation that sums n terms in a precision with spacing ε is off by γ = (n + 8) ε/2 (and a little, for γ's higher
+    powers), relative to A_v, a bound on the same operation done with absolute values: ‖|W|‖₂ X + ‖b‖ for dense and
+    convolutional layers, the norms of inputs and output elsewhere. Sums in any order are covered; transforms that trade
+    accuracy for speed (Winograd, FFT) are not. An operation of your own is taken to be as accurate as its rule's
+    `fan_in` says.
 
     Args:
         model: a module torch.fx can trace, in evaluation mode.
@@ -85,7 +83,7 @@ class Network(BoundGraph):
         Raises:
             UnboundedError: no finite constant. NonFiniteError: a weight is NaN.
         """
-        forward = self._forward()
+        forward = self.forward_sweep()
         constants = [1.0] * len(self.index)
         errors = [0.0] * len(self.index)
         for node in self.constants:
@@ -95,20 +93,20 @@ class Network(BoundGraph):
         for step, call, local, slack in forward.calls:
             i, source = step.index, step.sources[0]
             inputs = [float(forward.values[j]) for j in step.sources]
-            gain = float(_combine(step, local, [constants[j] for j in step.sources])) * slack
+            gain = float(step.combine(local, [constants[j] for j in step.sources])) * slack
             constants[i] = gain
             if isinstance(step.module, ValueClip) and self._is_cut(step):
                 stretches.append(Stretch(self.nodes[source], constants[source], errors[source], step.module.bound))
                 constants[i] = float(local.gains[0]) * slack
             if step is not last:
                 size = _magnitude(step, call, local, inputs, float(forward.values[i]))
-                carried = float(_combine(step, local, [errors[j] for j in step.sources]))
+                carried = float(step.combine(local, [errors[j] for j in step.sources]))
                 errors[i] = carried + (
                     0.0 if local.exact else relative_error(forward.rounding, _terms(step, local)) * size
                 )
-        end = self.index[self._output] if last is None else last.sources[0]
+        end = self.output_index if last is None else last.sources[0]
         head = self._head(forward, last, constants[end] * _UPWARDS, errors[end])
-        self._check(float(forward.lipschitz[self.index[self._output]]), stretches, head)
+        self._check(float(forward.lipschitz[self.output_index]), stretches, head)
         return stretches, head
 
     def moduli(self, stretches: list[Stretch], norms: list[Tensor]) -> list[Modulus]:
@@ -126,20 +124,20 @@ class Network(BoundGraph):
             logits = recorder.run(x)
         return logits.double().reshape(len(x), -1), [recorder.norms[stretch.end] for stretch in stretches]
 
-    # -- parts ---------------------------------------------------------------------------------------------------------
+    # -- the clips and the head ----------------------------------------------------------------------------------------
 
     def _is_cut(self, clip: Step) -> bool:
-        """Whether the logits come after the clip, and nothing after it reads what was computed from the input before it."""
-        if clip.index > self.index[self._output]:
+        """Whether every path from the input to the logits goes through the clip."""
+        if clip.index > self.output_index:
             return False
         fixed = {self.index[node] for node in self.constants}
         later = [step for step in self.steps if step.index > clip.index]
         return all(source >= clip.index or source in fixed for step in later for source in step.sources)
 
-    def _last_dense(self, forward: _Forward) -> Step | None:
+    def _last_dense(self, forward: ForwardSweep) -> Step | None:
         """The dense layer with one row a sample whose output is the logits, gates and rearrangements aside."""
         by_index = {step.index: (step, call) for step, call, _, _ in forward.calls}
-        index = self.index[self._output]
+        index = self.output_index
         while index in by_index:
             step, call = by_index[index]
             if _is_dense(step.module):
@@ -149,7 +147,7 @@ class Network(BoundGraph):
             index = step.sources[0]
         return None
 
-    def _head(self, forward: _Forward, last: Step | None, constant: float, error: float) -> Head:
+    def _head(self, forward: ForwardSweep, last: Step | None, constant: float, error: float) -> Head:
         if last is None:
             count = self.num_outputs
             norms = (
@@ -157,7 +155,7 @@ class Network(BoundGraph):
             )
             return Head(constant, norms * _UPWARDS, norms * error)
         layer: nn.Linear = last.module  # type: ignore[assignment]
-        weight = layer.weight.double().cpu() * (layer.scale if isinstance(layer, Constrained) else 1.0)
+        weight = layer.weight.double().cpu() * scale_of(layer)
         rows = torch.linalg.vector_norm(weight, dim=1)
         bias = torch.zeros_like(rows) if layer.bias is None else layer.bias.double().cpu().abs()
         own = relative_error(forward.rounding, layer.in_features) * (
@@ -191,7 +189,7 @@ class _Norms(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n in self.norms:
-            self.norms[n] = torch.linalg.vector_norm(value.double().flatten(1), dim=1).cpu()
+            self.norms[n] = sample_norms(value)
         return value
 
 
@@ -224,7 +222,7 @@ def _magnitude(step: Step, call: Call, local: Local, inputs: list[float], output
     if isinstance(step.module, ValueClip):
         return output  # a sample is multiplied by one number, which is off by γ
     if step.module is None or not (_is_dense(step.module) or is_convolution(step.module)):
-        return output + float(_combine(step, local, list[Number](inputs)))
+        return output + float(step.combine(local, inputs))
     absolute = copy.copy(step.module)
     parameters = {n: None if p is None else nn.Parameter(p.detach().abs()) for n, p in step.module._parameters.items()}
     absolute.__dict__["_parameters"] = parameters

@@ -18,7 +18,7 @@ def with_backprop_clipping(
 ) -> fx.GraphModule:
     r"""The model with the input of every trainable layer clipped to norm X, and the cotangent of its output to norm C.
 
-    A dense layer then has :math:`\Delta_W = X C`, a convolution :math:`\sqrt m X C` (its windows overlap m-fold), a bias
+    A dense layer then has Δ_W = X C, a convolution √m X C (its windows overlap m-fold), a bias
     √positions · C, whatever the weights and whatever lies between the layers: nothing need be constrained. The
     propagation of `lipdp.sensitivity` finds these bounds by itself, and one step of `lipdp.PrivacyEngine` is one Gaussian
     mechanism on one Poisson batch for all layers together.

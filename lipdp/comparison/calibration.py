@@ -20,8 +20,8 @@ from sklearn.metrics import brier_score_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipdp.constraints import check_positive
 from lipdp.errors import DataError, NonFiniteError, ParameterError
-from lipdp.nn.constrained import check_positive
 from lipdp.training.evaluation import outputs
 
 if TYPE_CHECKING:

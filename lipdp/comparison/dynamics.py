@@ -42,8 +42,8 @@ from torch import Tensor, nn
 
 from lipdp.comparison.factors import Clipping, Flat, GlobalFlat, GlobalPerLayer, PerLayer, Unclipped
 from lipdp.comparison.kernel import Ntk, PerSampleLoss, Probe, Spectrum, kernel_of, ntk, spectrum
+from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
-from lipdp.nn.constrained import check_positive
 
 __all__ = [
     "PUBLISHED",
@@ -99,9 +99,9 @@ class Flow:
 def gradient_flow(
     model: nn.Module, x: Tensor, y: Tensor, *, loss: PerSampleLoss, clipping: Clipping, step_size: float, steps: int
 ) -> Flow:
-    r"""Follow :math:`\dot w_r = -\frac1n \sum_i c_{i,r}\, g_{i,r}` with Euler steps, in float64, on a copy of the model.
+    """Follow dw_r/dt = −(1/n) Σ_i c_{i,r} g_{i,r} with Euler steps, in float64, on a copy of the model.
 
-    At each point :math:`dL/dt = -\sum_r \langle \nabla_r L, \frac1n \sum_i c_{i,r}\, g_{i,r}\rangle`.
+    At each point dL/dt = −Σ_r ⟨∇_r L, (1/n) Σ_i c_{i,r} g_{i,r}⟩.
 
     Args:
         model: see `ntk`; it is not changed.

@@ -14,8 +14,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
-from lipdp.nn.constrained import check_positive
 
 
 class Clipping(Protocol):

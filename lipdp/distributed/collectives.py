@@ -83,9 +83,10 @@ class Alone:
         """
         if not self._chosen and world_size() > 1:
             raise EngineError(
-                f"torch.distributed has {world_size()} processes now and had one at make_private: each would draw batches and noise"
-                " of its own, and the account would be wrong. Call make_private after init_process_group, or after the framework's"
-                " launch; for separate runs side by side, PrivacyEngine(world=lipdp.distributed.Alone(chosen=True))"
+                f"torch.distributed has {world_size()} processes now and had one at make_private: each would draw"
+                " batches and noise of its own, and the account would be wrong. Call make_private after"
+                " init_process_group, or after the framework's launch; for separate runs side by side,"
+                " PrivacyEngine(world=lipdp.distributed.Alone(chosen=True))"
             )
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
@@ -219,8 +220,9 @@ class DefaultGroup:
             yield
         except RuntimeError as error:
             raise EngineError(
-                f"process {self.rank} of {self.size} cannot reach the others any more ({str(error).splitlines()[0]}): one of them"
-                " ended or hangs. Nothing of this step was released; start all again from the last checkpoint"
+                f"process {self.rank} of {self.size} cannot reach the others any more ({str(error).splitlines()[0]}):"
+                " one of them ended or hangs. Nothing of this step was released; start all again from the last"
+                " checkpoint"
             ) from error
 
 

@@ -37,13 +37,14 @@ def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout)))
-        # torchrun keeps its store through restarts: without a prefix, gloo finds the addresses of processes that are gone
+        # torchrun keeps its store through restarts: without a prefix, gloo finds the addresses of processes that are
+        # gone
         attempt = dist.PrefixStore(f"lipdp/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=timedelta(minutes=timeout))
     except (ValueError, RuntimeError) as error:
         raise ParameterError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet ({str(error).splitlines()[0]}); start them"
-            " with torchrun --nproc-per-node=W -m lipdp train ..."
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet ({str(error).splitlines()[0]});"
+            " start them with torchrun --nproc-per-node=W -m lipdp train ..."
         ) from error
     try:
         yield DefaultGroup(timeout=timedelta(minutes=timeout))

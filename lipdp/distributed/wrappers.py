@@ -14,33 +14,34 @@ from lipdp.bounds.probe import probe_input, untouched
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import original
-from lipdp.nn.sharded import is_dtensor, is_sharded, is_wrapped
+from lipdp.nn.sharded import is_dtensor, is_fully_sharded, is_sharded
 
 
 def own_reduction(module: nn.Module, world: World) -> nn.Module:
-    """The model inside a wrapper, whose reduction is switched off for good: the engine sums, exactly once, at every step.
+    """The model inside a wrapper, whose reduction is switched off for good: the engine sums, once a step.
 
     Then a process with an empty batch need not run a backward pass, the number of micro-batches may differ, and no
     communication hook rounds or averages on the way.
 
     Raises:
-        EngineError: `DataParallel`, which copies the model within one process; parameters that another than `fully_shard`
-            spread; what `fully_shard` would round or leave out.
+        EngineError: `DataParallel`, which copies the model within one process; parameters sharded otherwise than by
+            `fully_shard`; what `fully_shard` would round or leave out.
     """
     wrapper = original(module)  # torch.compile's is around DistributedDataParallel's
     if isinstance(wrapper, DataParallel):
         raise EngineError(
-            "DataParallel runs copies of the model that the engine cannot bound; start one process per device with torchrun, and"
-            " pass the model itself, or in DistributedDataParallel"
+            "DataParallel runs copies of the model that the engine cannot bound; start one process per device with"
+            " torchrun, and pass the model itself, or in DistributedDataParallel"
         )
-    shards = [inner for inner in wrapper.modules() if is_wrapped(inner)]
+    shards = [inner for inner in wrapper.modules() if is_fully_sharded(inner)]
     if shards:
         _sum_shards(wrapper, shards, world)
         return module
     if is_sharded(wrapper):
         raise EngineError(
-            "the parameters are spread by something else than fully_shard (tensor parallelism?): processes that compute slices of a"
-            " layer need the same batch, and the engine gives each its own part. Use fully_shard, or whole parameters"
+            "the parameters are sharded by something else than fully_shard (tensor parallelism?): processes that"
+            " compute slices of a layer need the same batch, and the engine gives each its own. Use fully_shard, or"
+            " unsharded parameters"
         )
     if isinstance(wrapper, DistributedDataParallel):
         wrapper.require_backward_grad_sync = False
@@ -49,7 +50,7 @@ def own_reduction(module: nn.Module, world: World) -> nn.Module:
 
 
 def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
-    """`fully_shard` reduces in every backward pass, which the engine cannot take over; it is told to sum, not to average.
+    """`fully_shard` reduces in every backward pass, which the engine cannot do instead: make it sum, not average.
 
     Raises:
         EngineError: it would round the sum, or some processes are not in it.
@@ -59,34 +60,35 @@ def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
         for dtype in (getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)):
             if dtype is not None and dtype.itemsize < 4:
                 raise EngineError(
-                    f"fully_shard sums gradients in {dtype}: rounding moves the sum by more than one record's share. Leave the"
-                    " mixed-precision policy out, and run the forward pass under torch.autocast with"
+                    f"fully_shard sums gradients in {dtype}: rounding moves the sum by more than one record's share."
+                    " Leave the mixed-precision policy out, and run the forward pass under torch.autocast with"
                     f" make_private(forward_dtype={dtype})"
                 )
         shard.set_gradient_divide_factor(1.0)
-    spread: list[Any] = [p for p in module.parameters() if is_dtensor(p)]
-    meshes = {p.device_mesh.size() for p in spread}
-    if len({(p.device_mesh, p.placements) for p in spread}) > 1:
+    sharded: list[Any] = [p for p in module.parameters() if is_dtensor(p)]
+    meshes = {p.device_mesh.size() for p in sharded}
+    if len({(p.device_mesh, p.placements) for p in sharded}) > 1:
         raise EngineError(
-            "fully_shard spreads parameters over different meshes, or along different dimensions: which processes hold the same"
-            " entries, and so must draw the same noise, differs between them. Use one mesh and one placement for all"
+            "fully_shard shards parameters over different meshes, or along different dimensions: which processes hold"
+            " the same entries, and so must draw the same noise, differs between them. Use one mesh and one placement"
+            " for all"
         )
     if meshes != {world.size}:
         raise EngineError(
-            f"fully_shard spreads parameters over {sorted(meshes)} of {world.size} processes: the gradients of the others would"
-            " be missing from the sum. Use one mesh of all processes"
+            f"fully_shard shards parameters over {sorted(meshes)} of {world.size} processes: the gradients of the"
+            " others would be missing from the sum. Use one mesh of all processes"
         )
 
 
 @torch.no_grad()
 def settle_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
-    """Run a model under `fully_shard` once: at its first pass it rearranges its hooks, which the engine then watches."""
+    """Run a model under `fully_shard` once: its first pass rearranges its hooks, which the engine then watches."""
     if is_sharded(module):
         with untouched(module):
             module(probe_input(module, input_shape))
         for inner in module.modules():
-            if is_wrapped(inner):
-                inner.reshard()  # type: ignore[operator]  # without a backward pass the outermost stays whole
+            if is_fully_sharded(inner):
+                inner.reshard()  # type: ignore[operator]  # without a backward pass the outermost stays gathered
 
 
 def check_alike(world: World, facts: PrivacyFacts, **others: Any) -> None:
@@ -121,6 +123,6 @@ def check_same_weights(world: World, model: nn.Module) -> None:
     for rank, other in enumerate(world.gather(own)):
         if other != own:
             raise EngineError(
-                f"the weights of process {world.rank} are not those of process {rank} any more: run all on the same kind of"
-                " processor and the same libraries, and go on from the last checkpoint"
+                f"the weights of process {world.rank} are not those of process {rank} any more: run all on the same"
+                " kind of processor and the same libraries, and go on from the last checkpoint"
             )

@@ -37,7 +37,7 @@ class FeatureMap(Protocol):
     name: ClassVar[str]
 
     def version(self) -> str:
-        """What computes the map; part of the cache's key."""
+        """What computes the map; it enters the cache's key."""
         ...
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -110,6 +110,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"scattering": {"group_norm": 27, "unit_n
 
 
 _NORMALISATION = ("group_norm", "unit_norm", "eps", "dtype")
+
+NORM_FLOOR = 1e-12
+"""With `unit_norm` features are divided by max(‖z‖, this)."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class FeatureSpec:
             z = F.group_norm(z, self.group_norm, eps=self.eps)
         z = z.flatten(1)
         if self.unit_norm:
-            z = F.normalize(z, dim=1)
+            z = F.normalize(z, dim=1, eps=NORM_FLOOR)
         return z.to(getattr(torch, self.dtype))
 
 
@@ -201,7 +204,8 @@ def features(name: str, **options: Any) -> FeatureSpec:
 
     Args:
         name: `scattering` or `dct`.
-        options: of the map (`J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`, `dtype`).
+        options: of the map (`J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`,
+            `dtype`).
 
     Raises:
         UnknownNameError: no such map; the message lists them.
@@ -244,7 +248,7 @@ def apply(
         split: images (N, C, H, W), float32.
         spec: from `features`.
         cache_dir: folder for the cache; by default `$LIPDP_CACHE/features`, else `~/.cache/lipdp/features`.
-        progress: called as `progress(done, total)` in records of both parts, after each batch or cached part.
+        progress: called as `progress(done, total)` in records of train and test, after each batch or cached file.
 
     Returns:
         The split with inputs (N, d) of `spec.dtype`; labels and the rest unchanged.
@@ -270,28 +274,29 @@ def apply(
 
 
 def _cached(x: Tensor, spec: FeatureSpec, folder: Path, report: Callable[[int], None]) -> Tensor:
-    """The features of `x`, read from `folder` if they lie there whole, else computed and left there."""
+    """The features of `x`, read from `folder` if a complete file is there, else computed and left there."""
     shape = (len(x), *spec.output_shape(x.shape[1:]))
-    facts = {"format": _FORMAT, "spec": spec.to_json(), "by": spec.map.version(), "input": [str(x.dtype), *x.shape]}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    key = {"format": _FORMAT, "spec": spec.to_json(), "by": spec.map.version(), "input": [str(x.dtype), *x.shape]}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
     digest.update(_raw(x))
     path = folder / f"{spec.map.name}-{digest.hexdigest()[:32]}.npy"
     record = path.with_suffix(".json")
     try:
-        if not _is_whole(path, record):
+        if not _is_intact(path, record):
             checksum = _write(path, x, spec, shape, report)
             with written_whole(record) as stream:
-                stream.write(json.dumps({**facts, "sha256": checksum}, indent=1).encode())
+                stream.write(json.dumps({**key, "sha256": checksum}, indent=1).encode())
         stored = np.load(path, mmap_mode="c", allow_pickle=False)
     except OSError as error:
         raise DataError(
-            f"the features cannot be kept in {folder} ({error}); free some space there, or set LIPDP_CACHE (cache_dir=...)"
+            f"the features cannot be kept in {folder} ({error}); free some space there, or set LIPDP_CACHE"
+            " (cache_dir=...)"
         ) from error
     report(len(x))
     return torch.from_numpy(stored)
 
 
-def _is_whole(path: Path, record: Path) -> bool:
+def _is_intact(path: Path, record: Path) -> bool:
     """Whether the file is the one whose checksum was recorded when it was written."""
     try:
         recorded: Any = json.loads(record.read_bytes())

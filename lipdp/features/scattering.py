@@ -44,7 +44,7 @@ def _transform(scattering: Scattering, height: int, width: int, dtype: torch.dty
 class Scattering:
     """Scattering coefficients `|…|x ⋆ ψ₁| ⋆ ψ₂| ⋆ φ`, sampled every 2^J pixels: fixed wavelets, nothing learnt.
 
-    Guarantee: non-expansive, `‖Sx − Sx'‖ ≤ lipschitz · ‖x − x'‖` `lipschitz` certified, see there.
+    Guarantee: non-expansive, `‖Sx − Sx'‖ ≤ lipschitz · ‖x − x'‖` with the certified constant `lipschitz`.
 
     Attributes:
         J: log2 of the largest scale.
@@ -96,8 +96,8 @@ class Scattering:
         """Certified constant: exact bounds of the linear layers, on the very filters in use, from last to first.
 
         For filters `h_i`, subsamplings `k_i`, weights `w_i`, let `β` be the least number such that
-        `Σ w_i ‖↓k_i (h_i ⋆ u)‖² ≤ β ‖u‖²` for all u. Here `β` is `frame_bound`. Moduli, real parts and crops are 1-Lipschitz, so with Δ the
-        difference between two inputs,
+        `Σ w_i ‖↓k_i (h_i ⋆ u)‖² ≤ β ‖u‖²` for all u. Here `β` is `frame_bound`. Moduli, real parts and crops are
+        1-Lipschitz, so with Δ the difference between two inputs,
 
             β₂(j) = β of φ at scale j;    β₁(n) = β of φ, and of the ψ_m above ψ_n with weights β₂(j_m);
             β₀ = β of φ, and of the ψ_n with weights β₁(n), on reflectively padded images (`padded_bound`)

@@ -1,4 +1,4 @@
-"""A callback for Lightning's `Trainer`: ε in the log, an end before the budget is exceeded, the account in checkpoints."""
+"""A callback for Lightning's `Trainer`: ε in the log, an end within the budget, the account in checkpoints."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class PrivacyBudget(Callback):
 
     Training needs none of this: the noise is in the optimiser and the account in the engine. What the callback adds:
 
-    - **log**: "epsilon" every `log_every` steps and at the end of `fit`, by `LightningModule.log`: for the progress bar, loggers,
-      `ModelCheckpoint(monitor="epsilon")`;
-    - **budget**: n is the largest number of steps for which :math:`\varepsilon_n(\delta) \le \varepsilon`, found once when
-      `fit` starts. After step n `trainer.should_stop` is set; where Lightning goes on all the same (`min_steps`,
+    - **log**: "epsilon" every `log_every` steps and at the end of `fit`, by `LightningModule.log`: for the progress
+      bar, loggers, `ModelCheckpoint(monitor="epsilon")`;
+    - **budget**: n is the largest number of steps for which ε_n(δ) ≤ ε, found once
+      when `fit` starts. After step n `trainer.should_stop` is set; where Lightning goes on all the same (`min_steps`,
       `min_epochs`), step n + 1 is refused before its gradient is computed;
-    - **checkpoints**: the engine's state is part of every checkpoint (save_weights_only excepted), and `fit(ckpt_path=...)` goes on with the same
-      account, the same batches and the same noise, bit for bit. Such a checkpoint holds the noise to come: keep it as secret
-      as the data, and continue it once;
-    - **several processes**: the engine sums the gradients itself, once a step; what the strategy's `DistributedDataParallel` would do
-      besides, its communication hooks included, is switched off.
+    - **checkpoints**: the engine's state is part of every checkpoint (save_weights_only excepted), and
+      `fit(ckpt_path=...)` goes on with the same account, the same batches and the same noise, bit for bit. Such a
+      checkpoint holds the noise to come: keep it as secret as the data, and continue it once;
+    - **several processes**: the engine sums the gradients itself, once a step; what the strategy's
+      `DistributedDataParallel` would do besides, its communication hooks included, is switched off.
 
-    Guarantees: whatever stops the run, `engine.get_epsilon(delta)` at that moment is at most the budget and covers every step
-    whose result was released. Without the callback the last two are the user's business, except that a restored optimiser
-    without the account is refused.
+    Guarantees: whatever stops the run, `engine.get_epsilon(delta)` at that moment is at most the budget and covers
+    every step whose result was released. Without the callback the last two are the user's business, except that a
+    restored optimiser without the account is refused.
 
     Args:
         engine: that of the optimiser which `configure_optimizers` returns. `make_private` may come before or in it.
@@ -48,7 +48,8 @@ class PrivacyBudget(Callback):
         ParameterError: ε, δ or `log_every` out of range; Lightning is not installed.
         OptimizerError: at the start of `fit`, several optimisers, or one that is not the engine's.
         ResumeError, CheckpointError: at the start of `fit`, the checkpoint is of another run, or damaged.
-        EngineError: Lightning goes on when the budget is spent; a checkpoint would take the engine back to an earlier step.
+        EngineError: Lightning goes on when the budget is spent; a checkpoint would take the engine back to an earlier
+            step.
 
     >>> engine = lipdp.PrivacyEngine()
     >>> callback = PrivacyBudget(engine, delta=1e-5, epsilon=3.0)  # Trainer(callbacks=[callback]).fit(module)
@@ -73,8 +74,8 @@ class PrivacyBudget(Callback):
         """Refuse what Lightning would otherwise refuse without the reason."""
         if trainer.overfit_batches:
             raise EngineError(
-                f"overfit_batches={trainer.overfit_batches} takes the same batches again; ε needs a fresh random one at every step."
-                " Leave it out (limit_train_batches shortens an epoch)"
+                f"overfit_batches={trainer.overfit_batches} takes the same batches again; ε needs a fresh random one at"
+                " every step. Leave it out (limit_train_batches shortens an epoch)"
             )
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
@@ -87,8 +88,8 @@ class PrivacyBudget(Callback):
         if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not run.optimizer:
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise OptimizerError(
-                f"configure_optimizers returned {names or 'none'}; the callback needs the one optimiser that make_private returned:"
-                " another one would move the same weights without noise"
+                f"configure_optimizers returned {names or 'none'}; the callback needs the one optimiser that"
+                " make_private returned: another one would move the same weights without noise"
             )
         self._last = self._engine.steps_taken + steps_within(self._engine, epsilon=self._epsilon, delta=self._delta)
         self._stop_at_the_end(trainer)
@@ -97,8 +98,8 @@ class PrivacyBudget(Callback):
         """Refuse a step that the budget does not pay for."""
         if self._engine.steps_taken >= self._last:
             raise EngineError(
-                f"the budget ε = {self._epsilon} at δ = {self._delta} pays for {self._last} steps, which are taken, and the trainer goes"
-                " on all the same: leave out min_steps and min_epochs, or lower them"
+                f"the budget ε = {self._epsilon} at δ = {self._delta} pays for {self._last} steps, which are taken, and"
+                " the trainer goes on all the same: leave out min_steps and min_epochs, or lower them"
             )
 
     def on_train_batch_end(
@@ -114,9 +115,9 @@ class PrivacyBudget(Callback):
         there = Ledger.from_state(saved["ledger"]).steps if "ledger" in saved else 0
         if there < self._engine.steps_taken:
             raise EngineError(
-                f"the checkpoint is of step {there} and the engine has taken {self._engine.steps_taken}: going back would draw the same noise"
-                " again, and their difference has none (Tuner.lr_find goes back so, fit with an older ckpt_path too). Begin with a"
-                " new engine, and count both runs"
+                f"the checkpoint is of step {there} and the engine has taken {self._engine.steps_taken}: going back"
+                " would draw the same noise again, and their difference has none (Tuner.lr_find goes back so, fit with"
+                " an older ckpt_path too). Begin with a new engine, and count both runs"
             )
         self._engine.load_state_dict(saved)
 

@@ -1,8 +1,8 @@
 """Sorting activations: 1-Lipschitz and gradient-norm-preserving.
 
-`MaxMin`, `LPReLU` and `HouseHolder` are deel-torchlip's modules, used as they are. Its `GroupSort` is not: it sorts pairs
-by `min` and `max`, which send both gradients to one entry where the two are equal (zeros are), so that cotangents grow by
-√2. `GroupSort2` is ours for speed: it pairs channel j with channel j + C/2, so that both halves are contiguous.
+`MaxMin`, `LPReLU` and `HouseHolder` are deel-torchlip's modules, used as they are. Its `GroupSort` is not: it sorts
+pairs by `min` and `max`, which send both gradients to one entry where the two are equal (zeros are), so that cotangents
+grow by √2. `GroupSort2` is ours for speed: it pairs channel j with channel j + C/2, so that both halves are contiguous.
 """
 
 from __future__ import annotations

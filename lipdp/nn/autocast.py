@@ -1,9 +1,9 @@
-r"""Products under autocast whose weight gradients are summed over the batch in float32.
+"""Products under autocast whose weight gradients are summed over the batch in float32.
 
 Autocast computes the gradient of a weight in the dtype of the forward pass, the sum over the batch included. A sum S in
-bfloat16 is rounded to 8 bits, so that one record more moves it by up to :math:`\Delta + 2^{-8} \|S\|`: with 4096 records
-of similar gradients 3.7 Δ was measured, and the noise is calibrated to Δ. Here the forward pass and the cotangent of the
-input are in the dtype of autocast, and the weight's gradient is a product in float32 of the same rounded numbers.
+bfloat16 is rounded to 8 bits, so that one record more moves it by up to Δ + 2⁻⁸ ‖S‖: with 4096 records of similar
+gradients 3.7 Δ was measured, and the noise is calibrated to Δ. Here the forward pass and the cotangent of the input are
+in the dtype of autocast, and the weight's gradient is a product in float32 of the same rounded numbers.
 """
 
 from __future__ import annotations

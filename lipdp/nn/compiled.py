@@ -1,11 +1,11 @@
-r"""torch.compile, and what the bounds have to say to it.
+"""torch.compile: the model behind it, and why the bounds hold for compiled code.
 
-Bounds are derived from the model as it was written, and hold for compiled code as they do for torch's own kernels: a
-compiler may fuse and reorder, and a sum of n terms in any order errs by at most (n − 1) ε Σ|terms| (Higham 2002, section
-4.2), for which every rule allows 8 n ε (`lipdp.bounds.rounding`). Contracted multiply-adds round once where two operations
-round twice, and values that stay in float32 inside a fused bfloat16 kernel are rounded less. What no bound allows for is a
-compiler that computes another function; the run's look at the gradients of a few records (`GradientCheck`) runs the
-compiled code.
+Bounds are derived from the model as it was written, and hold for compiled code as they do for torch's own kernels. A
+compiler may fuse and reorder: a sum of n terms in any order errs by at most (n − 1) ε Σ|terms| (Higham 2002, section
+4.2), and every rule allows 8 n ε (`lipdp.bounds.rounding`). Contracted multiply-adds round once where two operations
+round twice, and values that stay in float32 inside a fused bfloat16 kernel are rounded less. No bound covers a compiler
+that computes another function. The engine's check of the gradients of a few records (`GradientCheck`) runs the compiled
+code.
 """
 
 from __future__ import annotations

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipdp.constraints import BUILT_IN, Constraint, Frobenius, is_positive, is_size
-from lipdp.errors import ParameterError
-from lipdp.nn.sharded import is_sharded, unsharded, write_back_
+from lipdp.constraints import BUILT_IN, Constraint, Frobenius, Orthogonal, check_positive
+from lipdp.nn.sharded import is_sharded, load_unsharded_, unsharded
 
-_SMALL = 64 * 64  # weights of a layer that a CPU projects together with its like
+_SMALL = 64 * 64  # weights of a layer up to which a CPU projects equal ones as a stack
 _STACK = 1 << 22  # weights in a stack: in float64, and with what is computed from them, some 200 MiB
 
 
 class Constrained(nn.Module):
-    r"""Mixin of a layer that computes :math:`y = \alpha W x + b` with W in a `Constraint` and b in a ball.
+    """Mixin of a layer that computes y = α W x + b with W in a `Constraint` and b in a ball.
 
     The weight is a plain `nn.Parameter`: nothing is reparametrised and no buffer is kept, so the same object trains
     under lipdp, under Opacus and without privacy. `project_` is called by the engine after the optimiser's step, where
@@ -36,8 +35,15 @@ class Constrained(nn.Module):
     weight: Tensor
     bias: Any
 
+    def _constrain(self, constraint: Constraint | None, k_coef_lip: float, bias_radius: float, *, overlap: int) -> None:
+        """Set the attributes and sample the first weight; α = k/√m for windows that overlap m times."""
+        self.constraint = constraint or Orthogonal()
+        self.scale = check_positive("k_coef_lip", k_coef_lip) / math.sqrt(overlap)
+        self.bias_radius = check_positive("bias_radius", bias_radius)
+        self.reset_parameters()
+
     def weight_matrix(self) -> Tensor:
-        """The weight as the stack of matrices the constraint speaks of: (groups, rows, columns); a view where it can be."""
+        """The weight as the stack of matrices under the constraint: (groups, rows, columns); a view if possible."""
         return self.weight.reshape(1, self.weight.shape[0], -1)
 
     @torch.no_grad()
@@ -64,16 +70,16 @@ class Constrained(nn.Module):
             self.bias.copy_(Frobenius(self.bias_radius).project(self.bias.view(1, -1)).view(-1))
 
     @torch.no_grad()
-    def outside(self) -> dict[str, Tensor]:
-        """Name → whether the trainable weight, or bias, exceeds its radius (`exceeds`); nothing is read on the host.
+    def uncertified(self) -> dict[str, Tensor]:
+        """Name → whether its radius cannot be certified, for the trainable weight and bias. No synchronisation.
 
         The radius is the constraint's `radius`, and 1 for one that has none, as for `Orthogonal`.
         """
         found: dict[str, Tensor] = {}
         if self.weight.requires_grad:
-            found["weight"] = exceeds(self.weight_matrix(), getattr(self.constraint, "radius", 1.0))
+            found["weight"] = cannot_certify(self.weight_matrix(), getattr(self.constraint, "radius", 1.0))
         if self.bias is not None and self.bias.requires_grad:
-            found["bias"] = exceeds(self.bias.view(1, -1), self.bias_radius)
+            found["bias"] = cannot_certify(self.bias.view(1, -1), self.bias_radius)
         return found
 
 
@@ -85,8 +91,8 @@ def project_(model: nn.Module, *, batched: bool | None = None) -> None:
 
     Args:
         model: any module.
-        batched: None: where it pays. On CUDA a small operation costs its launch. On a CPU stacks of matrices up to 64 x 64
-            take four fifths of the time (measured on `mixer`), larger ones as long as one by one.
+        batched: None: where it pays. On CUDA a small operation costs its launch. On a CPU stacks of matrices up to
+            64 x 64 take four fifths of the time (measured on `mixer`), larger ones as long as one by one.
 
     >>> layer = lipdp.nn.SpectralLinear(4, 3)
     >>> _ = layer.weight.data.mul_(10)
@@ -96,21 +102,21 @@ def project_(model: nn.Module, *, batched: bool | None = None) -> None:
     """
     stacks: dict[Any, list[Constrained]] = {}
     for layer in (module for module in model.modules() if isinstance(module, Constrained)):
-        if is_sharded(layer):  # gathered, projected and let go, one layer at a time
-            plain = unsharded(layer)
-            plain.project_()
-            write_back_(layer, plain)
+        if is_sharded(layer):  # gathered, projected and freed, one layer at a time
+            gathered = unsharded(layer)
+            gathered.project_()
+            load_unsharded_(layer, gathered)
         elif (layer.weight.is_cuda or layer.weight.numel() <= _SMALL) if batched is None else batched:
-            stacks.setdefault(_kind(layer), []).append(layer)
+            stacks.setdefault(_stack_key(layer), []).append(layer)
         else:
             layer.project_()
     for layers in stacks.values():
         size = max(1, _STACK // layers[0].weight.numel())
         for start in range(0, len(layers), size):
-            _project_together_(layers[start : start + size])
+            _project_stack_(layers[start : start + size])
 
 
-def _kind(layer: Constrained) -> Any:
+def _stack_key(layer: Constrained) -> Any:
     """Equal for layers whose weights can be projected as one stack; the layer itself where it goes alone."""
     own = type(layer).project_ is not Constrained.project_ or type(layer.constraint) not in BUILT_IN
     if own or not layer.weight.requires_grad:
@@ -119,7 +125,7 @@ def _kind(layer: Constrained) -> Any:
 
 
 @torch.no_grad()
-def _project_together_(layers: Sequence[Constrained]) -> None:
+def _project_stack_(layers: Sequence[Constrained]) -> None:
     if len(layers) == 1:
         layers[0].project_()
         return
@@ -130,16 +136,16 @@ def _project_together_(layers: Sequence[Constrained]) -> None:
         layer._project_bias_()
 
 
-def exceeds(matrix: Tensor, radius: float) -> Tensor:
-    r"""Whether :math:`\|W\|_2 \le r`, up to rounding, *cannot* be certified: one Gram matrix and one Cholesky factor.
+def cannot_certify(matrix: Tensor, radius: float) -> Tensor:
+    """Whether ‖W‖₂ ≤ r, up to rounding, *cannot* be certified: one Gram matrix and one Cholesky factor.
 
-    :math:`\|W\|_2 \le R` exactly if :math:`R^2 I - WW^\top` is positive semidefinite, and a Cholesky factorisation that
-    runs to its end in floating point proves that up to its rounding error. It costs a tenth of the projection, uses none
-    of its arithmetic, and does not synchronise with a GPU.
+    ‖W‖₂ ≤ R exactly if R² I − WWᵀ is positive semidefinite, and a Cholesky factorisation that runs to its end in
+    floating point proves that up to its rounding error. It costs a tenth of the projection, uses none of its
+    arithmetic, and does not synchronise with a GPU.
 
-    Guarantees: false only if :math:`\|W\|_2 \le r (1 + s)`; never true for a W of norm ≤ r rounded to its dtype. With
-    m ≤ n the sizes and ε the spacing of a dtype at 1, rounding moves W by ``ε √m ‖W‖ / 2`` at most, and the Gram matrix
-    and its factor, in float64, err by ``(n + m + 1) m ε₆₄ ‖W‖² / 2`` in norm; the slack s is twice their sum.
+    Guarantees: false only if ‖W‖₂ ≤ r (1 + s); never true for a W of norm ≤ r rounded to its dtype. With m ≤ n the
+    sizes and ε the spacing of a dtype at 1, rounding moves W by ``ε √m ‖W‖ / 2`` at most, and the Gram matrix and its
+    factor, in float64, err by ``(n + m + 1) m ε₆₄ ‖W‖² / 2`` in norm; the slack s is twice their sum.
 
     Args:
         matrix: (..., m, n), of any floating dtype.
@@ -149,7 +155,7 @@ def exceeds(matrix: Tensor, radius: float) -> Tensor:
         () bool, true also where an entry is not finite.
 
     >>> w = torch.diag(torch.tensor([1.0, 0.5]))
-    >>> exceeds(w, 1.0), exceeds(w * 1.0001, 1.0)
+    >>> cannot_certify(w, 1.0), cannot_certify(w * 1.0001, 1.0)
     (tensor(False), tensor(True))
 
     Source: Higham (2002), theorems 10.3 and 10.7; Rump (2006), "Verification of positive definiteness".
@@ -161,17 +167,3 @@ def exceeds(matrix: Tensor, radius: float) -> Tensor:
     gram = w @ w.mT if w.shape[-2] == small else w.mT @ w
     gram.neg_().diagonal(dim1=-2, dim2=-1).add_((radius * (1 + slack)) ** 2)
     return torch.linalg.cholesky_ex(gram).info.any()
-
-
-def check_positive(name: str, value: float) -> float:
-    """`value` if it is a positive finite number, else a `ParameterError` that names it."""
-    if not is_positive(value):
-        raise ParameterError(f"{name} is a positive finite number, got {value!r}")
-    return float(value)
-
-
-def check_size(name: str, value: Any, *, pair: bool = False) -> None:
-    """ParameterError unless it is a whole number of at least 1 that a tensor can have, or (`pair`) a tuple of them."""
-    sizes = value if pair and isinstance(value, tuple) else (value,)
-    if not sizes or not all(map(is_size, sizes)):
-        raise ParameterError(f"{name} is a positive whole number, got {value!r}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipdp.constraints import Constraint, Orthogonal
+from lipdp.constraints import Constraint, check_size
 from lipdp.errors import UnsupportedLayerError
 from lipdp.nn import autocast
-from lipdp.nn.constrained import Constrained, check_positive, check_size
+from lipdp.nn.constrained import Constrained
 
 
 def window_overlap(kernel: int, stride: int) -> int:
@@ -36,7 +36,7 @@ def check_convolution(conv: nn.Conv1d | nn.Conv2d) -> None:
 
 
 class _SpectralConv(Constrained):
-    """The part of the two convolutions that does not depend on the number of axes."""
+    """The two convolutions: torch's `nn.Conv1d` or `nn.Conv2d` with a constrained kernel."""
 
     groups: int
     kernel_size: tuple[int, ...]
@@ -44,17 +44,36 @@ class _SpectralConv(Constrained):
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
     _reversed_padding_repeated_twice: list[int]
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "circular"] = "zeros",
+        *,
+        constraint: Constraint | None = None,
+        k_coef_lip: float = 1.0,
+        bias_radius: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
+        for name, size in sizes.items():
+            check_size(name, size, pair=not name.endswith("channels"))
+        geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(*geometry, device=device, dtype=dtype)
+        check_convolution(self)  # type: ignore[arg-type]
+        overlap = math.prod(map(window_overlap, self.kernel_size, self.stride))
+        self._constrain(constraint, k_coef_lip, bias_radius, overlap=overlap)
+
     def weight_matrix(self) -> Tensor:
         """The kernel as a stack (groups, out/groups, in/groups · kernel size)."""
         return self.weight.reshape(self.groups, self.weight.shape[0] // self.groups, -1)
-
-    def _finish(self, constraint: Constraint | None, k_coef_lip: float, bias_radius: float) -> None:
-        check_convolution(self)  # type: ignore[arg-type]
-        overlap = math.prod(map(window_overlap, self.kernel_size, self.stride))
-        self.constraint = constraint or Orthogonal()
-        self.scale = check_positive("k_coef_lip", k_coef_lip) / math.sqrt(overlap)
-        self.bias_radius = check_positive("bias_radius", bias_radius)
-        self.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
         weight, dtype = self.weight * self.scale, autocast.autocast_dtype(input)
@@ -65,12 +84,12 @@ class _SpectralConv(Constrained):
         return autocast.convolution(padded, weight, self.bias, dtype, stride=self.stride, groups=self.groups)
 
 
-_DOC = r"""{dimension} convolution :math:`y = \alpha W \ast x + b`, k-Lipschitz for :math:`\alpha = k/\sqrt m`.
+_DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√m.
 
-    W, the kernel reshaped to (out, in · {kernel}), has :math:`\|W\|_2 \le 1`. The patch matrix P of an input
-    repeats each entry at most m = {overlap} times, so ‖P‖_F ≤ √m ‖x‖, and y = αWP gives ‖y‖ ≤ α √m ‖W‖₂ ‖x‖;
-    the transposed map gives the same constant backwards, and ∇_W = α g Pᵀ gives ‖∇_W‖_F ≤ α √m X G. A bias is added
-    at {positions} positions: ‖∇_b‖ ≤ √({positions}) G.
+    W, the kernel reshaped to (out, in · {kernel}), has ‖W‖₂ ≤ 1. The patch matrix P of an input repeats each entry at
+    most m = {overlap} times, so ‖P‖_F ≤ √m ‖x‖, and y = αWP gives ‖y‖ ≤ α √m ‖W‖₂ ‖x‖. The transposed map gives the
+    same constant backwards, and ∇_W = α g Pᵀ gives ‖∇_W‖_F ≤ α √m X G. A bias is added at {positions} positions:
+    ‖∇_b‖ ≤ √({positions}) G.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, groups: as `{base}`.
@@ -100,43 +119,6 @@ class SpectralConv1d(_SpectralConv, nn.Conv1d):
         shape="6",
     )
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] | str = 0,
-        dilation: int | tuple[int] = 1,
-        groups: int = 1,
-        bias: bool = False,
-        padding_mode: Literal["zeros", "circular"] = "zeros",
-        *,
-        constraint: Constraint | None = None,
-        k_coef_lip: float = 1.0,
-        bias_radius: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
-        for name, size in sizes.items():
-            check_size(name, size, pair=not name.endswith("channels"))
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        nn.Conv1d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            **options,
-        )
-        self._finish(constraint, k_coef_lip, bias_radius)
-
 
 class SpectralConv2d(_SpectralConv, nn.Conv2d):
     __doc__ = _DOC.format(
@@ -148,40 +130,3 @@ class SpectralConv2d(_SpectralConv, nn.Conv2d):
         base="nn.Conv2d",
         shape="6, 6",
     )
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = False,
-        padding_mode: Literal["zeros", "circular"] = "zeros",
-        *,
-        constraint: Constraint | None = None,
-        k_coef_lip: float = 1.0,
-        bias_radius: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        sizes = {"in_channels": in_channels, "out_channels": out_channels, "kernel_size": kernel_size, "stride": stride}
-        for name, size in sizes.items():
-            check_size(name, size, pair=not name.endswith("channels"))
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        nn.Conv2d.__init__(
-            self,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            **options,
-        )
-        self._finish(constraint, k_coef_lip, bias_radius)

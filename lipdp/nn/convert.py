@@ -1,4 +1,4 @@
-r"""From deel-torchlip to lipdp, and from lipdp to plain torch: other modules, the same function.
+"""From deel-torchlip to lipdp, and from lipdp to plain torch: other modules, the same function.
 
 Both directions copy the model and replace modules wherever they are, by one table each: module class → converter. A
 table serves subclasses that inherit `forward` unchanged, no others.
@@ -36,11 +36,11 @@ Table: TypeAlias = Mapping[type[nn.Module], Converter]
 
 
 def from_torchlip(model: nn.Module) -> nn.Module:
-    r"""A copy of a deel-torchlip model with lipdp's layers, computing the same function.
+    """A copy of a deel-torchlip model with lipdp's layers, computing the same function.
 
-    deel-torchlip computes the weight it uses from a raw one, :math:`W = k\,c\,N(V)` with N its normalisation, c the
-    convolution's coefficient and k the layer's constant. The gradient in V has no bound (it scales as 1/‖V‖), so the
-    layer of lipdp holds N(V) itself as a plain parameter, with the constraint N aims at and :math:`k\,c` as its scale.
+    deel-torchlip computes the weight it uses from a raw one, W = k c N(V) with N its normalisation, c the convolution's
+    coefficient and k the layer's constant. The gradient in V has no bound (it scales as 1/‖V‖), so the layer of lipdp
+    holds N(V) itself as a plain parameter, with the constraint N aims at and k c as its scale.
 
     Guarantees: the same outputs in the mode (training or evaluation) the model is in, up to rounding, and up to 1e-6 a
     window for L2-norm pooling. Names, modes, devices, dtypes and `requires_grad` are kept, a module used twice stays
@@ -78,19 +78,19 @@ def from_torchlip(model: nn.Module) -> nn.Module:
             _refuse(
                 name,
                 module,
-                "it is reparametrised and not a layer of deel-torchlip; the gradient of the raw weight has no bound. Put its"
-                " value in its place first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+                "it is reparametrised and not a layer of deel-torchlip; the gradient of the raw weight has no bound."
+                " Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first",
             )
     return converted
 
 
 def to_torch(model: nn.Module) -> nn.Module:
-    r"""A copy of a lipdp model in plain torch.nn layers, computing the same function.
+    """A copy of a lipdp model in plain torch.nn layers, computing the same function.
 
     Dense and convolutional layers become `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` with the scale α folded into the weight;
-    L2-norm pooling `nn.LPPool2d`, average pooling `nn.AvgPool2d`, pixel shuffles theirs, `LPReLU` `nn.PReLU`. A gate does
-    nothing forwards: `nn.Identity`. What torch.nn has no equivalent of stays a small module in plain torch code: sorting
-    (`SortPairs` for `GroupSort2`), norm projections, centering, residual sums.
+    L2-norm pooling `nn.LPPool2d`, average pooling `nn.AvgPool2d`, pixel shuffles theirs, `LPReLU` `nn.PReLU`. A gate
+    does nothing forwards: `nn.Identity`. What torch.nn has no equivalent of stays a small module in plain torch code:
+    sorting (`SortPairs` for `GroupSort2`), norm projections, centering, residual sums.
 
     Guarantees: the same outputs up to rounding, and up to 1e-6 a window for L2-norm pooling. Names, modes, devices,
     dtypes and `requires_grad` are kept, and the model given is not changed. The export is for inference: it has no

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipdp.nn.constrained import check_positive
+from lipdp.constraints import check_positive
 
 
 def per_sample_norm(x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ def per_sample_norm(x: Tensor) -> Tensor:
 
 
 def clip_norm(x: Tensor, bound: float | Tensor, radius: float | Tensor | None = None) -> Tensor:
-    """Project every sample of (N, *) on the ball of that radius, then scale the ball to `radius` (no scaling by default).
+    """Project every sample of (N, *) on the ball of radius `bound`, then scale that ball to `radius`, if given.
 
     What is inside keeps its place, zero stays zero, and gradients stay finite.
     """
@@ -27,11 +27,11 @@ def clip_norm(x: Tensor, bound: float | Tensor, radius: float | Tensor | None = 
 
 
 class ValueClip(nn.Module):
-    r"""Projection of every sample on the ball of radius c, then scaling to radius r: :math:`x \mapsto \tfrac rc x \min(1, c/\|x\|)`.
+    """Projection of every sample on the ball of radius c, then scaling to radius r: x ↦ (r/c) x min(1, c/‖x‖).
 
-    The projection on a convex set is 1-Lipschitz, so cotangents grow by r/c at most, and ‖y‖ ≤ r/c min(X, c). It tightens
-    the sensitivity of the layer behind it at the price of a bias on the samples it clips. With c below nearly all norms
-    it normalises: every sample leaves with norm r, and the bound is tight.
+    The projection on a convex set is 1-Lipschitz, so cotangents grow by r/c at most, and ‖y‖ ≤ r/c min(X, c). It
+    tightens the sensitivity of the layer behind it at the price of a bias on the samples it clips. With c below nearly
+    all norms it normalises: every sample leaves with norm r, and the bound is tight.
 
     Args:
         bound: c > 0.
@@ -96,7 +96,7 @@ def gate_cotangent(x: Tensor, bound: float) -> Tensor:
 
 
 class GradientGate(nn.Module):
-    r"""Cotangent gate: identity forwards; backwards :math:`g \mapsto g \min(1, c/\|g\|)` per sample.
+    """Cotangent gate: identity forwards; backwards g ↦ g min(1, c/‖g‖) per sample.
 
     Everything in front of the gate sees a cotangent of norm at most min(G, c). Samples whose cotangent is larger
     contribute a shorter step (a bias, as in clipping), and all others are exact. The loss must be summed, not

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipdp.constraints import Constraint, Frobenius, Orthogonal
+from lipdp.constraints import Constraint, Frobenius, check_size
 from lipdp.nn import autocast
-from lipdp.nn.constrained import Constrained, check_positive, check_size
+from lipdp.nn.constrained import Constrained
 
 
 class SpectralLinear(Constrained, nn.Linear):
-    r"""Dense layer :math:`y = k W x + b` with :math:`\|W\|_2 \le 1`: k-Lipschitz, on (N, d) or (N, T, d).
+    """Dense layer y = k W x + b with ‖W‖₂ ≤ 1: k-Lipschitz, on (N, d) or (N, T, d).
 
     Per-sample gradients with X ≥ ‖x‖ and cotangent norm ≤ G obey ‖∇_W‖_F ≤ k X G, because
     ‖Σ_t g_t x_tᵀ‖_F ≤ Σ_t ‖g_t‖‖x_t‖ ≤ ‖g‖‖x‖ (Cauchy–Schwarz over the T tokens), and ‖∇_b‖ ≤ √T G.
@@ -45,10 +45,7 @@ class SpectralLinear(Constrained, nn.Linear):
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self.constraint = constraint or Orthogonal()
-        self.scale = check_positive("k_coef_lip", k_coef_lip)
-        self.bias_radius = check_positive("bias_radius", bias_radius)
-        self.reset_parameters()
+        self._constrain(constraint, k_coef_lip, bias_radius, overlap=1)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight if self.scale == 1.0 else self.weight * self.scale

@@ -11,10 +11,10 @@ from lipdp.errors import MixesSamplesError
 
 
 class LayerCentering(torchlip.LayerCentering):
-    r"""Subtract a sample's mean over the given axes; optionally add a bias per channel.
+    """Subtract a sample's mean over the given axes; optionally add a bias per channel.
 
-    :math:`x \mapsto x - \frac1n \mathbb 1 \mathbb 1^\top x` is an orthogonal projection: ‖y‖ ≤ ‖x‖, cotangent
-    likewise. A bias broadcast over P positions has ‖∇_b‖ ≤ √P G.
+    x ↦ x − (1/n) 𝟏𝟏ᵀx is an orthogonal projection: ‖y‖ ≤ ‖x‖, cotangent likewise. A bias broadcast over P positions
+    has ‖∇_b‖ ≤ √P G.
 
     Args:
         num_features: channels of the bias (1: one number for all).

@@ -1,8 +1,8 @@
 """1-Lipschitz poolings over windows that do not overlap.
 
-deel-torchlip's `ScaledAvgPool2d` is used as it is, without `ceil_mode` and `divisor_override`, which break the constant.
-Its L2-norm pooling is not: the gradient of `torch.nn.LPPool2d` is NaN on a window of zeros, which every MNIST border is.
-Nor are its pixel shuffles, which refuse an empty batch.
+deel-torchlip's `ScaledAvgPool2d` is used as it is, without `ceil_mode` and `divisor_override`: they break the
+constant. Its L2-norm pooling is not: the gradient of `torch.nn.LPPool2d` is NaN on a window of zeros, which every MNIST
+border is. Nor are its pixel shuffles, which refuse an empty batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class ScaledAvgPool2d(torchlip.ScaledAvgPool2d):
-    r"""Average pooling times :math:`\sqrt{k_h k_w}`: 1-Lipschitz, windows side by side.
+    """Average pooling times √(k_h k_w): 1-Lipschitz, windows side by side.
 
     Each output is ⟨1/√n, window⟩ with a unit vector, and windows are disjoint.
 
@@ -78,7 +78,7 @@ class _L2NormPool(torch.autograd.Function):
 
 
 class ScaledL2NormPool2d(nn.Module):
-    r"""The Euclidean norm of each window: :math:`y = \sqrt{\|x_w\|^2 + \epsilon^2} - \epsilon`, ε = 1e-6.
+    """The Euclidean norm of each window: y = √(‖x_w‖² + ε²) − ε with ε = 1e-6.
 
     1-Lipschitz and, but for ε, norm-preserving: ‖∂y/∂x_w‖ = ‖x_w‖ / √(‖x_w‖² + ε²) ≤ 1, disjoint windows, and
     0 ≤ y ≤ ‖x_w‖. The gradient is 0 (not NaN) on a window of zeros.

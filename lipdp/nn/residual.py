@@ -14,7 +14,7 @@ __all__ = ["Concat", "LipResidual", "Residual"]
 
 
 class Residual(nn.Module):
-    r"""Convex combination :math:`(1-\lambda) x + \lambda f(x)`: 1-Lipschitz if f is.
+    """Convex combination (1 − λ) x + λ f(x): 1-Lipschitz if f is.
 
     (For a trainable weight use deel-torchlip's `LipResidual`, which has a rule too.)
 
@@ -43,9 +43,9 @@ class Residual(nn.Module):
 
 
 class Concat(nn.Module):
-    r"""Branches side by side along the channels, over √(number of branches): 1-Lipschitz if every branch is.
+    """Branches side by side along the channels, over √(number of branches): 1-Lipschitz if every branch is.
 
-    :math:`\|(f_1(x), …, f_n(x))/\sqrt n\| \le \sqrt{\sum \|f_j(x)\|^2 / n}`.
+    ‖(f₁(x), …, f_n(x))/√n‖ = √(Σ_j ‖f_j(x)‖² / n).
 
     Args:
         branches: modules that take the same input.

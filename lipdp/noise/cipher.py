@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lipdp.errors import ParameterError
-from lipdp.noise.ratchet import Ratchet
+from lipdp.noise.gaussian import RatchetSource
 
 
 def keystream(key: int, count: int) -> np.ndarray:
@@ -44,7 +44,7 @@ def keystream_blocks(key: int, count: int, *, block: int = 1 << 17) -> Iterator[
         yield np.frombuffer(raw, np.uint64)
 
 
-class ChaChaSource:
+class ChaChaSource(RatchetSource):
     """A `NoiseSource` whose words are ChaCha20 keystreams, each under the next secret of a `Ratchet`.
 
     Guarantees: to tell the words from uniform ones, or to find one call's from another's, means breaking ChaCha20 or
@@ -58,28 +58,12 @@ class ChaChaSource:
     torch.int64
     """
 
-    def __init__(self, seed: int | None = None, *, device: torch.device | str = "cpu") -> None:
-        self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        self._ratchet = Ratchet("secure noise", seed)
-        keystream(0, 1)  # refuses here what it would refuse at the first step
+    purpose: ClassVar[str] = "secure noise"
 
-    @property
-    def seeded(self) -> bool:
-        """Whether the words are reproducible by whoever knows a seed."""
-        return self._ratchet.seeded
+    def __init__(self, seed: int | None = None, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(seed, device=device)
+        keystream(0, 1)  # refuses here what it would refuse at the first step
 
     def words(self, count: int) -> Tensor:
         """(count,) int64: fresh independent uniform 64-bit words."""
-        return torch.from_numpy(keystream(self._ratchet.advance(), count).view(np.int64)).to(self.device)
-
-    def secret(self) -> int:
-        """One 256-bit secret, for what is derived from it."""
-        return self._ratchet.advance()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The ratchet's state; the same on every device."""
-        return self._ratchet.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue bit-identically after the state was taken."""
-        self._ratchet.load_state_dict(state)
+        return torch.from_numpy(keystream(self.secret(), count).view(np.int64)).to(self.device)

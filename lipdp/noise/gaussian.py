@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -44,9 +44,11 @@ class RatchetSource:
     generator of that device, seeded with 64 bits of the secret. Neither is cryptographic: see `GaussianNoise`.
     """
 
+    purpose: ClassVar[str] = "noise"
+
     def __init__(self, seed: int | None = None, *, device: torch.device | str = "cpu") -> None:
         self.device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
-        self._ratchet = Ratchet("noise", seed)
+        self._ratchet = Ratchet(self.purpose, seed)
 
     @property
     def seeded(self) -> bool:
@@ -81,7 +83,7 @@ class GaussianNoise:
     normals. For float32 one 64-bit word makes a pair, 40 bits for u and 24 for θ; ln u is computed in float64, so
     neither the tail nor the centre is rounded away. For float64 two words make a pair, 52 and 53 bits.
 
-    More than 4 M weights are drawn in parts, each from words of its own, so that no vector of all of them is made.
+    More than 4 M weights are drawn in chunks, each from words of its own, so that no vector of all of them is made.
 
     Guarantees: the std used is never below the one asked for (its conversion to float32 is rounded up); half-precision
     blocks get their sum in float32, rounded once. A pair's radius ends at r = 7.54 (8.57 in float64), where e^(−r²/2)
@@ -148,10 +150,10 @@ class GaussianNoise:
         # Rounding to float32 loses at most a relative 2**-24; the factor makes sure that it never rounds below.
         scales = (stds * (1.0 if double else 1.0 + 2.0**-23)).to(dtype).unbind()
         for group in groups(tensors):
-            sizes = [part.numel() for _, part in group]
+            sizes = [chunk.numel() for _, chunk in group]
             draws = self.normal(sum(sizes), dtype=dtype).split(sizes)
-            for (index, part), draw in zip(group, draws, strict=True):
-                part.addcmul_(draw.view(part.shape), scales[index])
+            for (index, chunk), draw in zip(group, draws, strict=True):
+                chunk.addcmul_(draw.view(chunk.shape), scales[index])
 
     def normal(self, count: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
         """(count,) fresh standard normals, float32 or float64."""
@@ -182,19 +184,20 @@ DRAW = 1 << 22  # normals at a time
 
 
 def groups(tensors: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor]]]:
-    """All entries of the tensors once, as (index, part of the tensor), in groups of at most `DRAW` entries: what bounds the
-    memory of a draw. A part is whole rows, one at least, so that it is a view in any layout.
+    """All entries of the tensors once, as (index, chunk of the tensor), in groups of at most `DRAW` entries.
+
+    That bounds the memory of a draw. A chunk is complete rows, one at least, so that it is a view in any layout.
     """
     group: list[tuple[int, Tensor]] = []
     room = DRAW
     for index, tensor in enumerate(tensors):
         rows = max(1, DRAW * len(tensor) // tensor.numel()) if tensor.numel() > DRAW else 0
-        for part in tensor.split(rows) if rows else (tensor,):
-            if part.numel() > room and group:
+        for chunk in tensor.split(rows) if rows else (tensor,):
+            if chunk.numel() > room and group:
                 yield group
                 group, room = [], DRAW
-            group.append((index, part))
-            room -= part.numel()
+            group.append((index, chunk))
+            room -= chunk.numel()
     yield group
 
 
@@ -208,8 +211,8 @@ def normals_from_words_(words: Tensor, *, dtype: torch.dtype = torch.float32) ->
     The top bits of a word give the angle `θ = π (2a + 1)/2^b`, a signed of b bits; the low bits `u = (k + ½)/2^c`, the
     radius `R = sqrt(−2 ln u)`. Both are midpoints, so neither 0 nor 1 is reached: R ≤ sqrt(2 (c + 1) ln 2).
 
-    On the CPU numpy does it in one thread, block by block in the cache. Spread over two cores by torch it is hardly
-    faster on a quiet machine and several times slower on a busy one, each small operation waiting for both.
+    On the CPU numpy does it in one thread, block by block in the cache. On two cores by torch it is hardly faster on a
+    quiet machine and several times slower on a busy one, each small operation waiting for both.
 
     Args:
         words: (n,) int64, overwritten; an even n for float64.

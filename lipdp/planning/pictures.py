@@ -39,9 +39,9 @@ def epsilon_against_noise(plan: Plan) -> Figure:
 
 
 def batch_against_compute(plan: Plan) -> Figure:
-    r"""B against B·T at constant ε: the points accounted exactly at the plan's T, and what other T cost at a given σ.
+    """B against B·T at constant ε: the points accounted exactly at the plan's T, and what other T cost at a given σ.
 
-    At given σ, with the exact η there, :math:`B = 2 N^2 \eta^2 \sigma^2 / (BT)`.
+    At given σ, with the exact η there, B = 2 N² η² σ² / (BT).
     """
     figure, axes = _axes()
     points = plan.iso_budget

@@ -32,16 +32,18 @@ _ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 33), 36, 40, 48, 64,
 class Repetitions:
     r"""K runs with K random, each with hyper-parameters drawn anew; only the best one's output is released.
 
-    Let one run, hyper-parameters and score included, satisfy :math:`D_\alpha \le \rho(\alpha)`. With K from the truncated
-    negative binomial of shape s ≥ 0 and γ in (0, 1) (s = 1 geometric, s = 0 logarithmic), for any orders α > 1, β ≥ 1,
+    Let one run, hyper-parameters and score included, satisfy D_α ≤ ρ(α). With K from the truncated negative binomial of
+    shape s ≥ 0 and γ in (0, 1) (s = 1 geometric, s = 0 logarithmic), for any orders α > 1, β ≥ 1,
 
-    .. math:: D_\alpha^{search} \le \rho(\alpha) + (1+s)(1 - 1/\beta)\,\rho(\beta) + (1+s)\ln(1/\gamma)/\beta
-              + \ln E[K]/(\alpha-1)
+    $$D_\alpha^{search} \le \rho(\alpha) + (1+s)(1 - 1/\beta)\,\rho(\beta) + (1+s)\ln(1/\gamma)/\beta
+    + \ln E[K]/(\alpha-1)$$
 
-    and with K from the Poisson law of mean μ, for any :math:`\hat\delta` at which one run is
-    :math:`(\ln\tfrac{\alpha}{\alpha-1}, \hat\delta)`-DP, :math:`D_\alpha^{search} \le \rho(\alpha) + \mu\hat\delta + \ln\mu/(\alpha-1)`.
-    The cost hardly grows with E[K], whereas E[K] runs that are all released cost √E[K] times as much or more. For a pure-DP
-    run of ε the search is (2+s)ε-DP.
+    and with K from the Poisson law of mean μ, for any δ̂ at which one run is (ln(α/(α−1)), δ̂)-DP,
+
+    $$D_\alpha^{search} \le \rho(\alpha) + \mu\hat\delta + \ln\mu/(\alpha-1).$$
+
+    The cost hardly grows with E[K], whereas E[K] runs that are all released cost √E[K] times as much or more. For a
+    pure-DP run of ε the search is (2+s)ε-DP.
 
     Guarantees: an upper bound on the ε of the whole search, provided that K is drawn by `draw`, once and without looking
     at the data; that K stays secret; that every run's hyper-parameters are drawn independently from one law fixed
@@ -120,11 +122,10 @@ class Repetitions:
         return _search(cost, max(1.0, sampling_rate * math.sqrt(steps / 2.0) / eta), target_epsilon)
 
     def draw(self, rng: random.Random | None = None) -> int:
-        r"""A K of this law, from the system's entropy.
+        """A K of this law, from the system's entropy.
 
-        :math:`P(K=k) \propto (1-\gamma)^k \prod_{l<k} (l+s)/(l+1)` for k ≥ 1, by inversion, so that
-        :math:`P(k+1)/P(k) = (1-\gamma)(k+s)/(k+1)`; Poisson: :math:`e^{-\mu}\mu^k/k!` for k ≥ 0, and none run is then a
-        possible outcome.
+        P(K=k) ∝ (1−γ)ᵏ ∏_{l<k} (l+s)/(l+1) for k ≥ 1, by inversion, so that P(k+1)/P(k) = (1−γ)(k+s)/(k+1); Poisson:
+        e^(−μ) μᵏ/k! for k ≥ 0, and no run at all is then a possible outcome.
 
         Args:
             rng: for tests; whoever can repeat the draw knows K.

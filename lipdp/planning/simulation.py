@@ -27,11 +27,11 @@ MOST = 128
 
 @dataclass(frozen=True)
 class Simulation:
-    r"""A private run, and what stands for it at k times less compute.
+    """A private run, and what stands for it at k times less compute.
 
-    At fixed T the update of one step is :math:`(\sum_{i\in batch}\nabla\ell_i + \sigma\Delta\xi)/B`: batch and noise divided
-    by k leave the noise of the step as it is, :math:`\sigma\Delta/B`, and with it the best learning rate. What changes is
-    the sampling noise of the batch, k times the variance; the law holds as long as that stays below the privacy noise.
+    At fixed T the update of one step is (Σ_{i∈batch} ∇ℓ_i + σΔξ)/B: batch and noise divided by k leave the noise of the
+    step as it is, σΔ/B, and with it the best learning rate. What changes is the sampling noise of the batch, k times
+    the variance; the law holds as long as that stays below the privacy noise.
     ε does not survive (see `lipdp.planning.tan.WALL`): a simulated run releases next to unprotected gradients.
 
     B/k is rounded and σ takes the same ratio exactly. The simulated run trains on the training part less a validation

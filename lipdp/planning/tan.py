@@ -16,10 +16,10 @@ SWEET_SPOT = (2.0, 4.0)
 
 
 def tan_eta(*, noise_multiplier: float, sampling_rate: float, steps: int) -> float:
-    r"""η, the inverse of the total amount of noise: :math:`\eta^2 = q^2 T / (2\sigma^2)`.
+    """η, the inverse of the total amount of noise: η² = q² T / (2σ²).
 
-    The signal of T steps over their noise, but for a factor √2: every step has :math:`B/\sigma = qN/\sigma`, and T of
-    them average to :math:`\sqrt{T}\,B/\sigma = \sqrt2\,N\eta`. (q, σ, T) → (q/k, σ/k, T) leaves it as it is.
+    The signal of T steps over their noise, but for a factor √2: every step has B/σ = qN/σ, and T of them average to
+    √T B/σ = √2 N η. (q, σ, T) → (q/k, σ/k, T) leaves it as it is.
 
     >>> round(tan_eta(noise_multiplier=3.0, sampling_rate=4096 / 50_000, steps=2500), 4)
     0.9654
@@ -36,11 +36,10 @@ def tan_eta(*, noise_multiplier: float, sampling_rate: float, steps: int) -> flo
 
 
 def tan_epsilon(eta: float, delta: float) -> float:
-    r""":math:`\varepsilon_{TAN} = \eta^2 + 2\eta\sqrt{\ln(1/\delta)}`, a first guess, not a bound.
+    """ε_TAN = η² + 2η √ln(1/δ), a first guess, not a bound.
 
-    For small q one step's Rényi divergence of order α is about :math:`\alpha q^2(e^{1/\sigma^2} - 1)/2`, for large σ thus
-    :math:`\alpha q^2/(2\sigma^2)`, and that of T steps :math:`\alpha\eta^2`. The
-    classical conversion :math:`\min_\alpha \alpha\eta^2 + \ln(1/\delta)/(\alpha - 1)` is the formula. It errs on both
+    For small q one step's Rényi divergence of order α is about α q² (e^(1/σ²) − 1)/2, for large σ thus α q²/(2σ²), and
+    that of T steps α η². The classical conversion min_α α η² + ln(1/δ)/(α − 1) is the formula. It errs on both
     sides: the conversion is loose (for σ ≥ 2 the exact ε was 6 to 25 % lower, most where ε is small), the expansion too
     low for a small σ (at σ = 0.5 the exact ε was 3.6 to 5.3 times as much). Use `lipdp.epsilon` for a claim.
 
@@ -55,7 +54,7 @@ def tan_epsilon(eta: float, delta: float) -> float:
 
 
 def eta_for(epsilon: float, delta: float) -> float:
-    r"""The η with :math:`\varepsilon_{TAN}(\eta) = \varepsilon`: :math:`\sqrt{\ln(1/\delta) + \varepsilon} - \sqrt{\ln(1/\delta)}`.
+    """The η with ε_TAN(η) = ε: √(ln(1/δ) + ε) − √ln(1/δ).
 
     >>> round(eta_for(tan_epsilon(0.7, 1e-6), 1e-6), 12)
     0.7

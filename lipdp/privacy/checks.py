@@ -117,7 +117,7 @@ class StepCheck:
 
 
 class ProjectionCheck:
-    r"""Every so many steps: did the projection bring every weight within its constraint, as certified by `exceeds`?
+    r"""Every so many steps: did the projection bring every weight within its constraint, as `cannot_certify` sees it?
 
     The noise follows the norms as they are, so ε does not hang on this; the layers' Lipschitz constants do.
 
@@ -153,7 +153,7 @@ class ProjectionCheck:
             found = {
                 f"{path}.{name}" if path else name: answer
                 for path, layer in self._layers.items()
-                for name, answer in unsharded(layer).outside().items()
+                for name, answer in unsharded(layer).uncertified().items()
             }
             self._found = (list(found), Later(torch.stack(list(found.values())))) if found else None
             if self._at_once or last:

@@ -23,7 +23,7 @@ from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import check_alike, own_reduction, settle_shards
 from lipdp.errors import EngineError, ParameterError, UnknownNameError
 from lipdp.losses import as_lipschitz
-from lipdp.nn.sharded import is_sharded, local
+from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
@@ -189,7 +189,7 @@ class PrivacyEngine:
         x, targets = first_records(dataset, world, shards=shards)
         check_records(dataset, world, shards=shards)
         inner = own_reduction(module, world)
-        world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local(t) is t])
+        world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
         with world.fail_together():
             shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
             settle_shards(inner, shape)

@@ -23,7 +23,7 @@ from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
-from lipdp.nn.sharded import is_dtensor, local, shard_number
+from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
 from lipdp.noise.allocation import Allocation, joint_noise_multiplier
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
@@ -221,7 +221,7 @@ class Run:
         """
         self.step_in_progress.gradients.take(self.parameters)
         held = [p.grad for p in self.parameters if p.grad is not None]
-        gradients = [local(g) for g in held]
+        gradients = [local_tensor(g) for g in held]
         self._spread = torch.tensor([is_dtensor(g) for g in held])
         with self.clock("exchange"):
             self.world.all_reduce_([own for g, own in zip(held, gradients, strict=True) if own is g])
@@ -235,7 +235,7 @@ class Run:
             self.noise.add_(gradients, stds)
             return
         spread = self._spread.tolist()
-        for noise, wanted in ((self.noise, False), (self.noise.lane(shard_number(self._sharded)), True)):
+        for noise, wanted in ((self.noise, False), (self.noise.lane(shard_index(self._sharded)), True)):
             chosen = [i for i, is_dtensor in enumerate(spread) if is_dtensor == wanted]
             noise.add_([gradients[i] for i in chosen], stds[chosen])
 

@@ -50,15 +50,14 @@ class Monitors(Monitor):
 
 
 class TensorBoard(Monitor):
-    r"""Writes scalars to RUN/tensorboard, readable by their owner alone, whenever the run writes a record.
+    """Writes scalars to RUN/tensorboard, readable by their owner alone, whenever the run writes a record.
 
     - `privacy/epsilon`: spent so far.
     - `not_private/train_loss`: after every step. ε does not cover it, and the tag says so.
-    - `noise/largest_signal`: :math:`B \sqrt{\sum_l \Delta_l^2} / \sqrt{\sum_l d_l s_l^2}`, the most that the
-      gradients of B records can weigh over the noise. A bound from released weights, no figure of the data.
-    - `noise/gradient_to_noise`: :math:`\sqrt{\max(0, \|B \tilde g\|^2 / \sum_l d_l s_l^2 - 1)}` from the noisy
-      gradient g̃ that the step released, so it costs no privacy. The noise's energy is known, and what is above it is
-      the gradient's.
+    - `noise/largest_signal`: B √(Σ_l Δ_l²) / √(Σ_l d_l s_l²), the most that the gradients of B records can weigh over
+      the noise. A bound from released weights, no figure of the data.
+    - `noise/gradient_to_noise`: √max(0, ‖B g̃‖² / Σ_l d_l s_l² − 1) from the noisy gradient g̃ that the step released, so
+      it costs no privacy. The noise's energy is known, and what is above it is the gradient's.
     - `robustness/lipschitz`: the network's certified constant.
     - `robustness/median_certified_radius`: of 256 test records, in units of the model's input (after bounding and
       features).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from lipdp.testing.report import Finding
+from lipdp.testing.report import Finding, largest
 
 INPUT = "<input>"  # the name of the gradient by the input, bounded by the Lipschitz constant
 
@@ -118,9 +118,9 @@ def _norm(x: Tensor) -> Tensor:
 class Ascent:
     """Gradient ascent on one ratio per start, with a step size of its own for every start.
 
-    The step is x ← (1 − η) x + η r ĝ with ĝ the unit gradient, kept inside the ball of radius r: for η = 1 it is the power
-    iteration (the best point of the ball for a linearised objective), and small η is plain ascent. η grows after a success
-    and shrinks after a failure, and the best point is kept.
+    The step is x ← (1 − η) x + η r ĝ with ĝ the unit gradient, kept inside the ball of radius r: for η = 1 it is the
+    power iteration (the best point of the ball for a linearised objective), and small η is plain ascent. η grows after
+    a success and shrinks after a failure, and the best point is kept.
 
     Args:
         objective: what to maximise.
@@ -140,7 +140,7 @@ class Ascent:
         return self.objective.norms(x, y)
 
     def run(self, x: Tensor, y: Tensor, which: Tensor, *, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Climb from (x, y), maximising the norm of number `which` of each start: the best points and all their norms."""
+        """Climb from (x, y), maximising norm number `which` of each start: the best points and all their norms."""
         weights = nn.functional.one_hot(which, len(self.bounds)).to(x.dtype)
         rate = torch.full((len(x),), 1.0, dtype=x.dtype, device=x.device)
         y_radius = _lengths(y) if y.is_floating_point() else None
@@ -192,10 +192,9 @@ def findings(
     objective: Objective, bounds: Tensor, norms: Tensor, x: Tensor, y: Tensor, how: list[str]
 ) -> dict[str, Finding]:
     """Per name the sample whose norm is largest relative to its bound (a NaN is the largest)."""
-    ranked = torch.where(norms.isnan(), torch.inf, norms)
     found: dict[str, Finding] = {}
     for k, name in enumerate(objective.names):
-        i = int(ranked[:, k].argmax())
+        i = largest(norms[:, k])
         quantity = "Lipschitz constant (gradient by the input)" if name == INPUT else f"gradient of {name}"
-        found[quantity] = Finding(quantity, float(ranked[i, k]), float(bounds[k]), how[i], x[i], y[i])
+        found[quantity] = Finding(quantity, float(norms[i, k]), float(bounds[k]), how[i], x[i], y[i])
     return found

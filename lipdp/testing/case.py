@@ -89,7 +89,7 @@ class LayerTestCase(ABC):
     # -- the bounds ----------------------------------------------------------------------------------------------------
 
     def test_bounds_hold_in_float64(self) -> None:
-        """Parameters, value, cotangent, Lipschitz constant, batch difference: at several weights, for two input norms."""
+        """Parameters, value, cotangent, Lipschitz constant, batch difference: several weights, two input norms."""
         first, *others = self.weights
         report = self._attack(torch.float64, weights=(first,), **self.effort)
         if others:
@@ -111,7 +111,7 @@ class LayerTestCase(ABC):
         self._attack(torch.float32, weights=("given",), forward_dtype=torch.bfloat16)
 
     def test_bounds_are_finite_and_for_trainable_parameters_only(self) -> None:
-        """In training and evaluation mode alike; `requires_grad_(False)` takes a parameter out and changes nothing else."""
+        """In both modes alike; `requires_grad_(False)` takes a parameter out and changes nothing else."""
         layer = self._layer()
         graph = BoundGraph(layer, self.input_shape, input_bound=self.radius)
         sweep, trainable = graph.sweep(1.0), {n for n, p in layer.named_parameters() if p.requires_grad}
@@ -150,7 +150,7 @@ class LayerTestCase(ABC):
             )
 
     def test_vmap_computes_the_same(self) -> None:
-        """`torch.func` sees the same per-sample gradients as autograd (custom backward passes must agree under vmap)."""
+        """`torch.func` sees the per-sample gradients of autograd (custom backward passes must agree under vmap)."""
         layer, x = self._layer().eval(), self._batch(3)
         named: dict[str, Tensor] = {n: p for n, p in layer.named_parameters() if p.requires_grad}
 

@@ -69,16 +69,16 @@ def falsify(
     forward_dtype: torch.dtype | None = None,
     raise_on_violation: bool = True,
 ) -> Report:
-    r"""Search for a record whose gradient exceeds `lipdp.sensitivity(model, loss, input_shape)`.
+    """Search for a record whose gradient exceeds `lipdp.sensitivity(model, loss, input_shape)`.
 
-    For every setting of the weights and every trainable parameter, the ratio :math:`\|\nabla_\theta \ell(x, y)\| / \Delta_\theta`
-    of one sample is maximised over inputs x in all of R^n and over targets y: patterns (constant, checkerboard, borders,
-    single entries, zero, tiny, huge) and Gaussian starts with every target, then gradient ascent from the best. The same
-    inputs are held against X and G of every operation, against the Lipschitz constant (input gradients and pairs), and the
-    worst samples are added to a batch, whose summed gradient must not move by more than Δ.
+    For every setting of the weights and every trainable parameter, the ratio ‖∇_θ ℓ(x, y)‖ / Δ_θ of one sample is
+    maximised over inputs x in all of Rⁿ and over targets y: patterns (constant, checkerboard, borders, single entries,
+    zero, tiny, huge) and Gaussian starts with every target, then gradient ascent from the best. The same inputs are
+    held against X and G of every operation and against the Lipschitz constant (input gradients and pairs). The worst
+    samples are added to a batch, whose summed gradient must not move by more than Δ.
 
-    It proves nothing when it finds nothing; it is a test of rules, as a fuzzer is a test of parsers. The model given is not
-    touched: the attack works on a copy.
+    It proves nothing when it finds nothing; it is a test of rules, as a fuzzer is a test of parsers. The model given is
+    not touched: the attack works on a copy.
 
     Args:
         model: as for `sensitivity`; begins with `InputBound`.
@@ -157,7 +157,8 @@ class _ModelAttack:
             probe = ProbeLoss()
             directions = example_targets(probe, self.graph.num_outputs).to(x.dtype)
             more = self.climb(probe, directions, {INPUT: declared.lipschitz}, weights)
-            found |= {"Lipschitz constant (of the network alone)": _renamed(next(iter(more[0].values())))}
+            quantity = "Lipschitz constant (of the network alone)"
+            found[quantity] = replace(next(iter(more[0].values())), quantity=quantity)
             evaluations += more[4]
         return Report(found, evaluations, default_tolerance(self.graph.dtype))
 
@@ -191,10 +192,6 @@ class _ModelAttack:
         return findings(objective, limits, norms, x, y, how), x, y, how, ascent.evaluations
 
 
-def _renamed(finding: Finding) -> Finding:
-    return replace(finding, quantity="Lipschitz constant (of the network alone)")
-
-
 def falsify_layer(
     layer: nn.Module,
     input_shape: tuple[int, ...],
@@ -203,10 +200,10 @@ def falsify_layer(
     raise_on_violation: bool = True,
     **options: object,
 ) -> Report:
-    r"""Search for an input of norm ≤ `radius` and a cotangent of norm ≤ 1 that break the rule of one layer.
+    """Search for an input of norm ≤ `radius` and a cotangent of norm ≤ 1 that break the rule of one layer.
 
-    The layer stands between `InputBound(radius)` and the loss :math:`\langle u, y\rangle` with a free unit vector u, so that
-    all that is tested is its own rule: the bounds of its value, of the cotangent it hands on, and of its parameters.
+    The layer stands between `InputBound(radius)` and the loss ⟨u, y⟩ with a free unit vector u, so that all that is
+    tested is its own rule: the bounds of its value, of the cotangent it hands on, and of its parameters.
 
     Args:
         layer: any module with a rule.

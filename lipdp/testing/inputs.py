@@ -1,4 +1,4 @@
-"""Where attacks start: inputs that are known to be the worst of some layer, targets of every loss, adversarial weights."""
+"""Where attacks start: inputs that are the worst of some layer, targets of every loss, adversarial weights."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _(loss: losses.CosineSimilarity, num_outputs: int) -> Tensor:
 
 
 class ProbeLoss(losses.LipschitzLoss):
-    r""":math:`\langle u, z\rangle` with the target u projected on the unit ball: constant 1, and any cotangent of norm ≤ 1.
+    """⟨u, z⟩ with the target u projected on the unit ball: constant 1, and any cotangent of norm ≤ 1.
 
     What `falsify_layer` puts behind a layer: the attack chooses the cotangent as freely as the input.
 
@@ -149,7 +149,7 @@ def _rank_one(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def _fill_weights(model: nn.Module, fill: Fill, generator: torch.Generator) -> None:
-    """Every weight matrix a multiple of norm 1 of what `fill` makes; vectors Gaussian, in their ball where they have one."""
+    """Every weight matrix what `fill` makes, scaled to norm 1; vectors Gaussian, in their ball where they have one."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if name == "weight" and isinstance(module, Constrained):
@@ -193,7 +193,7 @@ WEIGHTS: dict[str, Callable[[nn.Module, torch.Generator], None]] = {
     "rank one": lambda model, generator: _fill_weights(model, _rank_one, generator),
     "scaled": _scaled,
 }
-"""Name → what to do with the weights before an attack. "given" leaves them; all but "scaled" stay inside the constraints."""
+"""Name → what to do with the weights before an attack. "given" leaves them; all but "scaled" keep the constraints."""
 
 
 def weight_settings(model: nn.Module, names: tuple[str, ...], generator: torch.Generator) -> Iterator[str]:

@@ -11,7 +11,7 @@ from lipdp.constraints import is_size
 from lipdp.errors import LossError, ParameterError
 from lipdp.testing.attack import Ascent, Objective
 from lipdp.testing.inputs import example_targets
-from lipdp.testing.report import Finding, Report, default_tolerance
+from lipdp.testing.report import Finding, Report, default_tolerance, largest
 
 _CONSTANT = "gradient of the logits"
 _IN_BATCH = "gradient of the logits, in a batch"
@@ -40,11 +40,11 @@ def falsify_loss(
     seed: int = 0,
     raise_on_violation: bool = True,
 ) -> Report:
-    r"""Search for logits and a target with :math:`\|\partial\ell/\partial z\| >` `loss.lipschitz`, and for coupled samples.
+    """Search for logits and a target with ‖∂ℓ/∂z‖ > `loss.lipschitz`, and for coupled samples.
 
-    The gradient norm is maximised over logits of scales from 1e-3 to 1e3 (ties and zeros included) with every target, alone
-    and in batches in which one class is rare. Then one sample's logits are changed, its target is changed, and it is left
-    out: no other sample's value or gradient may move.
+    The gradient norm is maximised over logits of scales from 1e-3 to 1e3 (ties and zeros included) with every target,
+    alone and in batches in which one class is rare. Then one sample's logits are changed, its target is changed, and it
+    is left out: no other sample's value or gradient may move.
 
     Args:
         loss: one value per sample, with an attribute `lipschitz` (or a method `constant(output_bound)`).
@@ -76,7 +76,7 @@ def falsify_loss(
     best = torch.where(norms.isnan(), torch.inf, norms).topk(min(starts, len(x))).indices
     climbed = ascent.run(x[best], y[best], torch.zeros(len(best), dtype=torch.int64), steps=steps)
     x, y, norms = torch.cat([x, climbed[0]]), torch.cat([y, climbed[1]]), torch.cat([norms, climbed[2][:, 0]])
-    i = int(torch.where(norms.isnan(), torch.inf, norms).argmax())
+    i = largest(norms)
     found = [Finding(_CONSTANT, float(norms[i]), limit, "ascent over the logits", x[i], y[i])]
     found += [_in_batches(loss, limit, logits, tried), _coupling(loss, limit, logits, tried)]
     report = Report({f.quantity: f for f in found}, ascent.evaluations, default_tolerance(torch.float64))
@@ -88,8 +88,8 @@ def _constant(loss: nn.Module, output_bound: float) -> float:
     value = constant(output_bound) if callable(constant) else getattr(loss, "lipschitz", None)
     if value is None or not 0 < float(value) < math.inf:
         raise LossError(
-            f"{type(loss).__name__} states no finite constant (lipschitz={value}); set self.lipschitz, or pass output_bound= if"
-            " it depends on the norm of the logits"
+            f"{type(loss).__name__} states no finite constant (lipschitz={value}); set self.lipschitz, or pass"
+            " output_bound= if it depends on the norm of the logits"
         )
     return float(value)
 
@@ -98,7 +98,7 @@ def _check_shape(loss: nn.Module, logits: Tensor, targets: Tensor) -> None:
     values = loss(logits[: len(targets)], targets)
     if values.shape != (min(len(logits), len(targets)),):
         raise LossError(
-            f"{type(loss).__name__} returned shape {tuple(values.shape)}; it must return one value per sample, unreduced"
+            f"{type(loss).__name__} returned shape {tuple(values.shape)}; it must return one value per sample"
         )
 
 
@@ -130,7 +130,7 @@ def _in_batches(loss: nn.Module, limit: float, logits: Tensor, targets: Tensor) 
     worst = Finding(_IN_BATCH, 0.0, limit, "")
     for batch in [*common, mixed]:
         norms = torch.linalg.vector_norm(_gradients(loss, rows, batch), dim=1)
-        i = int(torch.where(norms.isnan(), torch.inf, norms).argmax())
+        i = largest(norms)
         finding = Finding(_IN_BATCH, float(norms[i]), limit, "a batch with one rare target", rows[i], batch[i])
         worst = max(worst, finding, key=lambda f: f.ratio)
     return worst

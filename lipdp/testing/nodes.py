@@ -13,7 +13,7 @@ from torch.func import functional_call
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.trace import mode
 from lipdp.sensitivity import Sensitivity
-from lipdp.testing.report import Finding
+from lipdp.testing.report import Finding, largest, worst_of
 
 
 class _Observer(fx.Interpreter):
@@ -50,17 +50,14 @@ def node_findings(
         x = x.detach().clone().requires_grad_()
         torch.autograd.grad(loss(observer.run(x), y).sum(), [x, *graph.model.parameters()], allow_unused=True)
     x = x.detach()
-    found: dict[str, Finding] = {}
+    found: list[Finding] = []
     for step, node in zip(graph.steps, declared.nodes, strict=True):
         sides = (("value of", observer.values, node.value), ("cotangent at", observer.cotangents, node.cotangent))
         for side, norms, bound in sides:
             if step.index in norms and bound < float("inf"):
-                quantity = f"{side} {node.name}"
-                i = int(torch.where(norms[step.index].isnan(), torch.inf, norms[step.index]).argmax())
-                finding = Finding(quantity, float(norms[step.index][i]), bound, how[i], x[i], y[i])
-                if quantity not in found or finding.ratio > found[quantity].ratio:
-                    found[quantity] = finding
-    return found
+                i = largest(norms[step.index])
+                found.append(Finding(f"{side} {node.name}", float(norms[step.index][i]), bound, how[i], x[i], y[i]))
+    return worst_of(found)
 
 
 def pair_findings(model: nn.Module, lipschitz: float, x: Tensor, radius: float) -> dict[str, Finding]:
@@ -75,7 +72,7 @@ def pair_findings(model: nn.Module, lipschitz: float, x: Tensor, radius: float) 
     distance = _norms(first - second)
     apart = distance > (1e-6 if x.dtype == torch.float64 else 0.5) * radius
     ratios = torch.where(apart, moved / torch.where(apart, distance, 1.0), 0.0)
-    i = int(torch.where(ratios.isnan(), torch.inf, ratios).argmax())
+    i = largest(ratios)
     quantity = "Lipschitz constant (pairs of inputs)"
     return {quantity: Finding(quantity, float(ratios[i]), lipschitz, "pairs of inputs", first[i])}
 
@@ -85,15 +82,15 @@ def batch_findings(
 ) -> dict[str, Finding]:
     """The definition itself: the summed gradient of a batch with and without one sample must differ by at most Δ.
 
-    Unlike a gradient computed on one sample alone this sees samples that influence each other, and sums that are rounded
-    to a low precision.
+    Unlike a gradient computed on one sample alone this sees samples that influence each other, and sums that are
+    rounded to a low precision.
 
     Args:
         worst: findings whose samples are added to a batch that already holds copies of them, one after the other.
         x, y: some others.
     """
     own = dict(model.named_parameters())
-    found: dict[str, Finding] = {}
+    found: list[Finding] = []
 
     def gradients(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         wrt = {name: own[name].detach().requires_grad_() for name in declared}
@@ -105,15 +102,13 @@ def batch_findings(
     for sample, target, how in samples:
         with _without_noise(model, x):
             copies = torch.cat([x, *[sample.unsqueeze(0)] * 57]), torch.cat([y, *[target.unsqueeze(0)] * 57])
-            whole, without = gradients(*copies), gradients(copies[0][:-1], copies[1][:-1])
+            with_all, without = gradients(*copies), gradients(copies[0][:-1], copies[1][:-1])
         for name, bound in declared.items():
-            rounding = 1e2 * torch.finfo(x.dtype).eps * float(whole[name].norm())
-            difference = max(float((whole[name] - without[name]).norm()) - rounding, 0.0)
+            rounding = 1e2 * torch.finfo(x.dtype).eps * float(with_all[name].norm())
+            difference = max(float((with_all[name] - without[name]).norm()) - rounding, 0.0)
             quantity = f"batch gradient of {name} with and without one sample"
-            finding = Finding(quantity, difference, bound, how, sample, target)
-            if quantity not in found or finding.ratio > found[quantity].ratio:
-                found[quantity] = finding
-    return found
+            found.append(Finding(quantity, difference, bound, how, sample, target))
+    return worst_of(found)
 
 
 @contextlib.contextmanager

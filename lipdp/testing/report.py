@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,21 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.quantity}: {self.measured:.6g} is {self.ratio:.6g} times its bound {self.bound:.6g} ({self.how})"
+
+
+def largest(norms: Tensor) -> int:
+    """The index of the largest norm; a NaN counts as infinite."""
+    return int(torch.where(norms.isnan(), torch.inf, norms).argmax())
+
+
+def worst_of(findings: Iterable[Finding]) -> dict[str, Finding]:
+    """Of every quantity the finding with the largest ratio, the first of equal ones."""
+    worst: dict[str, Finding] = {}
+    for finding in findings:
+        known = worst.get(finding.quantity)
+        if known is None or finding.ratio > known.ratio:
+            worst[finding.quantity] = finding
+    return worst
 
 
 @dataclass(frozen=True)
@@ -103,10 +118,7 @@ class Report:
 
     def merged(self, other: Report) -> Report:
         """Of each quantity the worse of both findings."""
-        findings = dict(self.findings)
-        for quantity, finding in other.findings.items():
-            if quantity not in findings or finding.ratio > findings[quantity].ratio:
-                findings[quantity] = finding
+        findings = worst_of([*self.findings.values(), *other.findings.values()])
         return Report(findings, self.evaluations + other.evaluations, self.tolerance)
 
     def __str__(self) -> str:

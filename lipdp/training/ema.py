@@ -13,7 +13,7 @@ from lipdp.errors import CheckpointError, ParameterError
 
 
 class Ema:
-    r"""Average of the weights after every step, :math:`\bar w_t = \frac{1-d}{1-d^t} \sum_{k \le t} d^{t-k} w_k`.
+    """Average of the weights after every step, w̄_t = (1 − d)/(1 − dᵗ) Σ_{k≤t} d^(t−k) w_k.
 
     The factor 1/(1 − dᵗ) removes the pull towards zero of the first steps. The average is not projected on the layers'
     constraints: a convex combination of matrices of norm at most 1 has norm at most 1, so the network's constant does

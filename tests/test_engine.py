@@ -108,7 +108,7 @@ def pure_noise(engine, model, optimizer, loader, criterion) -> dict[str, Tensor]
         (criterion(model(x), y) * 0.0).backward()
         optimizer.step()
         for name, p in model.named_parameters():
-            draws[name].append((before[name].double() - p.detach().double()) * engine.facts.expected_batch_size)
+            draws[name].append((before[name].double() - p.detach().double()) * engine.plan.expected_batch_size)
             p.data.copy_(before[name])  # the same weights, hence the same bounds, at every step
     return {name: torch.stack(d) for name, d in draws.items()}
 
@@ -138,7 +138,7 @@ def test_noise_on_the_weights_is_what_epsilon_was_computed_from(allocation, samp
     # the joint noise multiplier, from noise that was really drawn, is σ whatever the allocation and the relation
     measured = sum((factor * bounds[n]) ** 2 / float(samples.square().mean()) for n, samples in draws.items())
     assert measured**-0.5 == pytest.approx(sigma, rel=0.02)
-    assert run[0].facts.relation == ("replace_one" if sampling == "fixed_size" else "add_or_remove_one")
+    assert run[0].plan.relation == ("replace_one" if sampling == "fixed_size" else "add_or_remove_one")
 
 
 def test_allocations_differ_where_they_should():
@@ -163,8 +163,8 @@ def test_a_custom_allocation_is_rescaled_to_the_joint_noise_multiplier():
     engine, *_ = private(allocation=Careless(), noise_multiplier=2.0)
     deltas, stds = engine.sensitivity(), engine.noise_stds()
     assert sum((deltas[n] / stds[n]) ** 2 for n in deltas) ** -0.5 == pytest.approx(2.0, rel=1e-9)
-    assert engine.facts.allocation == "careless"
-    assert private(allocation=MinVarianceAllocation())[0].facts.allocation == "min_variance"
+    assert engine.plan.allocation == "careless"
+    assert private(allocation=MinVarianceAllocation())[0].plan.allocation == "min_variance"
 
 
 def test_noise_follows_the_weights_norms():
@@ -521,7 +521,7 @@ def test_a_resume_under_other_facts_is_refused(changed, named):
 def test_what_is_not_a_state_is_refused():
     engine, *_ = private()
     with pytest.raises(CheckpointError, match="noise"):
-        engine.load_state_dict({"facts": {}, "ledger": {}})
+        engine.load_state_dict({"plan": {}, "ledger": {}})
     with pytest.raises(EngineError, match="make_private"):
         lipdp.PrivacyEngine().state_dict()
 
@@ -591,13 +591,13 @@ def test_a_target_epsilon_is_reached_and_not_passed(sampling):
     )  # fmt: skip
     train(*made)
     assert 1.98 <= engine.get_epsilon(1e-5) <= 2.0
-    assert engine.facts.target_epsilon == 2.0
-    assert engine.facts.seeded
+    assert engine.plan.target_epsilon == 2.0
+    assert engine.plan.seeded
 
 
 def test_the_sampling_rate_comes_from_the_public_size():
     engine, *_, loader, _ = private(dataset=table(200), dataset_size=1000, expected_batch_size=100)
-    assert engine.facts.sampling_rate == loader.sampler.sampling_rate == 0.1
+    assert engine.plan.sampling_rate == loader.sampler.sampling_rate == 0.1
     with pytest.raises(ParameterError, match="dataset_size=1000"):  # q = B/N would understate B/200
         private(dataset=table(200), dataset_size=1000, expected_batch_size=100, sampling="fixed_size")
 

@@ -123,7 +123,7 @@ def realised_batch_size() -> AbstractContextManager[None]:
             drawn = max(1, self.loader.last_batch_size or 0)
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self.facts.expected_batch_size / drawn)
+                    parameter.grad.mul_(self.plan.expected_batch_size / drawn)
 
         return divided
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
-from lipdp.accounting.facts import PrivacyFacts, check_digest, with_digest
-from lipdp.accounting.relation import Relation
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.distributed.collectives import World
@@ -44,7 +44,7 @@ class Run:
         *,
         criterion: PrivateCriterion,
         loader: BatchLoader,
-        facts: PrivacyFacts,
+        plan: PrivacyPlan,
         allocation: Allocation,
         gate: FixedGate | QuantileGate,
         noise: GaussianNoise,
@@ -56,7 +56,7 @@ class Run:
         self.world = world
         self.module, self.criterion, self.loader = original(module), criterion, loader
         self.optimizer = optimizer
-        self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
+        self.plan, self.allocation, self.noise, self.ledger = plan, allocation, noise, ledger
         self.graph, self.gate = criterion._graph, criterion._gate
         self.timer: Timer = UNTIMED
         _refuse_private(optimizer)
@@ -66,19 +66,19 @@ class Run:
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._spread = torch.empty(0)
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
-        batch_size = facts.expected_batch_size
+        batch_size = plan.expected_batch_size
         self._gradients = GradientCheck(
             module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else check_every
         )
         self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
         self._step_check = StepCheck(deferred=self.deferred)
         self._projections = ProjectionCheck(
-            self.graph, batch_size=batch_size, steps=facts.steps, deferred=self.deferred
+            self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred
         )
-        self.factor = Relation(facts.relation).sensitivity_factor
+        self.factor = plan.relation.sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate.noise_multiplier] if gate.noise_multiplier < math.inf else []
-        self.gradient_multiplier = remaining_noise_multiplier(facts.noise_multiplier, *others)
+        self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
         self.before = ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
@@ -123,7 +123,7 @@ class Run:
     def sensitivity(self) -> Sensitivity:
         self.settle()
         start = float(self._start(self.graph.output_bound()))
-        return read_sweep(self.graph.sweep(self._start), start, Relation(self.facts.relation))
+        return read_sweep(self.graph.sweep(self._start), start, self.plan.relation)
 
     def noise_stds(self) -> dict[str, float]:
         return dict(zip(self.names, self._deltas_and_stds()[1].tolist(), strict=True))
@@ -160,13 +160,13 @@ class Run:
                 self.names, gradients, deltas, stds, step=self.ledger.steps + 1, combine=self._combined
             )
             self._check_records(sweep)
-        self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
+        self.ledger.append(self.plan.step_event)  # before the draw: a step is never under-counted
         with self.timer("noise"):
             self._draw(gradients, stds)
-            share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
+            share = self._step_check.scale(sound, 1.0 / self.plan.expected_batch_size, gradients[0].dtype)
             torch._foreach_mul_(gradients, share)
             self.gate.release(
-                self.noise, self.facts.expected_batch_size, self.factor, self.world, views=self.loader.views
+                self.noise, self.plan.expected_batch_size, self.factor, self.world, views=self.loader.views
             )
         self._taken_at = self.loader.position
 
@@ -213,7 +213,7 @@ class Run:
         with self.timer("checks"):
             step = self.ledger.steps - self.before
             self._projections.look(step)
-            if step == self.facts.steps:
+            if step == self.plan.steps:
                 self.settle()
 
     def settle(self) -> None:
@@ -273,8 +273,8 @@ class Run:
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""
         self.world.check()
-        if self.ledger.steps - self.before >= self.facts.steps:
-            raise EngineError(f"all {self.facts.steps} steps of the budget are taken; a further one would exceed ε")
+        if self.ledger.steps - self.before >= self.plan.steps:
+            raise EngineError(f"all {self.plan.steps} steps of the budget are taken; a further one would exceed ε")
         batches = self.loader.position - self._taken_at
         if batches < 1:
             raise EngineError(
@@ -318,7 +318,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         self.settle()
         state: dict[str, Any] = {
-            "facts": self.facts.as_dict(),
+            "plan": self.plan.as_dict(),
             "ledger": self.ledger.state_dict(),
             "before": self.before,
             "loader": self.loader.state_dict(),
@@ -328,10 +328,10 @@ class Run:
         return with_digest(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = {"facts", "ledger", "before", "loader", "noise", "gate", "digest"} - set(state)
+        missing = {"plan", "ledger", "before", "loader", "noise", "gate", "digest"} - set(state)
         if missing:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
-        self.facts.check_same(state["facts"])
+        self.plan.check_same(state["plan"])
         check_digest(state, "the saved state of the engine")
         ledger = Ledger.from_state(state["ledger"])
         if ledger.steps < self.ledger.steps:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lipdp.accounting.facts import check_digest
+from lipdp.accounting.digest import check_digest
 from lipdp.accounting.relation import Relation
 from lipdp.errors import CheckpointError, ResumeError
 

@@ -77,8 +77,8 @@ def test_a_simulated_run_on_features_has_the_input_bound_of_the_full_one(tmp_pat
 def test_the_full_run_is_calibrated_on_all_training_records():
     given, split, _ = simulation({**QUICK, "noise_multiplier": None, "epsilon": 2.0, "accountant": "rdp"}, scale=4.0)
     full = Trainer(configure(**given.full_settings({})))
-    assert full.engine.plan.noise_multiplier == pytest.approx(given.noise_multiplier, rel=1e-12)
-    assert (given.records, len(split.train_x), len(split.test_x)) == (1437, 1293, 144)
+    assert full.engine.plan.noise_multiplier == pytest.approx(given.plan.noise_multiplier, rel=1e-12)
+    assert (given.plan.dataset_size, len(split.train_x), len(split.test_x)) == (1437, 1293, 144)
 
 
 def test_the_test_part_is_never_looked_at():

@@ -76,7 +76,7 @@ class Subsampling:
         """
         batch, units = whole("expected_batch_size", expected_batch_size), whole("dataset_size", units)
         if batch > units:
-            raise ParameterError(f"expected_batch_size lies in 1 … N = {units}, got {batch}")
+            raise ParameterError(f"expected_batch_size={batch}: a whole number in 1 … N = {units} is needed")
         return cls.at(batch / units, steps=steps, epochs=epochs, sampling=sampling)
 
     @property
@@ -189,6 +189,11 @@ class PrivacyPlan:
             target_epsilon=target_epsilon,
             target_delta=target_delta,
         )
+
+    @property
+    def samples(self) -> int:
+        """The cost B·T: units drawn in all steps, in expectation."""
+        return self.expected_batch_size * self.steps
 
     @cached_property
     def subsampling(self) -> Subsampling:

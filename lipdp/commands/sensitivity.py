@@ -61,7 +61,11 @@ def sensitivity(
     rows = parameter_rows(net, bounds, dict(zip(bounds, stds.tolist(), strict=True)), batch_size=batch_size)
     if as_json:
         summary = {"total": bounds.total, "lipschitz": bounds.lipschitz, "loss_constant": bounds.loss_constant}
-        typer.echo(json.dumps({**summary, "relation": bounds.relation.value, "parameters": [asdict(row) for row in rows]}, indent=2))
+        typer.echo(
+            json.dumps(
+                {**summary, "relation": bounds.relation.value, "parameters": [asdict(row) for row in rows]}, indent=2
+            )
+        )
         return
     console = Console()
     console.print(parameter_table(rows))

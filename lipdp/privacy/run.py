@@ -72,9 +72,7 @@ class Run:
         )
         self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
         self._step_check = StepCheck(deferred=self.deferred)
-        self._projections = ProjectionCheck(
-            self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred
-        )
+        self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred)
         self.factor = plan.relation.sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate.noise_multiplier] if gate.noise_multiplier < math.inf else []

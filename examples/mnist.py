@@ -52,7 +52,7 @@ model, optimizer, loader, criterion = engine.make_private_with_epsilon(
     gate=0.3,
 )
 schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, total_iters=steps)
-print(f"noise multiplier {engine.facts.noise_multiplier:.3f}, {steps} steps of about {args.batch_size} records")
+print(f"noise multiplier {engine.plan.noise_multiplier:.3f}, {steps} steps of about {args.batch_size} records")
 
 # --- training: an ordinary loop ---------------------------------------------------------------------------------------
 start = time.time()

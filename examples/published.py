@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-import lipdp
+from lipdp.accounting import PrivacyPlan
 from lipdp.comparison import Task, get_trainer
 from lipdp.comparison.calibration import calibration
 from lipdp.data import load
@@ -43,10 +43,14 @@ def four_layers() -> nn.Module:
     )  # fmt: skip
 
 
-def report(name: str, session, task: Task, split, began: float) -> None:
-    epsilon = lipdp.epsilon(
-        noise_multiplier=task.noise_multiplier, sampling_rate=task.sampling_rate, steps=task.steps, delta=1e-5
+def plan(records: int, batch_size: int, epochs: float, sigma: float) -> PrivacyPlan:
+    return PrivacyPlan.of(
+        dataset_size=records, expected_batch_size=batch_size, epochs=epochs, noise_multiplier=sigma, target_delta=1e-5
     )
+
+
+def report(name: str, session, task: Task, split, began: float) -> None:
+    epsilon = task.plan.predicted.epsilon
     found = calibration(session.model, split.test_x, split.test_y)
     print(
         f"{name}: ε = {epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f}, MCE {found.mce:.4f},"
@@ -60,8 +64,8 @@ def backprop(args: argparse.Namespace) -> None:
     for sigma, published in BACKPROP_RUNS:
         began = time.perf_counter()
         task = Task(
-            dataset=TensorDataset(split.train_x, split.train_y), loss=TauCrossEntropy(1.0), batch_size=256,
-            steps=round(len(split.train_x) * (args.epochs or 5) / 256), noise_multiplier=sigma,
+            dataset=TensorDataset(split.train_x, split.train_y), loss=TauCrossEntropy(1.0),
+            plan=plan(len(split.train_x), 256, args.epochs or 5, sigma),
             optimizer=partial(torch.optim.SGD, lr=args.lr or 2.0, momentum=0.9), schedule="linear",
         )  # fmt: skip
         torch.manual_seed(args.seed)
@@ -85,8 +89,8 @@ def local_and_global(args: argparse.Namespace) -> None:
     for name, trainer in ways.items():
         began = time.perf_counter()
         task = Task(
-            dataset=TensorDataset(2 * split.train_x - 1, split.train_y), loss=TauCrossEntropy(1.0), batch_size=250,
-            steps=round(len(split.train_x) * (args.epochs or 4) / 250), noise_multiplier=1.3,
+            dataset=TensorDataset(2 * split.train_x - 1, split.train_y), loss=TauCrossEntropy(1.0),
+            plan=plan(len(split.train_x), 250, args.epochs or 4, 1.3),
             optimizer=partial(torch.optim.SGD, lr=args.lr or 0.05), microbatch=64,
         )  # fmt: skip
         torch.manual_seed(args.seed)

@@ -105,7 +105,7 @@ def realised_batch_size() -> AbstractContextManager[None]:
             drawn = max(1, self.loader.drawn.rows if self.loader.drawn else 0)
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(self.facts.expected_batch_size / drawn)
+                    parameter.grad.mul_(self.plan.expected_batch_size / drawn)
 
         return divided
 

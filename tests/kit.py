@@ -121,7 +121,7 @@ def pure_noise(engine, model, optimizer, loader, criterion) -> dict[str, Tensor]
         summed = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         for name, p in model.named_parameters():
-            moved = (before[name].double() - p.detach().double()) * engine.facts.expected_batch_size
+            moved = (before[name].double() - p.detach().double()) * engine.plan.expected_batch_size
             draws[name].append(moved - summed.get(name, 0.0))
             p.data.copy_(before[name])  # the same weights, hence the same bounds, at every step
     return {name: torch.stack(d) for name, d in draws.items()}

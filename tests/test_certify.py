@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import lipdp
 from lipdp import nn as lnn
+from lipdp.accounting import PrivacyPlan
 from lipdp.certify import Network, certify
 from lipdp.certify.convolution import fourier_norm
 from lipdp.certify.inputs import apply_maps, moduli_of_maps
@@ -605,9 +606,7 @@ def test_pgd_breaks_no_certificate_of_1000_mnist_images():
     task = Task(
         dataset=torch.utils.data.TensorDataset(split.train_x[:10_000], split.train_y[:10_000]),
         loss=lipdp.losses.TauCrossEntropy(8.0),
-        batch_size=500,
-        steps=60,
-        noise_multiplier=1.0,
+        plan=PrivacyPlan(dataset_size=10_000, expected_batch_size=500, steps=60, noise_multiplier=1.0),
         optimizer=partial(torch.optim.SGD, lr=2.0, momentum=0.9),
         seed=0,
     )

@@ -23,7 +23,7 @@ from faults.client import Commands, assert_same, records, released_and_counted, 
 from kit import Raises
 
 import lipdp
-from lipdp.accounting.facts import with_digest
+from lipdp.accounting.digest import with_digest
 from lipdp.cli import main
 from lipdp.errors import CheckpointError, ResumeError
 from lipdp.training import Trainer, configure
@@ -383,7 +383,7 @@ def test_another_runs_account_is_refused(run):
     """Untouched, digest and all, but of a run with other noise."""
     privacy = json.loads((run / "privacy.json").read_text())
     (run / "privacy.json").write_text(json.dumps(with_digest({**privacy, "noise_multiplier": 2.1})))
-    with pytest.raises(ResumeError, match="other privacy facts"):
+    with pytest.raises(ResumeError, match="another privacy plan"):
         Trainer.resume(run)
 
 

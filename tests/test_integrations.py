@@ -413,7 +413,7 @@ def test_training_stops_before_a_step_that_the_budget_does_not_pay_for(budget, d
     taken = engine.steps_taken
     assert 0 < taken < STEPS
     assert engine.get_epsilon(DELTA) <= budget
-    more = engine.accountant.epsilon([engine.facts.step_event.with_steps(taken + 1)], DELTA).epsilon
+    more = engine.accountant.epsilon([engine.plan.step_event.with_steps(taken + 1)], DELTA).epsilon
     assert more > budget
     assert float(run.callback_metrics["epsilon"]) == pytest.approx(engine.get_epsilon(DELTA), rel=1e-6)
     assert same(weights, plain(digits, steps=taken)[0])
@@ -441,7 +441,7 @@ def test_epsilon_is_logged_every_so_often(digits):
     engine = lipdp.PrivacyEngine("rdp", seed=0)
     watched = trainer(PrivacyBudget(engine, delta=DELTA, log_every=5), Watch())
     watched.fit(Module(engine, digits))
-    steps = [engine.accountant.epsilon([engine.facts.step_event.with_steps(n)], DELTA).epsilon for n in (5, 10, STEPS)]
+    steps = [engine.accountant.epsilon([engine.plan.step_event.with_steps(n)], DELTA).epsilon for n in (5, 10, STEPS)]
     assert seen[3] == 0
     assert sorted(set(seen)) == pytest.approx([0.0, *steps], rel=1e-6)
 

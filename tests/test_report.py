@@ -76,7 +76,7 @@ def comparison(tmp_path):
 
 def edit(path, **changes):
     """Change a JSON file, digest and all where it has one."""
-    from lipdp.accounting.facts import with_digest
+    from lipdp.accounting.digest import with_digest
 
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps(with_digest(values) if "digest" in values else values))

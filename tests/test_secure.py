@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
-from lipdp.accounting.facts import check_digest, digest, with_digest
+from lipdp.accounting.digest import check_digest, digest, with_digest
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler
 from lipdp.cli import main
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
@@ -258,7 +258,7 @@ private = partial(kit.private, secure=True, seed=None, momentum=0.9)
 def test_a_secure_run_resumes_bit_identical(seed, sampling):
     options = {"seed": seed, "sampling": sampling, "gate": QuantileGate(0.5, count_std=4.0)}
     engine, model, optimizer, loader, criterion = private(**options)
-    assert (engine.facts.secure, engine.facts.seeded) == (True, seed is not None)
+    assert (engine.plan.secure, engine.plan.seeded) == (True, seed is not None)
     train(model, optimizer, loader, criterion, steps=2)
     file = io.BytesIO()
     torch.save([model.state_dict(), optimizer.state_dict(), engine.state_dict()], file)
@@ -299,7 +299,7 @@ def test_the_noise_on_the_weights_is_what_epsilon_was_computed_from():
 # --- digests ----------------------------------------------------------------------------------------------------------
 
 EDITS = {
-    "facts": lambda s: s["facts"].update(steps=7),
+    "plan": lambda s: s["plan"].update(steps=7),
     "ledger": lambda s: s["ledger"]["events"][0].update(steps=1),
     "before": lambda s: s.update(before=1),
     "position": lambda s: s["loader"].update(position=1),
@@ -381,8 +381,8 @@ def test_an_edited_config_is_refused(name, value, stopped):
 
 
 CHECKPOINT_EDITS = {
-    "facts": lambda c: c["facts"].update(noise_multiplier=9.0),
-    "facts of the engine": lambda c: c["resume"]["engine"]["facts"].update(delta=9.0),
+    "plan": lambda c: c["plan"].update(noise_multiplier=9.0),
+    "plan of the engine": lambda c: c["resume"]["engine"]["plan"].update(delta=9.0),
     "ledger": lambda c: c["resume"]["engine"]["ledger"]["events"][0].update(steps=1),
     "a larger sigma in it": lambda c: c["resume"]["engine"]["ledger"]["events"][0].update(noise_multiplier=9.0),
     "noise key": lambda c: c["resume"]["engine"]["noise"].update(key="00" * 32),

@@ -55,7 +55,7 @@ def test_a_simulated_run_has_the_noise_of_the_full_one_in_every_update(scale):
     assert config.batch_size == round(256 / scale)
     small = Trainer(config, split=split)
     full = Trainer(configure(**given.full_settings({}), seed=0))
-    assert small.engine.facts.noise_multiplier * 256 == pytest.approx(4.0 * config.batch_size, rel=1e-12)
+    assert small.engine.plan.noise_multiplier * 256 == pytest.approx(4.0 * config.batch_size, rel=1e-12)
     stds = small.engine.noise_stds()
     assert set(stds) == set(full.engine.noise_stds())
     for name, std in full.engine.noise_stds().items():
@@ -77,8 +77,8 @@ def test_a_simulated_run_on_features_has_the_input_bound_of_the_full_one(tmp_pat
 def test_the_full_run_is_calibrated_on_all_training_records():
     given, split, _ = simulation({**QUICK, "noise_multiplier": None, "epsilon": 2.0, "accountant": "rdp"}, scale=4.0)
     full = Trainer(configure(**given.full_settings({})))
-    assert full.engine.facts.noise_multiplier == pytest.approx(given.noise_multiplier, rel=1e-12)
-    assert (given.records, len(split.train_x), len(split.test_x)) == (1437, 1293, 144)
+    assert full.engine.plan.noise_multiplier == pytest.approx(given.plan.noise_multiplier, rel=1e-12)
+    assert (given.plan.dataset_size, len(split.train_x), len(split.test_x)) == (1437, 1293, 144)
 
 
 def test_the_test_part_is_never_looked_at():
@@ -132,7 +132,7 @@ def test_every_trace_of_a_simulation_says_that_it_is_not_private(tmp_path, capsy
 
 def test_simulated_runs_are_seeded_which_the_engine_calls_not_private():
     given, split, bound = simulation(QUICK)
-    assert Trainer(given.simulated_config({}, input_bound=bound), split=split).engine.facts.seeded
+    assert Trainer(given.simulated_config({}, input_bound=bound), split=split).engine.plan.seeded
 
 
 # --- the search -------------------------------------------------------------------------------------------------------

@@ -677,7 +677,7 @@ def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
     many = train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "many")
     assert many.epsilon == one.epsilon
     alone, helped = (Trainer(configure(**settings_, augment_multiplicity=views)).engine for views in (1, 3))
-    assert alone.facts == helped.facts
+    assert alone.plan == helped.plan
     assert alone.sensitivity().total == helped.sensitivity().total
     with pytest.raises(Interrupted):
         train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=Raises(2, signal.SIGINT))

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.accounting import PrivacyPlan
 
 pytest.importorskip("opacus")
 from lipdp.comparison import TRAINERS, Task, get_trainer, with_backprop_clipping
@@ -38,8 +39,8 @@ def task(*, records=40, batch_size=20, sigma=1.0, steps=3, lr=1.0, scale=1.0, **
     x = torch.randn(records, 12, generator=generator) * scale
     y = torch.randint(3, (records,), generator=generator)
     optimizer = partial(torch.optim.SGD, lr=lr)
-    return Task(dataset=TensorDataset(x, y), loss=losses.TauCrossEntropy(1.0), batch_size=batch_size, steps=steps,
-                noise_multiplier=sigma, optimizer=optimizer, **{"seed": 5, **options})  # fmt: skip
+    return Task(dataset=TensorDataset(x, y), loss=losses.TauCrossEntropy(1.0), plan=PrivacyPlan(
+                dataset_size=records, expected_batch_size=batch_size, steps=steps, noise_multiplier=sigma), optimizer=optimizer, **{"seed": 5, **options})  # fmt: skip
 
 
 def one_step(name, model, given, batch=None, **settings):
@@ -180,15 +181,15 @@ def test_same_noise_multiplier_costs_the_same():
         return plain_model() if plain else nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(12, 3))
 
     events = [t.start(model(t.plain), given).event for t in TRAINERS.values() if t.private]
-    assert set(events) == {given.event}
-    assert (given.event.sampling_rate, given.event.noise_multiplier) == (0.1, 1.1)
+    assert set(events) == {given.plan.step_event}
+    assert (events[0].sampling_rate, events[0].noise_multiplier) == (0.1, 1.1)
     assert TRAINERS["non_private"].start(plain_model(), given).event is None
 
 
 def test_unknown_trainer_and_bad_batch_size():
     with pytest.raises(UnknownNameError, match="opacus_ghost"):
         get_trainer("ghost")
-    with pytest.raises(ParameterError, match="batch_size=41"):
+    with pytest.raises(ParameterError, match="expected_batch_size=41: a whole number in 1 … N = 40"):
         task(batch_size=41)
 
 

@@ -204,7 +204,7 @@ def test_parts_are_a_partition(drawn, size, cuts):
 def test_the_account_is_of_owners():
     """20 records of 5 owners: q = 4/5, N = 5."""
     engine, model, optimizer, loader, criterion = private(group=np.arange(20) // 4)
-    assert (engine.facts.dataset_size, engine.facts.sampling_rate, engine.facts.unit) == (5, 0.8, "owner")
+    assert (engine.plan.dataset_size, engine.plan.sampling_rate, engine.plan.unit) == (5, 0.8, "owner")
     sizes = set()
     for x, y, weight in loader:
         optimizer.zero_grad()

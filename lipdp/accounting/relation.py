@@ -24,3 +24,8 @@ class Relation(str, Enum):
     def sensitivity_factor(self) -> float:
         """How far a sum of vectors of norm ≤ Δ moves between neighbours, in units of Δ."""
         return 1.0 if self is Relation.ADD_OR_REMOVE_ONE else 2.0
+
+    @property
+    def words(self) -> str:
+        """What one does to one unit to get the neighbour: "add or remove one", "replace one"."""
+        return self.value.replace("_", " ")

@@ -32,7 +32,7 @@ class Experiment:
         others: (x, y) of the records in every run.
         canaries: (x, y) of the m canaries.
         dataset_size: N, the public constant.
-        expected_batch_size: B; q = B/N.
+        expected_batch_size: B.
         steps: T of one run.
         learning_rate: of plain SGD. With 0 the weights stand still: ε holds at every learning rate, and what a canary adds to
             the release is then the same at every step.
@@ -49,11 +49,6 @@ class Experiment:
     steps: int = 1
     learning_rate: float = 0.0
     saturated: bool = True
-
-    @property
-    def sampling_rate(self) -> float:
-        """q."""
-        return self.expected_batch_size / self.dataset_size
 
     def records(self, included: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of the dataset with the canaries that `included`, (m,) bool, marks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import TensorDataset
 
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.audit.experiments import Experiment
 from lipdp.batches.loader import BatchLoader
 from lipdp.errors import ParameterError
@@ -27,14 +28,13 @@ class Setting:
     """How the engine is asked to protect the run.
 
     Attributes:
-        noise_multiplier: σ.
-        allocation, accountant: as `PrivacyEngine.make_private`.
+        plan: of one run.
+        allocation: as `PrivacyEngine.make_private` takes it.
         seed: for tests.
     """
 
-    noise_multiplier: float
+    plan: PrivacyPlan
     allocation: str = "per_layer"
-    accountant: str = "prv"
     seed: int | None = None
 
 
@@ -45,26 +45,23 @@ class Training:
         self.experiment = experiment
         self.model = experiment.fresh_model()
         # the mechanism is audited, not the guard that would stop a run with a wrong bound
-        self.engine = PrivacyEngine(setting.accountant, seed=setting.seed, check_every=0)
+        self.engine = PrivacyEngine(setting.plan.accountant, seed=setting.seed, check_every=0)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=experiment.learning_rate)
         self.loader: BatchLoader
         self.criterion: PrivateCriterion
-        _, self.optimizer, self.loader, self.criterion = self.engine.make_private(
+        _, self.optimizer, self.loader, self.criterion = self.engine.make_private_with_plan(
+            replace(setting.plan, steps=setting.plan.steps * runs),
             module=self.model,
             optimizer=self.optimizer,
             criterion=experiment.loss,
             dataset=TensorDataset(*experiment.records(included)),
-            dataset_size=experiment.dataset_size,
-            expected_batch_size=experiment.expected_batch_size,
-            steps=experiment.steps * runs,
-            noise_multiplier=setting.noise_multiplier,
             allocation=setting.allocation,
         )
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def claimed_epsilon(self, delta: float) -> float:
         """What the engine's accountant says of one run of T steps."""
-        event = self.engine.facts.step_event.with_steps(self.experiment.steps)
+        event = self.engine.plan.step_event.with_steps(self.experiment.steps)
         return self.engine.accountant.epsilon([event], delta).epsilon
 
     def step(self, x: Tensor, y: Tensor) -> None:
@@ -115,7 +112,7 @@ def repeated(
     canary = _flat(training.gradient(*experiment.canaries)) * entries
     shift = torch.linalg.vector_norm(canary)
     direction = canary / shift
-    expected = experiment.sampling_rate * _flat(training.gradient(*experiment.others)) * entries
+    expected = setting.plan.sampling_rate * _flat(training.gradient(*experiment.others)) * entries
     scale = entries * experiment.expected_batch_size
     along, energy = torch.empty(runs * experiment.steps), torch.empty(runs * experiment.steps)
     for step, (x, y) in enumerate(training.loader):
@@ -125,7 +122,7 @@ def repeated(
         energy[step] = release @ release - along_step.square()
     along, energy = along.double().view(runs, -1), energy.double().view(runs, -1)
     shift = shift.double()
-    scores = {"likelihood": _log_likelihood(along * shift, shift, experiment.sampling_rate).sum(1)}
+    scores = {"likelihood": _log_likelihood(along * shift, shift, setting.plan.sampling_rate).sum(1)}
     if experiment.steps > 1:
         scores["one step"] = torch.logsumexp(2 * shift * along, 1)
     scores["energy"] = energy.mean(1)
@@ -151,7 +148,7 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
         release = {}
         for name, parameter in training.parameters.items():
             released = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            centred = experiment.expected_batch_size * released - experiment.sampling_rate * expected[name]
+            centred = experiment.expected_batch_size * released - setting.plan.sampling_rate * expected[name]
             release[name] = centred / stds[name]
         scorer.see(training.model, weights, release, stds)
     return {name: values.numpy() for name, values in scorer.scores().items()}, training
@@ -161,8 +158,8 @@ class _Orthogonal:
     """Canaries that meet every bound and are orthogonal: the release is projected on all of them at once."""
 
     def __init__(self, experiment: Experiment, setting: Setting) -> None:
-        self._experiment = experiment
-        self._shift = torch.tensor(1.0 / setting.noise_multiplier, dtype=torch.float64)
+        self._experiment, self._plan = experiment, setting.plan
+        self._shift = torch.tensor(1.0 / setting.plan.noise_multiplier, dtype=torch.float64)
         self._total = torch.zeros(len(experiment.canaries[0]), dtype=torch.float64)
 
     def see(self, model: nn.Module, weights: Tensors, release: Tensors, stds: dict[str, float]) -> None:
@@ -177,7 +174,7 @@ class _Orthogonal:
             ((g * r).sum() / stds[n] for g, (n, r) in zip(mixed, release.items(), strict=True)), torch.zeros(())
         )
         (along,) = torch.autograd.grad(total, share)
-        self._total += _log_likelihood(along.double(), self._shift, self._experiment.sampling_rate)
+        self._total += _log_likelihood(along.double(), self._shift, self._plan.sampling_rate)
 
     def scores(self) -> dict[str, Tensor]:
         """See `simultaneous`."""
@@ -193,13 +190,13 @@ class _Joint:
 
     def __init__(self, experiment: Experiment, setting: Setting) -> None:
         count = len(experiment.canaries[0])
-        self._experiment = experiment
+        self._experiment, self._plan = experiment, setting.plan
         self._total = torch.zeros(count, dtype=torch.float64)
         self._gram, self._seen = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
 
     def see(self, model: nn.Module, weights: Tensors, release: Tensors, stds: dict[str, float]) -> None:
         """As `_Orthogonal.see`."""
-        loss, q = self._experiment.loss, self._experiment.sampling_rate
+        loss, q = self._experiment.loss, self._plan.sampling_rate
 
         def value(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
             return loss(functional_call(model, w, (x.unsqueeze(0),)), y.unsqueeze(0)).sum()
@@ -234,7 +231,7 @@ def worlds(experiment: Experiment, setting: Setting, coins: NDArray[np.bool_]) -
     for world in (False, True):
         seed = None if setting.seed is None else 2 * setting.seed + world
         count = int((coins == world).sum())
-        own = Setting(setting.noise_multiplier, setting.allocation, setting.accountant, seed)
+        own = replace(setting, seed=seed)
         parts[world], training = repeated(experiment, own, included=world, runs=max(1, count))
         trainings.append(training)
     scores = {}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.audit.experiments import Experiment, gradient_canaries, worst_case
 from lipdp.audit.guessing import choose
 from lipdp.audit.observe import Setting, Training, fair_coins, simultaneous, worlds
@@ -208,14 +208,15 @@ def _enough(what: str, count: int) -> int:
 def _setting(
     experiment: Experiment, epsilon: float, delta: float, allocation: str, accountant: str, seed: int | None
 ) -> Setting:
-    sigma = calibrate(
-        target_epsilon=epsilon,
-        sampling_rate=experiment.sampling_rate,
+    plan = PrivacyPlan.of(
+        dataset_size=experiment.dataset_size,
+        expected_batch_size=experiment.expected_batch_size,
         steps=experiment.steps,
-        delta=delta,
+        target_epsilon=epsilon,
+        target_delta=delta,
         accountant=accountant,
     )
-    return Setting(sigma, allocation, accountant, seed)
+    return Setting(plan, allocation, seed)
 
 
 def _split(games: Games) -> tuple[Games, Games]:
@@ -229,13 +230,13 @@ def _split(games: Games) -> tuple[Games, Games]:
 
 
 def _facts(training: Training, delta: float) -> dict[str, Any]:
-    facts = training.engine.facts
+    plan = training.engine.plan
     return {
         "experiment": training.experiment.name,
         "claimed_epsilon": training.claimed_epsilon(delta),
         "delta": delta,
-        "noise_multiplier": facts.noise_multiplier,
-        "sampling_rate": facts.sampling_rate,
+        "noise_multiplier": plan.noise_multiplier,
+        "sampling_rate": plan.sampling_rate,
         "steps": training.experiment.steps,
     }
 

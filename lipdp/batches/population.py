@@ -24,28 +24,23 @@ class Population:
 
     Attributes:
         present: the units (records, or owners) of all processes, which the sampler numbers.
-        size: N, a public constant; `present` where none was given.
         records: those of this process's data set.
         part: which of the units drawn are this process's.
         owners: the records of each owner, where owners are the units.
     """
 
     present: int
-    size: int
     records: int
     part: Part
     owners: Owners | None = None
 
     @classmethod
-    def of(
-        cls, dataset: Any, world: World, *, size: int | None = None, group: Group | None = None, shards: bool = False
-    ) -> Population:
+    def of(cls, dataset: Any, world: World, *, group: Group | None = None, shards: bool = False) -> Population:
         """The population of a data set.
 
         Args:
             dataset: this process's: all records, or with `shards` some that no other process has.
             world: the processes.
-            size: N, if it is not to be counted.
             group: the owner of every record.
             shards: see `dataset`.
 
@@ -80,17 +75,12 @@ class Population:
                     " one, or pass shards=True if each has records of its own"
                 )
             present, part = records if owners is None else len(owners), EveryNth(world.rank, world.size)
-        return cls(present, present if size is None else size, records, part, owners)
+        return cls(present, records, part, owners)
 
-    def rate(self, expected_batch_size: int) -> float:
-        """q = B/N.
-
-        Raises:
-            ParameterError: B outside 1 … N.
-        """
-        if not 0 < expected_batch_size <= self.size:
-            raise ParameterError(f"expected_batch_size lies in 1 … N = {self.size}, got {expected_batch_size}")
-        return expected_batch_size / self.size
+    @property
+    def unit(self) -> str:
+        """What the sampler numbers: a "record", or an "owner" with all records."""
+        return "record" if self.owners is None else "owner"
 
 
 def check_records(dataset: Any, world: World, *, shards: bool) -> None:

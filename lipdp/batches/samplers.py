@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipdp.accounting.plan import SAMPLINGS
 from lipdp.accounting.relation import Relation
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.noise.cipher import keystream, keystream_blocks
@@ -165,7 +166,7 @@ class PoissonSampler(_IndependentBatches):
     for the splitting of arrivals.
     """
 
-    relation: ClassVar[Relation] = Relation.ADD_OR_REMOVE_ONE
+    relation: ClassVar[Relation] = SAMPLINGS["poisson"]
 
     def __init__(
         self, population: int, *, sampling_rate: float, steps: int, seed: int | None = None, secure: bool = False
@@ -217,7 +218,7 @@ class FixedSizeSampler(_IndependentBatches):
     Source: Balle, Barthe & Gaboardi (2018), "Privacy amplification by subsampling".
     """
 
-    relation: ClassVar[Relation] = Relation.REPLACE_ONE
+    relation: ClassVar[Relation] = SAMPLINGS["fixed_size"]
 
     def __init__(
         self, population: int, *, batch_size: int, steps: int, seed: int | None = None, secure: bool = False

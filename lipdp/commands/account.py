@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lipdp.commands.options import interruptible
-from lipdp.errors import CalibrationError, ParameterError, UnknownNameError
+from lipdp.errors import CalibrationError, ParameterError
+
+if TYPE_CHECKING:
+    from lipdp.accounting.plan import Subsampling
 
 _ACCOUNTANTS = ("prv", "pld", "rdp")
-_SAMPLINGS = {"poisson": "add_or_remove_one", "fixed_size": "replace_one"}
 
 EPSILON_EPILOG = """[bold]Examples[/bold]
 
@@ -50,12 +51,12 @@ def epsilon(
     as_json: Json = False,
 ) -> None:
     """ε of a run, from its noise: an upper bound by every accountant."""
-    from lipdp.accounting.accountants import Event, get_accountant
+    from lipdp.accounting.accountants import get_accountant
 
-    q, count, relation = _plan(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
-    event = Event(noise_multiplier, q, count, relation)  # type: ignore[arg-type]
+    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
+    event = drawn.event(noise_multiplier)
     spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
-    facts = _facts(q, count, delta, relation)
+    facts = _facts(drawn, delta)
     facts |= {"noise_multiplier": noise_multiplier, "epsilon": {name: s.epsilon for name, s in spent.items()}}
     notes = {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
     _show(facts, notes, as_json, "ε", facts["epsilon"])
@@ -74,56 +75,42 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """The least noise for a target ε: 0.995 ε ≤ ε(σ) ≤ ε, by every accountant."""
-    from lipdp.accounting.calibration import calibrate as find
-
-    q, count, relation = _plan(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
+    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
     found: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in _ACCOUNTANTS:
         try:
-            found[name] = find(
-                target_epsilon=epsilon, sampling_rate=q, steps=count, delta=delta, accountant=name, relation=relation
-            )
+            found[name] = drawn.noise_multiplier(epsilon=epsilon, delta=delta, accountant=name)
         except CalibrationError as error:
             notes[name] = str(error)
     if not found:
         raise CalibrationError(notes[_ACCOUNTANTS[0]])
-    facts = _facts(q, count, delta, relation) | {"target_epsilon": epsilon, "noise_multiplier": found}
+    facts = _facts(drawn, delta) | {"target_epsilon": epsilon, "noise_multiplier": found}
     _show(facts, notes, as_json, "σ", found)
 
 
-def _plan(
+def _subsampling(
     sampling_rate: float | None,
     batch_size: int | None,
     dataset_size: int | None,
     steps: int | None,
     epochs: float | None,
     sampling: str,
-) -> tuple[float, int, str]:
-    """q, T and the relation."""
-    if sampling not in _SAMPLINGS:
-        raise UnknownNameError("sampling", sampling, _SAMPLINGS)
+) -> Subsampling:
+    from lipdp.accounting.plan import Subsampling
+
     if sampling_rate is None:
         if batch_size is None or dataset_size is None:
             raise ParameterError("give --sampling-rate, or --batch-size and --dataset-size")
-        if not 0 < batch_size <= dataset_size:
-            raise ParameterError(f"--batch-size {batch_size} lies in 1 … N = {dataset_size}")
-        sampling_rate = batch_size / dataset_size
-    elif batch_size is not None or dataset_size is not None:
+        return Subsampling.of(dataset_size, batch_size, steps=steps, epochs=epochs, sampling=sampling)
+    if batch_size is not None or dataset_size is not None:
         raise ParameterError("--sampling-rate follows from --batch-size and --dataset-size; give one or the other")
-    if (steps is None) == (epochs is None):
-        raise ParameterError("give --steps or --epochs, one of them")
-    if not 0 < sampling_rate <= 1:
-        raise ParameterError(f"--sampling-rate {sampling_rate}: a probability in (0, 1] is needed")
-    if epochs is not None:
-        if not 0 < epochs < math.inf:
-            raise ParameterError(f"--epochs {epochs}: a finite number > 0 is needed")
-        steps = max(1, round(epochs / sampling_rate))
-    return sampling_rate, steps or 0, _SAMPLINGS[sampling]
+    return Subsampling.at(sampling_rate, steps=steps, epochs=epochs, sampling=sampling)
 
 
-def _facts(q: float, steps: int, delta: float, relation: str) -> dict[str, Any]:
-    return {"sampling_rate": q, "steps": steps, "delta": delta, "relation": relation}
+def _facts(drawn: Subsampling, delta: float) -> dict[str, Any]:
+    stated = {"sampling_rate": drawn.sampling_rate, "steps": drawn.steps, "delta": delta}
+    return {**stated, "relation": drawn.relation.value}
 
 
 def _show(facts: dict[str, Any], notes: dict[str, str], as_json: bool, symbol: str, values: dict[str, float]) -> None:

@@ -24,7 +24,6 @@ from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer
 from lipdp.training.monitor import Monitor, Result
 
-_RELATIONS = {"add_or_remove_one": "add or remove one", "replace_one": "replace one"}
 _SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}
 
 
@@ -110,7 +109,7 @@ def terminal_monitor(console: Console) -> LineMonitor:
 
 def show_plan(console: Console, trainer: Trainer) -> None:
     """What the run will spend and on what, before its first step."""
-    facts, config = trainer.engine.facts, trainer.config
+    plan, config = trainer.engine.plan, trainer.config
     sizes = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}
     bounds, stds = trainer.engine.sensitivity(), trainer.engine.noise_stds()
     rows = parameter_rows(bounds, stds, sizes, batch_size=trainer.batch_size, nodes=bounds.nodes)
@@ -118,16 +117,16 @@ def show_plan(console: Console, trainer: Trainer) -> None:
     features = f" on {config.features} features" if config.features else ""
     lines = {
         f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}, {weights:,} weights, {trainer.device}",
-        "protects": f"each of {facts.dataset_size:,} {facts.unit}s ({_RELATIONS[facts.relation]} {facts.unit})",
-        "batches": f"T = {facts.steps} steps, B = {facts.expected_batch_size}, q = {facts.sampling_rate:.4g}"
-        f" ({_SAMPLINGS[facts.sampling]})",
-        "noise": f"σ = {facts.noise_multiplier:.4g} ({facts.allocation}); {trainer.criterion.loss}, {_gate(trainer)}",
+        "protects": f"each of {plan.dataset_size:,} {plan.unit}s ({plan.relation.words} {plan.unit})",
+        "batches": f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}"
+        f" ({_SAMPLINGS[plan.sampling]})",
+        "noise": f"σ = {plan.noise_multiplier:.4g} ({plan.allocation}); {trainer.criterion.loss}, {_gate(trainer)}",
         "budget": f"ε = {trainer.planned.epsilon:.4g} at δ = {trainer.delta:g} after all steps"
         f" ({trainer.planned.accountant})",
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:<11}[/bold] {text}", highlight=False)
-    if facts.seeded:
+    if plan.seeded:
         console.print("[yellow]seeded: the noise can be repeated, so this run is NOT private[/yellow]")
     console.print()
     console.print(parameter_table(rows))

@@ -41,7 +41,6 @@ def sensitivity(
     import torch
     from rich.console import Console
 
-    from lipdp import Relation
     from lipdp import sensitivity as bound
     from lipdp.commands.tables import LEGEND, number, parameter_table
     from lipdp.noise.allocation import get_allocation
@@ -64,8 +63,11 @@ def sensitivity(
     rows = parameter_rows(bounds, drawn, sizes, batch_size=batch_size, nodes=bounds.nodes)
     if as_json:
         summary = {"total": bounds.total, "lipschitz": bounds.lipschitz, "loss_constant": bounds.loss_constant}
-        relation = Relation.ADD_OR_REMOVE_ONE.value
-        typer.echo(json.dumps({**summary, "relation": relation, "parameters": [asdict(row) for row in rows]}, indent=2))
+        typer.echo(
+            json.dumps(
+                {**summary, "relation": bounds.relation.value, "parameters": [asdict(row) for row in rows]}, indent=2
+            )
+        )
         return
     console = Console()
     console.print(parameter_table(rows))

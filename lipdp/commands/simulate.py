@@ -136,12 +136,12 @@ def _show(console: Console, found: Found, out: Path) -> None:
     given, result = found.simulation, found.as_dict(out=str(out / "full"))
     compute = result["compute"]
     console.print(
-        f"full run: B = {given.batch_size}, σ = {given.noise_multiplier:.4g}, T = {given.steps}; simulated at"
-        f" B = {given.simulated_batch_size}, σ = {given.simulated_noise_multiplier:.4g} (not private)",
+        f"full run: {given.plan}\nsimulated at B = {given.simulated.expected_batch_size},"
+        f" σ = {given.simulated.noise_multiplier:.4g} (not private)",
         highlight=False,
     )
     console.print(
-        f"{result['trials']} runs of 1/{compute['ratio']:.3g} the compute each: {compute['samples_searched']:,} records"
+        f"{result['trials']} runs of 1/{compute['ratio']:.3g} the compute each: {compute['samples_searched']:,} {given.plan.unit}s"
         f" processed, {compute['samples_saved']:,} saved",
         highlight=False,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.events import Event
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.samplers import PoissonSampler
 from lipdp.errors import ParameterError
@@ -24,13 +25,13 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """The same for every trainer: data, loss, (q, σ, T) and optimiser.
+    """The same for every trainer: data, loss, plan and optimiser.
 
     Attributes:
         dataset: N records, inputs and targets, on the model's device.
         loss: per sample, summed over the batch; the sum is divided by the public B.
-        batch_size, steps: B and T; q = B/N.
-        noise_multiplier: the joint σ of everything a step releases. A non-private trainer leaves it alone.
+        plan: B, T, q and the joint σ of everything a step releases, of Poisson batches of the dataset's records. A
+            non-private trainer draws the same batches and leaves σ alone.
         optimizer: makes one from parameters.
         schedule: of the learning rate, as `lipdp.training.choices.make_scheduler` takes it.
         microbatch: samples a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
@@ -39,31 +40,29 @@ class Task:
 
     dataset: TensorDataset
     loss: LipschitzLoss
-    batch_size: int
-    steps: int
-    noise_multiplier: float
+    plan: PrivacyPlan
     optimizer: MakeOptimizer
     schedule: str = "constant"
     microbatch: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.batch_size <= len(self.dataset):
-            raise ParameterError(f"batch_size={self.batch_size}: lies in 1 … N = {len(self.dataset)}")
+        drawn = (self.plan.dataset_size, self.plan.sampling, self.plan.unit)
+        if drawn != (len(self.dataset), "poisson", "record"):
+            raise ParameterError(
+                f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}; trainers are compared on Poisson batches of all"
+                f" {len(self.dataset)} records"
+            )
 
     @property
-    def sampling_rate(self) -> float:
-        """q = B/N."""
-        return self.batch_size / len(self.dataset)
-
-    @property
-    def event(self) -> Event:
-        """One step, as the accountant takes it."""
-        return Event(self.noise_multiplier, self.sampling_rate, 1)
+    def batch_size(self) -> int:
+        """B."""
+        return self.plan.expected_batch_size
 
     def loader(self) -> BatchLoader:
         """Poisson batches, drawn as the private engine draws them."""
-        sampler = PoissonSampler(len(self.dataset), sampling_rate=self.sampling_rate, steps=self.steps, seed=self.seed)
+        plan = self.plan
+        sampler = PoissonSampler(plan.dataset_size, sampling_rate=plan.sampling_rate, steps=plan.steps, seed=self.seed)
         return BatchLoader(self.dataset, sampler)
 
     def pieces(self, x: Tensor, y: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
@@ -124,7 +123,7 @@ class Trainer(ABC):
         """All T steps."""
         session = self.start(model, task)
         session.model.train()
-        scheduler = make_scheduler(task.schedule, session.optimizer, steps=task.steps)
+        scheduler = make_scheduler(task.schedule, session.optimizer, steps=task.plan.steps)
         try:
             for x, y in session.loader:
                 session.step(x, y)

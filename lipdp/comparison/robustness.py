@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lipdp.accounting.accountants import get_accountant
-from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.certify import IMAGE_RADII
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
@@ -20,7 +19,7 @@ from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows, trained
 from lipdp.comparison.trainers.clipless import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
-from lipdp.data import Split, load
+from lipdp.data import Split, load, units
 from lipdp.errors import (
     NonFiniteError,
     ParameterError,
@@ -28,7 +27,7 @@ from lipdp.errors import (
     UnsupportedLayerError,
     UnsupportedOperationError,
 )
-from lipdp.training.assembly import decided, prepare
+from lipdp.training.assembly import plan_of, prepare
 from lipdp.training.config import TrainConfig, configure
 from lipdp.training.evaluation import outputs
 
@@ -97,7 +96,7 @@ class _Bench:
     raw: Split
     maps: tuple[InputMap, ...]
     input_bound: float | None
-    sigma: float
+    plan: PrivacyPlan
 
     def setup(self, tau: float) -> Setup:
         """Model and loss at a temperature."""
@@ -154,40 +153,30 @@ def _bench(config: RobustnessConfig) -> _Bench:
     raw = load(config.dataset, data_dir=config.data_dir)
     data, input_bound = prepare(train)
     split = data.in_memory()
-    train = train.resolve(len(split.train_x), binary=split.task == "binary")
-    sigma = calibrate(
-        target_epsilon=config.epsilon,
-        sampling_rate=decided(train.batch_size) / len(split.train_x),
-        steps=decided(train.steps),
-        delta=decided(train.delta),
-    )
-    return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, sigma)
+    train = train.resolve(units(split), binary=split.task == "binary")
+    return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, plan_of(train, split))
 
 
 def _cell(bench: _Bench, row: Row, tau: float, seed: int) -> Cell:
     begin = time.perf_counter()
-    config, train = bench.config, bench.train
+    config, train, plan = bench.config, bench.train, bench.plan
     session = trained(
         row,
         _configured(row.trainer, bench),
         bench.setup(tau),
         train,
         bench.split,
+        plan=plan,
         lr=config.twin_lr if row.plain else train.lr,
-        batch_size=decided(train.batch_size),
-        noise_multiplier=bench.sigma,
         seed=seed,
     )
-    spent = None
-    if session.event is not None:
-        event = session.event.with_steps(decided(train.steps))
-        spent = get_accountant("prv").epsilon([event], decided(train.delta)).epsilon
+    private = session.event is not None
     return {
-        "batch_size": train.batch_size,
-        "steps": train.steps,
-        "noise_multiplier": None if spent is None else bench.sigma,
-        "epsilon": spent,
-        "delta": train.delta,
+        "batch_size": plan.expected_batch_size,
+        "steps": plan.steps,
+        "noise_multiplier": plan.noise_multiplier if private else None,
+        "epsilon": plan.predicted.epsilon if private else None,
+        "delta": plan.target_delta,
         "radii": list(config.radii),
         **_certified(bench, session.model),
         "private": False,  # seeded

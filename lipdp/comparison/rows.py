@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.protocol import Session, Task, Trainer
 from lipdp.comparison.trainers import TRAINERS, get_trainer
 from lipdp.data import Split
 from lipdp.errors import ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.models import build
-from lipdp.training.assembly import decided
 from lipdp.training.choices import make_loss, make_optimizer
 from lipdp.training.config import TrainConfig
 
@@ -120,16 +120,16 @@ def trained(
     train: TrainConfig,
     split: Split,
     *,
+    plan: PrivacyPlan,
     lr: float,
-    batch_size: int,
-    noise_multiplier: float,
     seed: int,
 ) -> Session:
     """A new model of the row's kind after all T steps on the split's training part: seeded, so repeatable and not private.
 
     Args:
         trainer: the row's, with its settings.
-        train: with T decided; gives optimiser, momentum and schedule.
+        train: gives optimiser, momentum and schedule.
+        plan: of the split's training records.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -137,9 +137,7 @@ def trained(
         task = Task(
             dataset=TensorDataset(split.train_x, split.train_y),
             loss=setup.loss_for(row),
-            batch_size=batch_size,
-            steps=decided(train.steps),
-            noise_multiplier=noise_multiplier,
+            plan=plan,
             optimizer=partial(make_optimizer, train.optimizer, lr=lr, momentum=train.momentum),
             schedule=train.schedule,
             microbatch=max(32, min(512, _BLOCK // sum(p.numel() for p in model.parameters()))),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows
@@ -151,9 +152,7 @@ def start(config: SpeedConfig, row: Row, batch_size: int) -> Session:
     task = Task(
         dataset=TensorDataset(x, y),
         loss=setup.loss_for(row),
-        batch_size=batch_size,
-        steps=_MANY,
-        noise_multiplier=2.0,
+        plan=PrivacyPlan(dataset_size=len(x), expected_batch_size=batch_size, steps=_MANY, noise_multiplier=2.0),
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
         seed=0,  # the same batches for every trainer
     )

@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 
-from lipdp.accounting.accountants import get_accountant
-from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.calibration import calibration
 from lipdp.comparison.protocol import Session, Trainer
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows, trained
-from lipdp.data import Split, split_validation
+from lipdp.data import Split, split_validation, units
 from lipdp.errors import NonFiniteError, ParameterError
-from lipdp.training.assembly import decided, prepare
+from lipdp.training.assembly import plan_of, prepare
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate
 
@@ -199,25 +198,34 @@ def _data(plain: str) -> tuple[Split, float | None]:
 
 
 @functools.lru_cache(maxsize=64)
-def _noise_multiplier(epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:
-    return calibrate(target_epsilon=epsilon, sampling_rate=sampling_rate, steps=steps, delta=delta)
+def _plan(plain: str, epsilon: float | None) -> tuple[TrainConfig, PrivacyPlan]:
+    """The resolved configuration, and the plan of a final run at a budget; without one, σ = 1 which nobody adds."""
+    split, _ = _data(plain)
+    given = replace(
+        config_from_dict(json.loads(plain)), epsilon=epsilon, noise_multiplier=1.0 if epsilon is None else None
+    )
+    train = given.resolve(units(split), binary=split.task == "binary")
+    return train, plan_of(train, split)
+
+
+def _trial(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
+    """The same q and σ on fewer records, both over k: what a trial runs at."""
+    records = units(split)
+    batch_size = max(1, round(plan.expected_batch_size * records / plan.dataset_size / scale))
+    return replace(
+        plan, dataset_size=records, expected_batch_size=batch_size, noise_multiplier=plan.noise_multiplier / scale
+    )
 
 
 def run(config: UtilityConfig, job: Job) -> Cell:
     """One training run and its cell."""
     begin = time.perf_counter()
-    train = config.train_config(job.dataset)
-    split, input_bound = _data(json.dumps(train.as_dict()))
-    train = train.resolve(len(split.train_x), binary=split.task == "binary")
-    batch_size, steps, delta = decided(train.batch_size), decided(train.steps), decided(train.delta)
-    sigma = 1.0
-    if job.epsilon is not None:
-        sigma = _noise_multiplier(job.epsilon, batch_size / len(split.train_x), steps, delta)
+    plain = json.dumps(config.train_config(job.dataset).as_dict())
+    split, input_bound = _data(plain)
+    train, plan = _plan(plain, job.epsilon)
     if job.trial:
-        records, split = len(split.train_x), split_validation(split, fraction=config.validation)
-        scale = config.tune_scale if job.row.trainer.private else 1
-        batch_size = max(1, round(batch_size * len(split.train_x) / records / scale))  # the same q, over k
-        sigma /= scale
+        split = split_validation(split, fraction=config.validation)
+        plan = _trial(plan, split, config.tune_scale if job.row.trainer.private else 1)
     setup = Setup.of(train, split, input_bound)
     settings = dict(job.settings)
     session = trained(
@@ -226,25 +234,21 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         setup,
         train,
         split,
+        plan=plan,
         lr=settings["lr"],
-        batch_size=batch_size,
-        noise_multiplier=sigma,
         seed=job.seed,
     )
     try:
         scores = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
     except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
         scores = dict.fromkeys(("accuracy", "auroc") if split.task == "binary" else ("accuracy",), 0.0)
-    epsilon = None
-    if session.event is not None and not job.trial:
-        epsilon = get_accountant("prv").epsilon([session.event.with_steps(steps)], delta).epsilon
     return {
         **_key(config, job),
-        "batch_size": batch_size,
-        "steps": steps,
-        "noise_multiplier": sigma if job.row.trainer.private else None,
-        "epsilon": epsilon,
-        "delta": delta,
+        "batch_size": plan.expected_batch_size,
+        "steps": plan.steps,
+        "noise_multiplier": plan.noise_multiplier if job.row.trainer.private else None,
+        "epsilon": plan.predicted.epsilon if job.row.trainer.private and not job.trial else None,
+        "delta": plan.target_delta,
         **({"score": scores.get("auroc", scores["accuracy"])} if job.trial else scores),
         **({} if job.trial or split.task == "binary" else _calibration(session, setup.temperature(job.row), split)),
         "private": False,  # seeded, and trials look at private records

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lipdp.accounting.facts import PrivacyFacts
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.bounds.probe import probe_input, untouched
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError
@@ -91,13 +91,25 @@ def settle_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
                 inner.reshard()  # type: ignore[operator]  # without a backward pass the outermost stays gathered
 
 
-def check_alike(world: World, facts: PrivacyFacts, **others: Any) -> None:
+def plan_together(world: World, *, noise_multiplier: float | None, **given: Any) -> PrivacyPlan:
+    """`PrivacyPlan.of`, where the first process alone looks for σ: other processors could round another way."""
+    if noise_multiplier is None:
+        found = 0.0
+        with world.fail_together():
+            if world.rank == 0:
+                found = PrivacyPlan.of(**given).noise_multiplier
+        noise_multiplier = world.broadcast(found)
+    with world.fail_together():
+        return PrivacyPlan.of(noise_multiplier=noise_multiplier, **given)
+
+
+def check_alike(world: World, plan: PrivacyPlan, **others: Any) -> None:
     """Refuse processes that would not draw the same batches and noise.
 
     Raises:
-        EngineError: facts, or the versions that draws depend on, differ between processes.
+        EngineError: their plans, or the versions that draws depend on, differ.
     """
-    own = {**facts.as_dict(), **others, "torch": str(torch.__version__), "numpy": numpy.__version__}
+    own = {**plan.as_dict(), **others, "torch": str(torch.__version__), "numpy": numpy.__version__}
     for rank, other in enumerate(world.gather(own)):
         different = [
             f"{name} is {value!r} here, {other[name]!r} there" for name, value in own.items() if value != other[name]

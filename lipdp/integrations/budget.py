@@ -35,12 +35,12 @@ def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:
     if not epsilon > 0:
         raise ParameterError(f"epsilon={epsilon}: a budget is a positive number")
     run = engine._current()
-    left = run.facts.steps - (engine.ledger.steps - run.before)
+    left = run.plan.steps - (engine.ledger.steps - run.before)
     if epsilon == float("inf"):
         return left
 
     def spent(steps: int) -> float:
-        then = Ledger([*engine.ledger.events, run.facts.step_event.with_steps(steps)])
+        then = Ledger([*engine.ledger.events, run.plan.step_event.with_steps(steps)])
         return engine.accountant.epsilon(then.events, delta).epsilon
 
     if left == 0 or spent(left) <= epsilon:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
-from lipdp.accounting.accountants import checked_delta, get_accountant
-from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
-from lipdp.accounting.relation import Relation
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.errors import CalibrationError, ParameterError
 from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
 
@@ -56,7 +55,7 @@ class Point:
     """One way to train: (B, σ, T) on N records, and its exact ε at δ.
 
     Attributes:
-        records, batch_size, noise_multiplier, steps: N, B, σ, T.
+        records, batch_size, noise_multiplier, steps, sampling_rate, relation: N, B, σ, T, q, of a `PrivacyPlan`.
         delta, epsilon: ε is an upper bound by `accountant`.
         accountant: the one that answered.
     """
@@ -68,11 +67,8 @@ class Point:
     delta: float
     epsilon: float
     accountant: str
-
-    @property
-    def sampling_rate(self) -> float:
-        """q = B/N."""
-        return self.batch_size / self.records
+    sampling_rate: float
+    relation: str
 
     @property
     def eta(self) -> float:
@@ -154,7 +150,7 @@ class Plan:
             "records": budget.records,
             "target_epsilon": budget.epsilon,
             "delta": budget.delta,
-            "relation": Relation.ADD_OR_REMOVE_ONE.value,
+            "relation": self.chosen.relation,
             "max_samples": self.max_samples,
             "chosen": self.chosen.as_dict(),
             "iso_budget": [point.as_dict() for point in self.iso_budget],
@@ -172,9 +168,15 @@ def evaluate(
     >>> f"{point.epsilon:.2f} {point.tan_epsilon:.2f} {point.samples:,}"
     '6.61 7.48 10,240,000'
     """
-    _check_batch(batch_size, records)
-    spent = get_accountant(accountant).epsilon([Event(noise_multiplier, batch_size / records, steps)], delta)
-    return Point(records, batch_size, noise_multiplier, steps, delta, spent.epsilon, spent.accountant)
+    plan = PrivacyPlan.of(
+        dataset_size=records,
+        expected_batch_size=batch_size,
+        steps=steps,
+        noise_multiplier=noise_multiplier,
+        target_delta=delta,
+        accountant=accountant,
+    )
+    return _point(plan)
 
 
 def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
@@ -183,7 +185,6 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
     Raises:
         CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
     """
-    _check_batch(batch_size, budget.records)
     return _calibrated(budget, batch_size, steps)
 
 
@@ -321,25 +322,29 @@ def _quick(budget: Budget) -> Budget:
     return replace(budget, accountant=_QUICK.get(budget.accountant, budget.accountant))
 
 
-def _check_batch(batch_size: int, records: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 0 < batch_size <= records:
-        raise ParameterError(f"batch_size={batch_size!r}: a whole number in 1 … N = {records} is needed")
-
-
 @lru_cache(maxsize=1024)
 def _calibrated(budget: Budget, batch_size: int, steps: int) -> Point:
-    sigma = calibrate(
-        target_epsilon=budget.epsilon,
-        sampling_rate=batch_size / budget.records,
+    plan = PrivacyPlan.of(
+        dataset_size=budget.records,
+        expected_batch_size=batch_size,
         steps=steps,
-        delta=checked_delta(budget.delta),
+        target_epsilon=budget.epsilon,
+        target_delta=budget.delta,
         accountant=budget.accountant,
     )
-    return evaluate(
-        records=budget.records,
-        batch_size=batch_size,
-        noise_multiplier=sigma,
-        steps=steps,
-        delta=budget.delta,
-        accountant=budget.accountant,
+    return _point(plan)
+
+
+def _point(plan: PrivacyPlan) -> Point:
+    spent = plan.predicted
+    return Point(
+        records=plan.dataset_size,
+        batch_size=plan.expected_batch_size,
+        noise_multiplier=plan.noise_multiplier,
+        steps=plan.steps,
+        delta=spent.delta,
+        epsilon=spent.epsilon,
+        accountant=spent.accountant,
+        sampling_rate=plan.sampling_rate,
+        relation=plan.relation.value,
     )

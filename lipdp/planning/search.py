@@ -50,7 +50,7 @@ class Found:
 
     def as_dict(self, *, out: str | None = None) -> dict[str, Any]:
         """What `result.json` holds."""
-        best, full = self.best, self.simulation.batch_size * self.simulation.steps
+        best, full = self.best, self.simulation.plan.samples
         return {
             "label": LABEL,
             "private": False,
@@ -217,7 +217,7 @@ def confirm(found: Found, run: str | os.PathLike[str]) -> dict[str, Any]:
         "delta": privacy["delta"],
         "seconds_of_the_full_run": last["seconds"],
         "seconds_searched": sum(record["seconds"] for record in found.trials.values()),
-        "samples_saved": found.simulation.batch_size * found.simulation.steps * len(found.trials) - found.samples,
+        "samples_saved": found.simulation.plan.samples * len(found.trials) - found.samples,
         "not_covered": "the choice of the settings, made by looking at simulated runs on the private records",
     }
 

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lipdp.accounting.calibration import calibrate
-from lipdp.accounting.relation import Relation
-from lipdp.data import Split, split_validation
+from lipdp.accounting.plan import PrivacyPlan
+from lipdp.data import Split, split_validation, units
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.planning.space import Scalar, merged
 from lipdp.training import Trainer, configure
-from lipdp.training.assembly import decided, prepare
+from lipdp.training.assembly import plan_of, prepare
 from lipdp.training.config import TrainConfig
 
 LABEL = "NOT PRIVATE: simulation at a fraction of the batch and of the noise, for choosing hyper-parameters only"
@@ -42,7 +41,8 @@ class Simulation:
         scale: k.
         validation: share of the training records held out.
         seed: of the simulated runs, the same for all, so that they differ by their settings only.
-        records, batch_size, steps, noise_multiplier: N, B, T, σ of the full run.
+        plan: of the full run.
+        simulated: the plan of a simulated run: B/k of the units left to train on, σ in the same ratio.
         metric: what is maximised, on the validation part, with averaged weights.
     """
 
@@ -50,26 +50,14 @@ class Simulation:
     scale: float
     validation: float
     seed: int
-    records: int
-    batch_size: int
-    steps: int
-    noise_multiplier: float
+    plan: PrivacyPlan
+    simulated: PrivacyPlan
     metric: str
-
-    @property
-    def simulated_batch_size(self) -> int:
-        """B/k, rounded."""
-        return max(1, round(self.batch_size / self.scale))
-
-    @property
-    def simulated_noise_multiplier(self) -> float:
-        """σ/k, so that B/σ is exactly that of the full run."""
-        return self.noise_multiplier * self.simulated_batch_size / self.batch_size
 
     @property
     def saved(self) -> float:
         """Records processed by a full run for one of a simulated run."""
-        return self.batch_size / self.simulated_batch_size
+        return self.plan.expected_batch_size / self.simulated.expected_batch_size
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the label."""
@@ -81,18 +69,8 @@ class Simulation:
             "validation": self.validation,
             "seed": self.seed,
             "metric": self.metric,
-            "full": {
-                "records": self.records,
-                "batch_size": self.batch_size,
-                "steps": self.steps,
-                "noise_multiplier": self.noise_multiplier,
-            },
-            "simulated": {
-                "batch_size": self.simulated_batch_size,
-                "steps": self.steps,
-                "noise_multiplier": self.simulated_noise_multiplier,
-                "seeded": True,
-            },
+            "full": _stated(self.plan),
+            "simulated": {**_stated(self.simulated), "seeded": True},
         }
 
     def full_settings(self, drawn: Mapping[str, Scalar]) -> dict[str, Any]:
@@ -100,7 +78,7 @@ class Simulation:
         settings = {
             name: value for name, value in self.settings.items() if name not in ("batch_size", "steps", "epochs")
         }
-        return merged({**settings, "batch_size": self.batch_size, "steps": self.steps}, drawn)
+        return merged({**settings, "batch_size": self.plan.expected_batch_size, "steps": self.plan.steps}, drawn)
 
     def simulated_config(self, drawn: Mapping[str, Scalar], *, input_bound: float | None) -> TrainConfig:
         """The configuration of one simulated run."""
@@ -108,9 +86,9 @@ class Simulation:
         config = configure(
             **settings
             | {
-                "batch_size": self.simulated_batch_size,
-                "noise_multiplier": self.simulated_noise_multiplier,
-                "accountant": "rdp",  # the quickest: nobody relies on the ε of a simulation
+                "batch_size": self.simulated.expected_batch_size,
+                "noise_multiplier": self.simulated.noise_multiplier,
+                "accountant": self.simulated.accountant,
                 "seed": self.seed,
             }
         )
@@ -155,35 +133,44 @@ def simulation(
     config = configure(**settings)
     data, input_bound = prepare(config)
     split = data.in_memory()
-    records, binary = len(split.train_x), split.task == "binary"
-    config = config.resolve(records, binary=binary)
-    relation = Relation.ADD_OR_REMOVE_ONE if config.sampling == "poisson" else Relation.REPLACE_ONE
-    sigma = config.noise_multiplier or calibrate(
-        target_epsilon=decided(config.epsilon),
-        sampling_rate=decided(config.batch_size) / records,
-        steps=decided(config.steps),
-        delta=decided(config.delta),
-        accountant=config.accountant,
-        relation=relation,
-    )
+    binary = split.task == "binary"
+    plan = plan_of(config.resolve(units(split), binary=binary), split)
+    held_out = split_validation(split, fraction=validation)
     found = Simulation(
         settings=settings,
         scale=float(scale),
         validation=validation,
         seed=seed,
-        records=records,
-        batch_size=decided(config.batch_size),
-        steps=decided(config.steps),
-        noise_multiplier=sigma,
+        plan=plan,
+        simulated=_simulated(plan, held_out, scale),
         metric="auroc" if binary else "accuracy",
     )
-    held_out = split_validation(split, fraction=validation)
-    if found.simulated_batch_size > len(held_out.train_x):
-        raise ParameterError(
-            f"scale={scale:g}: B/k = {found.simulated_batch_size} of {len(held_out.train_x)} records left to train on; "
-            "take a larger scale, or a smaller validation part"
-        )
     return found, held_out, input_bound
+
+
+def _simulated(plan: PrivacyPlan, split: Split, scale: float) -> PrivacyPlan:
+    """B/k, rounded, and σ/k such that B/σ is exactly that of the full run."""
+    batch_size, left = max(1, round(plan.expected_batch_size / scale)), units(split)
+    if batch_size > left:
+        raise ParameterError(
+            f"scale={scale:g}: B/k = {batch_size} of {left} {plan.unit}s left to train on; take a larger scale, or a smaller"
+            " validation part"
+        )
+    return replace(
+        plan,
+        dataset_size=left,
+        expected_batch_size=batch_size,
+        noise_multiplier=plan.noise_multiplier * batch_size / plan.expected_batch_size,
+        accountant="rdp",  # the quickest: nobody relies on the ε of a simulation
+        target_epsilon=None,
+    )
+
+
+def _stated(plan: PrivacyPlan) -> dict[str, Any]:
+    """What the files of a simulation say of a plan: no ε."""
+    names = ("dataset_size", "unit", "sampling", "relation", "expected_batch_size", "sampling_rate", "steps")
+    stated = plan.as_dict()
+    return {name: stated[name] for name in (*names, "noise_multiplier")}
 
 
 class Runner:
@@ -201,16 +188,16 @@ class Runner:
 
         `value` is None where the run diverged. `curve` holds a line for each twentieth of the run.
         """
-        simulation, start = self.simulation, time.perf_counter()
+        simulation, plan, start = self.simulation, self.simulation.simulated, time.perf_counter()
         config = simulation.simulated_config(drawn, input_bound=self._input_bound)
         record: dict[str, Any] = {
             "label": LABEL,
             "private": False,
             "drawn": dict(drawn),
-            "batch_size": simulation.simulated_batch_size,
-            "noise_multiplier": simulation.simulated_noise_multiplier,
-            "steps": simulation.steps,
-            "samples": simulation.simulated_batch_size * simulation.steps,
+            "batch_size": plan.expected_batch_size,
+            "noise_multiplier": plan.noise_multiplier,
+            "steps": plan.steps,
+            "samples": plan.samples,
         }
         trainer = Trainer(config, split=self._split)
         try:

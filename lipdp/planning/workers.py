@@ -136,7 +136,7 @@ def _serve(connection: Connection, given: Simulation, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started this one decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(threads)
-    settings = {**given.settings, "noise_multiplier": given.noise_multiplier}
+    settings = {**given.settings, "noise_multiplier": given.plan.noise_multiplier}
     settings.pop("epsilon", None)  # σ is known: nothing to calibrate again
     _, split, input_bound = simulation(settings, scale=given.scale, validation=given.validation, seed=given.seed)
     runner = Runner(given, split, input_bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,17 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lipdp.accounting.accountants import get_accountant
-from lipdp.accounting.calibration import calibrate
 from lipdp.accounting.events import Ledger
-from lipdp.accounting.facts import PrivacyFacts
-from lipdp.accounting.relation import Relation
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, check_records, first_records
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World, current_world
-from lipdp.distributed.wrappers import check_alike, own_reduction, settle_shards
-from lipdp.errors import EngineError, ParameterError, UnknownNameError
+from lipdp.distributed.wrappers import check_alike, own_reduction, plan_together, settle_shards
+from lipdp.errors import EngineError, ParameterError
 from lipdp.losses import as_lipschitz
 from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import Allocation, get_allocation
@@ -33,8 +32,6 @@ from lipdp.privacy.passes import Gradients, OwnGradients, SealedGradients, StepI
 from lipdp.privacy.run import Run
 from lipdp.sensitivity import Sensitivity
 from lipdp.timing import Clock, Timer
-
-_RELATIONS = {"poisson": Relation.ADD_OR_REMOVE_ONE, "fixed_size": Relation.REPLACE_ONE}
 
 
 class PrivacyEngine:
@@ -105,11 +102,81 @@ class PrivacyEngine:
         dataset: Dataset[Any],
         expected_batch_size: int,
         steps: int,
-        noise_multiplier: float,
-        allocation: str | Allocation = "per_layer",
+        noise_multiplier: float | None,
         sampling: str = "poisson",
-        gate: float | FixedGate | QuantileGate | None = None,
         dataset_size: int | None = None,
+        group: Group | None = None,
+        shards: bool = False,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        **options: Any,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
+        """`make_private_with_plan`, of the plan that these numbers make.
+
+        Args:
+            expected_batch_size: B, the divisor of the noisy sum.
+            steps: T, how many batches the loader will yield; a step more is refused.
+            noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
+            sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
+            dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
+                then treats as public. With `group`, of owners.
+            target_epsilon, target_delta: the budget, where there is one.
+            module, optimizer, criterion, dataset, group, shards and the other options: see `make_private_with_plan`.
+
+        Raises:
+            CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.
+        """
+        world = self._world or current_world()
+        population = Population.of(dataset, world, group=group, shards=shards)
+        plan = plan_together(
+            world,
+            dataset_size=population.present if dataset_size is None else dataset_size,
+            expected_batch_size=expected_batch_size,
+            steps=steps,
+            sampling=sampling,
+            unit=population.unit,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            accountant=self.accountant.name,
+        )
+        return self.make_private_with_plan(
+            plan,
+            module=module,
+            optimizer=optimizer,
+            criterion=criterion,
+            dataset=dataset,
+            group=group,
+            shards=shards,
+            **options,
+        )
+
+    def make_private_with_epsilon(
+        self, *, target_epsilon: float, target_delta: float, **options: Any
+    ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
+        """`make_private` with the smallest σ whose ε after all steps is at most the target.
+
+        Args:
+            target_epsilon, target_delta: the budget.
+            options: all but the noise multiplier that `make_private` takes.
+
+        Raises:
+            CalibrationError: no σ reaches the target; and what `make_private` raises.
+        """
+        return self.make_private(
+            noise_multiplier=None, target_epsilon=target_epsilon, target_delta=target_delta, **options
+        )
+
+    def make_private_with_plan(
+        self,
+        plan: PrivacyPlan,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: nn.Module,
+        dataset: Dataset[Any],
+        allocation: str | Allocation = "per_layer",
+        gate: float | FixedGate | QuantileGate | None = None,
         input_shape: tuple[int, ...] | None = None,
         forward_dtype: torch.dtype | None = None,
         group: Group | None = None,
@@ -117,23 +184,16 @@ class PrivacyEngine:
         shards: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
-        target_epsilon: float | None = None,
-        target_delta: float | None = None,
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
         """Attach noise and projection to the optimiser; return the same model and optimiser, a loader and a criterion.
 
         Args:
+            plan: N, B, T, σ, and what is protected. Its allocation, gate, seed and cipher are filled in here.
             module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are. The model
                 may be compiled: bounds are derived from what `torch.compile` was given.
             dataset: map-style, of (input, target) records.
-            expected_batch_size: B, the divisor of the noisy sum.
-            steps: T, how many batches the loader will yield; a step more is refused.
-            noise_multiplier: the joint σ.
             allocation: "per_layer", "global" or "min_variance", or an object with `stds`.
-            sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
             gate: a lower cotangent gate at the logits: a number, or a `QuantileGate`.
-            dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
-                then treats as public. With `group`, of owners.
             group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of whose
                 gradients an owner contributes the mean, and ε protects the owner (`Owners`). The loader yields
                 (x, y, weight), for criterion(model(x), y, weight).
@@ -153,39 +213,20 @@ class PrivacyEngine:
             raise EngineError(
                 "this engine already made a model private; use one PrivacyEngine per run, or detach() first"
             )
-        if sampling not in _RELATIONS:
-            raise UnknownNameError("sampling", sampling, _RELATIONS)
         if type(multiplicity) is not int or multiplicity < 1:
             raise ParameterError(f"multiplicity={multiplicity!r}: how many views of a record are averaged, 1 or more")
         world = self._world or current_world()
-        population = Population.of(dataset, world, size=dataset_size, group=group, shards=shards)
-        rate = population.rate(expected_batch_size)
-        relation = _RELATIONS[sampling]
-        if relation is Relation.REPLACE_ONE and population.size != population.present:
-            raise ParameterError(
-                f"dataset_size={population.size} but the dataset has {population.present} records: with batches of a fixed size"
-                " q = B/N is exact, and N is public; leave dataset_size out"
-            )
+        population = Population.of(dataset, world, group=group, shards=shards)
+        self._check_fits(plan, population)
         gate = gate if isinstance(gate, (FixedGate, QuantileGate)) else FixedGate(math.inf if gate is None else gate)
-        facts = PrivacyFacts(
-            noise_multiplier=float(noise_multiplier),
-            sampling_rate=rate,
-            steps=steps,
-            expected_batch_size=expected_batch_size,
-            dataset_size=population.size,
-            relation=relation.value,
-            sampling=sampling,
+        plan = replace(
+            plan,
             allocation=getattr(get_allocation(allocation), "name", type(allocation).__name__),
             gate=repr(gate),
-            accountant=self.accountant.name,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
             seeded=self.seed is not None,
             secure=self.secure,
-            unit="record" if group is None else "owner",
         )
-        facts.step_event  # noqa: B018  (refuses a σ or q out of range)
-        check_alike(world, facts, multiplicity=multiplicity)
+        check_alike(world, plan, multiplicity=multiplicity)
         x, targets = first_records(dataset, world, shards=shards)
         check_records(dataset, world, shards=shards)
         inner = own_reduction(module, world)
@@ -200,7 +241,7 @@ class PrivacyEngine:
             step = StepInProgress(_gradients(inner, optimizer), grouped=group is not None, forgotten=state.forget)
             loader = BatchLoader(
                 dataset,
-                self._sampler(facts, population.present),
+                self._sampler(plan, population.present),
                 part=population.part,
                 owners=population.owners,
                 views=multiplicity,
@@ -221,7 +262,7 @@ class PrivacyEngine:
                 gate_multiplier=gate.noise_multiplier,
                 step=step,
                 loader=loader,
-                facts=facts,
+                plan=plan,
                 allocation=get_allocation(allocation),
                 noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
                 ledger=self.ledger,
@@ -234,58 +275,28 @@ class PrivacyEngine:
         self._run = run
         return module, optimizer, loader, private
 
-    def make_private_with_epsilon(
-        self,
-        *,
-        target_epsilon: float,
-        target_delta: float,
-        dataset: Dataset[Any],
-        expected_batch_size: int,
-        steps: int,
-        sampling: str = "poisson",
-        dataset_size: int | None = None,
-        **options: Any,
-    ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
-        """`make_private` with the smallest σ whose ε after all steps is at most the target.
+    def _check_fits(self, plan: PrivacyPlan, population: Population) -> None:
+        """Refuse a plan made for other units, or for another account."""
+        if plan.unit != population.unit:
+            raise ParameterError(
+                f"the plan protects each {plan.unit} and the batches would be drawn of {population.unit}s: pass group= with a"
+                " plan for owners, and only then"
+            )
+        if plan.accountant != self.accountant.name:
+            raise ParameterError(
+                f"the plan is by the accountant {plan.accountant!r} and the engine has {self.accountant.name!r}: take one"
+            )
+        if plan.sampling == "fixed_size" and plan.dataset_size != population.present:
+            raise ParameterError(
+                f"dataset_size={plan.dataset_size} but the dataset has {population.present} {plan.unit}s: with batches of a"
+                " fixed size q = B/N is exact, and N is public; leave dataset_size out"
+            )
 
-        Args:
-            target_epsilon, target_delta: the budget.
-            dataset, expected_batch_size, steps, sampling, dataset_size and the other options: see `make_private`.
-
-        Raises:
-            CalibrationError: no σ reaches the target; and what `make_private` raises.
-        """
-        if sampling not in _RELATIONS:
-            raise UnknownNameError("sampling", sampling, _RELATIONS)
-        world = self._world or current_world()
-        population = Population.of(
-            dataset, world, size=dataset_size, group=options.get("group"), shards=options.get("shards", False)
-        )
-        sigma = calibrate(
-            target_epsilon=target_epsilon,
-            sampling_rate=population.rate(expected_batch_size),
-            steps=steps,
-            delta=target_delta,
-            accountant=self.accountant.name,
-            relation=_RELATIONS[sampling],
-        )
-        return self.make_private(
-            dataset=dataset,
-            expected_batch_size=expected_batch_size,
-            steps=steps,
-            noise_multiplier=sigma,
-            sampling=sampling,
-            dataset_size=dataset_size,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            **options,
-        )
-
-    def _sampler(self, facts: PrivacyFacts, population: int) -> Sampler:
-        options: dict[str, Any] = {"steps": facts.steps, "seed": self.seed, "secure": self.secure}
-        if facts.sampling == "poisson":
-            return PoissonSampler(population, sampling_rate=facts.sampling_rate, **options)
-        return FixedSizeSampler(population, batch_size=facts.expected_batch_size, **options)
+    def _sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
+        options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
+        if plan.sampling == "poisson":
+            return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
+        return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)
 
     # -- during and after training -------------------------------------------------------------------------------------
 
@@ -365,9 +376,9 @@ class PrivacyEngine:
         return self.accountant.epsilon(self.ledger.events, delta).epsilon
 
     @property
-    def facts(self) -> PrivacyFacts:
+    def plan(self) -> PrivacyPlan:
         """What ε depends on."""
-        return self._current().facts
+        return self._current().plan
 
     @property
     def steps_taken(self) -> int:
@@ -413,7 +424,7 @@ class PrivacyEngine:
         """Continue a saved run, after the same `make_private`.
 
         Raises:
-            ResumeError: a privacy fact differs. CheckpointError: not a state of an engine.
+            ResumeError: the plan differs. CheckpointError: not a state of an engine.
         """
         run = self._current()
         run.load_state_dict(state)

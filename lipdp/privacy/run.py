@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
-from lipdp.accounting.facts import PrivacyFacts, check_digest, with_digest
-from lipdp.accounting.relation import Relation
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
@@ -64,7 +64,7 @@ class Run:
         gate_multiplier: float,
         step: StepInProgress,
         loader: BatchLoader,
-        facts: PrivacyFacts,
+        plan: PrivacyPlan,
         allocation: Allocation,
         noise: GaussianNoise,
         ledger: Ledger,
@@ -76,7 +76,7 @@ class Run:
         self.world, self.clock = world, clock
         self.module, self.criterion, self.loader = original(module), criterion, loader
         self.optimizer, self.step_in_progress = optimizer, step
-        self.facts, self.allocation, self.noise, self.ledger = facts, allocation, noise, ledger
+        self.plan, self.allocation, self.noise, self.ledger = plan, allocation, noise, ledger
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
         _refuse_private(self.module, optimizer)
@@ -86,19 +86,17 @@ class Run:
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._spread = torch.empty(0)
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
-        batch_size = facts.expected_batch_size
+        batch_size = plan.expected_batch_size
         self._gradients = GradientCheck(
             module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else check_every
         )
         self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
         self._step_check = StepCheck(deferred=self.deferred)
-        self._projections = ProjectionCheck(
-            self.graph, batch_size=batch_size, steps=facts.steps, deferred=self.deferred
-        )
-        self.factor = Relation(facts.relation).sensitivity_factor
+        self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred)
+        self.factor = plan.relation.sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate_multiplier] if gate_multiplier < math.inf else []
-        self.gradient_multiplier = remaining_noise_multiplier(facts.noise_multiplier, *others)
+        self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
         self.before = ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
@@ -144,7 +142,7 @@ class Run:
     def sensitivity(self) -> Sensitivity:
         self.settle()
         start = float(self._start(self.graph.output_bound()))
-        return read_sweep(self.graph.sweep(self._start), start, Relation(self.facts.relation))
+        return read_sweep(self.graph.sweep(self._start), start, self.plan.relation)
 
     def noise_stds(self) -> dict[str, float]:
         """Of the last step, as drawn; of a step at the weights as they are, where none was."""
@@ -191,14 +189,14 @@ class Run:
                 combine=self._combined,
             )
             self._check_records(sweep)
-        self.ledger.append(self.facts.step_event)  # before the draw: a step is never under-counted
+        self.ledger.append(self.plan.step_event)  # before the draw: a step is never under-counted
         self._drawn = self.names, stds
         with self.clock("noise"):
             self._draw(gradients, stds)
-            share = self._step_check.scale(sound, 1.0 / self.facts.expected_batch_size, gradients[0].dtype)
+            share = self._step_check.scale(sound, 1.0 / self.plan.expected_batch_size, gradients[0].dtype)
             torch._foreach_mul_(gradients, share)
             self.gate.release(
-                self.noise, self.facts.expected_batch_size, self.factor, self.world, views=self.loader.views
+                self.noise, self.plan.expected_batch_size, self.factor, self.world, views=self.loader.views
             )
         self._add_penalties()
         self.step_in_progress.forget()
@@ -254,7 +252,7 @@ class Run:
         with self.clock("checks"):
             step = self.ledger.steps - self.before
             self._projections.look(step)
-            if step == self.facts.steps:
+            if step == self.plan.steps:
                 self.settle()
 
     def settle(self) -> None:
@@ -315,8 +313,8 @@ class Run:
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""
         self.world.check()
-        if self.ledger.steps - self.before >= self.facts.steps:
-            raise EngineError(f"all {self.facts.steps} steps of the budget are taken; a further one would exceed ε")
+        if self.ledger.steps - self.before >= self.plan.steps:
+            raise EngineError(f"all {self.plan.steps} steps of the budget are taken; a further one would exceed ε")
         batches = self.loader.position - self._taken_at
         if batches < 1:
             raise EngineError(
@@ -335,12 +333,12 @@ class Run:
     def skip_batch(self) -> int:
         """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""
         skipped = self.loader.position - self._taken_at
-        skipped = min(skipped, self.facts.steps - (self.ledger.steps - self.before))
+        skipped = min(skipped, self.plan.steps - (self.ledger.steps - self.before))
         for parameter in self.parameters:
             parameter.grad = None
         self.step_in_progress.forget()
         for _ in range(skipped):
-            self.ledger.append(self.facts.step_event)
+            self.ledger.append(self.plan.step_event)
         self._taken_at = self.loader.position
         return skipped
 
@@ -363,7 +361,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         self.settle()
         state: dict[str, Any] = {
-            "facts": self.facts.as_dict(),
+            "plan": self.plan.as_dict(),
             "ledger": self.ledger.state_dict(),
             "before": self.before,
             "loader": self.loader.state_dict(),
@@ -373,10 +371,10 @@ class Run:
         return with_digest(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = {"facts", "ledger", "before", "loader", "noise", "gate", "digest"} - set(state)
+        missing = {"plan", "ledger", "before", "loader", "noise", "gate", "digest"} - set(state)
         if missing:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
-        self.facts.check_same(state["facts"])
+        self.plan.check_same(state["plan"])
         check_digest(state, "the saved state of the engine")
         ledger = Ledger.from_state(state["ledger"])
         if ledger.steps < self.ledger.steps:

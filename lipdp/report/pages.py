@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from lipdp.report.document import Report, RunReport
 
-_RELATIONS = {Relation.ADD_OR_REMOVE_ONE: "add or remove one", Relation.REPLACE_ONE: "replace one"}
 _PROTECTED = {
     "record": "each of {} training records, input and label together",
     "owner": "each of {} owners of training records, with all records of theirs, input and label together",
@@ -121,7 +120,7 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
         ("Protected", _PROTECTED[account.unit].format(number(account.dataset_size))),
-        ("Neighbouring data sets", f"{_RELATIONS[account.relation]} {account.unit}"),
+        ("Neighbouring data sets", f"{account.relation.words} {account.unit}"),
         ("ε", f"{number(account.epsilon)} (an upper bound)"),
         ("δ", f"{number(account.delta)}{one_in(account.delta)}"),
         ("Accountant", _ACCOUNTANTS.get(account.accountant, account.accountant)),
@@ -146,7 +145,6 @@ def _gate(text: str) -> str:
 _WORDS = {
     "PUBLIC": PUBLIC,
     "NOT_COVERED": NOT_COVERED,
-    "RELATIONS": _RELATIONS,
     "facts": facts,
 }
 

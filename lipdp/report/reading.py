@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from lipdp.accounting.facts import digest
+from lipdp.accounting.digest import digest
 from lipdp.accounting.relation import Relation
 from lipdp.errors import CheckpointError, ParameterError
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lipdp.accounting.accountants import Spent
-from lipdp.accounting.calibration import EpsilonCurve, calibrate
-from lipdp.accounting.relation import Relation
+from lipdp.accounting.calibration import EpsilonCurve
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, open_split, units
 from lipdp.data.augment import Augmented, augment
 from lipdp.distributed.collectives import Alone, World
+from lipdp.distributed.wrappers import plan_together
 from lipdp.errors import ParameterError
 from lipdp.features.maps import Progress, apply, features
 from lipdp.losses import LipschitzLoss
@@ -66,6 +67,34 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[D
     spec = features(config.features, **config.feature_options)
     bound = spec.norm_bound(split.input_shape)
     return apply(split.in_memory(), spec, progress=progress), bound
+
+
+def plan_of(
+    config: TrainConfig, split: DataSplit, *, noise_multiplier: float | None = None, world: World | None = None
+) -> PrivacyPlan:
+    """The plan of a run: the one place between a configuration and its q, T, σ and relation.
+
+    Args:
+        config: resolved for the split: with B, T and δ decided.
+        split: the data; where it names owners, they are the units.
+        noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
+        world: the processes that train together.
+
+    Raises:
+        CalibrationError, ParameterError: no σ reaches the target; a value out of range.
+    """
+    return plan_together(
+        world or Alone(),
+        dataset_size=units(split),
+        unit="record" if split.train_owner is None else "owner",
+        expected_batch_size=decided(config.batch_size),
+        steps=decided(config.steps),
+        sampling=config.sampling,
+        noise_multiplier=config.noise_multiplier or noise_multiplier,
+        target_epsilon=config.epsilon,
+        target_delta=config.delta,
+        accountant=config.accountant,
+    )
 
 
 def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dataset[Any]:
@@ -126,11 +155,12 @@ def assemble(
         model, autocast=precision(config.autocast), channels_last=config.channels_last, compiled=config.compile
     )
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
-    sigma = config.noise_multiplier or noise_multiplier or _calibrated(config, units(split), world)
+    plan = plan_of(config, split, noise_multiplier=noise_multiplier, world=world)
     engine = PrivacyEngine(
         config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
     )
-    _, _, loader, criterion = engine.make_private(
+    _, _, loader, criterion = engine.make_private_with_plan(
+        plan,
         module=forward.module,
         optimizer=optimizer,
         criterion=loss,
@@ -138,56 +168,33 @@ def assemble(
         input_shape=split.input_shape,
         group=split.train_owner,
         multiplicity=config.augment_multiplicity,
-        expected_batch_size=decided(config.batch_size),
-        steps=decided(config.steps),
-        noise_multiplier=sigma,
         allocation=config.allocation,
-        sampling=config.sampling,
-        gate=_gate(config, loss, sigma),
+        gate=_gate(config, loss, plan),
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
         forward_dtype=precision(config.autocast),
-        target_epsilon=config.epsilon,
-        target_delta=config.delta,
     )
-    plan = [engine.facts.step_event.with_steps(engine.facts.steps)]
     return Parts(
         device=device,
         model=model,
         forward=forward,
         optimizer=optimizer,
-        scheduler=make_scheduler(config.schedule, optimizer, steps=engine.facts.steps),
+        scheduler=make_scheduler(config.schedule, optimizer, steps=plan.steps),
         ema=Ema(model, config.ema),
         engine=engine,
         loader=loader,
         criterion=criterion,
-        planned=engine.accountant.epsilon(plan, decided(config.delta)),
-        curve=EpsilonCurve(plan, decided(config.delta), config.accountant),
+        planned=plan.predicted,
+        curve=EpsilonCurve([plan.event], decided(plan.target_delta), plan.accountant),
         random=random,
     )
 
 
-def _calibrated(config: TrainConfig, population: int, world: World) -> float:
-    """σ, found by the first process."""
-    poisson, sigma = config.sampling == "poisson", 0.0
-    with world.fail_together():
-        if world.rank == 0:
-            sigma = calibrate(
-                target_epsilon=decided(config.epsilon),
-                sampling_rate=decided(config.batch_size) / population,
-                steps=decided(config.steps),
-                delta=decided(config.delta),
-                accountant=config.accountant,
-                relation=Relation.ADD_OR_REMOVE_ONE if poisson else Relation.REPLACE_ONE,
-            )
-    return world.broadcast(sigma)
-
-
-def _gate(config: TrainConfig, loss: LipschitzLoss, sigma: float) -> float | QuantileGate | None:
+def _gate(config: TrainConfig, loss: LipschitzLoss, plan: PrivacyPlan) -> float | QuantileGate | None:
     if config.gate_quantile is None:
         return config.gate
     # noise of 2.5 σ on the count leaves all but 2 % of σ to the gradient
-    spread = max(decided(config.batch_size) / 20, 2.5 * sigma)
+    spread = max(plan.expected_batch_size / 20, 2.5 * plan.noise_multiplier)
     return QuantileGate(config.gate or loss.lipschitz, quantile=config.gate_quantile, count_std=spread)
 
 

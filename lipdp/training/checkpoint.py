@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from lipdp.accounting.facts import check_digest
+from lipdp.accounting.digest import check_digest
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.files import write_bytes, write_json, written_whole
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 _KEYS = {"model": dict, "step": int, "config": dict}
+_STATED_AS = {"steps": "planned_steps", "accountant": "accountant_requested"}  # in privacy.json, of the plan
 
 
 class RunFolder:
@@ -75,9 +76,9 @@ class RunFolder:
         before = _parsed(self._text("environment.json"), list)
         write_json(self.path / "environment.json", [*before, session])
 
-    def write_privacy(self, facts: Mapping[str, Any]) -> None:
+    def write_privacy(self, report: Mapping[str, Any]) -> None:
         """Write `privacy.json`."""
-        write_json(self.path / "privacy.json", facts)
+        write_json(self.path / "privacy.json", report)
 
     def write_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write `metrics.jsonl`, one JSON object a line."""
@@ -123,8 +124,8 @@ class RunFolder:
             steps.append(_number("steps", self._text("privacy.json")))
         return max(steps)
 
-    def check_privacy(self, facts: Mapping[str, Any]) -> None:
-        """Refuse `privacy.json` where it was edited, or states other facts than these; a lost one is written again.
+    def check_privacy(self, plan: Mapping[str, Any]) -> None:
+        """Refuse `privacy.json` where it was edited, or states another plan than this; a lost one is written again.
 
         Raises:
             ResumeError: says which.
@@ -133,9 +134,9 @@ class RunFolder:
         if "digest" not in report:
             return
         check_digest(report, str(self.path / "privacy.json"))
-        stated = {name: report.get("planned_steps" if name == "steps" else name) for name in facts}
-        if stated != dict(facts):
-            raise ResumeError(f"privacy.json in {self} has other privacy facts than the checkpoint: whose is it?")
+        stated = {name: report.get(_STATED_AS.get(name, name)) for name in plan}
+        if stated != dict(plan):
+            raise ResumeError(f"privacy.json in {self} has another privacy plan than the checkpoint: whose is it?")
 
     def seal(self) -> None:
         """Take out of the checkpoints what only a resume needs: the run is over, and its keys tell the noise."""
@@ -223,7 +224,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in _KEYS.items()):
         raise CheckpointError(f"{path} is not a checkpoint of lipdp")
     try:
-        json.dumps([checkpoint["config"], checkpoint.get("facts")])
+        json.dumps([checkpoint["config"], checkpoint.get("plan")])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of lipdp ({error})") from error
     return checkpoint

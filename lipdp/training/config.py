@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any
 
+from lipdp.accounting.plan import Subsampling
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 from lipdp.training.forward import precision
 from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
@@ -180,7 +181,7 @@ class TrainConfig:
         batch = self.batch_size or min(records, 4096, max(256, records // 20))
         if batch > records:
             raise ParameterError(f"batch_size={batch}, but there are {records} training records")
-        steps = self.steps or max(1, round((self.epochs or 1.0) * records / batch))
+        steps = self.steps or Subsampling.of(records, batch, epochs=self.epochs or 1.0).steps
         return replace(
             self,
             batch_size=batch,

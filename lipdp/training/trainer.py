@@ -9,14 +9,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipdp.accounting.calibration import EpsilonCurve
+from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger
-from lipdp.accounting.facts import check_digest, with_digest
 from lipdp.data import DataSplit, units
 from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import check_same_weights
@@ -54,6 +55,7 @@ def train(config: TrainConfig, *, out: str | os.PathLike[str] | None = None, mon
         LipdpError: anything that would break the guarantee or cannot be read or written.
         Interrupted: SIGINT or SIGTERM, after a checkpoint.
 
+    >>> from lipdp.training import configure
     >>> result = train(configure(dataset="digits", model="linear", steps=3, noise_multiplier=9.0, seed=0))
     >>> result.steps, result.epsilon < 1, sorted(result.metrics)[-3:]
     (3, True, ['test_accuracy', 'test_accuracy_ema', 'train_loss_not_private'])
@@ -149,9 +151,9 @@ class Trainer:
         trainer.profile, trainer.world = profile, world
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
         with world.fail_together():  # and all have read the folder before the first process writes to it
-            trainer.engine.facts.check_same(checkpoint.get("facts", {}))
+            trainer.engine.plan.check_same(checkpoint.get("plan", {}))
             trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
-            folder.check_privacy(trainer.engine.facts.as_dict())
+            folder.check_privacy(trainer.engine.plan.as_dict())
         trainer.folder = folder if world.rank == 0 else None
         return trainer
 
@@ -185,17 +187,17 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """T."""
-        return decided(self.config.steps)
+        return self.engine.plan.steps
 
     @property
     def batch_size(self) -> int:
         """B, the expected batch size."""
-        return decided(self.config.batch_size)
+        return self.engine.plan.expected_batch_size
 
     @property
     def delta(self) -> float:
         """δ."""
-        return decided(self.config.delta)
+        return decided(self.engine.plan.target_delta)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -333,12 +335,12 @@ class Trainer:
         return evaluate_batches(self.model, batches, binary=split.task == "binary", device=self.device)
 
     def privacy(self) -> dict[str, Any]:
-        """What `privacy.json` holds: the facts, and the ε spent so far."""
-        facts = self.engine.facts.as_dict()
+        """What `privacy.json` holds: the plan, and the ε spent so far."""
+        plan = self.engine.plan
         report = {
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
-            **facts,
+            **plan.as_dict(),
             "steps": self.engine.steps_taken,
             "steps_counted_again": self._again,
             "planned_steps": self.total_steps,
@@ -348,7 +350,7 @@ class Trainer:
             "accountant_note": self.planned.note,
             "sensitivity": dict(self.engine.sensitivity()),
             "noise_stds": self._drawn(),
-            "protects": _PROTECTED[facts["unit"]].format(facts["dataset_size"]),
+            "protects": _PROTECTED[plan.unit].format(plan.dataset_size),
             "not_covered": NOT_COVERED,
         }
         return with_digest(report)
@@ -394,7 +396,7 @@ class Trainer:
             "ema": {**self.model.state_dict(), **self.ema.weights()},
             "step": self.step,
             "config": self.config.as_dict(),
-            "facts": self.engine.facts.as_dict(),
+            "plan": self.engine.plan.as_dict(),
         }
 
     def _check_weights(self) -> None:
@@ -471,7 +473,7 @@ class Trainer:
         check_digest(engine, "the saved state of the engine")
         fresh = self.engine.state_dict()
         ledger = Ledger.from_state(engine["ledger"])
-        ledger.append(self.engine.facts.step_event.with_steps(lost))
+        ledger.append(self.engine.plan.step_event.with_steps(lost))
         changed = {
             "ledger": ledger.state_dict(),
             "before": engine["before"] + lost,
@@ -482,9 +484,9 @@ class Trainer:
 
     def _plan_again(self) -> None:
         """ε of the steps taken again and of all of the run."""
-        plan = [self.engine.facts.step_event.with_steps(self.total_steps + self._again)]
-        self.planned = self.engine.accountant.epsilon(plan, self.delta)
-        self._curve = EpsilonCurve(plan, self.delta, self.config.accountant)
+        plan = replace(self.engine.plan, steps=self.total_steps + self._again)
+        self.planned = plan.predicted
+        self._curve = EpsilonCurve([plan.event], self.delta, plan.accountant)
         self._epsilons = {self.total_steps: self.planned.epsilon}
         _log.warning(
             "%d steps were released and lost with their checkpoint: they are counted again, and ε after all steps is %.4g",
@@ -495,6 +497,6 @@ class Trainer:
 
 def _saved_noise_multiplier(state: dict[str, Any]) -> float:
     try:
-        return float(state["engine"]["facts"]["noise_multiplier"])
+        return float(state["engine"]["plan"]["noise_multiplier"])
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error

@@ -42,7 +42,7 @@ def test_noise_on_the_weights_is_what_epsilon_was_computed_from(allocation, samp
     # the joint noise multiplier, from noise that was really drawn, is σ whatever the allocation and the relation
     measured = sum((factor * bounds[n]) ** 2 / float(samples.square().mean()) for n, samples in draws.items())
     assert measured**-0.5 == pytest.approx(sigma, rel=0.02)
-    assert run[0].facts.relation == ("replace_one" if sampling == "fixed_size" else "add_or_remove_one")
+    assert run[0].plan.relation == ("replace_one" if sampling == "fixed_size" else "add_or_remove_one")
 
 
 def test_allocations_differ_where_they_should():
@@ -67,8 +67,8 @@ def test_a_custom_allocation_is_rescaled_to_the_joint_noise_multiplier():
     engine, *_ = private(allocation=Careless(), noise_multiplier=2.0)
     deltas, stds = engine.sensitivity(), engine.noise_stds()
     assert sum((deltas[n] / stds[n]) ** 2 for n in deltas) ** -0.5 == pytest.approx(2.0, rel=1e-9)
-    assert engine.facts.allocation == "careless"
-    assert private(allocation=MinVarianceAllocation())[0].facts.allocation == "min_variance"
+    assert engine.plan.allocation == "careless"
+    assert private(allocation=MinVarianceAllocation())[0].plan.allocation == "min_variance"
 
 
 def test_noise_follows_the_weights_norms():

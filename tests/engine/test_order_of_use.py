@@ -31,13 +31,13 @@ def test_a_target_epsilon_is_reached_and_not_passed(sampling):
     )  # fmt: skip
     train(*made)
     assert 1.98 <= engine.get_epsilon(1e-5) <= 2.0
-    assert engine.facts.target_epsilon == 2.0
-    assert engine.facts.seeded
+    assert engine.plan.target_epsilon == 2.0
+    assert engine.plan.seeded
 
 
 def test_the_sampling_rate_comes_from_the_public_size():
     engine, *_, loader, _ = private(dataset=table(200), dataset_size=1000, expected_batch_size=100)
-    assert engine.facts.sampling_rate == loader.sampler.sampling_rate == 0.1
+    assert engine.plan.sampling_rate == loader.sampler.sampling_rate == 0.1
     with pytest.raises(ParameterError, match="dataset_size=1000"):  # q = B/N would understate B/200
         private(dataset=table(200), dataset_size=1000, expected_batch_size=100, sampling="fixed_size")
 

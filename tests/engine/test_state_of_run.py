@@ -80,7 +80,7 @@ def test_a_resume_under_other_facts_is_refused(changed, named):
 def test_what_is_not_a_state_is_refused():
     engine, *_ = private()
     with pytest.raises(CheckpointError, match="noise"):
-        engine.load_state_dict({"facts": {}, "ledger": {}})
+        engine.load_state_dict({"plan": {}, "ledger": {}})
     with pytest.raises(EngineError, match="make_private"):
         lipdp.PrivacyEngine().state_dict()
 

@@ -36,16 +36,14 @@ class EngineSession(Session):
     """A model under `PrivacyEngine`."""
 
     def __init__(self, model: nn.Module, task: Task, *, gate: float | None, allocation: str) -> None:
-        self.engine = PrivacyEngine(seed=task.seed)
-        self.task, self.event = task, task.event
-        self.model, self.optimizer, self.loader, self.criterion = self.engine.make_private(
+        self.engine = PrivacyEngine(task.plan.accountant, seed=task.seed)
+        self.task, self.event = task, task.plan.step_event
+        self.model, self.optimizer, self.loader, self.criterion = self.engine.make_private_with_plan(
+            task.plan,
             module=model,
             optimizer=task.optimizer(model.parameters()),
             criterion=task.loss,
             dataset=task.dataset,
-            expected_batch_size=task.batch_size,
-            steps=task.steps,
-            noise_multiplier=task.noise_multiplier,
             gate=gate,
             allocation=allocation,
         )

@@ -103,7 +103,7 @@ class OpacusSession(Session):
     """A model with Opacus' hooks on it, and Opacus' optimiser. The divisor is the public B, whatever the batch."""
 
     def __init__(self, model: nn.Module, task: Task, trainer: OpacusTrainer) -> None:
-        self.model, self.task, self.trainer, self.event = model, task, trainer, task.event
+        self.model, self.task, self.trainer, self.event = model, task, trainer, task.plan.step_event
         self.gates = remove_gates(model)
         self.loader = task.loader()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -120,7 +120,7 @@ class OpacusSession(Session):
         self.optimizer = task.optimizer(self.parameters)
         self.private = trainer.wrap(
             self.optimizer,
-            noise_multiplier=task.noise_multiplier,
+            noise_multiplier=task.plan.noise_multiplier,
             expected_batch_size=task.batch_size,
             loss_reduction="sum",
             generator=generator,

@@ -1,0 +1,270 @@
+"""What a run will do and cost, decided once: q, T, the neighbouring relation, σ, the step's event and the predicted ε."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Any
+
+from lipdp.accounting.accountants import Spent, get_accountant
+from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.events import Event
+from lipdp.accounting.relation import Relation
+from lipdp.errors import ParameterError, ResumeError, UnknownNameError
+
+SAMPLINGS: Mapping[str, Relation] = {"poisson": Relation.ADD_OR_REMOVE_ONE, "fixed_size": Relation.REPLACE_ONE}
+"""How batches are drawn, and the relation under which that amplifies."""
+
+UNITS = ("record", "owner")
+"""What a step draws and ε protects: a record, or an owner with all records."""
+
+
+@dataclass(frozen=True)
+class Subsampling:
+    """The random subsamples that the steps of a run are taken on.
+
+    Attributes:
+        sampling_rate: q in (0, 1], the probability of a unit to be in a batch.
+        steps: T ≥ 1.
+        sampling: "poisson" or "fixed_size".
+
+    Raises:
+        ParameterError, UnknownNameError: a value outside its range.
+
+    >>> Subsampling.of(1000, 100, epochs=3)
+    Subsampling(sampling_rate=0.1, steps=30, sampling='poisson')
+    """
+
+    sampling_rate: float
+    steps: int
+    sampling: str = "poisson"
+
+    def __post_init__(self) -> None:
+        if self.sampling not in tuple(SAMPLINGS):
+            raise UnknownNameError("sampling", self.sampling, SAMPLINGS)
+        Event(1.0, self.sampling_rate, whole("steps", self.steps))  # refuses a q out of range
+
+    @classmethod
+    def at(
+        cls, sampling_rate: float, *, steps: int | None = None, epochs: float | None = None, sampling: str = "poisson"
+    ) -> Subsampling:
+        """At a rate q, for T steps or for a number of passes over the data: T = epochs / q, rounded.
+
+        Raises:
+            ParameterError: both or none of them; and as above.
+        """
+        if (steps is None) == (epochs is None):
+            raise ParameterError(f"steps={steps} and epochs={epochs}: give one of them, the other follows")
+        if epochs is not None:
+            if not (isinstance(epochs, Real) and 0 < epochs < math.inf):
+                raise ParameterError(f"epochs={epochs!r}: a finite number > 0 is needed")
+            steps = max(1, round(epochs / cls(sampling_rate, 1, sampling).sampling_rate))
+        return cls(sampling_rate, whole("steps", steps), sampling)
+
+    @classmethod
+    def of(
+        cls, units: int, expected_batch_size: int, *, steps: int | None = None, epochs: float | None = None,
+        sampling: str = "poisson",
+    ) -> Subsampling:  # fmt: skip
+        """B of N units: q = B/N. The rest as `at`.
+
+        Raises:
+            ParameterError: B outside 1 … N; and as above.
+        """
+        batch, units = whole("expected_batch_size", expected_batch_size), whole("dataset_size", units)
+        if batch > units:
+            raise ParameterError(f"expected_batch_size={batch}: a whole number in 1 … N = {units} is needed")
+        return cls.at(batch / units, steps=steps, epochs=epochs, sampling=sampling)
+
+    @property
+    def relation(self) -> Relation:
+        """Between which data sets ε holds."""
+        return SAMPLINGS[self.sampling]
+
+    def event(self, noise_multiplier: float) -> Event:
+        """All T steps, as accountants take them."""
+        return Event(noise_multiplier, self.sampling_rate, self.steps, self.relation)
+
+    def noise_multiplier(self, *, epsilon: float, delta: float, accountant: str = "prv") -> float:
+        """The least σ with ε(σ) ≤ `epsilon` at δ, see `calibrate`."""
+        return calibrate(
+            target_epsilon=epsilon,
+            sampling_rate=self.sampling_rate,
+            steps=self.steps,
+            delta=delta,
+            accountant=accountant,
+            relation=self.relation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What ε of one run depends on, and the rest of its mechanism: public constants, frozen.
+
+    Computed once, by `PrivacyPlan.of`; the engine executes it, and whoever shows, saves or accounts the run reads it there.
+    It is saved with every checkpoint and compared at every resume.
+
+    Attributes:
+        dataset_size: N, the number of units, a public constant.
+        expected_batch_size: B = q N, the divisor of the noisy sum.
+        steps: T, the most steps the run may take.
+        noise_multiplier: the joint σ of everything one step releases.
+        sampling: "poisson" or "fixed_size", which decides the relation.
+        unit: what one step draws and ε protects: a "record", or an "owner" with all records.
+        accountant: whose ε is reported: "prv", "pld" or "rdp".
+        target_epsilon, target_delta: what was asked for, if it was.
+        allocation: how the noise is shared among the parameters.
+        gate: the gate at the logits, as text.
+        seeded: the draws can be repeated by whoever knows the seed, so the run is NOT private.
+        secure: batches and noise come from a cipher (`SecureGaussianNoise`).
+
+    Raises:
+        ParameterError, UnknownNameError: a value outside its range.
+
+    >>> plan = PrivacyPlan.of(dataset_size=1000, expected_batch_size=100, steps=30, target_epsilon=2.0, target_delta=1e-5)
+    >>> plan.sampling_rate, plan.relation.value, 1.9 < plan.predicted.epsilon <= 2.0
+    (0.1, 'add_or_remove_one', True)
+    """
+
+    dataset_size: int
+    expected_batch_size: int
+    steps: int
+    noise_multiplier: float
+    sampling: str = "poisson"
+    unit: str = "record"
+    accountant: str = "prv"
+    target_epsilon: float | None = None
+    target_delta: float | None = None
+    allocation: str = "per_layer"
+    gate: str = ""
+    seeded: bool = False
+    secure: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise UnknownNameError("unit", self.unit, UNITS)
+        get_accountant(self.accountant)
+        event = self.subsampling.event(self.noise_multiplier)
+        plain = {"dataset_size": int(self.dataset_size), "expected_batch_size": int(self.expected_batch_size)}
+        for name, value in {**plain, "steps": event.steps, "noise_multiplier": event.noise_multiplier}.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        dataset_size: int,
+        expected_batch_size: int,
+        steps: int | None = None,
+        epochs: float | None = None,
+        sampling: str = "poisson",
+        unit: str = "record",
+        noise_multiplier: float | None = None,
+        target_epsilon: float | None = None,
+        target_delta: float | None = None,
+        accountant: str = "prv",
+    ) -> PrivacyPlan:
+        """Decide T from the number of passes over the data, and σ from the target, where they are not given.
+
+        Raises:
+            CalibrationError: no σ reaches the target.
+            ParameterError: neither σ nor a target with its δ, both or none of steps and epochs, a value out of range.
+        """
+        drawn = Subsampling.of(dataset_size, expected_batch_size, steps=steps, epochs=epochs, sampling=sampling)
+        if noise_multiplier is None:
+            if target_epsilon is None or target_delta is None:
+                raise ParameterError("neither a noise multiplier nor a target ε at a δ was given; give one of them")
+            noise_multiplier = drawn.noise_multiplier(epsilon=target_epsilon, delta=target_delta, accountant=accountant)
+        return cls(
+            dataset_size=dataset_size,
+            expected_batch_size=expected_batch_size,
+            steps=drawn.steps,
+            noise_multiplier=noise_multiplier,
+            sampling=sampling,
+            unit=unit,
+            accountant=accountant,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+        )
+
+    @property
+    def samples(self) -> int:
+        """The cost B·T: units drawn in all steps, in expectation."""
+        return self.expected_batch_size * self.steps
+
+    @cached_property
+    def subsampling(self) -> Subsampling:
+        """How the steps draw."""
+        return Subsampling.of(self.dataset_size, self.expected_batch_size, steps=self.steps, sampling=self.sampling)
+
+    @property
+    def sampling_rate(self) -> float:
+        """q = B/N."""
+        return self.subsampling.sampling_rate
+
+    @property
+    def relation(self) -> Relation:
+        """Between which data sets ε holds."""
+        return self.subsampling.relation
+
+    @property
+    def event(self) -> Event:
+        """The account of all T steps."""
+        return self.subsampling.event(self.noise_multiplier)
+
+    @cached_property
+    def step_event(self) -> Event:
+        """The account of one step."""
+        return self.event.with_steps(1)
+
+    @cached_property
+    def predicted(self) -> Spent:
+        """ε of all T steps at the target's δ.
+
+        Raises:
+            ParameterError: no δ was given.
+        """
+        if self.target_delta is None:
+            raise ParameterError("this plan has no δ: give target_delta, at which ε is to be predicted")
+        return get_accountant(self.accountant).epsilon([self.event], self.target_delta)
+
+    def __str__(self) -> str:
+        """In one line, for people."""
+        unit = self.unit
+        return (
+            f"T = {self.steps} steps, B = {self.expected_batch_size} of N = {self.dataset_size:,} {unit}s,"
+            f" q = {self.sampling_rate:.4g}, σ = {self.noise_multiplier:.4g} ({self.relation.words} {unit})"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and checkpoints; those that follow too."""
+        return {**asdict(self), "sampling_rate": self.sampling_rate, "relation": self.relation.value}
+
+    def check_same(self, saved: Any) -> None:
+        """Refuse a resume under another plan.
+
+        Raises:
+            ResumeError: names every value that differs.
+        """
+        if not isinstance(saved, Mapping):
+            raise ResumeError(
+                "the run to resume states no privacy plan; its files were edited, or are of another program"
+            )
+        now = self.as_dict()
+        different = [n for n, value in now.items() if saved.get(n) != value]
+        if different or set(saved) - set(now):
+            listed = "; ".join(f"{n} was {saved.get(n)!r}, is now {now[n]!r}" for n in different)
+            raise ResumeError(
+                f"the run to resume has another privacy plan ({listed or 'unknown fields'}); ε would be wrong. Resume with"
+                " the same settings, or start a new run"
+            )
+
+
+def whole(name: str, value: Any) -> int:
+    """The number itself, or ParameterError where it is not a whole one of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
+    return int(value)

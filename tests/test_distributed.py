@@ -50,9 +50,8 @@ def test_however_it_is_fed_and_wrapped(groups, options):
         assert spent == epsilon
 
 
-@pytest.mark.parametrize("skip_empty", [True, False])
 @pytest.mark.parametrize("shards", [[100, 30, 170, 0], [75, 75, 75, 75], [1, 0, 0, 299]])
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(("mapped", "skip_empty"), [(False, True), (True, False)])
 def test_unequal_shards(groups, shards, mapped, skip_empty):
     weights, seen, epsilon, _ = scenarios.train(steps=15)
     answers = groups[4].run(scenarios.train, steps=15, shards=shards, mapped=mapped, skip_empty=skip_empty)

@@ -55,7 +55,7 @@ class Population:
                 raise ParameterError(
                     f"group: {owners.total} owners were given for {records} records; give one a record"
                     if not shards
-                    else "group= and shards=True: shards could split an owner's records; give every process all of them"
+                    else "group= and shards=True: one owner could be in two shards; give every process all records"
                 )
         if len(set(world.gather(None if owners is None else owners.digest))) > 1:
             raise EngineError(

@@ -17,6 +17,7 @@ from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.distributed.collectives import Alone
 from lipdp.errors import (
+    BudgetSpentWarning,
     CheckpointError,
     EngineError,
     LossError,
@@ -628,7 +629,8 @@ def test_a_step_needs_a_batch_of_its_own():
 def test_no_step_beyond_the_budget():
     engine, model, optimizer, loader, criterion = private(steps=2)
     train(model, optimizer, loader, criterion)
-    assert list(loader) == []
+    with pytest.warns(BudgetSpentWarning):
+        assert list(loader) == []
     before = weights(model)
     with pytest.raises(EngineError, match="all 2 steps"):
         optimizer.step()

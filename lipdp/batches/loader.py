@@ -226,7 +226,7 @@ class _TensorRecords(Dataset[Any]):
     def __getitem__(self, drawn: Drawn) -> tuple[Tensor, ...]:
         picked = torch.from_numpy(drawn[0])
         batch = tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
-        return finite_inputs(batch)  # type: ignore[no-any-return]
+        return finite_inputs(batch)
 
 
 class _MapStyleRecords(Dataset[Any]):

@@ -58,9 +58,8 @@ def finite(x: Tensor) -> Tensor:
     """
     if not (x.is_floating_point() or x.is_complex()):
         return x
-    if x.is_cpu and x.is_floating_point() and x.numel():  # a look at the extremes costs a tenth of the map
-        if bool(torch.stack(x.aminmax()).isfinite().all()):
-            return x
+    if x.is_cpu and x.is_floating_point() and x.numel() and bool(torch.stack(x.aminmax()).isfinite().all()):
+        return x  # a look at the extremes costs a tenth of the map
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -140,7 +139,7 @@ def is_of_the_machine(error: Exception) -> bool:
         return False
     if isinstance(error, (LipdpError, MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, OSError) and error.errno is not None or "can't allocate memory" in str(error)
+    return (isinstance(error, OSError) and error.errno is not None) or "can't allocate memory" in str(error)
 
 
 def looked_at(count: int) -> list[int]:

@@ -27,8 +27,9 @@ from lipdp.nn.sharded import local
 from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
-from lipdp.privacy.criterion import PrivateCriterion, check_loss
+from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.loss_check import check_loss
 from lipdp.privacy.run import Run
 from lipdp.sensitivity import Sensitivity
 from lipdp.timing import Timer

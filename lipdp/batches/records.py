@@ -169,7 +169,7 @@ def look(dataset: Dataset[Any]) -> list[Any]:
     if sum(times for _, times in shapes[1:]) + len(errors) > 1:
         raise DataError(
             f"the records have different shapes (such as {_spelled(shapes[0][0])} and {_spelled(shapes[-1][0])}): bring all to"
-            " one, by a map that looks at one record alone (a resize, a crop, padding to a fixed size)"
+            " one, by a map that looks at one record alone (a resize: --image-size; a crop, padding to a fixed size)"
         )
     return [batch for batch in batches if _shapes(batch) == shapes[0][0]]
 

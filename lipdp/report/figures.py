@@ -71,7 +71,7 @@ def score(runs: Labelled) -> Markup | None:
     for label, run in runs:
         name, prefix = f"test_{run.metric}", f"{label}: " if label else ""
         for suffix, what in (("", "last weights"), ("_ema", "averaged weights")):
-            points = [(m["step"], 100 * m[name + suffix]) for m in run.metrics if name + suffix in m]
+            points = [(m["step"], 100 * m[name + suffix]) for m in run.metrics if m.get(name + suffix) is not None]
             if points:
                 lines.append((prefix + what, points))
     if not lines:

@@ -332,7 +332,7 @@ def _metrics(path: Path) -> tuple[Mapping[str, Any], ...]:
         record: dict[str, Any] = {"step": fields.count("step"), "epsilon": fields.number("epsilon")}
         for name in fields:
             if name.startswith("test_"):
-                record[name] = fields.number(name, high=1.0)
+                record[name] = fields.number(name, None, high=1.0)
         record["train_loss_not_private"] = fields.number("train_loss_not_private", None, low=-_INFINITY)
         record["seconds"] = fields.number("seconds", None)
         records.append(record)

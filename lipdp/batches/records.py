@@ -18,7 +18,7 @@ that can't be read, or have another shape, are an error: the data set is wrong, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ def looked_at(count: int) -> list[int]:
 
 
 def look(dataset: Dataset[Any]) -> list[Any]:
-    """Batches of one record each, of those looked at before the first step that are of the commonest shape.
+    """Batches of one record each, of those looked at before the first step that are of the commonest shape, in one dtype.
 
     Raises:
         What the data set raises, or DataError: two or more can't be read, or have another shape; or all of them.
@@ -171,7 +171,10 @@ def look(dataset: Dataset[Any]) -> list[Any]:
             f"the records have different shapes (such as {_spelled(shapes[0][0])} and {_spelled(shapes[-1][0])}): bring all to"
             " one, by a map that looks at one record alone (a resize: --image-size; a crop, padding to a fixed size)"
         )
-    return [batch for batch in batches if _shapes(batch) == shapes[0][0]]
+    batches = [batch for batch in batches if _shapes(batch) == shapes[0][0]]
+    common = Counter(map(_dtypes, batches)).most_common(1)[0][0]
+    like = next(batch for batch in batches if _dtypes(batch) == common)
+    return [_cast(batch, like) for batch in batches]
 
 
 def pattern(dataset: Dataset[Any]) -> Any:
@@ -192,15 +195,19 @@ def _looks(dataset: Dataset[Any]) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------------------- shapes
 
 
-def _shapes(batch: Any) -> Any:
-    """The shapes of a record's parts; hashable."""
+def _shapes(batch: Any, of: Callable[[Tensor], Any] = lambda tensor: tuple(tensor.shape[1:])) -> Any:
+    """The shapes (or what `of` says) of a record's parts; hashable."""
     if isinstance(batch, Tensor):
-        return tuple(batch.shape[1:])
+        return of(batch)
     if isinstance(batch, Mapping):
-        return "dict", tuple((key, _shapes(value)) for key, value in sorted(batch.items()))
+        return "dict", tuple((key, _shapes(value, of)) for key, value in sorted(batch.items()))
     if isinstance(batch, (list, tuple)) and not any(isinstance(part, str) for part in batch):
-        return "parts", *map(_shapes, batch)
+        return "parts", *(_shapes(part, of) for part in batch)
     return type(batch).__name__
+
+
+def _dtypes(batch: Any) -> Any:
+    return _shapes(batch, lambda tensor: tensor.dtype)
 
 
 def _spelled(shapes: Any) -> str:

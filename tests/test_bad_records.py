@@ -150,7 +150,7 @@ def test_one_bad_record_is_not_refused_beforehand_and_two_are():
     x, y = table()
     for how in ("raise", "shape"):
         assert len(look(Files(x, y, [0], how))) == len(look(Files(x, y))) - 1
-        with pytest.raises((ValueError, DataError), match="decoded|different shapes"):
+        with pytest.raises((ValueError, DataError), match=r"decoded|different shapes"):
             run(Files(x, y, [0, 1], how))
     with pytest.raises(LossError, match="0 … 2"):
         run(TensorDataset(x, y + 1))  # classes numbered from 1
@@ -229,8 +229,7 @@ def test_a_second_epoch_explains_itself():
     loader = BatchLoader(dataset, PoissonSampler(N, sampling_rate=0.1, steps=3, seed=0))
     assert len(list(loader)) == 3
     with pytest.warns(BudgetSpentWarning, match=r"all 3 batches .* more steps") as caught:
-        for _ in loader:
-            pytest.fail("a batch beyond the budget")
+        assert list(loader) == []
     assert caught[0].filename == __file__
 
 

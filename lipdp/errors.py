@@ -85,6 +85,14 @@ class DataError(LipdpError):
     """A data file is missing, truncated or corrupt; the message names the file and what to do."""
 
 
+class RecordError(DataError):
+    """One record cannot be read; a run takes the zero record in its place, for stopping would tell that it is there."""
+
+
+class BudgetSpentWarning(UserWarning):
+    """A loader is iterated after the last batch of its budget: nothing comes."""
+
+
 class CheckpointError(LipdpError):
     """A checkpoint cannot be read or written."""
 

@@ -2,7 +2,8 @@
 
 Every loss maps logits (N, C) and targets to N values, one a sample; no sample sees another, and there is no
 `reduction`: the engine sums and divides by its public batch size. `lipschitz` bounds ‖∂ℓ/∂z‖₂ for every logit vector
-and target.
+and target. A target that is none of the loss's, such as NaN or a label out of range, gives 0 and the gradient 0: one
+record can't stop a run, which would tell that it is there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,36 @@ from lipdp.errors import LossError, ParameterError
 class LipschitzLoss(nn.Module, ABC):
     """Base of the losses: `forward(logits, target) -> (N,)` and `lipschitz`, a bound on ‖∂ℓ/∂logits‖ per sample.
 
-    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` attacks it.
+    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` tries to break it.
+
+    Guarantees: where `knows` says no, the value is 0 and the gradient exactly 0, whatever `forward` does there: it is
+    given 0 as the target. So `forward` sees the targets alone that `knows` admits, and 0; override it with yours.
     """
 
     lipschitz: float
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """`forward`, and 0 where the target is none."""
+        if not target.dim() or logits.shape[:1] != target.shape[:1]:
+            return super().__call__(logits, target)
+        unknown = ~self.knows(logits, target)
+        rows = unknown.view(-1, *[1] * (target.dim() - 1))
+        values: Tensor = super().__call__(logits, target.masked_fill(rows, 0))
+        return values.masked_fill(unknown, 0.0) if values.shape == unknown.shape else values
+
+    def knows(self, logits: Tensor, target: Tensor) -> Tensor:
+        """(N,) bool: whose target is one of this loss. By default any number but NaN, infinity and the lowest integer.
+
+        >>> lipdp.losses.MeanAbsoluteError().knows(torch.zeros(3), torch.tensor([2.5, float("nan"), -1e300]))
+        tensor([ True, False, False])
+        """
+        if target.is_floating_point():
+            good = target.to(logits.dtype).isfinite()
+        elif target.dtype is torch.bool or target.is_complex() or not torch.iinfo(target.dtype).min:
+            good = torch.ones_like(target, dtype=torch.bool)
+        else:
+            good = target != torch.iinfo(target.dtype).min
+        return good.flatten(1).all(1) if good.dim() > 1 else good
 
     @abstractmethod
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -36,7 +63,17 @@ class LipschitzLoss(nn.Module, ABC):
         return self.lipschitz
 
 
-class TauCrossEntropy(LipschitzLoss):
+class _OfLabels(LipschitzLoss):
+    """A loss of class labels 0 … C − 1."""
+
+    def knows(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.dim() == 1 and not target.is_floating_point() and logits.dim() == 2:
+            labels = target.long()
+            return (labels >= 0) & (labels < logits.shape[1])
+        return super().knows(logits, target)  # targets of another kind, or none, which `forward` refuses
+
+
+class TauCrossEntropy(_OfLabels):
     """Cross-entropy at temperature: CE(τz, y)/τ; constant √2.
 
     ∇_z = p − e_y with p = softmax(τz), and ‖p − e_y‖² = (1 − p_y)² + Σ_{j≠y} p_j² ≤ 2 (1 − p_y)² ≤ 2.
@@ -74,7 +111,7 @@ class TauBCEWithLogits(LipschitzLoss):
         tau: τ > 0.
         num_outputs: C.
     Shapes:
-        logits (N, C) or (N,) for C = 1; target the same, in [0, 1].
+        logits (N, C) or (N,) for C = 1; target the same, in [0, 1] (others are clamped to it).
 
     >>> lipdp.losses.TauBCEWithLogits(num_outputs=4).lipschitz
     0.5
@@ -96,7 +133,7 @@ class TauBCEWithLogits(LipschitzLoss):
         return f"tau={self.tau}, num_outputs={self.num_outputs}"
 
 
-class CategoricalHinge(LipschitzLoss):
+class CategoricalHinge(_OfLabels):
     """max(0, m − (z_y − max_{j≠y} z_j)); constant √2 (the gradient is e_j − e_y or 0).
 
     Args:
@@ -120,7 +157,7 @@ class CategoricalHinge(LipschitzLoss):
         return F.relu(self.margin - (true - other))
 
 
-class MulticlassHinge(LipschitzLoss):
+class MulticlassHinge(_OfLabels):
     """One-against-all hinge, the true class weighted C − 1, mean over C; constant √((C−1)/C).
 
     (1/C) [(C−1)(m/2 − z_y)₊ + Σ_{j≠y} (m/2 + z_j)₊]: squared gradient norm at most ((C−1)² + (C−1))/C² = (C−1)/C.
@@ -151,7 +188,7 @@ class MulticlassHinge(LipschitzLoss):
         return (weight * F.relu(self.margin / 2 - sign * logits)).mean(1)
 
 
-class CosineSimilarity(LipschitzLoss):
+class CosineSimilarity(_OfLabels):
     """−⟨u, z/max(‖z‖, K)⟩ with ‖u‖ ≤ 1; constant 1/K.
 
     Inside the ball of radius K the gradient is u/K; outside it is (I − ẑẑᵀ)u/‖z‖.
@@ -237,7 +274,7 @@ class MeanSquaredError(LipschitzLoss):
         return (logits - target * (self.target_bound / norm)).square().mean(1)
 
 
-class HKR(LipschitzLoss):
+class HKR(_OfLabels):
     """Hinge regularised Kantorovich–Rubinstein loss with PUBLIC class priors π; each class against the others.
 
     ℓ = (1−α) KR + α hinge, where KR = −(1/C) (z_y/π_y − Σ_{j≠y} z_j/(1−π_j)) and the hinge is (1/C) Σ_c (m/2 ∓ z_c)₊,
@@ -270,6 +307,10 @@ class HKR(LipschitzLoss):
         self.margin = check_positive("margin", margin)
         forms = (True, False) if len(priors) == 2 else (False,)  # one logit or C: the larger constant serves both
         self.lipschitz = max(self._norm(y, single=single) for y in range(len(priors)) for single in forms)
+
+    def knows(self, logits: Tensor, target: Tensor) -> Tensor:
+        single = logits.dim() < 2 or logits.shape[1] == 1  # then a label's sign counts
+        return LipschitzLoss.knows(self, logits, target) if single else super().knows(logits, target)
 
     def _norm(self, y: int, *, single: bool) -> float:
         """‖∂ℓ/∂z‖ where every hinge is active: its slope has the sign of the KR term's, entry by entry."""

@@ -29,7 +29,7 @@ from lipdp.data.files import (
     write_cifar_batch,
     write_idx,
 )
-from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
+from lipdp.errors import DataError, LipdpError, ParameterError, UnknownNameError
 from lipdp.files import written_whole
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -405,15 +405,13 @@ def _lying_npz(shape: str) -> bytes:
     ("arrays", "says"),
     [
         ({"X": np.ones((4, 2))}, "lacks y"),
-        ({"X": np.ones((4, 2)), "y": np.zeros(3, int)}, r"y has shape \(3,\) for 4 records"),
-        ({"X": np.ones((4, 2)), "y": np.zeros((4, 1), int)}, "y has shape"),
-        ({"X": np.ones((4, 2)), "y": np.array([0, 1, -1, 0])}, "not integers"),
-        ({"X": np.ones((4, 2)), "y": np.array([0, 1, 0.5, 0])}, "not integers"),
-        ({"X": np.ones((4, 2)), "y": np.array([0, 1, np.nan, 0])}, "largest label"),
-        ({"X": np.ones((4, 2)), "y": np.array([0, 1, 10**12, 0])}, "largest label"),
-        ({"X": np.array([[1.0], [np.nan]]), "y": [0, 1]}, "NaN"),
-        ({"X": np.array([[1.0], [np.inf]]), "y": [0, 1]}, "NaN"),
-        ({"X": np.array([[1.0], [1e300]]), "y": [0, 1]}, "beyond float32"),
+        ({"X": np.ones((4, 2)), "y": np.zeros(3, int)}, r"labels of shape \(3,\) .* for 4 records"),
+        ({"X": np.ones((4, 2)), "y": np.zeros((4, 1), int)}, r"labels of shape \(4, 1\)"),
+        ({"X": np.ones((4, 2)), "y": np.array([0, -1, -1, 0])}, "not whole numbers"),
+        ({"X": np.ones((4, 2)), "y": np.array([0.5, 1, 0.5, 0])}, "not whole numbers"),
+        ({"X": np.ones((4, 2)), "y": np.array([0, 1, np.nan, np.nan])}, "not whole numbers"),
+        ({"X": np.ones((4, 2)), "y": np.array([0, 10**12, 10**12, 0])}, "not whole numbers"),
+        ({"X": np.ones((4, 2)), "y": np.zeros(4), "X_test": np.ones((2, 2)), "y_test": [0, -1]}, "y_test.* not whole"),
         ({"X": np.ones(4), "y": np.zeros(4, int)}, "X has shape"),
         ({"X": np.ones((4, 0)), "y": np.zeros(4, int)}, "X has shape"),
         ({"X": np.ones((0, 4)), "y": np.zeros(0, int)}, "X has shape"),
@@ -767,10 +765,9 @@ def test_bad_constants_are_refused(make):
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=repr)
-def test_bounding_refuses_nan(bound):
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(NonFiniteError):
-            bound(torch.tensor([[0.0, bad, 0.0]]))
+def test_bounding_takes_what_is_not_finite_for_zero(bound):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        assert torch.equal(bound(torch.tensor([[0.3, bad, 0.0]])), bound(torch.tensor([[0.3, 0.0, 0.0]])))
 
 
 def test_names_of_boundings():

@@ -22,7 +22,7 @@ from lipdp.accounting.relation import Relation
 from lipdp.batches import samplers as sampling
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
-from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError
+from lipdp.errors import BudgetSpentWarning, CheckpointError, DataError, EngineError, ParameterError, ResumeError
 from lipdp.noise.cipher import keystream, keystream_blocks
 from lipdp.noise.ratchet import Ratchet
 
@@ -407,7 +407,8 @@ def test_every_kind_of_dataset_gives_the_drawn_batches(dataset, workers):
         seen.append(y.tolist())
     assert seen == drawn
     assert len(loader) == 30
-    assert list(loader) == []
+    with pytest.warns(BudgetSpentWarning, match="all 30 batches .* more steps"):
+        assert list(loader) == []
     assert torch.equal(state, torch.get_rng_state())
 
 

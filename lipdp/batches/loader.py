@@ -6,6 +6,7 @@ import hashlib
 import json
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lipdp.batches.owners import EveryNth, Owners, Part, flattened_views
+from lipdp.batches.records import finite_inputs, pattern, read_mapped
 from lipdp.batches.rows import BatchTensor, Rows
 from lipdp.batches.samplers import Sampler
-from lipdp.errors import DataError, EngineError, LipdpError, ParameterError
+from lipdp.errors import BudgetSpentWarning, DataError, EngineError, LipdpError, ParameterError
 from lipdp.timing import Clock
 
 Drawn: TypeAlias = tuple[np.ndarray, int]
@@ -63,7 +65,7 @@ class BatchLoader:
     Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
     each batch not yet consumed, as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
     iterating again all continue after the last batch that was *yielded*; after `steps` batches nothing more comes, for
-    `steps` is the privacy budget. Only the newest iteration is live: going on with an older one is an error, since it
+    `steps` is the privacy budget (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one is an error, since it
     would hand out the same draw twice. There is no `collate_fn`: a collation that mixes records (mix-up) would break
     the per-record sensitivity.
 
@@ -72,6 +74,9 @@ class BatchLoader:
     global generator is left alone: while a dataset reads a batch, it is seeded from the step's key, so that what the
     dataset draws from it (random crops, say) is the same on resume and with any number of workers, and fresh at every step.
     Those draws do not touch the account: see `lipdp.data.augment`.
+
+    No record stops the loader: entries of an input that are not finite are 0, and a record that can't be read is the zero
+    record without a label, uncounted (`lipdp.batches.records`).
 
     With `owners` the sampler draws owners, and a batch is `(x, y, weight)`: all records of the owners drawn, with the
     weight of each, for the criterion. With `views` = K > 1 the inputs of a record are K views of it, (K, *features), and
@@ -83,7 +88,7 @@ class BatchLoader:
         sampler: owned by the loader from here on; save and load it through the loader.
         part: which of the units drawn are read here, where several processes share the work; by default all.
         records: how many the data set must hold; by default the sampler's population.
-        empty: a batch whose empty slice is an empty batch, for a data set of no records.
+        empty: a batch of the shapes and dtypes that every batch has; by default of the first record that can be read.
         num_workers: processes that read records, for a dataset that is not a `TensorDataset`.
         pin_memory: page-locked batches, where CUDA is available and they are not there already.
         listener: is told of every batch that is handed out.
@@ -103,8 +108,8 @@ class BatchLoader:
     ...     print(x.shape == (loader.drawn.rows, 3), len(x) == len(y))
     True True
     True True
-    >>> len(loader), loader.position, list(loader)
-    (2, 2, [])
+    >>> len(loader), loader.position
+    (2, 2)
     """
 
     def __init__(
@@ -153,6 +158,13 @@ class BatchLoader:
     def __iter__(self) -> Generator[Any, None, None]:
         self._iteration += 1
         iteration = self._iteration
+        if self.position == len(self):
+            warnings.warn(
+                f"all {len(self)} batches of this loader's budget were yielded, so iterating it again gives none: one iteration is"
+                " the whole training. For more epochs give make_private more steps (epochs times N/B)",
+                BudgetSpentWarning,
+                stacklevel=2,
+            )
         self.sampler.load_state_dict(self._consumed)  # take back what an abandoned iteration had drawn ahead
         ahead: deque[_Ahead] = deque()
         batches = DataLoader(
@@ -254,11 +266,12 @@ class _TensorRecords(Dataset[Any]):
 
     def __getitem__(self, drawn: Drawn) -> tuple[Tensor, ...]:
         picked = torch.from_numpy(drawn[0])
-        return tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
+        batch = tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
+        return finite_inputs(batch)
 
 
 class _MapStyleRecords(Dataset[Any]):
-    """Whole batches of any map-style dataset, collated; the empty batch is an empty slice of record 0."""
+    """Whole batches of any map-style dataset, collated; the empty batch is an empty slice of one record."""
 
     def __init__(self, dataset: Dataset[Any], empty: Any) -> None:
         self._dataset, self._empty = dataset, empty
@@ -268,19 +281,11 @@ class _MapStyleRecords(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             try:
-                return self._read(indices)
+                if indices.size == 0:
+                    return _emptied(pattern(self._dataset) if self._empty is None else self._empty)
+                return finite_inputs(read_mapped(self._dataset, indices.tolist(), self._empty))
             except LipdpError as error:
                 return _Refusal(error)
-
-    def _read(self, indices: np.ndarray) -> Any:
-        if indices.size == 0:
-            return _emptied(default_collate([self._dataset[0]]) if self._empty is None else self._empty)
-        picked = indices.tolist()
-        whole = getattr(self._dataset, "read_batch", None)  # what `default_collate` would make of them, at once
-        if callable(whole):
-            return whole(picked)
-        many = getattr(self._dataset, "__getitems__", None)
-        return default_collate(many(picked) if callable(many) else [self._dataset[index] for index in picked])
 
 
 @dataclass(frozen=True)

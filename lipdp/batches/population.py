@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
 from lipdp.batches.owners import EveryNth, Owners, Part, Shard
+from lipdp.batches.records import look, looked_at, read_mapped
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError, ParameterError
 
@@ -45,8 +47,8 @@ class Population:
             shards: see `dataset`.
 
         Raises:
-            EngineError: no length, or data sets that differ in it. ParameterError: a group of another length, or of
-                shards.
+            EngineError: no length, data sets that differ in it, or copies of a record (`check_copies`). ParameterError: a
+                group of another length, or of shards.
         """
         with world.fail_together():
             records = length(dataset)
@@ -57,6 +59,7 @@ class Population:
                     if not shards
                     else "group= and shards=True: one owner could be in two shards; give every process all records"
                 )
+            check_copies(dataset, group)
         if len(set(world.gather(None if owners is None else owners.digest))) > 1:
             raise EngineError(
                 "group: the processes number the owners differently, so that one owner could count more than once in a"
@@ -96,8 +99,8 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
         return
     with world.fail_together():
         count = len(dataset)
-        picked = sorted({i * (count - 1) // 15 for i in range(16)}) if count else []
-        records = [[torch.as_tensor(part).tolist() for part in dataset[i]] for i in picked]
+        batches = [read_mapped(dataset, [i]) for i in looked_at(count)]
+        records = [[torch.as_tensor(part).tolist() for part in batch] for batch in batches]
         targets = [record[1] for record in records]
         own = hashlib.blake2b(repr([count, records if shards else targets]).encode()).hexdigest() if count else ""
     for rank, other in enumerate(world.gather(own)):
@@ -128,15 +131,78 @@ def length(dataset: Any) -> int:
 
 
 def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[Tensor, Tensor]:
-    """Up to four records, for shapes and for the check that the loss keeps samples apart; of a shard that has some.
+    """The records looked at before the first step (`look`), for shapes and for checks of the loss; of a shard that has some.
 
     Raises:
-        EngineError: no records, or not (input, target) pairs.
+        EngineError: no records, or not (input, target) pairs. What `look` raises.
     """
     with world.fail_together():
-        own = [dataset[i] for i in range(min(4, len(dataset)))]
-    records = next((some for some in world.gather(own) if some), []) if shards else own
-    if not records or any(not isinstance(r, (tuple, list)) or len(r) != 2 for r in records):
-        raise EngineError("the dataset must hold (input, target) pairs, and at least one")
+        own = look(dataset) if len(dataset) else []
+    records = next((some for some in world.gather(own[:4]) if some), []) if shards else own
+    pairs = all(isinstance(r, (tuple, list)) and len(r) == 2 and all(isinstance(p, Tensor) for p in r) for r in records)
+    if not records or not pairs:
+        raise EngineError("the dataset must hold (input, target) pairs of tensors, arrays or numbers, and at least one")
     inputs, targets = zip(*records, strict=True)
-    return torch.stack([torch.as_tensor(x) for x in inputs]), torch.stack([torch.as_tensor(y) for y in targets])
+    return torch.cat(inputs), torch.cat(targets)
+
+
+def check_copies(dataset: Any, group: Group | None = None) -> None:
+    """Refuse a data set that holds a record several times: ε would be that of one copy, k copies have k ε.
+
+    Looks through `Subset`, `ConcatDataset`, `StackDataset`, lists and expanded tensors, by identity and index; copies in
+    memory of their own can't be told from records that are alike.
+
+    Raises:
+        EngineError: a record is there twice, and `group` does not give its copies one owner.
+
+    >>> check_copies(torch.utils.data.Subset(TensorDataset(torch.zeros(5, 2), torch.zeros(5)), [0, 1, 1]))
+    Traceback (most recent call last):
+    lipdp.errors.EngineError: the data set holds one record at 1 and at 2: ε would be that of one copy. Give each record...
+    """
+    if not isinstance(dataset, (Subset, ConcatDataset, StackDataset, list, tuple)) and not _is_expanded(dataset):
+        return
+    origins = _origins(dataset, np.arange(length(dataset)), {})
+    order = np.lexsort(origins.T)
+    again = (origins[order[1:]] == origins[order[:-1]]).all(axis=1)
+    if group is not None:
+        ids = np.asarray(group.cpu() if isinstance(group, Tensor) else group)[order]
+        again &= ids[1:] != ids[:-1]
+    if again.any():
+        place = int(again.argmax())
+        raise EngineError(
+            f"the data set holds one record at {order[place]} and at {order[place + 1]}: ε would be that of one copy. Give each record"
+            " once, or pass group= with one owner for all copies of a record"
+        )
+
+
+def _origins(dataset: Any, indices: np.ndarray, known: dict[int, int]) -> np.ndarray:
+    """(n, k) numbers of the records at `indices`: the same row where two are one record of one object."""
+    own = known.setdefault(id(dataset), len(known))
+    if isinstance(dataset, Subset):
+        inner = np.asarray(dataset.indices)[indices]
+        if inner.dtype.kind in "iu":
+            return _origins(dataset.dataset, np.where(inner < 0, inner + length(dataset.dataset), inner), known)
+        return np.stack([np.full(len(indices), own), np.unique(inner, return_inverse=True)[1].reshape(-1)], axis=1)
+    if isinstance(dataset, ConcatDataset):
+        ends = np.asarray(dataset.cumulative_sizes)
+        part = np.searchsorted(ends, indices, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        pieces = [_origins(d, indices[part == i] - starts[i], known) for i, d in enumerate(dataset.datasets)]
+        rows = np.full((len(indices), max(p.shape[1] for p in pieces)), -1)
+        for i, piece in enumerate(pieces):
+            rows[part == i, : piece.shape[1]] = piece
+        return rows
+    if isinstance(dataset, StackDataset):
+        parts = dataset.datasets
+        columns = parts.values() if isinstance(parts, dict) else parts
+        return np.concatenate([_origins(column, indices, known) for column in columns], axis=1)
+    if isinstance(dataset, (list, tuple)):
+        own, indices = -1, np.asarray([known.setdefault(id(dataset[i]), len(known)) for i in indices])
+    elif _is_expanded(dataset):
+        indices = np.zeros_like(indices)
+    return np.stack([np.full(len(indices), own), indices], axis=1)
+
+
+def _is_expanded(dataset: Any) -> bool:
+    """Whether all records lie at one place in memory."""
+    return type(dataset) is TensorDataset and all(tensor.stride(0) == 0 for tensor in dataset.tensors)

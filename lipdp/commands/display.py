@@ -165,11 +165,21 @@ def show_profile(console: Console, table: dict[str, Any]) -> None:
 def describe(record: dict[str, Any]) -> str:
     """One line of metrics."""
     name = "auroc" if "test_auroc" in record else "accuracy"
-    raw, averaged = record[f"test_{name}"], record[f"test_{name}_ema"]
+    raw, averaged = (share(record[f"test_{name}{suffix}"]) for suffix in ("", "_ema"))
+    loss = record["train_loss_not_private"]
     return (
-        f"step {record['step']:>5}  ε {record['epsilon']:.3f}  test {name} {raw:6.2%}, averaged {averaged:6.2%}"
-        f"  loss* {record['train_loss_not_private']:.4f}"
+        f"step {record['step']:>5}  ε {record['epsilon']:.3f}  test {name} {raw:>6}, averaged {averaged:>6}"
+        f"  loss* {'none' if loss is None else f'{loss:.4f}'}"
     )
+
+
+def share(value: float | None) -> str:
+    """A metric in percent; a metric may be null.
+
+    >>> share(0.51234), share(None)
+    ('51.23%', 'none')
+    """
+    return "none" if value is None else f"{value:.2%}"
 
 
 def show_result(console: Console, result: Result) -> None:
@@ -178,8 +188,8 @@ def show_result(console: Console, result: Result) -> None:
     name = "auroc" if "test_auroc" in metrics else "accuracy"
     console.print(
         f"\n[bold]ε = {result.epsilon:.4g}[/bold] at δ = {result.delta:g} after {result.steps} steps;"
-        f" test {name} [bold]{metrics[f'test_{name}']:.2%}[/bold],"
-        f" averaged weights [bold]{metrics[f'test_{name}_ema']:.2%}[/bold]",
+        f" test {name} [bold]{share(metrics[f'test_{name}'])}[/bold],"
+        f" averaged weights [bold]{share(metrics[f'test_{name}_ema'])}[/bold]",
         highlight=False,
     )
     console.print(f"[dim]* training loss is not covered by ε; {number(metrics['seconds'])} s[/dim]", highlight=False)

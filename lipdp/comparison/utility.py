@@ -239,7 +239,8 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         seed=job.seed,
     )
     try:
-        scores = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
+        found = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
+        scores = {name: value for name, value in found.items() if value is not None}  # no AUROC of one class
     except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
         scores = dict.fromkeys(("accuracy", "auroc") if split.task == "binary" else ("accuracy",), 0.0)
     return {

@@ -22,8 +22,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
+from lipdp.batches.records import pattern, read
 from lipdp.data.split import require_images
 from lipdp.errors import ParameterError, UnknownNameError
 
@@ -127,7 +128,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, dataset: Dataset[Any], augment: Augment, *, multiplicity: int = 1) -> None:
         if type(multiplicity) is not int or multiplicity < 1:
             raise ParameterError(f"multiplicity={multiplicity!r}: a whole number of views of at least 1")
-        require_images(dataset[0][0].shape, "augmentation")
+        require_images(pattern(dataset)[0].shape[1:], "augmentation")
         self._dataset, self._augment, self._multiplicity = dataset, augment, multiplicity
 
     def __len__(self) -> int:
@@ -135,8 +136,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
     def read_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Views and labels of all `indices`, at least one."""
-        whole = getattr(self._dataset, "read_batch", None)
-        x, y = whole(indices) if callable(whole) else default_collate([self._dataset[i] for i in indices])
+        x, y = read(self._dataset, indices)
         if self._multiplicity == 1:
             return self._augment(x), y
         views = self._augment(x.repeat_interleave(self._multiplicity, 0))

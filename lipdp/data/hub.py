@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lipdp.batches.records import looked_at, pattern
 from lipdp.data.files import parsing
 from lipdp.data.split import resize
-from lipdp.data.stored import Stored, largest_label, owner_ids
-from lipdp.errors import DataError, ParameterError
+from lipdp.data.stored import Stored, StoredDataset, largest_label, owner_ids, whole_labels
+from lipdp.errors import DataError, ParameterError, RecordError
 
 _REMEDY = "write the folder with DatasetDict.save_to_disk"
 _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
@@ -27,8 +28,8 @@ _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 class HubRecords:
     """One part of a saved `datasets` folder; its Arrow files are memory-mapped.
 
-    Images are decoded from the bytes in the folder: a record that names a file or an address instead is refused, for it
-    could name any.
+    Images are decoded from the bytes in the folder: a record that names a file or an address instead is none, for it could
+    name any.
 
     Attributes:
         path: the part's folder. x, y: columns of inputs and labels.
@@ -65,11 +66,11 @@ class HubRecords:
         odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
         if odd is not None:
             this, first = ("×".join(map(str, images[i].shape[1:])) for i in (odd, 0))
-            raise DataError(
+            raise RecordError(
                 f"{self.path}: record {rows[odd]} is an image of {this} pixels, record {rows[0]} one of {first}: give"
                 " --image-size (image_size=), which all are brought to"
             )
-        return torch.stack(images), torch.from_numpy(batch.column(self.y).to_numpy().astype(np.int64))
+        return torch.stack(images), torch.from_numpy(whole_labels(np.asarray(batch.column(self.y).to_numpy())))
 
     def _image(self, where: str, stored: Any, size: Sequence[int] | None) -> Tensor:
         image = decode(_content(where, stored), self.mode or "RGB", where)
@@ -79,33 +80,33 @@ class HubRecords:
         batch = self._table[rows]
         x = np.asarray(batch[self.x])
         if x.dtype.kind not in "biuf" or x.ndim != 2:
-            raise DataError(f"{self.path}: the records in {self.x!r} are not lists of numbers of one length")
+            raise RecordError(f"{self.path}: the records in {self.x!r} are not lists of numbers of one length")
         with np.errstate(over="ignore"):
-            return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(np.asarray(batch[self.y], dtype=np.int64))
+            return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(whole_labels(np.asarray(batch[self.y])))
 
 
 def _content(where: str, stored: Any) -> bytes:
     content = stored.get("bytes") if isinstance(stored, dict) else None
     if not content:
-        raise DataError(f"{where} holds no image's bytes; {_REMEDY}, which puts them in")
+        raise RecordError(f"{where} holds no image's bytes; {_REMEDY}, which puts them in")
     return bytes(content)
 
 
 def decode(content: bytes, mode: str, where: str) -> Tensor:
-    """(C, H, W) float32 in [0, 1] from an encoded image (PNG, JPEG, …); DataError where it is none."""
+    """(C, H, W) float32 in [0, 1] from an encoded image (PNG, JPEG, …); RecordError where it is none."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.mode not in _EIGHT_BITS:
-                raise DataError(
+                raise RecordError(
                     f"{where}: pixels of mode {image.mode}, not of 8 bits a channel; convert them to RGB or L"
                 )
             pixels = np.array(image.convert(mode))
     except DataError:
         raise
     except Exception as error:  # decoders document no closed list of what they raise on damaged bytes
-        raise DataError(f"{where}: no image can be decoded ({type(error).__name__}: {error})") from error
+        raise RecordError(f"{where}: no image can be decoded ({type(error).__name__}: {error})") from error
     planes = torch.from_numpy(pixels)
     return (planes[None] if planes.dim() == 2 else planes.permute(2, 0, 1)).to(torch.float32).div_(255).contiguous()
 
@@ -133,17 +134,17 @@ def open_hub(
     owner: str | None = None,
     name: str | None = None,
 ) -> Stored:
-    """A `datasets` folder with splits `train` and `test`; labels are read, inputs are not.
+    """A `datasets` folder with splits `train` and `test`; labels are read, inputs are not but for a first one that can be.
 
     The input is the one column of images, else the one column of lists of numbers; the label the one `ClassLabel`, else
     the one column of integers that is not named. `input`, `label` say otherwise. Images come as grey or RGB, whichever
-    the first one is.
+    the first one that can be decoded is.
 
     Args:
         path: the folder. input, label: columns. owner: the column of whose the records are.
 
     Raises:
-        DataError: no such folder, split or column, labels that are not 0, 1, 2, …, or a first image that is none.
+        DataError: no such folder, split or column, labels that are not 0, 1, 2, …, or no image among those looked at.
         ParameterError: `datasets` is not installed.
     """
     absent = [part for part in ("train", "test") if not (path / part / "state.json").is_file()]
@@ -162,7 +163,8 @@ def open_hub(
         raise DataError(f"{path}: the labels in {y!r} are {columns[y]}, not whole numbers; choose a --label-column")
     if not len(train) or not len(test):
         raise DataError(f"{path}: train has {len(train)} records and test {len(test)}; both must have some")
-    largest = max(largest_label(path / y, _values(part, y), count=len(part)) for part in (train, test))
+    parts = ((train, True), (test, False))
+    largest = max(largest_label(path / y, _values(part, y), count=len(part), private=own) for part, own in parts)
     classes = max(2, largest + 1, getattr(columns[y], "num_classes", 0))
     mode = _first_mode(path / "train", train, x) if _is_image(columns[x]) else None
     records = HubRecords(path / "train", x, y, mode)
@@ -170,7 +172,7 @@ def open_hub(
         name=name or str(path),
         train=records,
         test=HubRecords(path / "test", x, y, mode),
-        input_shape=tuple(records.read([0])[0].shape[1:]),
+        input_shape=tuple(pattern(StoredDataset(records))[0].shape[1:]),
         num_classes=classes,
         task="binary" if classes == 2 and mode is None else "multiclass",
         train_owner=None if owner is None else _owners(path, train, owner),
@@ -209,25 +211,31 @@ def _is_integer(column: Any) -> bool:
 
 
 def _values(part: Any, column: str) -> npt.NDArray[Any]:
-    values = part.select_columns([column]).with_format("arrow")[:].column(0)
-    if values.null_count:
-        raise DataError(f"{values.null_count} records have no {column!r}; fill it in, or drop them")
-    return np.asarray(values.to_numpy())
+    return np.asarray(part.select_columns([column]).with_format("arrow")[:].column(0).to_numpy())  # a null is NaN
 
 
 def _owners(path: Path, train: Any, owner: str) -> Tensor:
     if owner not in train.features:
         raise DataError(f"{path} has no column {owner!r}; it has {', '.join(train.features)}")
     values = _values(train, owner)
+    if values.dtype.kind == "f" or any(value is None for value in values):
+        raise DataError(f"records of {path} have no {owner!r}; fill it in, or drop them")
     return owner_ids(path / owner, values.astype(str) if values.dtype == object else values, count=len(train))
 
 
 def _first_mode(path: Path, part: Any, column: str) -> str:
-    """What all images are brought to, by the first one: grey or RGB."""
-    where = f"{path}, record 0"
-    content = _content(where, part.select_columns([column]).with_format("arrow")[:1].column(0)[0].as_py())
-    decode(content, "RGB", where)  # refuses what is no image
+    """What all images are brought to, by the first one looked at that can be decoded: grey or RGB."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(content)) as image:
-        return "L" if image.mode in ("1", "L", "LA") else "RGB"
+    inputs, refused = part.select_columns([column]).with_format("arrow"), DataError(f"{path} holds no images")
+    for row in looked_at(len(part)):
+        where = f"{path}, record {row}"
+        try:
+            content = _content(where, inputs[row : row + 1].column(0)[0].as_py())
+            decode(content, "RGB", where)
+        except RecordError as error:
+            refused = error
+            continue
+        with Image.open(io.BytesIO(content)) as image:
+            return "L" if image.mode in ("1", "L", "LA") else "RGB"
+    raise refused

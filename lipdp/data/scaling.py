@@ -1,7 +1,8 @@
 """Data-independent maps that bring the inputs into a public range: scaled by public constants, never by the data.
 
 A minimum, a maximum, a mean or a quantile read off the private data is a release that ε does not count. So each map
-here is fixed before the data are seen. All of them act entry by entry, hence record by record.
+here is fixed before the data are seen. All of them act entry by entry, hence record by record, and take an entry that is
+NaN or infinite for 0: an error would tell that the record is there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from lipdp.errors import NonFiniteError, ParameterError, UnknownNameError
+from lipdp.batches.records import finite
+from lipdp.errors import ParameterError, UnknownNameError
 
 Constants: TypeAlias = float | tuple[float, ...]
 """One public number, or one per feature (per channel, for images): along axis 1 of the inputs."""
@@ -33,15 +35,6 @@ class Bounding(Protocol):
 
 
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def _finite(x: Tensor) -> Tensor:
-    extremes = (
-        torch.stack(x.aminmax()) if x.numel() else x
-    )  # NaN if any entry is: ten times faster than to look at each
-    if not bool(torch.isfinite(extremes).all()):
-        raise NonFiniteError("the inputs hold NaN or infinity: impute or drop those records before training")
-    return x
 
 
 def _numbers(constants: Constants) -> tuple[float, ...]:
@@ -72,12 +65,11 @@ def clip_features(x: Tensor, *, lower: Constants, upper: Constants) -> Tensor:
     `y = min(max(x, lower), upper)`, a projection: 1-Lipschitz, and record by record.
 
     Args:
-        x: (batch, features or channels, ...), finite.
+        x: (batch, features or channels, ...).
         lower, upper: public constants in the units of `x`, one or one per feature; never the data's own range.
 
     Raises:
         ParameterError: not lower < upper, or another number of constants than of features.
-        NonFiniteError: NaN or infinity in `x`.
 
     >>> clip_features(torch.tensor([[-3.0, 0.5], [0.2, 9.0]]), lower=0.0, upper=(1.0, 2.0))
     tensor([[0.0000, 0.5000],
@@ -86,8 +78,8 @@ def clip_features(x: Tensor, *, lower: Constants, upper: Constants) -> Tensor:
     _intervals(lower, upper)
     low, high = _along_axis_1(lower, x), _along_axis_1(upper, x)
     if low.numel() == high.numel() == 1:
-        return torch.clamp(_finite(x), low.item(), high.item())  # of numbers: twice as fast
-    return torch.clamp(_finite(x), low, high)
+        return torch.clamp(finite(x), low.item(), high.item())  # of numbers: twice as fast
+    return torch.clamp(finite(x), low, high)
 
 
 @dataclass(frozen=True)
@@ -155,7 +147,7 @@ class Tanh:
         return 1.0 / self.scale
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.tanh(_finite(x) / self.scale)
+        return torch.tanh(finite(x) / self.scale)
 
 
 @dataclass(frozen=True)
@@ -182,7 +174,8 @@ class SignedLog:
         return 1.0 / (self.scale * math.log1p(1 / self.scale))
 
     def __call__(self, x: Tensor) -> Tensor:
-        squashed = torch.log1p(_finite(x).abs() / self.scale) / math.log1p(1 / self.scale)
+        x = finite(x)
+        squashed = torch.log1p(x.abs() / self.scale) / math.log1p(1 / self.scale)
         return torch.copysign(squashed.clamp(max=self.limit), x)
 
 
@@ -206,7 +199,7 @@ class Standardise:
         return 1.0 / min(_numbers(self.std))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (_finite(x) - _along_axis_1(self.mean, x)) / _along_axis_1(self.std, x)
+        return (finite(x) - _along_axis_1(self.mean, x)) / _along_axis_1(self.std, x)
 
 
 _STANDARDISATION = {

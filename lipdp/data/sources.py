@@ -12,11 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lipdp.batches.records import finite
 from lipdp.data.download import fetch_images
 from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
 from lipdp.data.folders import Columns, Folder, lies_in
 from lipdp.data.split import DataSplit, Split, Task
-from lipdp.data.stored import owner_ids
+from lipdp.data.stored import check_range, largest_label, owner_ids, whole_labels
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 
 Array = npt.NDArray[Any]
@@ -57,17 +58,16 @@ def _images(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
-    """A table (N, d), or images (N, C, H, W) in [0, 1], checked."""
+    """A table (N, d), or images (N, C, H, W) in [0, 1]; entries that are not finite are 0, and those outside clipped."""
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise DataError(
             f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, [C,] H, W), not empty"
         )
     with np.errstate(over="ignore"):
         values = np.divide(array, 255, dtype=np.float32) if _is_bytes(array) else array.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise DataError(f"{path}: {key} holds NaN, infinity or values beyond float32; impute or drop those records")
-    if values.ndim > 2 and not (values.min() >= 0 and values.max() <= 1):
-        raise DataError(f"{path}: the images in {key} leave [0, 1]; store bytes, or divide by their public range")
+    check_range(f"{path}: the images in {key}", values)
+    values = finite(torch.from_numpy(values)).numpy()
+    values = values.clip(0, 1) if values.ndim > 2 else values
     return values[:, None] if values.ndim == 3 else values
 
 
@@ -225,31 +225,27 @@ class NpzFile:
         arrays = read_npz(path, ("X", "y", *named), ("X_test", "y_test"), text=named)
         if ("X_test" in arrays) != ("y_test" in arrays):
             raise DataError(f"{path} holds only one of X_test and y_test; give both or neither")
-        x, classes = _inputs(path, "X", arrays["X"]), _count_classes(path, arrays)
-        y = _labels(path, "y", arrays["y"], count=len(x), classes=classes)
+        x = _inputs(path, "X", arrays["X"])
+        largest = largest_label(path / "y", arrays["y"], count=len(x), private=True)
+        y = whole_labels(arrays["y"])
         owner = None if self.owner is None else owner_ids(path, arrays[self.owner], count=len(x))
         if "X_test" in arrays:
             test_x = _inputs(path, "X_test", arrays["X_test"])
-            test_y = _labels(path, "y_test", arrays["y_test"], count=len(test_x), classes=classes)
+            largest = max(largest, largest_label(path / "y_test", arrays["y_test"], count=len(test_x), private=False))
+            test_y = whole_labels(arrays["y_test"])
             if test_x.shape[1:] != x.shape[1:]:
                 raise DataError(f"{path}: X has inputs of shape {x.shape[1:]} but X_test {test_x.shape[1:]}")
-            return replace(_split(str(self.path), (x, y, test_x, test_y), classes), train_owner=owner)
+            return replace(_split(str(self.path), (x, y, test_x, test_y), largest), train_owner=owner)
         if len(x) < 2:
             raise DataError(f"{path} holds one record, too few to split in train and test")
         train, test = _first_fifth(len(x))
-        split = _split(str(self.path), (x[train], y[train], x[test], y[test]), classes)
+        largest_label(path / "y", arrays["y"][test], count=len(test), private=False)
+        split = _split(str(self.path), (x[train], y[train], x[test], y[test]), largest)
         return split if owner is None else replace(split, train_owner=owner[torch.from_numpy(train)])
 
 
-def _count_classes(path: Path, arrays: dict[str, Array]) -> int:
-    """One more than the largest label, at least 2: the set of labels is a public fact."""
-    largest = max((float(arrays[key].max(initial=0)) for key in ("y", "y_test") if key in arrays), default=0.0)
-    if not largest < 2**16:
-        raise DataError(f"{path}: the largest label is {largest}; number the classes 0, 1, 2, … (at most 65536)")
-    return max(2, int(largest) + 1)
-
-
-def _split(name: str, arrays: tuple[Array, Array, Array, Array], classes: int) -> Split:
+def _split(name: str, arrays: tuple[Array, Array, Array, Array], largest: int) -> Split:
+    classes = max(2, largest + 1)  # the set of labels is a public fact
     task: Task = "binary" if classes == 2 and arrays[0].ndim == 2 else "multiclass"
     train_x, train_y, test_x, test_y = map(torch.from_numpy, arrays)
     return Split(name, train_x, train_y, test_x, test_y, num_classes=classes, task=task)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lipdp.batches.loader import in_order
+from lipdp.batches.records import NO_LABEL, finite, look
 from lipdp.data.files import parsing
 from lipdp.data.scaling import Bounding
 from lipdp.data.split import Split, Task, require_images, resize
@@ -34,7 +35,11 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Float32 inputs, images (n, C, H, W) in [0, 1] and of `size` if given, tables (n, d) as they are; int64 labels."""
+        """Float32 inputs, images (n, C, H, W) in [0, 1] and of `size` if given, tables (n, d) as they are; int64 labels.
+
+        Raises:
+            RecordError: one of the records can't be read, or they differ in shape. DataError: the file can't be read.
+        """
         ...
 
 
@@ -43,7 +48,8 @@ class Stored:
     """A data set that stays on disk: a `DataSplit` that holds no inputs.
 
     Each batch is read, scaled to [0, 1] if it is of bytes, resized and bounded when it is asked for, record by record
-    and by public constants. A table with NaN or infinity in a record is refused when that record is read, by the bounding.
+    and by public constants. No record stops that: entries that are NaN or infinite are 0, a label that is none has no loss, and
+    a record that can't be read is the zero record (`lipdp.batches.records`).
 
     Attributes:
         name: what it was opened as.
@@ -94,9 +100,11 @@ class Stored:
         return replace(self, bounding=bounding)
 
     def in_memory(self) -> Split:
-        """All of it read; DataError beyond `IN_MEMORY`."""
+        """All of it read; DataError beyond `IN_MEMORY`, or where records looked at differ in shape."""
         self._require_small(len(self.train) + len(self.test), "the whole set")
-        x, y = zip(*in_order(self.training_dataset(), 1024), strict=True)
+        training = self.training_dataset()
+        look(training)
+        x, y = zip(*in_order(training, 1024), strict=True)
         parts = torch.cat(x), torch.cat(y), *self.test_part()
         return Split(self.name, *parts, self.num_classes, self.task, self.note, self.train_owner)
 
@@ -163,11 +171,12 @@ class NpyRecords:
         """The records, converted."""
         picked = np.asarray(indices, dtype=np.int64)
         raw = np.asarray(self._inputs[picked])
-        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused by the bounding
+        with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and then 0
             scale = np.float32(255 if raw.ndim > 2 and raw.dtype == np.uint8 else 1)
-            x = torch.from_numpy(np.divide(raw, scale, dtype=np.float32, casting="unsafe"))
+            x = finite(torch.from_numpy(np.divide(raw, scale, dtype=np.float32, casting="unsafe")))
+        x = x.clamp(0, 1) if raw.ndim > 2 and raw.dtype.kind == "f" else x
         x = x[:, None] if x.dim() == 3 else x.movedim(-1, 1).contiguous() if self.channels_last else x
-        return (x if size is None else resize(x, size)), torch.from_numpy(self._labels[picked].astype(np.int64))
+        return (x if size is None else resize(x, size)), torch.from_numpy(whole_labels(self._labels[picked]))
 
 
 def map_npy(path: Path) -> npt.NDArray[Any]:
@@ -186,7 +195,8 @@ def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -
     Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0, 1].
     Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
 
-    Guarantees: shapes, dtypes, counts and all labels are checked, and 64 records of each part; nothing else is read.
+    Guarantees: shapes, dtypes, counts and all labels are looked at, and 64 records of each part; nothing else is read. Of the
+    training part two or more of the first 64 must be wrong to be refused; what one record holds stops nothing.
 
     Args:
         path: the folder.
@@ -206,13 +216,13 @@ def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -
         raise DataError(f"{path}: train_x has inputs of shape {train_x.shape[1:]} but test_x {test_x.shape[1:]}")
     channels_last = _has_channels_last(files["train_x"], train_x.shape)
     largest = max(
-        largest_label(files[f"{part}_y"], map_npy(files[f"{part}_y"]), count=len(inputs))
+        largest_label(files[f"{part}_y"], map_npy(files[f"{part}_y"]), count=len(inputs), private=part == "train")
         for part, inputs in (("train", train_x), ("test", test_x))
     )
     classes = max(2, largest + 1)
     train, test = (NpyRecords(files[f"{part}_x"], files[f"{part}_y"], channels_last) for part in ("train", "test"))
-    for part, records in (("train_x", train), ("test_x", test)):
-        _check_values(files[part], records)
+    for key, array in (("train_x", train_x), ("test_x", test_x)):
+        check_range(f"{files[key]}: the images", array)
     return Stored(
         name=name or str(path),
         train=train,
@@ -245,28 +255,48 @@ def _has_channels_last(path: Path, shape: tuple[int, ...]) -> bool:
     return last
 
 
-def _check_values(path: Path, records: NpyRecords) -> None:
-    """Of the first records: finite, and images in [0, 1]."""
-    x, _ = records.read(range(min(_HEAD, len(records))))
-    if not bool(torch.isfinite(x).all()):
-        raise DataError(f"{path} holds NaN, infinity or values beyond float32; impute or drop those records")
-    if x.dim() > 2 and not (x.min() >= 0 and x.max() <= 1):
-        raise DataError(f"{path}: the images leave [0, 1]; store bytes, or divide by their public range")
+def check_range(what: str, images: npt.NDArray[Any]) -> None:
+    """Refuse images of floats where two or more of the first 64 leave [0, 1]: they were not scaled. One is clipped."""
+    if images.ndim > 2 and images.dtype.kind == "f":
+        head = np.asarray(images[:_HEAD]).reshape(min(len(images), _HEAD), -1)
+        if ((head < 0) | (head > 1)).any(axis=1).sum() > 1:
+            raise DataError(f"{what} leave [0, 1]; store bytes, or divide by their public range")
 
 
-def largest_label(path: Path, labels: npt.NDArray[Any], *, count: int) -> int:
-    """The largest of `count` labels, which are whole numbers from 0 on; DataError if they are not."""
+def whole_labels(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Labels as int64, `NO_LABEL` for what is no whole number from 0 to 65535.
+
+    >>> whole_labels(np.array([2.0, -1.0, 0.5, np.nan])).clip(-1).tolist()
+    [2, -1, -1, -1]
+    """
+    good = (labels >= 0) & (labels < 2**16) & (labels == np.floor(labels))
+    whole = np.where(good, labels, 0).astype(np.int64)
+    whole[~good] = NO_LABEL
+    return whole
+
+
+def largest_label(path: Path, labels: npt.NDArray[Any], *, count: int, private: bool) -> int:
+    """The largest of `count` labels, which are whole numbers from 0 on.
+
+    Args:
+        private: of a training part, where a label that is none stops nothing, unless two or more of the first 64 are.
+
+    Raises:
+        DataError: they are not.
+    """
     if labels.shape != (count,) or labels.dtype.kind not in "biuf":
         raise DataError(
             f"{path} holds labels of shape {labels.shape} and dtype {labels.dtype} for {count} records; give one whole"
             " number per record"
         )
     largest = 0
+    missing = int((whole_labels(labels[:_HEAD]) < 0).sum()) - 1 if private else 0
     for start in range(0, count, _BLOCK):
-        block = labels[start : start + _BLOCK]
-        if not ((block >= 0) & (block < 2**16) & (block == np.floor(block))).all():
-            raise DataError(f"{path} holds labels that are not whole numbers 0, 1, 2, … (below 65536)")
+        block = whole_labels(labels[start : start + _BLOCK])
         largest = max(largest, int(block.max()))
+        missing += 0 if private else int((block < 0).sum())
+    if missing > 0:
+        raise DataError(f"{path} holds labels that are not whole numbers 0, 1, 2, … (below 65536)")
     return largest
 
 

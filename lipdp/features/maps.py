@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lipdp.batches.records import finite
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.errors import DataError, NonFiniteError, ParameterError, UnknownNameError
+from lipdp.errors import DataError, ParameterError, UnknownNameError
 from lipdp.features.scattering import Scattering
 from lipdp.files import written_whole
 
@@ -245,7 +246,7 @@ def apply(
     you protect the data (files are created readable by their owner alone).
 
     Args:
-        split: images (N, C, H, W), float32.
+        split: images (N, C, H, W), float32; entries that are NaN or infinite count as 0.
         spec: from `features`.
         cache_dir: folder for the cache; by default `$LIPDP_CACHE/features`, else `~/.cache/lipdp/features`.
         progress: called as `progress(done, total)` in records of train and test, after each batch or cached file.
@@ -255,7 +256,6 @@ def apply(
 
     Raises:
         ParameterError: inputs that are not images, or images or options the map cannot take.
-        NonFiniteError: NaN or infinity in the images.
         DataError: the cache cannot be written; the message says where it was tried.
     """
     folder = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "features"
@@ -321,11 +321,7 @@ def _write(path: Path, x: Tensor, spec: FeatureSpec, shape: tuple[int, ...], rep
 
         put(_npy_header(spec.dtype, shape))
         for start in range(0, len(x), _BATCH):
-            z = spec(x[start : start + _BATCH])
-            if not bool(torch.isfinite(z).all()):
-                raise NonFiniteError(
-                    f"records {start} to {start + len(z) - 1} have NaN or infinity in image or features"
-                )
+            z = finite(spec(finite(x[start : start + _BATCH])))
             put(_raw(z))
             report(start + len(z))
     return digest.hexdigest()

@@ -208,6 +208,10 @@ def confirm(found: Found, run: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} is another run than the search's best: {different}; {found.simulation.command(best['drawn'])}"
         )
     achieved = last[f"test_{metric}_ema"]
+    if achieved is None:
+        raise ParameterError(
+            f"{folder} has no {metric} of its test part (null in metrics.jsonl): there is nothing to compare"
+        )
     return {
         "run": str(folder),
         f"predicted_{metric}": best["value"],

@@ -26,8 +26,9 @@ from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
-from lipdp.privacy.criterion import PrivateCriterion, check_loss
+from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.loss_check import check_loss
 from lipdp.privacy.passes import Gradients, OwnGradients, SealedGradients, StepInProgress
 from lipdp.privacy.run import Run
 from lipdp.sensitivity import Sensitivity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from lipdp.training import Trainer
 
+_log = logging.getLogger(__name__)
 _CERTIFIED = 256  # test records whose radius is looked at in every record: enough for a median
 
 
@@ -78,27 +80,45 @@ class TensorBoard(Monitor):
         self._writer: SummaryWriter | None = None
 
     def begin(self, trainer: Trainer) -> None:
-        """Open the file; what a run that was interrupted wrote beyond its checkpoint is left out of the curves."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Open the file; what a run that was interrupted wrote beyond its checkpoint is left out of the curves.
+
+        Raises:
+            ParameterError: before the first step the folder can't be written to.
+        """
         self._trainer = trainer
-        self._writer = self._writer_type(str(self.folder), purge_step=trainer.step + 1 if trainer.step else None)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._writer = self._writer_type(str(self.folder), purge_step=trainer.step + 1 if trainer.step else None)
+        except OSError as error:
+            if not trainer.step:
+                raise ParameterError(f"--tensorboard can't write to {self.folder} ({error})") from error
+            self._stop(error)
 
     def step(self, step: int, loss: float, epsilon: float) -> None:
         """Keep the loss until the step is in a checkpoint."""
         self._losses.append((step, loss))
 
     def record(self, record: dict[str, Any]) -> None:
-        """Write what is known at this step."""
-        trainer, writer = self._trainer, self._writer
-        if trainer is None or writer is None:
+        """Write what is known at this step. A disk that is full ends the figures, not the run."""
+        if self._trainer is None or self._writer is None:
             return
+        try:
+            self._write(self._trainer, self._writer, record)
+        except Exception as error:  # the writer's thread hands on whatever stopped it
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        self._writer = None
+        _log.warning("no more figures are written to %s (%s)", self.folder, error)
+
+    def _write(self, trainer: Trainer, writer: SummaryWriter, record: dict[str, Any]) -> None:
         for step, loss in self._losses:
             writer.add_scalar("not_private/train_loss", loss, step)
         self._losses.clear()
         scalars = {"privacy/epsilon": record["epsilon"], **_noise(trainer), **_robustness(trainer)}
         scalars |= {f"test/{name[5:]}": value for name, value in record.items() if name.startswith("test_")}
         for tag, value in scalars.items():
-            if math.isfinite(value):
+            if value is not None and math.isfinite(value):
                 writer.add_scalar(tag, value, record["step"])
         writer.flush()
         if record["step"] == trainer.total_steps:

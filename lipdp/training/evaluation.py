@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from lipdp.batches.records import finite
 from lipdp.bounds.trace import mode
 from lipdp.errors import DataError, NonFiniteError
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -32,7 +36,7 @@ def outputs(model: nn.Module, inputs: Iterable[Tensor], *, device: torch.device 
         for x in inputs:
             like = next(model.parameters(), x)
             dtype = like.dtype if x.is_floating_point() else x.dtype
-            chunks.append(model(x.to(device or like.device, dtype, non_blocking=True)).double().cpu())
+            chunks.append(model(finite(x.to(device or like.device, dtype, non_blocking=True))).double().cpu())
     if not sum(map(len, chunks)):
         raise DataError("there are no records to evaluate on")
     return torch.cat(chunks).flatten(1) if chunks[0].dim() > 1 else torch.cat(chunks)[:, None]
@@ -46,24 +50,24 @@ def evaluate(
     binary: bool = False,
     device: torch.device | str | None = None,
     batch_size: int = 1024,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Accuracy, and for a binary task also the area under the ROC curve.
 
     These are exact figures of the records given: if those are private, ε does not cover them.
 
     Args:
         model: in any mode; evaluated in evaluation mode and left as it was.
-        x: (N, *input_shape), of any float dtype and on any device.
+        x: (N, *input_shape), of any float dtype and on any device; entries that are not finite count as 0, as in training.
         y: (N,) int64 labels.
         binary: score two classes, by the single logit or by the difference of two.
         device: where the model is; that of its first parameter by default.
         batch_size: of the forward passes.
 
     Returns:
-        {"accuracy": …} and, if binary, {"auroc": …}, in [0, 1].
+        {"accuracy": …} and, if binary, {"auroc": …}, in [0, 1]; no AUROC (None, and a warning in the log) of one class only.
 
     Raises:
-        DataError: no records, or a binary task with one class only: no ROC curve.
+        DataError: no records.
         NonFiniteError: the model answers NaN.
 
     >>> evaluate(torch.nn.Identity(), torch.eye(2), torch.tensor([0, 0]))
@@ -79,7 +83,7 @@ def evaluate_batches(
     *,
     binary: bool = False,
     device: torch.device | str | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """`evaluate` on records that come in batches, of which only the outputs are kept.
 
     >>> evaluate_batches(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))] * 3)
@@ -99,7 +103,23 @@ def evaluate_batches(
     if not binary:
         return {"accuracy": float((found.argmax(1) == truth).double().mean())}
     scores = found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
-    if len(truth.unique()) != 2:
-        raise DataError("the test records are all of one class: there is no ROC curve; use a larger test part")
     accuracy = float(((scores > 0) == truth.bool()).double().mean())
+    if len(truth.unique()) != 2:
+        _log.warning("the test records are all of one class: there is no ROC curve; use a larger test part")
+        return {"accuracy": accuracy, "auroc": None}
     return {"accuracy": accuracy, "auroc": float(roc_auc_score(truth.numpy(), scores.numpy()))}
+
+
+def metrics_or_null(
+    evaluated: Callable[[], dict[str, float | None]], *, binary: bool, step: int
+) -> dict[str, float | None]:
+    """What `evaluated` gives; null for each metric, and a warning, where it fails: a run never dies of a metric.
+
+    >>> metrics_or_null(lambda: {"accuracy": 0.5}, binary=False, step=1)
+    {'accuracy': 0.5}
+    """
+    try:
+        return {**evaluated()}
+    except Exception as error:  # whatever a model or a test part raises: the budget is spent, and the weights are there
+        _log.warning("step %d: no test metric (%s: %s)", step, type(error).__name__, error)
+        return dict.fromkeys(("accuracy", "auroc") if binary else ("accuracy",))

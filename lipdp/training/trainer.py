@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from lipdp.training.assembly import assemble, decided, prepare
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict
 from lipdp.training.environment import environment
-from lipdp.training.evaluation import evaluate_batches
+from lipdp.training.evaluation import evaluate_batches, metrics_or_null
 from lipdp.training.monitor import Interrupted, Monitor, Result
 from lipdp.training.profile import StepProfile
 from lipdp.training.runtime import own_random_state, random_state, stop_signals
@@ -215,6 +216,7 @@ class Trainer:
                 self.folder.add_session(environment())
             self.model.train()
             if self._saved_at is None:
+                self._check_test_part()
                 self._save()
             else:
                 self._restate()
@@ -313,7 +315,7 @@ class Trainer:
             "epsilon": self.epsilon_at(self.step),
             "delta": self.delta,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss_not_private": loss / max(samples, 1),
+            "train_loss_not_private": loss / max(samples, 1) if math.isfinite(loss) else None,
         }
         if self.config.gate_quantile is not None:
             record["gate"] = self.engine.state_dict()["gate"]["bound"]
@@ -329,10 +331,20 @@ class Trainer:
         self._save()
         self.monitor.record(record)
 
-    def _evaluate(self) -> dict[str, float]:
-        split = self.split
-        batches = split.test_batches(_EVALUATED, num_workers=self.config.num_workers)
-        return evaluate_batches(self.model, batches, binary=split.task == "binary", device=self.device)
+    def _evaluate(self) -> dict[str, float | None]:
+        split, binary = self.split, self.split.task == "binary"
+
+        def evaluated() -> dict[str, float | None]:
+            batches = split.test_batches(_EVALUATED, num_workers=self.config.num_workers)
+            return evaluate_batches(self.model, batches, binary=binary, device=self.device)
+
+        return metrics_or_null(evaluated, binary=binary, step=self.step)
+
+    def _check_test_part(self) -> None:
+        """Before the first step: that a batch of the test part can be read and put through the model."""
+        with self.world.fail_together():
+            if self.step == 0 and self.world.rank == 0:
+                evaluate_batches(self.model, islice(self.split.test_batches(_EVALUATED), 1), device=self.device)
 
     def privacy(self) -> dict[str, Any]:
         """What `privacy.json` holds: the plan, and the ε spent so far."""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import lipdp
 from lipdp import losses
-from lipdp.errors import EngineError, ParameterError
+from lipdp.errors import BudgetSpentWarning, EngineError, ParameterError
 
 # --- the account ------------------------------------------------------------------------------------------------------
 
@@ -68,7 +68,8 @@ def test_a_step_needs_a_batch_of_its_own():
 def test_no_step_beyond_the_budget():
     engine, model, optimizer, loader, criterion = private(steps=2)
     train(model, optimizer, loader, criterion)
-    assert list(loader) == []
+    with pytest.warns(BudgetSpentWarning):
+        assert list(loader) == []
     before = weights(model)
     with pytest.raises(EngineError, match="all 2 steps"):
         optimizer.step()

@@ -1,0 +1,116 @@
+"""What a loss must be, found by calling it before the first step: a function of each sample alone, and of nothing that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lipdp.errors import EngineError, LossError
+from lipdp.losses import LipschitzLoss
+from lipdp.privacy.snapshot import Snapshot
+
+
+def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
+    """Call the loss as training does, with gradients on, and refuse what breaks the bound of one sample.
+
+    Change one sample's logits, then leave it out: no other sample's value may change, and no other's gradient. Beside the
+    targets given there are others, so that a loss which weights by shares of classes shows itself also where the first
+    records are all of one class. What the calls leave behind in the loss (a count of classes, say) would carry the records
+    of one batch to the next; what trains with it would leave without noise.
+
+    Args:
+        targets: (n, ...) of the records looked at. One that the loss does not know is mapped to 0 (`LipschitzLoss.knows`).
+        num_outputs: C.
+
+    Raises:
+        LossError: samples are coupled, there is not one value per sample, the loss trains or changes when it is called, or
+            it does not know two or more of the targets.
+    """
+    name = type(loss).__name__
+    trained = [path for path, parameter in loss.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise LossError(
+            f"{name} has trainable parameters ({', '.join(trained)}), whose gradients get no noise: make them constants"
+            " (requires_grad_(False)), or put what is to be learned in the model"
+        )
+    logits = torch.linspace(-1.0, 1.0, len(targets) * num_outputs, device=targets.device).reshape(-1, num_outputs)
+    if int((~loss.knows(logits, targets)).sum()) > 1:
+        raise LossError(
+            f"the targets looked at are none of {name}: for {num_outputs} outputs, class labels are whole numbers in"
+            f" 0 … {num_outputs - 1}, other targets finite numbers"
+        )
+    targets = torch.cat([targets, _others(targets, num_outputs)])
+    with _unchanged(loss), torch.enable_grad():
+        _check_apart(loss, torch.cat([targets, targets]), num_outputs)  # a twin's weight would show a count of classes
+
+
+def _check_apart(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
+    """No sample's value or gradient hangs on another sample."""
+    name, count = type(loss).__name__, len(targets)
+    logits = torch.linspace(-1.0, 1.0, count * num_outputs, device=targets.device).reshape(count, num_outputs)
+    moved = logits.clone()
+    moved[0] = moved[0].flip(0) * 3.0 + 1.0
+    whole = _called(loss, logits, targets)
+    if whole[0].shape != (count,):
+        raise LossError(
+            f"{name} returned shape {tuple(whole[0].shape)} for {count} samples; it must return one value per sample, without"
+            " reduction"
+        )
+    changes = {"changing its logits": (moved, targets), "leaving it out": (logits[1:], targets[1:])}
+    for change, (changed, kept) in changes.items():
+        for what, before, after in zip(("loss", "gradient"), whole, _called(loss, changed, kept), strict=True):
+            if not torch.allclose(before[1:], after[-(count - 1) :], atol=1e-6, equal_nan=True):
+                raise LossError(
+                    f"{name} couples the samples of a batch: {change} changed another sample's {what}, so no per-sample bound"
+                    " exists"
+                )
+
+
+def _called(loss: LipschitzLoss, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The values, and the gradient of their sum by the logits."""
+    leaf = logits.detach().clone().requires_grad_()
+    values = loss(leaf, targets)
+    if not values.requires_grad:
+        return values, torch.zeros_like(leaf)
+    (gradient,) = torch.autograd.grad(values.sum(), leaf, allow_unused=True, materialize_grads=True)
+    return values.detach(), gradient
+
+
+@contextmanager
+def _unchanged(loss: LipschitzLoss) -> Iterator[None]:
+    """A block in which the loss is called, and must not change.
+
+    Raises:
+        LossError: an attribute did, or the values of a buffer.
+    """
+    snapshot = Snapshot(loss, "the loss", mode=False)
+    held = [(name, tensor, tensor.detach().clone()) for name, tensor in _tensors(loss)]
+    yield
+    changed = [name for name, now, before in held if bool(((now != before) & ~(now.isnan() & before.isnan())).any())]
+    try:
+        snapshot.check()
+    except EngineError as error:
+        changed.append(str(error).partition("make_private: ")[2].partition(". The noise")[0])
+    if changed:
+        raise LossError(
+            f"{type(loss).__name__} changes when it is called ({changed[0]}): what it keeps of one batch weighs on the records of"
+            " the next, so no per-sample bound exists. Make it a function of its arguments"
+        )
+
+
+def _tensors(loss: LipschitzLoss) -> list[tuple[str, Tensor]]:
+    """Parameters, buffers and other tensors among the attributes."""
+    attributes = [(name, value) for module in loss.modules() for name, value in vars(module).items()]
+    return [*loss.named_parameters(), *loss.named_buffers(), *((n, t) for n, t in attributes if isinstance(t, Tensor))]
+
+
+def _others(targets: Tensor, num_outputs: int) -> Tensor:
+    """Targets of another kind than these: the next class, or the value mirrored."""
+    if targets.dtype is torch.bool:
+        return ~targets
+    if not targets.is_floating_point():
+        return (targets + 1) % max(num_outputs, 2)
+    return torch.where((targets >= 0) & (targets <= 1), 1 - targets, -targets)

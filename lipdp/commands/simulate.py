@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_options
+from lipdp.commands.options import interruptible, parse_options, with_settings
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH
 trials/NUMBER.json, result.json; with --run also full/, the private run, and confirmation.json."""
 
 
+@with_settings("dataset", "data_dir", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs")
 @interruptible
 def simulate(
+    given: dict[str, Any],
     out: Annotated[Path, typer.Option(help="the search's folder; an interrupted search goes on there")],
     search: Annotated[
         list[str] | None,
@@ -47,15 +49,6 @@ def simulate(
         float | None, typer.Option(help="share of the training records held out (default 0.1)")
     ] = None,
     search_seed: Annotated[int | None, typer.Option(help="of the draws and the simulated runs (default 0)")] = None,
-    dataset: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    features: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    model: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="of the full run")] = None,
-    delta: Annotated[float | None, typer.Option(help="of the full run")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="B of the full run")] = None,
-    steps: Annotated[int | None, typer.Option(help="T of both")] = None,
-    epochs: Annotated[float | None, typer.Option(help="of the full run, instead of T")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="any other setting of lipdp train, name=value, e.g. momentum=0.95, gate=0.2"),
@@ -64,8 +57,6 @@ def simulate(
     confirm: Annotated[Path | None, typer.Option(help="compare with this full run")] = None,
 ) -> None:
     """Search hyper-parameters by runs at B/k and σ/k (not private), then name the one private run."""
-    names = ("dataset", "data_dir", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs")
-    given = {name: value for name, value in locals().items() if name in names and value is not None}
     given |= parse_options("--option", option) or {}
     options = {"scale": scale, "validation": validation, "seed": search_seed}
     given_options = {name: value for name, value in options.items() if value is not None}

@@ -54,6 +54,7 @@ def train(config: TrainConfig, *, out: str | os.PathLike[str] | None = None, mon
         LipdpError: anything that would break the guarantee or cannot be read or written.
         Interrupted: SIGINT or SIGTERM, after a checkpoint.
 
+    >>> from lipdp.training import configure
     >>> result = train(configure(dataset="digits", model="linear", steps=3, noise_multiplier=9.0, seed=0))
     >>> result.steps, result.epsilon < 1, sorted(result.metrics)[-3:]
     (3, True, ['test_accuracy', 'test_accuracy_ema', 'train_loss_not_private'])

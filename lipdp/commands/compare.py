@@ -25,14 +25,14 @@ SPEED_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare speed --dataset cifar10 --model vgg --trainers non_private clipless opacus_ghost --out DIR[/green]
 
-Random images of the data set's shape. DIR then holds results.json, speed.png/.svg, memory.png/.svg; the same command goes on
-where it was stopped."""
+Random images of the data set's shape. DIR then holds results.json, speed.png/.svg, memory.png/.svg; the same command
+goes on where it was stopped."""
 
 UTILITY_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare utility --out DIR[/green]  (digits, ε = 1 and 3, every trainer, 3 seeds)
 
-[green]lipdp compare utility --datasets mnist --model mlp --epsilons 0.1 1 3 --data-dir DATA --tune-scale 8 --jobs 2 --out DIR[/green]
+[green]lipdp compare utility --datasets mnist --model mlp --epsilons 0.1 1 3 --tune-scale 8 --jobs 2 --out DIR[/green]
 
 DIR then holds results.json, tuning.json and a picture for each data set; the same command goes on where it was killed.
 Runs are seeded and tuned on the data: they compare trainers, they are not private releases."""
@@ -74,7 +74,8 @@ def speed(
         if memory:
             save(memory_figure(results), out, "memory")
     typer.echo(
-        f"{config.model} on {config.dataset}, {config.device}, {torch.get_num_threads()} threads: step time (× non-private)"
+        f"{config.model} on {config.dataset}, {config.device}, {torch.get_num_threads()} threads:"
+        " step time (× non-private)"
     )
     typer.echo(table(results))
 

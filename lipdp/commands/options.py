@@ -1,4 +1,4 @@
-"""What the subcommands share: the settings of a run as options, options that take several values, and what text means."""
+"""What the subcommands share: the settings of a run as options, options with several values, and what texts mean."""
 
 from __future__ import annotations
 

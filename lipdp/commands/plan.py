@@ -187,16 +187,17 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
     console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}", highlight=False)
     wall = min(found.constant_eta, key=lambda pair: abs(pair[0] - 0.5), default=None)
     if wall is not None and wall[0] < chosen.noise_multiplier:
+        batch = max(1, round(chosen.batch_size * wall[0] / chosen.noise_multiplier))
         console.print(
-            f"the same η at σ = {wall[0]:g} (B = {max(1, round(chosen.batch_size * wall[0] / chosen.noise_multiplier)):,})"
-            f" would cost ε = {wall[1]:.3g}: the wall",
+            f"the same η at σ = {wall[0]:g} (B = {batch:,}) would cost ε = {wall[1]:.3g}: the wall",
             highlight=False,
         )
     if "private_search" in facts:
         search = facts["private_search"]
         console.print(
-            f"a private search of {search['mean']:g} runs on average ({search['law']}): ε = {search['epsilon_at_plan']:.4g}"
-            f" as a whole at this σ; within the budget with σ = {search['noise_multiplier_within_budget']:.4g}",
+            f"a private search of {search['mean']:g} runs on average ({search['law']}):"
+            f" ε = {search['epsilon_at_plan']:.4g} as a whole at this σ; within the budget"
+            f" with σ = {search['noise_multiplier_within_budget']:.4g}",
             highlight=False,
         )
     console.print(f"[bold]{facts['command']}[/bold]", highlight=False, soft_wrap=True)

@@ -14,10 +14,10 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare robustness --out DIR[/green]  (digits, ε = 3)
 
-[green]lipdp compare robustness --dataset mnist --data-dir DATA --epsilon 2 --taus 2 8 32 128 --radii 36/255 72/255 --out DIR[/green]
+[green]lipdp compare robustness --dataset mnist --epsilon 2 --taus 2 8 32 128 --radii 36/255 72/255 --out DIR[/green]
 
-DIR then holds results.json and a picture per radius; the same command goes on where it was killed. Runs are seeded: they
-compare trainers, they are not private releases."""
+DIR then holds results.json and a picture per radius; the same command goes on where it was killed. Runs are seeded:
+they compare trainers, they are not private releases."""
 
 
 def _list(help: str) -> Any:
@@ -74,7 +74,7 @@ def robustness(
 def _tell(cell: dict[str, Any]) -> None:
     certified = " ".join(f"{score:.1%}" for score in cell["certified_accuracy"])
     typer.echo(
-        f"{cell['trainer']} on {cell['model']}, τ = {cell['tau']:g}, seed {cell['seed']}: accuracy {cell['accuracy']:.1%},"
-        f" certified {certified} ({cell['seconds']:.0f} s)",
+        f"{cell['trainer']} on {cell['model']}, τ = {cell['tau']:g}, seed {cell['seed']}:"
+        f" accuracy {cell['accuracy']:.1%}, certified {certified} ({cell['seconds']:.0f} s)",
         err=True,
     )

@@ -70,8 +70,9 @@ def sensitivity(
     console = Console()
     console.print(parameter_table(rows))
     console.print(
-        f"\n{sum(row.size for row in rows):,} weights; Δ of all {number(bounds.total)}; network {number(bounds.lipschitz)}"
-        f"-Lipschitz; {criterion}, gradient at the logits ≤ {number(bounds.loss_constant)}\n",
+        f"\n{sum(row.size for row in rows):,} weights; Δ of all {number(bounds.total)};"
+        f" network {number(bounds.lipschitz)}-Lipschitz; {criterion},"
+        f" gradient at the logits ≤ {number(bounds.loss_constant)}\n",
         highlight=False,
     )
     console.print(f"[dim]{LEGEND}[/dim]", highlight=False)

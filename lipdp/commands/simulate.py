@@ -20,15 +20,15 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp plan simulate --search lr=0.05:5:log --search tau=8,16,32 --out SEARCH[/green]  (digits)
 
-[green]lipdp plan simulate --dataset mnist --model linear --features scattering --epsilon 1 --batch-size 4096 --steps 586 --scale 16
---search lr=0.05:5:log --trials 20 --jobs 2 --out SEARCH --run[/green]
+[green]lipdp plan simulate --dataset mnist --model linear --features scattering --epsilon 1 --batch-size 4096
+--steps 586 --scale 16 --search lr=0.05:5:log --trials 20 --jobs 2 --out SEARCH --run[/green]
 
 [green]lipdp plan simulate --out SEARCH[/green]  (goes on where it was)
 
 [green]lipdp plan simulate --out SEARCH --confirm RUN[/green]  (predicted against achieved)
 
-Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH holds simulation.json, study.db (Optuna),
-trials/NUMBER.json, result.json; with --run also full/, the private run, and confirmation.json."""
+Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH holds simulation.json, study.db
+(Optuna), trials/NUMBER.json, result.json; with --run also full/, the private run, and confirmation.json."""
 
 
 @with_settings("dataset", "data_dir", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs")
@@ -137,8 +137,8 @@ def _show(console: Console, found: Found, out: Path) -> None:
         highlight=False,
     )
     console.print(
-        f"predicted {given.metric}: [bold]{result[f'predicted_{given.metric}']:.2%}[/bold] (best of the simulated runs, on"
-        " validation records; the choice looks at private records, which ε does not cover)",
+        f"predicted {given.metric}: [bold]{result[f'predicted_{given.metric}']:.2%}[/bold] (best of the simulated runs,"
+        " on validation records; the choice looks at private records, which ε does not cover)",
         highlight=False,
     )
     console.print(f"[bold]{result['command']}[/bold]", highlight=False, soft_wrap=True)
@@ -173,8 +173,8 @@ def _confirm(console: Console, found: Found, out: Path, folder: Path) -> None:
     facts, metric = confirm(found, folder), found.simulation.metric
     write_json(out / "confirmation.json", facts)
     console.print(
-        f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved [bold]{facts[f'achieved_{metric}']:.2%}[/bold]"
-        f" at ε = {facts['epsilon']:.4g}; the search took {facts['seconds_searched']:.0f} s, the full run"
-        f" {facts['seconds_of_the_full_run']:.0f} s",
+        f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved"
+        f" [bold]{facts[f'achieved_{metric}']:.2%}[/bold] at ε = {facts['epsilon']:.4g}; the search took"
+        f" {facts['seconds_searched']:.0f} s, the full run {facts['seconds_of_the_full_run']:.0f} s",
         highlight=False,
     )

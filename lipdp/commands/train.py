@@ -30,7 +30,8 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]torchrun --nproc-per-node=4 -m lipdp train --out RUN[/green]  (four processes, the same account)
 
-RUN then holds config.json, environment.json, privacy.json, metrics.jsonl and checkpoint.pt; lipdp report RUN shows it."""
+RUN then holds config.json, environment.json, privacy.json, metrics.jsonl and checkpoint.pt; lipdp report RUN shows
+it."""
 
 
 _run_option = partial(typer.Option, rich_help_panel="Run", show_default=False)

@@ -50,8 +50,8 @@ class TrainConfig:
     dataset: str = _data(
         NAME,
         DATA,
-        f"{', '.join(DATASETS[:-2])}, an .npz file, or a folder of .npy files or of Hugging Face datasets, read batch by"
-        " batch",
+        f"{', '.join(DATASETS[:-2])}, an .npz file, or a folder of .npy files or of Hugging Face datasets, read batch"
+        " by batch",
         MISSING,
         words="digits",
     )
@@ -127,7 +127,8 @@ class TrainConfig:
             SETTINGS[each.name].check(getattr(self, each.name))
         if self.augment_multiplicity > 1 and self.augment is None:
             raise ParameterError(
-                f"augment_multiplicity={self.augment_multiplicity}, but no augment: all views of a record would be alike"
+                f"augment_multiplicity={self.augment_multiplicity}, but no augment: all views of a record would be the"
+                " same"
             )
         if self.augment is not None and self.features is not None:
             raise ParameterError("augment and features were both given: features are computed once, not of every view")
@@ -135,8 +136,8 @@ class TrainConfig:
             raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
 
     def resolve(self, records: int, *, binary: bool = False) -> TrainConfig:
-        """The same with B, T, δ and the loss decided, from two public facts: the number of training records (or of their
-        owners, where those are drawn) and the kind of task.
+        """The same with B, T, δ and the loss decided, from two public facts: the number of training records (or of
+        their owners, where those are drawn) and the kind of task.
 
         >>> config = configure(dataset="digits", batch_size=100, epochs=2).resolve(1437)
         >>> config.steps, config.delta, config.loss

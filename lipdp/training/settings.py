@@ -1,5 +1,5 @@
-"""What is declared of a setting of a run, once. From it follow the options of the commands, the checks, what a search or a
-resume may change, and the table of the documentation."""
+"""What is declared of a setting of a run, once. From it follow the options of the commands, the checks, what a search
+or a resume may change, and the table of the documentation."""
 
 from __future__ import annotations
 

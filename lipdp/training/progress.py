@@ -1,0 +1,32 @@
+"""How far a run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        loss: () float64, the sum since the last record; not private.
+        step: noisy steps taken.
+        seconds: spent on them.
+        samples: rows since the last record.
+        records: the lines of metrics.
+    """
+
+    loss: Tensor
+    step: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def since_record(self) -> None:
+        """Begin anew with loss and samples."""
+        self.loss.zero_()
+        self.samples = 0

@@ -16,8 +16,7 @@ from torch import Tensor
 from lipdp.accounting.accountants import Spent
 from lipdp.data import DataSplit, units
 from lipdp.distributed.collectives import World, current_world
-from lipdp.distributed.wrappers import check_same_weights
-from lipdp.errors import DataError, NonFiniteError
+from lipdp.errors import DataError
 from lipdp.privacy.later import Later
 from lipdp.timing import UNTIMED, Timer
 from lipdp.training.account import Account
@@ -29,7 +28,8 @@ from lipdp.training.evaluation import evaluate_batches
 from lipdp.training.monitor import Interrupted, Monitor, Result
 from lipdp.training.profile import StepProfile
 from lipdp.training.progress import Progress
-from lipdp.training.resume import read_checkpoint, restore, saved_noise_multiplier, saved_state
+from lipdp.training.release import Release
+from lipdp.training.resume import read_checkpoint, restore, saved_noise_multiplier
 from lipdp.training.runtime import own_random_state, stop_signals
 
 _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
@@ -135,7 +135,12 @@ class Trainer:
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
         with world.fail_together():  # and all have read the folder before the first process writes to it
             trainer.engine.facts.check_same(checkpoint.get("facts", {}))
-            trainer._restore(checkpoint, released=folder.released_steps(checkpoint))
+            released, first = folder.released_steps(checkpoint), world.rank == 0
+            trainer._random, lost = restore(
+                trainer.config, trainer._parts, trainer._progress, checkpoint, released=released, first=first
+            )
+            trainer._account.plan_again()
+            trainer._release.saved_at = None if lost else trainer.step
             folder.check_privacy(trainer.engine.facts.as_dict())
         trainer.folder = folder if world.rank == 0 else None
         return trainer
@@ -159,10 +164,10 @@ class Trainer:
         self.forward = parts.forward
         self._progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
         self._parts, self._account = parts, Account(config, parts, self._progress)
+        self._release = Release(config, parts, self._progress, self._account, self.world)
         self._random: Mapping[str, Tensor] = parts.random
         self._shown: Later | None = None
         self._timer: Timer = UNTIMED
-        self._saved_at: int | None = None
 
     @property
     def step(self) -> int:
@@ -209,10 +214,10 @@ class Trainer:
             if self.folder is not None:
                 self.folder.add_session(environment())
             self.model.train()
-            if self._saved_at is None:
-                self._save()
+            if self._release.saved_at is None:
+                self._release.save(self.folder)
             else:
-                self._restate()
+                self._release.restate(self.folder)
             clock = time.perf_counter() - self._progress.seconds
             while self._goes_on(stop):
                 with self._timed():
@@ -223,14 +228,15 @@ class Trainer:
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()
                 elif self.step % self._every(self.config.checkpoint_every, 10) == 0:
-                    self._save()
-        return self._finish()
+                    self._release.save(self.folder)
+        self._release.finish(self.folder)
+        return Result(self.records[-1], self.engine.get_epsilon(self.delta), self.delta, self.step, self.folder)
 
     def _goes_on(self, stop: threading.Event) -> bool:
         """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
         if self.step < self.total_steps and self.world.any(stop.is_set()):
-            if self._saved_at != self.step:
-                self._save()
+            if self._release.saved_at != self.step:
+                self._release.save(self.folder)
             where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
             raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
         return self.step < self.total_steps
@@ -292,7 +298,7 @@ class Trainer:
     # -- what is written -----------------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        self._check_weights()
+        self._release.check_weights()
         progress = self._progress
         sums = torch.stack([progress.loss, progress.loss.new_tensor(float(progress.samples))])
         self.world.all_reduce_([sums])
@@ -314,7 +320,7 @@ class Trainer:
         record = self.world.broadcast({**record, "seconds": round(progress.seconds, 2)})
         progress.since_record()
         self.records.append(record)
-        self._save()
+        self._release.save(self.folder)
         self.monitor.record(record)
 
     def _evaluate(self) -> dict[str, float]:
@@ -325,59 +331,3 @@ class Trainer:
     def privacy(self) -> dict[str, Any]:
         """What `privacy.json` holds: the facts, and the ε spent so far."""
         return self._account.statement()
-
-    def _save(self) -> None:
-        """Let the step leave the process: its account, then the checkpoint, then what is computed from the weights.
-
-        So a killed process has shown nothing of a step after its last checkpoint, and whoever takes that step again
-        releases it for the first time. Whatever was shown is counted in `privacy.json`.
-        """
-        self._check_weights()
-        with self.world.fail_together():
-            if self.folder is not None:
-                self.folder.write_privacy(self.privacy())
-                self.folder.save({**self._weights(), "resume": saved_state(self._parts, self._progress)})
-                self.folder.write_metrics(self.records)
-        self._saved_at = self.step
-
-    def _restate(self) -> None:
-        """Put in the files beside the checkpoint what it says."""
-        if self.folder is not None:
-            self.folder.sweep()
-            self.folder.write_privacy(self.privacy())
-            self.folder.write_metrics(self.records)
-
-    def _finish(self) -> Result:
-        with self.world.fail_together():
-            if self.folder is not None:
-                self.folder.save(self._weights())
-                self.folder.seal()
-        epsilon = self.engine.get_epsilon(self.delta)
-        return Result(self.records[-1], epsilon, self.delta, self.step, self.folder)
-
-    def _weights(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "ema": {**self.model.state_dict(), **self.ema.weights()},
-            "step": self.step,
-            "config": self.config.as_dict(),
-            "facts": self.engine.facts.as_dict(),
-        }
-
-    def _check_weights(self) -> None:
-        self.engine.settle()
-        bad = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
-        if bad:
-            kept = f"; the last good checkpoint is of step {self._saved_at}" if self._saved_at is not None else ""
-            raise NonFiniteError(
-                f"step {self.step}: NaN or infinity in {', '.join(bad)}; lower the learning rate{kept}"
-            )
-        check_same_weights(self.world, self.model)
-
-    def _restore(self, checkpoint: Mapping[str, Any], *, released: int) -> None:
-        first = self.world.rank == 0
-        self._random, lost = restore(
-            self.config, self._parts, self._progress, checkpoint, released=released, first=first
-        )
-        self._account.plan_again()
-        self._saved_at = None if lost else self.step

@@ -29,7 +29,7 @@ MICROBATCH = 512
 
 
 def check(data_dir: str, batch_sizes: list[int], steps: int, repeat: int) -> None:
-    options = recipe("mnist", "cnn").model_options
+    options = recipe("mnist", "cnn")["model_options"]
     workload = Workload(model="cnn", model_options=options, input_shape=(1, 28, 28), microbatch=MICROBATCH)
     load = os.getloadavg()[0]
     cost, _ = measure(workload, (128, 256, 512), repeat=repeat, clock=time.process_time, progress=print)

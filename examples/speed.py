@@ -28,7 +28,7 @@ Step = Callable[[torch.Tensor, torch.Tensor], None]
 def steps(name: str, batch_size: int, kinds: tuple[str, ...]) -> tuple[dict[str, Step], torch.utils.data.TensorDataset]:
     """One step of each kind, on random images, with the settings of the MNIST recipe."""
     shape = (1, 28, 28) if name in ("cnn", "mlp", "linear", "mixer") else (3, 32, 32)
-    options = dict(recipe("mnist", name).model_options)
+    options = dict(recipe("mnist", name).get("model_options", {}))
     model = lipdp.models.build(name, input_shape=shape, num_classes=10, **options)
     same, twin = copy.deepcopy(model), lipdp.models.build(name, input_shape=shape, num_classes=10, twin=True)
     data = torch.utils.data.TensorDataset(torch.rand(batch_size, *shape), torch.randint(10, (batch_size,)))

@@ -10,21 +10,10 @@ from typing import Annotated
 import typer
 
 from lipdp.commands import account, audit, certify, compare, plan, report, sensitivity, train
+from lipdp.commands.options import Command
 from lipdp.errors import LipdpError, PeerError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
-_LISTS = (
-    "--input-shape",
-    "--batch-sizes",
-    "--trainers",
-    "--kinds",
-    "--datasets",
-    "--epsilons",
-    "--radii",
-    "--taus",
-    "--devices",
-    "--sizes",
-)  # options that take several values in a row
 
 app = typer.Typer(
     name="lipdp",
@@ -35,13 +24,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command(epilog=train.EPILOG)(train.train)
-app.command(epilog=sensitivity.EPILOG)(sensitivity.sensitivity)
-app.command(epilog=account.EPSILON_EPILOG)(account.epsilon)
-app.command(epilog=account.CALIBRATE_EPILOG)(account.calibrate)
-app.command(epilog=audit.EPILOG)(audit.audit)
-app.command(epilog=certify.EPILOG)(certify.certify)
-app.command(epilog=report.EPILOG)(report.report)
+for _command, _epilog in (
+    (train.train, train.EPILOG),
+    (sensitivity.sensitivity, sensitivity.EPILOG),
+    (account.epsilon, account.EPSILON_EPILOG),
+    (account.calibrate, account.CALIBRATE_EPILOG),
+    (audit.audit, audit.EPILOG),
+    (certify.certify, certify.EPILOG),
+    (report.report, report.EPILOG),
+):
+    app.command(cls=Command, epilog=_epilog)(_command)
 app.add_typer(plan.app, name="plan")
 app.add_typer(compare.app)
 
@@ -61,26 +53,6 @@ def _common(
     ] = False,
 ) -> None:
     """Differentially private training of Lipschitz networks, without clipping."""
-
-
-def expand_lists(arguments: Sequence[str]) -> list[str]:
-    """`--input-shape 1 28 28` as typer wants it, the option before every value.
-
-    >>> expand_lists(["--input-shape", "1", "28", "--json"])
-    ['--input-shape', '1', '--input-shape', '28', '--json']
-    """
-    expanded: list[str] = []
-    current, fresh = "", False
-    for argument in arguments:
-        if argument in _LISTS:
-            current, fresh = argument, True
-        elif current and not argument.startswith("-"):
-            expanded += [] if fresh else [current]
-            fresh = False
-        else:
-            current = ""
-        expanded.append(argument)
-    return expanded
 
 
 class _Once(logging.Filter):
@@ -109,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Everything a user can get wrong ends in one message on stderr."""
     _speak_up()
     try:
-        app(expand_lists(sys.argv[1:] if arguments is None else arguments), prog_name="lipdp")
+        app(sys.argv[1:] if arguments is None else list(arguments), prog_name="lipdp")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else DONE if ended.code is None else 1
     except PeerError:  # the process that refused says why

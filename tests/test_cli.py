@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 import lipdp
-from lipdp.cli import expand_lists, main
+from lipdp.cli import main
 from lipdp.commands.display import BarMonitor, LineMonitor, show_result
+from lipdp.commands.options import repeat_options
 from lipdp.noise.allocation import get_allocation
 from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer, configure
@@ -389,6 +390,6 @@ def test_the_screen_holds_eighty_columns(kind, tmp_path):
 
 
 def test_values_in_a_row_are_spread_over_options():
-    assert expand_lists(["--input-shape", "1", "2", "--model", "x", "y"]) == [
+    assert repeat_options(["--input-shape", "1", "2", "--model", "x", "y"], {"--input-shape"}) == [
         "--input-shape", "1", "--input-shape", "2", "--model", "x", "y",
     ]  # fmt: skip

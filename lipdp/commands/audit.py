@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible
+from lipdp.commands.options import interruptible, with_settings
 from lipdp.errors import ParameterError
 
 VIOLATED = 1
@@ -25,10 +25,11 @@ Exit code: 0 consistent, 1 a lower bound is above the claim, 2 refused.
 DIR then holds audit.json and audit.png."""
 
 
+@with_settings(delta=1e-5, allocation="per_layer", accountant="prv")
 @interruptible
 def audit(
+    given: dict[str, Any],
     epsilon: Annotated[float, typer.Option(help="the claim to audit: the engine's noise is calibrated to it")],
-    delta: Annotated[float, typer.Option(help="δ, in (0, 1)")] = 1e-5,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,8 +40,6 @@ def audit(
     runs: Annotated[int, typer.Option(help="of each audit by many runs")] = 3000,
     canaries: Annotated[int, typer.Option(help="gradient canaries in one run")] = 32_768,
     input_canaries: Annotated[int, typer.Option(help="records in one run on the digits")] = 250,
-    allocation: Annotated[str, typer.Option(help="per_layer, global, min_variance")] = "per_layer",
-    accountant: Annotated[str, typer.Option(help="prv, pld, rdp")] = "prv",
     out: Annotated[Path | None, typer.Option(help="folder for audit.json and audit.png")] = None,
     seed: Annotated[int | None, typer.Option(help="repeat the audit exactly")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
@@ -56,14 +55,12 @@ def audit(
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
     suite = Suite(
         epsilon=epsilon,
-        delta=delta,
         confidence=confidence,
         methods=tuple(method or METHODS),
         runs=runs,
         canaries=canaries,
         input_canaries=input_canaries,
-        allocation=allocation,
-        accountant=accountant,
+        **given,
         seed=seed,
     )
     console = Console(stderr=as_json)
@@ -88,7 +85,7 @@ def audit(
         console.print(table)
         best = result.strongest
         console.print(
-            f"ε ≥ {best.lower_bound:.3f} at δ = {delta:g} with confidence {confidence:g} (all audits together);"
+            f"ε ≥ {best.lower_bound:.3f} at δ = {suite.delta:g} with confidence {confidence:g} (all audits together);"
             f" claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]",
             highlight=False,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible
+from lipdp.commands.options import interruptible, option
 
 if TYPE_CHECKING:
     from lipdp.certify.run import LoadedRun, Robustness
@@ -39,9 +39,7 @@ def certify(
     convolution: Annotated[str, typer.Option(help="bound of convolutions: fourier or reshaped")] = "fourier",
     steps: Annotated[int, typer.Option(help="of the attack")] = 40,
     restarts: Annotated[int, typer.Option(help="of the attack")] = 2,
-    data_dir: Annotated[
-        str | None, typer.Option(help="default: as the run, or $LIPDP_DATA", show_default=False)
-    ] = None,
+    data_dir: Annotated[str | None, option("data_dir", default="as the run, or $LIPDP_DATA")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
     """Certified L2 robustness of a run's model: a radius per test record in which no input changes the answer."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_options
+from lipdp.commands.options import Command, interruptible, with_settings
 from lipdp.commands.robustness import EPILOG as ROBUSTNESS_EPILOG
 from lipdp.commands.robustness import robustness
 from lipdp.errors import ParameterError
@@ -25,14 +25,14 @@ SPEED_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare speed --dataset cifar10 --model vgg --trainers non_private clipless opacus_ghost --out DIR[/green]
 
-Random images of the data set's shape. DIR then holds results.json, speed.png/.svg, memory.png/.svg; the same command goes on
-where it was stopped."""
+Random images of the data set's shape. DIR then holds results.json, speed.png/.svg, memory.png/.svg; the same command
+goes on where it was stopped."""
 
 UTILITY_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare utility --out DIR[/green]  (digits, ε = 1 and 3, every trainer, 3 seeds)
 
-[green]lipdp compare utility --datasets mnist --model mlp --epsilons 0.1 1 3 --data-dir DATA --tune-scale 8 --jobs 2 --out DIR[/green]
+[green]lipdp compare utility --datasets mnist --model mlp --epsilons 0.1 1 3 --tune-scale 8 --jobs 2 --out DIR[/green]
 
 DIR then holds results.json, tuning.json and a picture for each data set; the same command goes on where it was killed.
 Runs are seeded and tuned on the data: they compare trainers, they are not private releases."""
@@ -42,19 +42,17 @@ def _list(help: str) -> Any:
     return typer.Option(help=help + " (several values in a row)", show_default=False)
 
 
+@with_settings("model_options", model="cnn", threads=None, device="cpu")
 @interruptible
 def speed(
+    given: dict[str, Any],
     dataset: Annotated[str, typer.Option(help="whose shape: mnist, fashion-mnist, cifar10, digits")] = "mnist",
-    model: Annotated[str, typer.Option(help="of the zoo")] = "cnn",
-    model_option: Annotated[list[str] | None, typer.Option(help="key=value; default: the recipe's")] = None,
     batch_sizes: Annotated[list[int] | None, _list("expected batch sizes; default 64 256 1024 4096 8192")] = None,
     trainers: Annotated[list[str] | None, _list("default: those that cost differently; `all`")] = None,
     kinds: Annotated[list[str] | None, _list("of model: lipschitz, plain (the unconstrained twin)")] = None,
     repeat: Annotated[int, typer.Option(help="interleaved repetitions")] = 7,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="measure peak memory too")] = True,
     memory_limit: Annotated[float | None, typer.Option(help="GiB a process may take on a CPU")] = None,
-    threads: Annotated[int | None, typer.Option(help="of torch")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and pictures")] = None,
 ) -> None:
     """Step time and peak memory against the batch size, and their ratios to a non-private step."""
@@ -65,50 +63,34 @@ def speed(
     from lipdp.comparison.speed import SpeedConfig, table
     from lipdp.comparison.speed import speed as measure
 
-    if threads is not None:
+    if threads := given.pop("threads", None):
         torch.set_num_threads(threads)
-    given: dict[str, Any] = {
-        "batch_sizes": batch_sizes,
-        "trainers": () if trainers == ["all"] else trainers,
-        "kinds": kinds,
-    }
-    config = SpeedConfig(
-        dataset=dataset,
-        model=model,
-        model_options=parse_options("--model-option", model_option),
-        repeat=repeat,
-        device=device,
-        memory=memory,
-        memory_limit=None if memory_limit is None else int(memory_limit * 2**30),
-        **_tuples(given),
-    )
+    lists = {"batch_sizes": batch_sizes, "trainers": () if trainers == ["all"] else trainers, "kinds": kinds}
+    limit = None if memory_limit is None else int(memory_limit * 2**30)
+    config = SpeedConfig(dataset=dataset, repeat=repeat, memory=memory, memory_limit=limit, **given, **_tuples(lists))
     results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
     if out is not None:
         save(speed_figure(results), out, "speed")
         if memory:
             save(memory_figure(results), out, "memory")
     typer.echo(
-        f"{config.model} on {config.dataset}, {device}, {torch.get_num_threads()} threads: step time (× non-private)"
+        f"{config.model} on {config.dataset}, {config.device}, {torch.get_num_threads()} threads:"
+        " step time (× non-private)"
     )
     typer.echo(table(results))
 
 
+@with_settings("data_dir", "model", "model_options", "features", "delta", "batch_size", "epochs")
 @interruptible
 def utility(
+    given: dict[str, Any],
     datasets: Annotated[list[str] | None, _list("as for lipdp train; default digits")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="where the files are; default: $LIPDP_DATA")] = None,
-    model: Annotated[str | None, typer.Option(help="of the zoo; default: the data set's")] = None,
-    model_option: Annotated[list[str] | None, typer.Option(help="key=value; default: the recipe's")] = None,
-    features: Annotated[str | None, typer.Option(help="a fixed feature map: scattering, dct")] = None,
     epsilons: Annotated[list[float] | None, _list("budgets; default 1 3")] = None,
-    delta: Annotated[float | None, typer.Option(help="δ")] = None,
     trainers: Annotated[list[str] | None, _list("default: all")] = None,
     kinds: Annotated[list[str] | None, _list("of model: lipschitz, plain (the unconstrained twin)")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each trainer at each budget")] = 3,
     trials: Annotated[int, typer.Option(help="tuning trials of each trainer at each budget, 1 to 4")] = 4,
     tune_scale: Annotated[int, typer.Option(help="k: trials at B/k and σ/k, a k-th of the cost")] = 1,
-    batch_size: Annotated[int | None, typer.Option(help="expected batch size B")] = None,
-    epochs: Annotated[float | None, typer.Option(help="T = epochs · N / B")] = None,
     jobs: Annotated[int, typer.Option(help="processes")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder for results.json, tuning.json and pictures")] = None,
 ) -> None:
@@ -121,19 +103,7 @@ def utility(
     if jobs < 1:
         raise ParameterError(f"--jobs {jobs}: at least 1 is needed")
     lists: dict[str, Any] = {"datasets": datasets, "epsilons": epsilons, "trainers": trainers, "kinds": kinds}
-    config = UtilityConfig(
-        data_dir=data_dir,
-        model=model,
-        model_options=parse_options("--model-option", model_option),
-        features=features,
-        delta=delta,
-        seeds=seeds,
-        trials=trials,
-        tune_scale=tune_scale,
-        batch_size=batch_size,
-        epochs=epochs,
-        **_tuples(lists),
-    )
+    config = UtilityConfig(**given, seeds=seeds, trials=trials, tune_scale=tune_scale, **_tuples(lists))
     results = measure(config, out=_text(out), jobs=jobs, progress=_tell)
     cells = summary(results)
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
@@ -171,6 +141,6 @@ def _require_extra() -> None:
         ) from error
 
 
-app.command(epilog=SPEED_EPILOG)(speed)
-app.command(epilog=UTILITY_EPILOG)(utility)
-app.command(epilog=ROBUSTNESS_EPILOG)(robustness)
+app.command(cls=Command, epilog=SPEED_EPILOG)(speed)
+app.command(cls=Command, epilog=UTILITY_EPILOG)(utility)
+app.command(cls=Command, epilog=ROBUSTNESS_EPILOG)(robustness)

@@ -1,23 +1,28 @@
-"""What the subcommands share: options that take `key=value`, and a shape."""
+"""What the subcommands share: the settings of a run as options, options with several values, and what texts mean."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lipdp.errors import ParameterError
+from lipdp.training.config import SETTINGS
+from lipdp.training.settings import GATE, OPTIONS, Setting
 
 INTERRUPTED = 130
+Subcommand = Callable[..., None]
 
 
-def interruptible(function: Callable[..., None]) -> Callable[..., None]:
+def interruptible(function: Subcommand) -> Subcommand:
     """A subcommand that ends with exit code 130 at SIGINT and SIGTERM, whatever typer's version makes of them."""
 
     @functools.wraps(function)
@@ -34,6 +39,95 @@ def interruptible(function: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signal.SIGTERM, before)
 
     return wrapped
+
+
+class Command(TyperCommand):
+    """A command whose options that may be repeated take several values in a row as well: `--input-shape 1 28 28`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As `--input-shape 1 --input-shape 28 …`."""
+        repeated = {flag for one in self.params if getattr(one, "multiple", False) for flag in one.opts}
+        return super().parse_args(ctx, repeat_options(args, repeated))
+
+
+def repeat_options(arguments: Sequence[str], repeated: Collection[str]) -> list[str]:
+    """The arguments with the option before every value of those of its values that stand in a row.
+
+    >>> repeat_options(["--input-shape", "1", "28", "--json"], {"--input-shape"})
+    ['--input-shape', '1', '--input-shape', '28', '--json']
+    """
+    expanded: list[str] = []
+    current, fresh = "", False
+    for argument in arguments:
+        if argument in repeated:
+            current, fresh = argument, True
+        elif current and not argument.startswith("-"):
+            expanded += [] if fresh else [current]
+            fresh = False
+        else:
+            current = ""
+        expanded.append(argument)
+    return expanded
+
+
+def option(name: str, *, default: str | None = None, panel: str | None = None) -> Any:
+    """The option of a setting of a run as it is declared, for a command that means the same by it.
+
+    Args:
+        name: of the setting.
+        default: in words, where it is not the declared one.
+        panel: of the help.
+    """
+    one = SETTINGS[name]
+    words = one.default if default is None else default
+    help = f"{one.description} (default: {words})" if words else one.description
+    return typer.Option(help=help, show_default=False, metavar=one.metavar, rich_help_panel=panel)
+
+
+def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcommand]:
+    """A subcommand with the options of settings of a run; its first argument is a dict of what was given of them.
+
+    typer makes them from a signature that follows the declarations: unlike tyro and cyclopts, which read a dataclass
+    themselves, it is what the other commands, their messages and their exit codes are made with.
+
+    Args:
+        names: of the settings; none for all of them.
+        defaults: further settings, and what this command takes where they are not given; `...` if they must be.
+    """
+    chosen = [SETTINGS[name] for name in (*names, *defaults) or SETTINGS]
+
+    def parameter(one: Setting) -> inspect.Parameter:
+        default, kind = defaults.get(one.name), one.kind.option
+        words = None if one.name not in defaults else "" if default in (None, ...) else str(default)
+        info = option(one.name, default=words, panel=None if names or defaults else one.panel)
+        return inspect.Parameter(
+            one.argument,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[kind if kind is bool else kind | None, info],
+            default=inspect.Parameter.empty if default is ... else default,
+        )
+
+    def decorate(function: Subcommand) -> Subcommand:
+        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
+        parameters = [*map(parameter, chosen), *keyword]
+
+        @functools.wraps(function)
+        def command(**arguments: Any) -> None:
+            given = {one.name: _parsed(one, arguments.pop(one.argument)) for one in chosen}
+            function({name: value for name, value in given.items() if value is not None}, **arguments)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
+
+
+def _parsed(one: Setting, value: Any) -> Any:
+    if one.kind is OPTIONS:
+        return parse_options(one.flag, value)
+    return parse_gate(value) if one.kind is GATE else value
 
 
 def parse_options(name: str, pairs: Iterable[str] | None) -> dict[str, Any] | None:

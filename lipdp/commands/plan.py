@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lipdp.commands import scale, simulate
-from lipdp.commands.options import interruptible
+from lipdp.commands.options import Command, interruptible, option
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ EPILOG = """[bold]Examples[/bold]
 With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-against-compute.png and .svg."""
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, cls=scale.PlanGroup)
-app.command(epilog=simulate.EPILOG)(simulate.simulate)
-app.command(epilog=scale.EPILOG)(scale.scale)
+app.command(cls=Command, epilog=simulate.EPILOG)(simulate.simulate)
+app.command(cls=Command, epilog=scale.EPILOG)(scale.scale)
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)
@@ -43,13 +43,13 @@ app.command(epilog=scale.EPILOG)(scale.scale)
 def plan(
     context: typer.Context,
     records: Annotated[int | None, typer.Option(help="N, a public constant")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="the budget ε")] = None,
-    delta: Annotated[float | None, typer.Option(help="δ (default 1e-5, or the power of ten below 1/N)")] = None,
+    epsilon: Annotated[float | None, option("epsilon", default="")] = None,
+    delta: Annotated[float | None, option("delta")] = None,
     steps: Annotated[int | None, typer.Option(help="T (default at most 2500)")] = None,
     max_epochs: Annotated[float | None, typer.Option(help="compute limit, in passes over the data")] = None,
     max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
-    accountant: Annotated[str, typer.Option(help="prv, pld, rdp")] = "prv",
+    accountant: Annotated[str, option("accountant")] = "prv",
     private_search: Annotated[
         str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
     ] = None,
@@ -187,16 +187,17 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
     console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}", highlight=False)
     wall = min(found.constant_eta, key=lambda pair: abs(pair[0] - 0.5), default=None)
     if wall is not None and wall[0] < chosen.noise_multiplier:
+        batch = max(1, round(chosen.batch_size * wall[0] / chosen.noise_multiplier))
         console.print(
-            f"the same η at σ = {wall[0]:g} (B = {max(1, round(chosen.batch_size * wall[0] / chosen.noise_multiplier)):,})"
-            f" would cost ε = {wall[1]:.3g}: the wall",
+            f"the same η at σ = {wall[0]:g} (B = {batch:,}) would cost ε = {wall[1]:.3g}: the wall",
             highlight=False,
         )
     if "private_search" in facts:
         search = facts["private_search"]
         console.print(
-            f"a private search of {search['mean']:g} runs on average ({search['law']}): ε = {search['epsilon_at_plan']:.4g}"
-            f" as a whole at this σ; within the budget with σ = {search['noise_multiplier_within_budget']:.4g}",
+            f"a private search of {search['mean']:g} runs on average ({search['law']}):"
+            f" ε = {search['epsilon_at_plan']:.4g} as a whole at this σ; within the budget"
+            f" with σ = {search['noise_multiplier_within_budget']:.4g}",
             highlight=False,
         )
     console.print(f"[bold]{facts['command']}[/bold]", highlight=False, soft_wrap=True)

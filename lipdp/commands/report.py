@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible
+from lipdp.commands.options import interruptible, option
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -33,9 +33,7 @@ def report(
         typer.Option(help="default: RUN/report.html, report.html for several; the terminal", show_default=False),
     ] = None,
     comparison: Annotated[Path | None, typer.Option(help="the folder of a lipdp compare", show_default=False)] = None,
-    data_dir: Annotated[
-        str | None, typer.Option(help="default: as the run, or $LIPDP_DATA", show_default=False)
-    ] = None,
+    data_dir: Annotated[str | None, option("data_dir", default="as the run, or $LIPDP_DATA")] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibration/--no-calibration", help="evaluate the model on its test records")
     ] = True,

@@ -8,38 +8,41 @@ from typing import Annotated, Any
 import typer
 
 from lipdp.commands.certify import parse_radius
-from lipdp.commands.options import interruptible, parse_options
+from lipdp.commands.options import interruptible, with_settings
 
 EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare robustness --out DIR[/green]  (digits, ε = 3)
 
-[green]lipdp compare robustness --dataset mnist --data-dir DATA --epsilon 2 --taus 2 8 32 128 --radii 36/255 72/255 --out DIR[/green]
+[green]lipdp compare robustness --dataset mnist --epsilon 2 --taus 2 8 32 128 --radii 36/255 72/255 --out DIR[/green]
 
-DIR then holds results.json and a picture per radius; the same command goes on where it was killed. Runs are seeded: they
-compare trainers, they are not private releases."""
+DIR then holds results.json and a picture per radius; the same command goes on where it was killed. Runs are seeded:
+they compare trainers, they are not private releases."""
 
 
 def _list(help: str) -> Any:
     return typer.Option(help=help + " (several values in a row)", show_default=False)
 
 
+@with_settings(
+    "data_dir",
+    "model",
+    "model_options",
+    "features",
+    "delta",
+    "batch_size",
+    "epochs",
+    "lr",
+    dataset="digits",
+    epsilon=3.0,
+)
 @interruptible
 def robustness(
-    dataset: Annotated[str, typer.Option(help="as for lipdp train")] = "digits",
-    data_dir: Annotated[str | None, typer.Option(help="where the files are; default: $LIPDP_DATA")] = None,
-    model: Annotated[str | None, typer.Option(help="of the zoo; default: the data set's")] = None,
-    model_option: Annotated[list[str] | None, typer.Option(help="key=value; default: the recipe's")] = None,
-    features: Annotated[str | None, typer.Option(help="a fixed feature map: scattering, dct")] = None,
-    epsilon: Annotated[float, typer.Option(help="the budget of every private trainer")] = 3.0,
-    delta: Annotated[float | None, typer.Option(help="δ")] = None,
+    given: dict[str, Any],
     trainers: Annotated[list[str] | None, _list("default clipless opacus_hooks non_private")] = None,
     taus: Annotated[list[float] | None, _list("temperatures; default 2 8 32 128")] = None,
     radii: Annotated[list[str] | None, _list("L2, raw input; default 36/255 72/255 108/255 255/255")] = None,
     seeds: Annotated[int, typer.Option(help="runs of each cell")] = 1,
-    batch_size: Annotated[int | None, typer.Option(help="expected batch size B")] = None,
-    epochs: Annotated[float | None, typer.Option(help="T = epochs · N / B")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate; default: the recipe's")] = None,
     twin_lr: Annotated[float, typer.Option(help="of the unconstrained twin")] = 0.1,
     max_grad_norm: Annotated[float, typer.Option(help="C, of trainers that clip")] = 0.3,
     samples: Annotated[int | None, typer.Option(help="test records certified, the first N")] = None,
@@ -52,23 +55,14 @@ def robustness(
     from lipdp.comparison.robustness import robustness as measure
 
     lists: dict[str, Any] = {"trainers": trainers, "taus": taus, "radii": radii and [parse_radius(r) for r in radii]}
+    given |= {name: tuple(value) for name, value in lists.items() if value is not None}
     config = RobustnessConfig(
-        dataset=dataset,
-        data_dir=data_dir,
-        model=model,
-        model_options=parse_options("--model-option", model_option),
-        features=features,
-        epsilon=epsilon,
-        delta=delta,
+        **given,
         seeds=seeds,
-        batch_size=batch_size,
-        epochs=epochs,
-        lr=lr,
         twin_lr=twin_lr,
         max_grad_norm=max_grad_norm,
         samples=samples,
         attack=attack,
-        **{name: tuple(value) for name, value in lists.items() if value is not None},
     )
     results = measure(config, out=None if out is None else str(out), progress=_tell)
     if out is not None:
@@ -80,7 +74,7 @@ def robustness(
 def _tell(cell: dict[str, Any]) -> None:
     certified = " ".join(f"{score:.1%}" for score in cell["certified_accuracy"])
     typer.echo(
-        f"{cell['trainer']} on {cell['model']}, τ = {cell['tau']:g}, seed {cell['seed']}: accuracy {cell['accuracy']:.1%},"
-        f" certified {certified} ({cell['seconds']:.0f} s)",
+        f"{cell['trainer']} on {cell['model']}, τ = {cell['tau']:g}, seed {cell['seed']}:"
+        f" accuracy {cell['accuracy']:.1%}, certified {certified} ({cell['seconds']:.0f} s)",
         err=True,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_options
+from lipdp.commands.options import interruptible, parse_options, with_settings
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -20,19 +20,21 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp plan simulate --search lr=0.05:5:log --search tau=8,16,32 --out SEARCH[/green]  (digits)
 
-[green]lipdp plan simulate --dataset mnist --model linear --features scattering --epsilon 1 --batch-size 4096 --steps 586 --scale 16
---search lr=0.05:5:log --trials 20 --jobs 2 --out SEARCH --run[/green]
+[green]lipdp plan simulate --dataset mnist --model linear --features scattering --epsilon 1 --batch-size 4096
+--steps 586 --scale 16 --search lr=0.05:5:log --trials 20 --jobs 2 --out SEARCH --run[/green]
 
 [green]lipdp plan simulate --out SEARCH[/green]  (goes on where it was)
 
 [green]lipdp plan simulate --out SEARCH --confirm RUN[/green]  (predicted against achieved)
 
-Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH holds simulation.json, study.db (Optuna),
-trials/NUMBER.json, result.json; with --run also full/, the private run, and confirmation.json."""
+Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH holds simulation.json, study.db
+(Optuna), trials/NUMBER.json, result.json; with --run also full/, the private run, and confirmation.json."""
 
 
+@with_settings("dataset", "data_dir", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs")
 @interruptible
 def simulate(
+    given: dict[str, Any],
     out: Annotated[Path, typer.Option(help="the search's folder; an interrupted search goes on there")],
     search: Annotated[
         list[str] | None,
@@ -47,15 +49,6 @@ def simulate(
         float | None, typer.Option(help="share of the training records held out (default 0.1)")
     ] = None,
     search_seed: Annotated[int | None, typer.Option(help="of the draws and the simulated runs (default 0)")] = None,
-    dataset: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    data_dir: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    features: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    model: Annotated[str | None, typer.Option(help="as for lipdp train")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="of the full run")] = None,
-    delta: Annotated[float | None, typer.Option(help="of the full run")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="B of the full run")] = None,
-    steps: Annotated[int | None, typer.Option(help="T of both")] = None,
-    epochs: Annotated[float | None, typer.Option(help="of the full run, instead of T")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="any other setting of lipdp train, name=value, e.g. momentum=0.95, gate=0.2"),
@@ -64,8 +57,6 @@ def simulate(
     confirm: Annotated[Path | None, typer.Option(help="compare with this full run")] = None,
 ) -> None:
     """Search hyper-parameters by runs at B/k and σ/k (not private), then name the one private run."""
-    names = ("dataset", "data_dir", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs")
-    given = {name: value for name, value in locals().items() if name in names and value is not None}
     given |= parse_options("--option", option) or {}
     options = {"scale": scale, "validation": validation, "seed": search_seed}
     given_options = {name: value for name, value in options.items() if value is not None}
@@ -146,8 +137,8 @@ def _show(console: Console, found: Found, out: Path) -> None:
         highlight=False,
     )
     console.print(
-        f"predicted {given.metric}: [bold]{result[f'predicted_{given.metric}']:.2%}[/bold] (best of the simulated runs, on"
-        " validation records; the choice looks at private records, which ε does not cover)",
+        f"predicted {given.metric}: [bold]{result[f'predicted_{given.metric}']:.2%}[/bold] (best of the simulated runs,"
+        " on validation records; the choice looks at private records, which ε does not cover)",
         highlight=False,
     )
     console.print(f"[bold]{result['command']}[/bold]", highlight=False, soft_wrap=True)
@@ -182,8 +173,8 @@ def _confirm(console: Console, found: Found, out: Path, folder: Path) -> None:
     facts, metric = confirm(found, folder), found.simulation.metric
     write_json(out / "confirmation.json", facts)
     console.print(
-        f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved [bold]{facts[f'achieved_{metric}']:.2%}[/bold]"
-        f" at ε = {facts['epsilon']:.4g}; the search took {facts['seconds_searched']:.0f} s, the full run"
-        f" {facts['seconds_of_the_full_run']:.0f} s",
+        f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved"
+        f" [bold]{facts[f'achieved_{metric}']:.2%}[/bold] at ε = {facts['epsilon']:.4g}; the search took"
+        f" {facts['seconds_searched']:.0f} s, the full run {facts['seconds_of_the_full_run']:.0f} s",
         highlight=False,
     )

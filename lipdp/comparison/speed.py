@@ -66,8 +66,8 @@ class SpeedConfig:
             raise ParameterError(f"dataset {self.dataset!r}: speed is measured on shapes of {', '.join(SHAPES)}")
         if not self.batch_sizes or min(self.batch_sizes) < 1 or self.repeat < 1:
             raise ParameterError(f"batch_sizes={list(self.batch_sizes)}, repeat={self.repeat}: at least 1 is needed")
-        chosen = recipe(self.dataset, self.model)
-        options = chosen.model_options if self.model_options is None else self.model_options
+        recommended = recipe(self.dataset, self.model).get("model_options", {})
+        options = recommended if self.model_options is None else self.model_options
         setup = Setup(
             model=self.model,
             model_options=dict(options),

@@ -109,7 +109,7 @@ class MinVarianceAllocation:
         return sigma * ((delta * root).sum() * (delta / root)).sqrt()
 
 
-_ALLOCATIONS: dict[str, Allocation] = {
+ALLOCATIONS: dict[str, Allocation] = {
     allocation.name: allocation for allocation in (GlobalAllocation(), PerLayerAllocation(), MinVarianceAllocation())
 }
 
@@ -124,11 +124,11 @@ def get_allocation(name_or_object: str | Allocation) -> Allocation:
     PerLayerAllocation()
     """
     if isinstance(name_or_object, str):
-        if name_or_object in _ALLOCATIONS:
-            return _ALLOCATIONS[name_or_object]
+        if name_or_object in ALLOCATIONS:
+            return ALLOCATIONS[name_or_object]
     elif isinstance(name_or_object, Allocation) and not isinstance(name_or_object, type):
         return name_or_object
-    raise UnknownNameError("allocation", name_or_object, _ALLOCATIONS)
+    raise UnknownNameError("allocation", name_or_object, ALLOCATIONS)
 
 
 def joint_noise_multiplier(sensitivities: Tensor, stds: Tensor) -> Tensor:

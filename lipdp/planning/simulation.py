@@ -15,7 +15,7 @@ from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.planning.space import Scalar, merged
 from lipdp.training import Trainer, configure
 from lipdp.training.assembly import plan_of, prepare
-from lipdp.training.config import TrainConfig
+from lipdp.training.config import SETTINGS, TrainConfig
 
 LABEL = "NOT PRIVATE: simulation at a fraction of the batch and of the noise, for choosing hyper-parameters only"
 """Stands in every file, line and database entry of a simulation."""
@@ -218,9 +218,11 @@ def _validated(line: Mapping[str, Any]) -> dict[str, Any]:
 def _option(name: str, value: Any) -> list[str]:
     if value is None or value is False:
         return []
-    flag = f"--{name.replace('_', '-')}"
+    flag = SETTINGS[name].flag
     if isinstance(value, Mapping):
-        return [word for key, item in value.items() for word in (flag.removesuffix("s"), f"{key}={_text(item)}")]
+        return [word for key, item in value.items() for word in (flag, f"{key}={_text(item)}")]
+    if isinstance(value, (list, tuple)):
+        return [flag, *map(_text, value)]
     return [flag] if value is True else [flag, _text(value)]
 
 

@@ -6,19 +6,14 @@ import ast
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from lipdp.errors import ParameterError, UnknownNameError
-from lipdp.training.config import TrainConfig
+from lipdp.training.config import SEARCHABLE, SETTINGS
+from lipdp.training.settings import OPTIONS
 
 Scalar = bool | int | float | str | None
-
-_DATA = ("dataset", "data_dir", "download", "features", "feature_options", "bounding", "bounding_options")
-_ACCOUNT = ("epsilon", "delta", "noise_multiplier", "accountant", "sampling", "batch_size", "steps", "epochs", "seed")
-_MACHINE = ("device", "threads", "microbatch", "checkpoint_every", "log_every")
-FIXED = frozenset((*_DATA, *_ACCOUNT, *_MACHINE))
-"""Settings of `lipdp train` that a search leaves alone: what ε depends on, the data, and what changes no result."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +68,14 @@ def parse_space(texts: Iterable[str]) -> dict[str, Dimension]:
 def check_name(name: str) -> None:
     """Whether a search may vary it; see `parse_space`."""
     head, dot, tail = name.partition(".")
-    known = {field.name for field in fields(TrainConfig)} | {"tau"}
-    if head not in known:
-        raise UnknownNameError("setting", head, known - FIXED)
-    if head in FIXED:
-        raise ParameterError(f"{name!r} cannot be searched: a simulation keeps the data and all that ε depends on")
-    options = head.endswith("_options")
+    if head not in SETTINGS:
+        raise UnknownNameError("setting", head, SEARCHABLE)
+    if head not in SEARCHABLE:
+        raise ParameterError(
+            f"{name!r} cannot be searched: a simulation keeps the data and all that ε depends on, and the machine changes"
+            f" no result; these can: {', '.join(sorted(SEARCHABLE))}"
+        )
+    options = SETTINGS[head].kind is OPTIONS
     if options != (bool(dot) and tail.isidentifier()):
         raise ParameterError(
             f"{name!r}: {f'name one option, as in {head}.width' if options else f'{head} has no parts'}"

@@ -1,7 +1,17 @@
 """The training loop: from a configuration to a private model, with metrics, checkpoints and an exact resume."""
 
-from lipdp.training.config import TrainConfig, configure
-from lipdp.training.monitor import Interrupted, Monitor, Result
-from lipdp.training.trainer import Trainer, train
+from lipdp.lazy import facade
 
-__all__ = ["Interrupted", "Monitor", "Result", "TrainConfig", "Trainer", "configure", "train"]
+# public name → the module that defines it; imported on first use: the help of the command needs the settings alone
+_NAMES = {
+    "Interrupted": "lipdp.training.monitor",
+    "Monitor": "lipdp.training.monitor",
+    "Result": "lipdp.training.monitor",
+    "TrainConfig": "lipdp.training.config",
+    "Trainer": "lipdp.training.trainer",
+    "configure": "lipdp.training.config",
+    "settings_table": "lipdp.training.config",
+    "train": "lipdp.training.trainer",
+}
+
+__getattr__, __dir__, __all__ = facade(__name__, _NAMES)

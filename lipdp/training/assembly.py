@@ -55,7 +55,8 @@ def bounding_of(config: TrainConfig, split: DataSplit) -> Bounding:
 def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[DataSplit, float | None]:
     """The data of a run: read or opened, bounded by public constants, turned into features.
 
-    Features are computed of everything at once: a set that stays on disk is read for them, or refused if it is too large.
+    Features are computed of everything at once: a set that stays on disk is read for them, or refused if it is too
+    large.
 
     Returns:
         The split, and a bound on the norm of its inputs where the features have one.

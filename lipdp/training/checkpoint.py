@@ -25,14 +25,15 @@ _STATED_AS = {"steps": "planned_steps", "accountant": "accountant_requested"}  #
 
 
 class RunFolder:
-    """`config.json`, `environment.json`, `privacy.json`, `metrics.jsonl`, `checkpoint.pt` and `checkpoint.previous.pt` in one folder.
+    """The folder of a run: `config.json`, `environment.json`, `privacy.json`, `metrics.jsonl` and two checkpoints.
 
     Files are readable by their owner alone: the metrics hold a training loss that ε does not cover, and while a run is
     unfinished its checkpoints hold the keys of the noise to come (under `resume`). Whoever reads one can subtract that
     noise from later releases. `seal` takes the keys out, also those in what a killed process left half written.
 
-    Guarantee: kill the process at any moment, and every file is the old one or the new one. A checkpoint is read only if
-    the checksums in it agree (torch does not look at them: it loads a flipped bit as a weight), else the previous one is.
+    Guarantee: kill the process at any moment, and every file is the old one or the new one. A checkpoint is read only
+    if the checksums in it agree (torch does not look at them: it loads a flipped bit as a weight), else the previous
+    one is.
 
     Args:
         path: the folder; made when first written to.
@@ -52,7 +53,8 @@ class RunFolder:
         taken = [n for n in ("config.json", _CHECKPOINT, _PREVIOUS, "privacy.json") if (self.path / n).exists()]
         if taken:
             raise ParameterError(
-                f"{self} holds a run already ({', '.join(taken)}): go on with it by --resume {self}, or give another --out"
+                f"{self} holds a run already ({', '.join(taken)}): go on with it by --resume {self}, or give another"
+                " --out"
             )
 
     def start(self, config: Mapping[str, Any]) -> None:
@@ -72,7 +74,7 @@ class RunFolder:
         return config
 
     def add_session(self, session: Mapping[str, str]) -> None:
-        """Add to `environment.json` where and by which command the run was started or resumed; ε does not depend on it."""
+        """Add to `environment.json` where and by which command the run was started or resumed; no ε depends on it."""
         before = _parsed(self._text("environment.json"), list)
         write_json(self.path / "environment.json", [*before, session])
 
@@ -85,7 +87,7 @@ class RunFolder:
         write_bytes(self.path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Write a new `checkpoint.pt`; the one there becomes `checkpoint.previous.pt`, unless `load` found it damaged."""
+        """Write a new `checkpoint.pt`; that there becomes `checkpoint.previous.pt`, unless `load` found it damaged."""
         self._save(self.path / _CHECKPOINT, checkpoint, keep=not self._fell_back)
         self._fell_back = False
 
@@ -116,8 +118,9 @@ class RunFolder:
     def released_steps(self, checkpoint: Mapping[str, Any]) -> int:
         """The last step that somebody may have seen something of, where `checkpoint` is what `load` returned.
 
-        Metrics are written after the checkpoint of their step, so this is the checkpoint's own step unless the newest one
-        was damaged, or an older one put in its place. Then the metrics go further, or `privacy.json`, which is written first.
+        Metrics are written after the checkpoint of their step, so this is the checkpoint's own step unless the newest
+        one was damaged, or an older one put in its place. Then the metrics go further, or `privacy.json`, which is
+        written first.
         """
         steps = [int(checkpoint["step"]), _number("step", *self._text("metrics.jsonl").splitlines()[-1:])]
         if self._fell_back:
@@ -234,8 +237,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     """`optimizer.load_state_dict`, which looks at next to nothing, after a look at what it is given.
 
     Raises:
-        ResumeError: other settings than the optimiser's (but for the learning rate, which has a schedule), or a state that
-            is not made of finite numbers in the shape of the weights.
+        ResumeError: other settings than the optimiser's (but for the learning rate, which has a schedule), or a state
+            that is not made of finite numbers in the shape of the weights.
     """
     own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
     if [_settings(group) for group in own] != [_settings(group) for group in saved]:

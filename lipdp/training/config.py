@@ -1,178 +1,144 @@
-"""What a training run is given: one frozen, JSON-able value."""
+"""What a training run is given: one frozen, JSON-able value, whose fields declare all that is said of a setting."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Real
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from lipdp.accounting.plan import Subsampling
+from lipdp.data import BOUNDINGS, DATASETS
+from lipdp.data.augment import AUGMENTS
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
-from lipdp.training.forward import precision
-from lipdp.training.recipes import EPSILON, LEARNING_RATES, TEMPERED, Recipe, default_model, recipe
-
-RUNTIME = frozenset(
-    {
-        *("data_dir", "device", "download", "threads", "num_workers", "pin_memory", "checkpoint_every", "check_every"),
-        *("compile", "channels_last", "autocast"),
-    }
-)
-"""Settings that may change at a resume: ε is the same whatever they are. It follows from q, T and σ; σ is relative to Δ, and
-Δ is computed at every step for the precision that the forward pass has then. Where one of them changes, the run goes on with
-other roundings, so that it does not end with the bits of one that was not interrupted."""
-
-
-_TEXTS = (
-    "dataset",
-    "model",
-    "loss",
-    "features",
-    "bounding",
-    "optimizer",
-    "schedule",
-    "accountant",
-    "sampling",
-    "device",
-    "input_column",
-    "label_column",
-    "owner_column",
-    "augment",
-    "autocast",
+from lipdp.features.maps import FEATURES
+from lipdp.models import names
+from lipdp.noise.allocation import ALLOCATIONS
+from lipdp.training import recipes
+from lipdp.training.choices import LOSSES, OPTIMIZERS, SCHEDULES
+from lipdp.training.forward import OFF, PRECISIONS
+from lipdp.training.settings import (
+    FLAG,
+    GATE,
+    MAX_THREADS,
+    NAME,
+    OPTIONS,
+    SIZE,
+    Role,
+    Setting,
+    declared,
+    number,
+    setting,
+    table,
+    whole,
 )
 
-MAX_THREADS = 1024
-"""More of them than any machine's cores are a mistake."""
+DATA, ACCOUNT, METHOD, MACHINE = Role
+_data, _model, _privacy, _optimisation, _run = (
+    partial(setting, panel=panel) for panel in ("Data", "Model", "Privacy", "Optimisation", "Run")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything a run is given. `configure(...)` fills in the recipe; `resolve(N)` what depends on the public N.
 
-    Attributes:
-        dataset, data_dir, download, image_size: as `lipdp.data.open_split` takes them; input_column, label_column,
-            owner_column: its columns. With an owner column batches are of owners, and ε protects an owner.
-        augment, augment_multiplicity: random views of images, by name (`lipdp.data.augment`), and K of them in one record.
-        num_workers, pin_memory: processes that read records, and page-locked batches on the way to a GPU; for sets on disk
-            and for augmented ones.
-        features, feature_options: a fixed feature map ("scattering", "dct") and its options, or None.
-        bounding, bounding_options: the public map of the inputs; None takes `lipdp.data.default_bounding`.
-        model, model_options: as `lipdp.models.build` takes them.
-        loss, loss_options: as `lipdp.training.choices.make_loss` takes them; None takes "bce" for a binary task, else
-            "cross-entropy".
-        epsilon, delta: the budget. δ = None: 1e-5, or the largest power of ten below 1/N where that is smaller.
-        noise_multiplier: σ, instead of a budget.
-        accountant, sampling, allocation: as `lipdp.PrivacyEngine` takes them.
-        gate: cotangent gate at the logits, or None: at the loss's constant.
-        gate_quantile: follow this quantile of the cotangent norms, from `gate` on; accounted.
-        batch_size: B. steps: T; epochs: E instead, T = E N / B rounded.
-        microbatch: samples per forward pass; None takes 512 on a CPU (steady memory), the whole batch elsewhere.
-        optimizer, lr, momentum, schedule: as `lipdp.training.choices` takes them. ema: decay of the averaged weights.
-        device: "auto", "cpu", "cuda", …; threads: of torch on the CPU.
-        seed: repeatable draws, for tests: the run is NOT private then.
-        compile: torch.compile the model; channels_last: memory format of images; autocast: precision of products, "bf16".
-        secure, check_every: as `lipdp.PrivacyEngine` takes them.
-        checkpoint_every, log_every: in steps; None takes a tenth and a twentieth of the run.
+    What each setting means, which values it takes and what it may change is declared where it stands, and nowhere else;
+    `settings_table()` shows all of it.
     """
 
-    dataset: str
-    model: str
-    batch_size: int | None
-    epochs: float | None
-    optimizer: str
-    lr: float
-    momentum: float
-    schedule: str
-    allocation: str
-    ema: float
-    gate: float | None
-    loss: str | None
-    loss_options: Mapping[str, Any] = field(default_factory=dict)
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    feature_options: Mapping[str, Any] = field(default_factory=dict)
-    features: str | None = None
-    bounding: str | None = None
-    bounding_options: Mapping[str, Any] = field(default_factory=dict)
-    data_dir: str | None = None
-    download: bool = False
-    input_column: str | None = None
-    label_column: str | None = None
-    owner_column: str | None = None
-    image_size: Sequence[int] | None = None
-    augment: str | None = None
-    augment_multiplicity: int = 1
-    num_workers: int = 0
-    pin_memory: bool = False
-    epsilon: float | None = None
-    delta: float | None = None
-    noise_multiplier: float | None = None
-    accountant: str = "prv"
-    sampling: str = "poisson"
-    gate_quantile: float | None = None
-    steps: int | None = None
-    microbatch: int | None = None
-    device: str = "auto"
-    threads: int | None = None
-    seed: int | None = None
-    secure: bool = False
-    compile: bool = False
-    channels_last: bool = False
-    autocast: str | None = None
-    check_every: int | None = None
-    checkpoint_every: int | None = None
-    log_every: int | None = None
+    dataset: str = _data(
+        NAME,
+        DATA,
+        f"{', '.join(DATASETS[:-2])}, an .npz file, or a folder of .npy files or of Hugging Face datasets, read batch"
+        " by batch",
+        MISSING,
+        words="digits",
+    )
+    data_dir: str | None = _data(NAME, MACHINE, "where the files are", words="$LIPDP_DATA")
+    download: bool = _data(FLAG, MACHINE, "fetch what is not there", False)
+    input_column: str | None = _data(NAME, DATA, "of a datasets folder", words="its only image column")
+    label_column: str | None = _data(NAME, DATA, "of a datasets folder", words="its only class column")
+    owner_column: str | None = _data(
+        NAME, DATA, "array or column of owners: batches of owners, ε for an owner with all records"
+    )
+    image_size: Sequence[int] | None = _data(SIZE, DATA, "bring images to this height and width", metavar="H W")
+    augment: str | None = _data(NAME, METHOD, "random views of images", choices=AUGMENTS)
+    augment_multiplicity: int = _data(whole(1, 1024), METHOD, "views of each record in one gradient", 1)
+    num_workers: int = _data(
+        whole(0, MAX_THREADS), MACHINE, "processes that read records, of sets on disk and augmented ones", 0
+    )
+    pin_memory: bool = _data(FLAG, MACHINE, "page-locked batches for a GPU", False)
+    features: str | None = _data(NAME, DATA, "a fixed feature map", choices=FEATURES)
+    feature_options: Mapping[str, Any] = _data(OPTIONS, DATA, "key=value, e.g. J=2, group_norm=27")
+    bounding: str | None = _data(NAME, DATA, "public map of the inputs", choices=BOUNDINGS, words="the data set's")
+    bounding_options: Mapping[str, Any] = _data(OPTIONS, DATA, "key=value, e.g. upper=120")
+
+    model: str = _model(NAME, METHOD, f"{', '.join(names())}, or module:function", MISSING, words="the data set's")
+    model_options: Mapping[str, Any] = _model(OPTIONS, METHOD, "key=value, e.g. width=32")
+    loss: str | None = _model(NAME, METHOD, "the loss", choices=LOSSES, words="cross-entropy, or bce for a binary task")
+    loss_options: Mapping[str, Any] = _model(OPTIONS, METHOD, "key=value, e.g. margin=0.5")
+
+    epsilon: float | None = _privacy(number(), ACCOUNT, "the budget ε", words=f"{recipes.EPSILON:g}")
+    delta: float | None = _privacy(number(1), ACCOUNT, "δ", words="1e-5, or the power of ten below 1/N if smaller")
+    noise_multiplier: float | None = _privacy(number(), ACCOUNT, "σ, instead of ε")
+    accountant: str = _privacy(NAME, ACCOUNT, "what bounds ε", "prv", choices=("prv", "pld", "rdp"))
+    sampling: str = _privacy(
+        NAME, ACCOUNT, "batches for add or remove one, or for replace one", "poisson", choices=("poisson", "fixed_size")
+    )
+    allocation: str = _privacy(NAME, METHOD, "of the noise", "per_layer", choices=ALLOCATIONS)
+    gate: float | None = _privacy(
+        GATE, METHOD, "bound on every record's gradient at the logits, or off (the loss's own)"
+    )
+    gate_quantile: float | None = _privacy(number(1), METHOD, "let the gate follow this quantile, privately")
+    secure: bool = _privacy(FLAG, ACCOUNT, "noise and batches from a cipher", False)
+
+    batch_size: int | None = _optimisation(whole(), ACCOUNT, "expected batch size B")
+    epochs: float | None = _optimisation(
+        number(), ACCOUNT, "passes over the data, T = epochs · N / B", 20.0, required=False
+    )
+    steps: int | None = _optimisation(whole(), ACCOUNT, "T, instead of epochs")
+    optimizer: str = _optimisation(NAME, METHOD, "the optimiser", "sgd", choices=OPTIMIZERS)
+    lr: float = _optimisation(number(), METHOD, "learning rate", recipes.LEARNING_RATES["sgd"])
+    momentum: float = _optimisation(number(1, zero=True), METHOD, "momentum; Adam's first β", 0.9)
+    schedule: str = _optimisation(NAME, METHOD, "of the learning rate", "constant", choices=SCHEDULES)
+    ema: float = _optimisation(number(1, zero=True), METHOD, "decay of the averaged weights", 0.95)
+    microbatch: int | None = _optimisation(
+        whole(), MACHINE, "samples per forward pass, to save memory (one noise draw all the same)",
+        words="512 on a CPU, else the batch",
+    )  # fmt: skip
+
+    check_every: int | None = _run(
+        whole(0), MACHINE, "steps between looks at the gradients of a few records; 0 never", words="by cost"
+    )
+    checkpoint_every: int | None = _run(whole(), MACHINE, "steps between checkpoints", words="T/10")
+    log_every: int | None = _run(whole(), MACHINE, "steps between lines of metrics", words="T/20")
+    device: str = _run(NAME, MACHINE, "auto (a GPU if there is one), cpu, cuda, cuda:1, …", "auto")
+    threads: int | None = _run(whole(1, MAX_THREADS), MACHINE, "of torch on the CPU")
+    compile: bool = _run(FLAG, MACHINE, "torch.compile the model", False)
+    channels_last: bool = _run(FLAG, MACHINE, "memory format of images (same values)", False)
+    autocast: str | None = _run(
+        NAME, MACHINE, "precision of the forward pass; Δ allows for its rounding", choices=(*PRECISIONS, OFF)
+    )
+    seed: int | None = _run(whole(0, 2**63 - 1), ACCOUNT, "repeat the run exactly, for tests: NOT private")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "steps", "microbatch", "threads", "checkpoint_every", "log_every"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
-        if self.threads is not None and self.threads > MAX_THREADS:  # torch would crash on many more
-            raise ParameterError(f"threads={self.threads}: at most {MAX_THREADS}")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
-            raise ParameterError(f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1 is needed")
-        for name in ("secure", "compile", "channels_last", "pin_memory"):
-            if not isinstance(getattr(self, name), bool):
-                raise ParameterError(f"{name}={getattr(self, name)!r}: true or false is needed")
-        precision(self.autocast)
-        self._check_data()
-        if self.check_every is not None and (type(self.check_every) is not int or self.check_every < 0):
-            raise ParameterError(f"check_every={self.check_every!r}: a whole number of steps, 0 for never")
-        for name in ("epochs", "lr", "epsilon", "noise_multiplier", "gate"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ParameterError(f"{name}={value!r}: a finite number > 0 is needed")
-        if not (isinstance(self.momentum, Real) and 0 <= self.momentum < 1):
-            raise ParameterError(f"momentum={self.momentum!r}: a number in [0, 1) is needed")
-        if self.delta is not None and not (isinstance(self.delta, Real) and 0 < self.delta < 1):
-            raise ParameterError(f"delta={self.delta!r}: a probability in (0, 1), well below 1/(number of records)")
-        if self.epsilon is not None and self.noise_multiplier is not None:
-            raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
-
-    def _check_data(self) -> None:
-        workers, size, views = self.num_workers, self.image_size, self.augment_multiplicity
-        if type(workers) is not int or not 0 <= workers <= MAX_THREADS:
-            raise ParameterError(f"num_workers={workers!r}: a whole number from 0 to {MAX_THREADS} is needed")
-        if size is not None and (
-            not isinstance(size, (tuple, list))
-            or len(size) != 2
-            or any(type(n) is not int or not 1 <= n <= 2**15 for n in size)
-        ):
-            raise ParameterError(f"image_size={size!r}: a height and a width are needed, in pixels")
-        if type(views) is not int or not 1 <= views <= 1024:
-            raise ParameterError(f"augment_multiplicity={views!r}: a whole number of views from 1 to 1024 is needed")
-        if views > 1 and self.augment is None:
+        for each in fields(self):
+            SETTINGS[each.name].check(getattr(self, each.name))
+        if self.augment_multiplicity > 1 and self.augment is None:
             raise ParameterError(
-                f"augment_multiplicity={views}, but no augment: all views of a record would be the same"
+                f"augment_multiplicity={self.augment_multiplicity}, but no augment: all views of a record would be the"
+                " same"
             )
         if self.augment is not None and self.features is not None:
             raise ParameterError("augment and features were both given: features are computed once, not of every view")
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
 
     def resolve(self, records: int, *, binary: bool = False) -> TrainConfig:
-        """The same with B, T, δ and the loss decided, from the public number of training records (or of their owners, where
-        those are drawn) and kind of task.
+        """The same with B, T, δ and the loss decided, from two public facts: the number of training records (or of
+        their owners, where those are drawn) and the kind of task.
 
         >>> config = configure(dataset="digits", batch_size=100, epochs=2).resolve(1437)
         >>> config.steps, config.delta, config.loss
@@ -232,6 +198,20 @@ def default_delta(records: int) -> float:
     return min(1e-5, 10.0 ** -len(str(records)))
 
 
+_TAU = setting(number(), METHOD, "temperature of cross-entropy and bce", panel="Model").metadata["setting"]
+SETTINGS: Mapping[str, Setting] = {
+    name: replace(one, default="the recipe's") if name in recipes.RECOMMENDED else one
+    for name, one in {**declared(TrainConfig), "tau": replace(_TAU, name="tau", default="the recipe's")}.items()
+}
+"""Every setting of a run, by name; tau stands for loss_options={"tau": …}."""
+
+RUNTIME = frozenset(name for name, one in SETTINGS.items() if one.role is MACHINE)
+"""The settings that may change at a resume."""
+
+SEARCHABLE = frozenset(name for name, one in SETTINGS.items() if one.role is METHOD)
+"""The settings that a search may vary."""
+
+
 def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     """A configuration from what is given (None: not given), the rest from the recipe for data set, model and features.
 
@@ -244,39 +224,32 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     >>> configure(lr=0.1).lr, configure().epsilon
     (0.1, 3.0)
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    tau = given.pop("tau", None)
-    for name, value in {"dataset": dataset, **given}.items():
-        if name in _TEXTS and not isinstance(value, str):
-            raise ParameterError(f"{name}={value!r}: a name is needed")
-    known = {f.name for f in fields(TrainConfig)}
-    for name in given:
-        if name not in known:
-            raise UnknownNameError("setting", name, known)
+    given = {name: value for name, value in {"dataset": dataset, **given}.items() if value is not None}
+    ungated = given.get("gate") == OFF
+    if ungated:
+        del given["gate"]
+    for name, value in given.items():
+        if name not in SETTINGS:
+            raise UnknownNameError("setting", name, SETTINGS)
+        SETTINGS[name].check(value)
     features = given.get("features")
-    given.setdefault("model", default_model(dataset, features))
-    base = recipe(dataset, given["model"], features)
-    settings = {f.name: getattr(base, f.name) for f in fields(Recipe)}
-    if given.get("gate") == "off":
-        given["gate"] = None
-    if given.get("loss") not in (base.loss, None, *TEMPERED):
+    given.setdefault("model", recipes.default_model(dataset, features))
+    settings = dict(recipes.recipe(dataset, given["model"], features))
+    if given.get("loss") not in (None, *recipes.TEMPERED):
         settings["loss_options"] = {}  # they belong to the recipe's loss
-    if given.get("optimizer") not in (base.optimizer, None):
-        settings["lr"] = LEARNING_RATES.get(given["optimizer"], base.lr)
+    if given.get("optimizer") not in (TrainConfig.optimizer, None):
+        settings["lr"] = recipes.LEARNING_RATES[given["optimizer"]]
     if "steps" in given:
         if "epochs" in given:
             raise ParameterError("steps and epochs were both given: one follows from the other; give one")
         settings["epochs"] = None
+    if "tau" in given:
+        given["loss_options"] = {**given.get("loss_options", {}), "tau": given.pop("tau")}
     for name in ("loss_options", "model_options", "feature_options"):
-        options = given.pop(name, {})
-        if not isinstance(options, Mapping):
-            raise ParameterError(f"{name}={options!r}: a mapping of options is needed")
-        settings[name] = {**settings[name], **options}
-    if tau is not None:
-        settings["loss_options"]["tau"] = tau
+        settings[name] = {**settings.get(name, {}), **given.pop(name, {})}
     if "noise_multiplier" not in given:
-        given.setdefault("epsilon", EPSILON)
-    return TrainConfig(dataset=dataset, **{**settings, **given})
+        given.setdefault("epsilon", recipes.EPSILON)
+    return TrainConfig(**{**settings, **given, **({"gate": None} if ungated else {})})
 
 
 def config_from_dict(plain: Mapping[str, Any]) -> TrainConfig:
@@ -285,3 +258,12 @@ def config_from_dict(plain: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig(**plain)
     except TypeError as error:
         raise CheckpointError(f"not the configuration of a run: {error}") from error
+
+
+def settings_table() -> str:
+    """Every setting of a run as a table in Markdown: its option, meaning and default, and what may change it.
+
+    >>> print(settings_table().splitlines()[-1])
+    | `tau` | `--tau` | temperature of cross-entropy and bce | the recipe's |  | yes |
+    """
+    return table(SETTINGS)

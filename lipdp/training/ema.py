@@ -17,8 +17,8 @@ class Ema:
 
     The factor 1/(1 − dᵗ) removes the pull towards zero of the first steps. The average is not projected on the layers'
     constraints: a convex combination of matrices of norm at most 1 has norm at most 1, so the network's constant does
-    not grow. Projecting it on the orthogonal matrices makes no difference that could be measured (digits, ε = 3, mean of
-    six runs: 92.1 % and 92.0 %; MNIST `cnn`, ε = 1, two epochs: 95.7 % both).
+    not grow. Projecting it on the orthogonal matrices makes no difference that could be measured (digits, ε = 3, mean
+    of six runs: 92.1 % and 92.0 %; MNIST `cnn`, ε = 1, two epochs: 95.7 % both).
 
     Args:
         model: its trainable parameters are averaged.

@@ -30,8 +30,8 @@ def precision(name: str | None) -> torch.dtype | None:
 class Forward:
     """The forward pass of training; ε depends on none of it, for Δ is computed for `autocast` at every step.
 
-    Compiled, the size of a batch stays a variable of the code, so that Poisson batches, which all differ, do not compile
-    anew. A batch of one, which would get code of its own, is run as written, and so is all but training.
+    Compiled, the size of a batch stays a variable of the code, so that Poisson batches, which all differ, do not
+    compile anew. A batch of one, which would get code of its own, is run as written, and so is all but training.
 
     Args:
         model: the run's.

@@ -38,8 +38,9 @@ WARM, TIMED, TRACED = 2, 10, 3
 class PartsTimer:
     """The time of each part of a step, without that of the parts within it, so that all parts add up to the step.
 
-    On a CPU by the clock, and by the processor time of all threads, which other processes do not lengthen. On CUDA an event is queued at every change from one part to another, and read when all is over: the
-    device's own time line is cut in pieces, and nothing waits for it.
+    On a CPU by the clock, and by the processor time of all threads, which other processes do not lengthen. On CUDA an
+    event is queued at every change from one part to another, and read when all is over: the device's own time line is
+    cut in pieces, and nothing waits for it.
 
     Args:
         device: where the model is.
@@ -104,14 +105,14 @@ def _labelled(part: str) -> AbstractContextManager[Any]:
 class StepProfile:
     """Times the parts of some steps of a run, then traces some more; the run computes what it would have computed.
 
-    After two steps to get warm ten are timed by `PartsTimer`, without torch's profiler, which would make small operations
-    look slower, and three are traced by it. A run with fewer steps left has fewer of each.
+    After two steps to get warm ten are timed by `PartsTimer`, without torch's profiler, which would make small
+    operations look slower, and three are traced by it. A run with fewer steps left has fewer of each.
 
     Args:
         folder: gets `profile.json` and `trace.json` (chrome://tracing, ui.perfetto.dev); None: nothing is written.
 
     Attributes:
-        table: what `profile.json` holds, once the steps are over: mean seconds per part, which add up to `step_seconds`.
+        table: what `profile.json` holds, once the steps are over: mean seconds per part; they add up to `step_seconds`.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

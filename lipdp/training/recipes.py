@@ -6,7 +6,6 @@ The settings were chosen on public benchmarks. Choosing them by looking at priva
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 EPSILON = 3.0
@@ -19,79 +18,59 @@ TEMPERED = ("bce", "cross-entropy")
 """The losses that a recipe's temperature is for."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings for one kind of run; `TrainConfig` has the same names and says what they mean.
-
-    Attributes:
-        batch_size: B; None takes a twentieth of the records, at least 256, at most 4096.
-        epochs: E; the run takes about E N / B steps.
-        loss: None goes by the task.
-        loss_options, model_options, feature_options: what those are built with.
-    """
-
-    batch_size: int | None = None
-    epochs: float = 20.0
-    optimizer: str = "sgd"
-    lr: float = 1.0
-    momentum: float = 0.9
-    schedule: str = "constant"
-    loss: str | None = None
-    loss_options: Mapping[str, Any] = field(default_factory=dict)
-    gate: float | None = None
-    allocation: str = "per_layer"
-    ema: float = 0.95
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    feature_options: Mapping[str, Any] = field(default_factory=dict)
-
-
-_SCATTERING = Recipe(
-    batch_size=4096,
-    epochs=40,
-    lr=0.5,
-    loss_options={"tau": 30.0},
-    gate=0.3,
-    ema=0.98,
-    model_options={"radius": 16.0},
-)
-
-# (data set, model, features); None stands for any. The first key in `_keys` order that is there decides.
-_RECIPES: dict[tuple[str | None, str | None, str | None], Recipe] = {
-    ("digits", "mlp", None): Recipe(  # so few records that every step takes them all, q = 1
-        batch_size=1437,
-        epochs=60,
-        schedule="linear",
-        loss_options={"tau": 32.0},
-        gate=0.3,
-        allocation="min_variance",
-        ema=0.9,
-        model_options={"depth": 1, "input_bound": 3.4},
-    ),
-    ("mnist", "cnn", None): Recipe(
-        batch_size=2048,
-        epochs=10,
-        lr=1.2,
-        schedule="linear",
-        loss_options={"tau": 32.0},
-        gate=0.3,
-        allocation="min_variance",
-        ema=0.99,
-        model_options={"input_bound": 8.1, "clips": (0.7, 0.14), "gates": (0.05, 0.1)},
-    ),
-    ("mnist", "linear", "scattering"): _SCATTERING,
-    ("fashion-mnist", "linear", "scattering"): Recipe(
-        batch_size=4096, epochs=30, lr=0.5, loss_options={"tau": 50.0}, gate=0.3
-    ),
-    (None, "linear", "scattering"): _SCATTERING,
-    (None, "tabular", None): Recipe(lr=0.5, loss_options={"tau": 16.0}),
-    (None, None, None): Recipe(lr=0.5, loss_options={"tau": 32.0}, gate=0.3),
+_SCATTERING: Mapping[str, Any] = {
+    "batch_size": 4096,
+    "epochs": 40,
+    "loss_options": {"tau": 30.0},
+    "gate": 0.3,
+    "ema": 0.98,
+    "model_options": {"radius": 16.0},
 }
 
+# (data set, model, features); None stands for any. The first key in `_keys` order that is there decides.
+_RECIPES: dict[tuple[str | None, str | None, str | None], Mapping[str, Any]] = {
+    ("digits", "mlp", None): {  # so few records that every step takes them all, q = 1
+        "batch_size": 1437,
+        "epochs": 60,
+        "lr": 1.0,
+        "schedule": "linear",
+        "loss_options": {"tau": 32.0},
+        "gate": 0.3,
+        "allocation": "min_variance",
+        "ema": 0.9,
+        "model_options": {"depth": 1, "input_bound": 3.4},
+    },
+    ("mnist", "cnn", None): {
+        "batch_size": 2048,
+        "epochs": 10,
+        "lr": 1.2,
+        "schedule": "linear",
+        "loss_options": {"tau": 32.0},
+        "gate": 0.3,
+        "allocation": "min_variance",
+        "ema": 0.99,
+        "model_options": {"input_bound": 8.1, "clips": (0.7, 0.14), "gates": (0.05, 0.1)},
+    },
+    ("mnist", "linear", "scattering"): _SCATTERING,
+    ("fashion-mnist", "linear", "scattering"): {
+        "batch_size": 4096,
+        "epochs": 30,
+        "loss_options": {"tau": 50.0},
+        "gate": 0.3,
+    },
+    (None, "linear", "scattering"): _SCATTERING,
+    (None, "tabular", None): {"loss_options": {"tau": 16.0}},
+    (None, None, None): {"loss_options": {"tau": 32.0}, "gate": 0.3},
+}
 
-def recipe(dataset: str, model: str, features: str | None = None) -> Recipe:
+RECOMMENDED = frozenset(name for settings in _RECIPES.values() for name in settings)
+"""The settings that some recipe says."""
+
+
+def recipe(dataset: str, model: str, features: str | None = None) -> Mapping[str, Any]:
     """The settings for this data set, model and feature map; the most specific ones there are.
 
-    >>> recipe("mnist", "linear", "scattering").batch_size
+    >>> recipe("mnist", "linear", "scattering")["batch_size"]
     4096
     >>> recipe("my.npz", "mixer") == recipe("cifar10", "vgg")
     True

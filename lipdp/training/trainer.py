@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipdp.accounting.calibration import EpsilonCurve
-from lipdp.accounting.digest import check_digest, with_digest
-from lipdp.accounting.events import Ledger
+from lipdp.accounting.accountants import Spent
 from lipdp.data import DataSplit, units
 from lipdp.distributed.collectives import World, current_world
-from lipdp.distributed.wrappers import check_same_weights
-from lipdp.errors import CheckpointError, DataError, LipdpError, NonFiniteError, ResumeError
+from lipdp.errors import DataError
 from lipdp.privacy.later import Later
 from lipdp.timing import UNTIMED, Timer
+from lipdp.training.account import Account
 from lipdp.training.assembly import assemble, decided, prepare
-from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
-from lipdp.training.config import TrainConfig, config_from_dict
+from lipdp.training.checkpoint import RunFolder
+from lipdp.training.config import TrainConfig
 from lipdp.training.environment import environment
 from lipdp.training.evaluation import evaluate_batches, metrics_or_null
 from lipdp.training.monitor import Interrupted, Monitor, Result
 from lipdp.training.profile import StepProfile
-from lipdp.training.runtime import own_random_state, random_state, stop_signals
+from lipdp.training.progress import Progress
+from lipdp.training.release import Release
+from lipdp.training.resume import read_checkpoint, restore, saved_noise_multiplier
+from lipdp.training.runtime import own_random_state, stop_signals
 
-_log = logging.getLogger(__name__)
 _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
 _EVALUATED = 1024  # test records at a time
-_PROTECTED = {
-    "record": "each of the {} training records, input and label",
-    "owner": "each of the {} owners of training records, with all records of theirs, input and label",
-}
-NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 
 
 def train(config: TrainConfig, *, out: str | os.PathLike[str] | None = None, monitor: Monitor | None = None) -> Result:
@@ -84,8 +77,6 @@ class Trainer:
     Attributes:
         config: with every number decided.
         model, optimizer, scheduler, loader, criterion, engine, ema: what is trained, and with what.
-        step: noisy steps taken.
-        planned: ε after all of them, and the accountant that says so.
     """
 
     def __init__(
@@ -133,27 +124,24 @@ class Trainer:
         world = world or current_world()
         folder = RunFolder(out)
         with world.fail_together():
-            config = config_from_dict(folder.config())
-            unstarted = folder.is_unstarted()
-            checkpoint = {} if unstarted else folder.load()
-            if not unstarted and "resume" not in checkpoint:
-                if world.rank == 0:
-                    folder.seal()
-                raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
-            config = config.resumed(checkpoint.get("config", {})).resumed(given)
-        if unstarted:
+            config, checkpoint = read_checkpoint(folder, given, world)
+        if checkpoint is None:
             trainer = cls(config, split=split, monitor=monitor, profile=profile, world=world)
             trainer.folder = folder if world.rank == 0 else None
             return trainer
         with world.fail_together():
-            saved = checkpoint["resume"]
-            sigma = _saved_noise_multiplier(saved)
+            sigma = saved_noise_multiplier(checkpoint["resume"])
         trainer = cls.__new__(cls)
         trainer.profile, trainer.world = profile, world
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
         with world.fail_together():  # and all have read the folder before the first process writes to it
             trainer.engine.plan.check_same(checkpoint.get("plan", {}))
-            trainer._restore(checkpoint["model"], saved, released=folder.released_steps(checkpoint))
+            released, first = folder.released_steps(checkpoint), world.rank == 0
+            trainer._random, lost = restore(
+                trainer.config, trainer._parts, trainer._progress, checkpoint, released=released, first=first
+            )
+            trainer._account.plan_again()
+            trainer._release.saved_at = None if lost else trainer.step
             folder.check_privacy(trainer.engine.plan.as_dict())
         trainer.folder = folder if world.rank == 0 else None
         return trainer
@@ -175,15 +163,27 @@ class Trainer:
         self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
         self.engine, self.loader, self.criterion = parts.engine, parts.loader, parts.criterion
         self.forward = parts.forward
-        self.planned, self._curve, self._random = parts.planned, parts.curve, parts.random
-        self._epsilons = {self.total_steps: self.planned.epsilon}
-        self.records: list[dict[str, Any]] = []
-        self.step, self._seconds, self._samples = 0, 0.0, 0
-        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
+        self._parts, self._account = parts, Account(config, parts, self._progress)
+        self._release = Release(config, parts, self._progress, self._account, self.world)
+        self._random: Mapping[str, Tensor] = parts.random
         self._shown: Later | None = None
         self._timer: Timer = UNTIMED
-        self._saved_at: int | None = None
-        self._stds: dict[str, float] | None = {}  # of the noise of step `self.step`; None: the engine has them
+
+    @property
+    def step(self) -> int:
+        """Noisy steps taken."""
+        return self._progress.step
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics so far."""
+        return self._progress.records
+
+    @property
+    def planned(self) -> Spent:
+        """ε after all steps, and the accountant that says so."""
+        return self._account.planned
 
     @property
     def total_steps(self) -> int:
@@ -215,29 +215,30 @@ class Trainer:
             if self.folder is not None:
                 self.folder.add_session(environment())
             self.model.train()
-            if self._saved_at is None:
+            if self._release.saved_at is None:
                 self._check_test_part()
-                self._save()
+                self._release.save(self.folder)
             else:
-                self._restate()
-            clock = time.perf_counter() - self._seconds
+                self._release.restate(self.folder)
+            clock = time.perf_counter() - self._progress.seconds
             while self._goes_on(stop):
                 with self._timed():
                     with self._timer("data"):
                         batch = self._read(batches, stop)
                     self._take_step(*batch)
-                self._seconds = time.perf_counter() - clock
+                self._progress.seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()
                 elif self.step % self._every(self.config.checkpoint_every, 10) == 0:
-                    self._save()
-        return self._finish()
+                    self._release.save(self.folder)
+        self._release.finish(self.folder)
+        return Result(self.records[-1], self.engine.get_epsilon(self.delta), self.delta, self.step, self.folder)
 
     def _goes_on(self, stop: threading.Event) -> bool:
         """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
         if self.step < self.total_steps and self.world.any(stop.is_set()):
-            if self._saved_at != self.step:
-                self._save()
+            if self._release.saved_at != self.step:
+                self._release.save(self.folder)
             where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
             raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
         return self.step < self.total_steps
@@ -279,22 +280,16 @@ class Trainer:
             self.optimizer.step()
             self.scheduler.step()
             self.ema.update()
-        self.step += 1
-        self._stds = None
-        self._loss += total
+        self._progress.step += 1
+        self._progress.stds = None
+        self._progress.loss += total
         samples = (self.loader.drawn.units if self.loader.drawn else 0) * self.loader.views  # rows, where each weighs 1
-        self._samples += samples
+        self._progress.samples += samples
         mean = Later(total.double() / max(samples, 1))
         # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
         later = self.engine.deferred or self.device.type != "cpu"
         shown, self._shown = self._shown or mean if later else mean, mean
-        self.monitor.step(self.step, float(shown.read()), self.epsilon_at(self._next_record()))
-
-    def epsilon_at(self, step: int) -> float:
-        """An upper bound on ε after `step` steps of this run; at the end, what `engine.get_epsilon` says."""
-        if step not in self._epsilons:
-            self._epsilons[step] = self._curve(step + self._again)
-        return self._epsilons[step]
+        self.monitor.step(self.step, float(shown.read()), self._account.epsilon_at(self._next_record()))
 
     def _every(self, given: int | None, parts: int) -> int:
         return given or max(1, math.ceil(self.total_steps / parts))
@@ -306,13 +301,14 @@ class Trainer:
     # -- what is written -----------------------------------------------------------------------------------------------
 
     def _record(self) -> None:
-        self._check_weights()
-        progress = torch.stack([self._loss, self._loss.new_tensor(float(self._samples))])
-        self.world.all_reduce_([progress])
-        loss, samples = progress.tolist()
+        self._release.check_weights()
+        progress = self._progress
+        sums = torch.stack([progress.loss, progress.loss.new_tensor(float(progress.samples))])
+        self.world.all_reduce_([sums])
+        loss, samples = sums.tolist()
         record: dict[str, Any] = {
             "step": self.step,
-            "epsilon": self.epsilon_at(self.step),
+            "epsilon": self._account.epsilon_at(self.step),
             "delta": self.delta,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss_not_private": loss / max(samples, 1) if math.isfinite(loss) else None,
@@ -324,11 +320,10 @@ class Trainer:
                 record |= {f"test_{n}": v for n, v in self._evaluate().items()}
                 with self.ema.applied():
                     record |= {f"test_{n}_ema": v for n, v in self._evaluate().items()}
-        record = self.world.broadcast({**record, "seconds": round(self._seconds, 2)})
-        self._loss.zero_()
-        self._samples = 0
+        record = self.world.broadcast({**record, "seconds": round(progress.seconds, 2)})
+        progress.since_record()
         self.records.append(record)
-        self._save()
+        self._release.save(self.folder)
         self.monitor.record(record)
 
     def _evaluate(self) -> dict[str, float | None]:
@@ -348,167 +343,4 @@ class Trainer:
 
     def privacy(self) -> dict[str, Any]:
         """What `privacy.json` holds: the plan, and the ε spent so far."""
-        plan = self.engine.plan
-        report = {
-            "epsilon": self.epsilon_at(self.step),
-            "delta": self.delta,
-            **plan.as_dict(),
-            "steps": self.engine.steps_taken,
-            "steps_counted_again": self._again,
-            "planned_steps": self.total_steps,
-            "planned_epsilon": self.planned.epsilon,
-            "accountant": self.planned.accountant,
-            "accountant_requested": self.planned.requested,
-            "accountant_note": self.planned.note,
-            "sensitivity": dict(self.engine.sensitivity()),
-            "noise_stds": self._drawn(),
-            "protects": _PROTECTED[plan.unit].format(plan.dataset_size),
-            "not_covered": NOT_COVERED,
-        }
-        return with_digest(report)
-
-    def _drawn(self) -> dict[str, float]:
-        """Parameter → the standard deviation of its noise in the last step; none before the first."""
-        if self._stds is None:
-            self._stds = self.engine.noise_stds()
-        return self._stds
-
-    def _save(self) -> None:
-        """Let the step leave the process: its account first, then the checkpoint, then what is computed from the weights.
-
-        So a killed process has shown nothing of a step after its last checkpoint, and whoever takes that step again releases
-        it for the first time. Whatever was shown is counted in `privacy.json`.
-        """
-        self._check_weights()
-        with self.world.fail_together():
-            if self.folder is not None:
-                self.folder.write_privacy(self.privacy())
-                self.folder.save({**self._weights(), "resume": self._state()})
-                self.folder.write_metrics(self.records)
-        self._saved_at = self.step
-
-    def _restate(self) -> None:
-        """Put in the files beside the checkpoint what it says."""
-        if self.folder is not None:
-            self.folder.sweep()
-            self.folder.write_privacy(self.privacy())
-            self.folder.write_metrics(self.records)
-
-    def _finish(self) -> Result:
-        with self.world.fail_together():
-            if self.folder is not None:
-                self.folder.save(self._weights())
-                self.folder.seal()
-        epsilon = self.engine.get_epsilon(self.delta)
-        return Result(self.records[-1], epsilon, self.delta, self.step, self.folder)
-
-    def _weights(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "ema": {**self.model.state_dict(), **self.ema.weights()},
-            "step": self.step,
-            "config": self.config.as_dict(),
-            "plan": self.engine.plan.as_dict(),
-        }
-
-    def _check_weights(self) -> None:
-        self.engine.settle()
-        bad = [n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())]
-        if bad:
-            kept = f"; the last good checkpoint is of step {self._saved_at}" if self._saved_at is not None else ""
-            raise NonFiniteError(
-                f"step {self.step}: NaN or infinity in {', '.join(bad)}; lower the learning rate{kept}"
-            )
-        check_same_weights(self.world, self.model)
-
-    # -- state ---------------------------------------------------------------------------------------------------------
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "ema": self.ema.state_dict(),
-            "engine": self.engine.state_dict(),
-            "random": random_state(self.device),
-            "records": self.records,
-            "noise_stds": self._drawn(),
-            "progress": [self.step, self._seconds, float(self._loss), self._samples],
-        }
-
-    def _restore(self, model: Mapping[str, Tensor], state: Mapping[str, Any], *, released: int) -> None:
-        try:
-            engine = state["engine"]
-            lost = released - int(engine["loader"]["position"])
-            if lost > 0 and self.config.seed is None:
-                engine = self._counting(engine, lost)
-            self.engine.load_state_dict(engine)
-            self.model.load_state_dict(model)
-            load_optimizer(self.optimizer, state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            self.ema.load_state_dict(state["ema"])
-            self._random = state["random"]
-            with own_random_state(self.device, self._random):
-                pass
-            self.records = [dict(record) for record in state["records"]]
-            self._stds = dict(state["noise_stds"])
-            self.step, self._seconds, loss, self._samples = map(plain_number, state["progress"])
-            self._loss.fill_(loss)
-            if self.world.rank > 0:  # what was saved is the first process's part
-                self._loss.zero_()
-                self._samples = 0
-        except LipdpError:
-            raise
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ResumeError(f"the checkpoint does not fit this run: {error!r}") from error
-        if not self.step == self.loader.position <= min(self.engine.steps_taken, self.total_steps):
-            raise ResumeError(
-                f"the checkpoint is of step {self.step}, with {self.loader.position} batches drawn and"
-                f" {self.engine.steps_taken} of {self.total_steps} steps in its account: it was edited"
-            )
-        self._saved_at = self.step
-        if self._again:
-            self._plan_again()
-        if lost > 0:
-            self._saved_at = None  # before the first step, the count and the keys must be on disk
-
-    @property
-    def _again(self) -> int:
-        """Steps that were released, lost with their checkpoint and taken again; each counts twice."""
-        return self.engine.steps_taken - self.step
-
-    def _counting(self, engine: Mapping[str, Any], lost: int) -> dict[str, Any]:
-        """The engine's state with `lost` more steps released, and with fresh keys for those to come.
-
-        With the old keys the steps to come would be the draws of the lost ones, so that their gradients, if they differ at
-        all (another machine, other threads, a corrected record), would differ by no noise.
-        """
-        check_digest(engine, "the saved state of the engine")
-        fresh = self.engine.state_dict()
-        ledger = Ledger.from_state(engine["ledger"])
-        ledger.append(self.engine.plan.step_event.with_steps(lost))
-        changed = {
-            "ledger": ledger.state_dict(),
-            "before": engine["before"] + lost,
-            "loader": {**engine["loader"], "ratchet": fresh["loader"]["ratchet"]},
-            "noise": fresh["noise"],
-        }
-        return with_digest({**engine, **changed})
-
-    def _plan_again(self) -> None:
-        """ε of the steps taken again and of all of the run."""
-        plan = replace(self.engine.plan, steps=self.total_steps + self._again)
-        self.planned = plan.predicted
-        self._curve = EpsilonCurve([plan.event], self.delta, plan.accountant)
-        self._epsilons = {self.total_steps: self.planned.epsilon}
-        _log.warning(
-            "%d steps were released and lost with their checkpoint: they are counted again, and ε after all steps is %.4g",
-            self._again,
-            self.planned.epsilon,
-        )
-
-
-def _saved_noise_multiplier(state: dict[str, Any]) -> float:
-    try:
-        return float(state["engine"]["plan"]["noise_multiplier"])
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error
+        return self._account.statement()

@@ -1,0 +1,135 @@
+"""What a checkpoint keeps for a resume, and how a run takes it up again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lipdp.accounting.digest import check_digest, with_digest
+from lipdp.accounting.events import Ledger
+from lipdp.distributed.collectives import World
+from lipdp.errors import CheckpointError, LipdpError, ResumeError
+from lipdp.privacy.engine import PrivacyEngine
+from lipdp.training.assembly import Parts, decided
+from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
+from lipdp.training.config import TrainConfig, config_from_dict
+from lipdp.training.progress import Progress
+from lipdp.training.runtime import own_random_state, random_state
+
+
+def saved_state(parts: Parts, progress: Progress) -> dict[str, Any]:
+    """What a checkpoint holds beside the weights."""
+    return {
+        "optimizer": parts.optimizer.state_dict(),
+        "scheduler": parts.scheduler.state_dict(),
+        "ema": parts.ema.state_dict(),
+        "engine": parts.engine.state_dict(),
+        "random": random_state(parts.device),
+        "records": progress.records,
+        "noise_stds": progress.noise_stds(parts.engine),
+        "progress": [progress.step, progress.seconds, float(progress.loss), progress.samples],
+    }
+
+
+def read_checkpoint(
+    folder: RunFolder, given: Mapping[str, Any], world: World
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """The settings of the run to go on with, and its checkpoint; None where no step was taken.
+
+    Raises:
+        ResumeError: the run is finished, or `given` has other settings. CheckpointError: no checkpoint can be read.
+    """
+    config = config_from_dict(folder.config())
+    if folder.is_unstarted():
+        return config.resumed(given), None
+    checkpoint = folder.load()
+    if "resume" not in checkpoint:
+        if world.rank == 0:
+            folder.seal()
+        raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
+    return config.resumed(checkpoint.get("config", {})).resumed(given), checkpoint
+
+
+def saved_noise_multiplier(state: Mapping[str, Any]) -> float:
+    """σ of the run that was interrupted."""
+    try:
+        return float(state["engine"]["plan"]["noise_multiplier"])
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint lacks the state of its engine ({error!r})") from error
+
+
+def restore(
+    config: TrainConfig,
+    parts: Parts,
+    progress: Progress,
+    checkpoint: Mapping[str, Any],
+    *,
+    released: int,
+    first: bool,
+) -> tuple[Mapping[str, Tensor], bool]:
+    """Put a run where its checkpoint says.
+
+    Args:
+        config, parts, progress: of the run.
+        checkpoint: with a `resume` state.
+        released: the last step that somebody may have seen something of.
+        first: whether this is the first process: what was saved of loss and samples is its part.
+
+    Returns:
+        The state of torch's generators, and whether steps were released that the checkpoint does not hold: their count
+        and the new keys must then be on disk before the next step.
+
+    Raises:
+        ResumeError: the checkpoint is of another run, or was edited.
+    """
+    state, total = checkpoint["resume"], decided(config.steps)
+    try:
+        engine = state["engine"]
+        lost = released - int(engine["loader"]["position"])
+        if lost > 0 and config.seed is None:
+            engine = _counting(parts.engine, engine, lost)
+        parts.engine.load_state_dict(engine)
+        parts.model.load_state_dict(checkpoint["model"])
+        load_optimizer(parts.optimizer, state["optimizer"])
+        parts.scheduler.load_state_dict(state["scheduler"])
+        parts.ema.load_state_dict(state["ema"])
+        random: Mapping[str, Tensor] = state["random"]
+        with own_random_state(parts.device, random):
+            pass
+        progress.records = [dict(record) for record in state["records"]]
+        progress.stds = dict(state["noise_stds"])
+        progress.step, progress.seconds, loss, progress.samples = map(plain_number, state["progress"])
+        progress.loss.fill_(loss)
+        if not first:
+            progress.since_record()
+    except LipdpError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ResumeError(f"the checkpoint does not fit this run: {error!r}") from error
+    if not progress.step == parts.loader.position <= min(parts.engine.steps_taken, total):
+        raise ResumeError(
+            f"the checkpoint is of step {progress.step}, with {parts.loader.position} batches drawn and"
+            f" {parts.engine.steps_taken} of {total} steps in its account: it was edited"
+        )
+    return random, lost > 0
+
+
+def _counting(engine: PrivacyEngine, state: Mapping[str, Any], lost: int) -> dict[str, Any]:
+    """The engine's state with `lost` more steps released, and with fresh keys for those to come.
+
+    With the old keys the steps to come would be the draws of the lost ones, so that their gradients, if they differ at
+    all (another machine, other threads, a corrected record), would differ by no noise.
+    """
+    check_digest(state, "the saved state of the engine")
+    fresh = engine.state_dict()
+    ledger = Ledger.from_state(state["ledger"])
+    ledger.append(engine.plan.step_event.with_steps(lost))
+    changed = {
+        "ledger": ledger.state_dict(),
+        "before": state["before"] + lost,
+        "loader": {**state["loader"], "ratchet": fresh["loader"]["ratchet"]},
+        "noise": fresh["noise"],
+    }
+    return with_digest({**state, **changed})

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def executed(monkeypatch):
 
     def watched(engine, *arguments, **options):
         made = ordinary(engine, *arguments, **options)
-        found.append(engine)
+        found.append(SimpleNamespace(engine=engine, plan=engine.plan, done=mechanism(engine)))
         return made
 
     monkeypatch.setattr(PrivacyEngine, "make_private_with_plan", watched)
@@ -205,12 +206,12 @@ def test_train(name, owned, executed, tmp_path, capsys):
     settings = {**SHORT, **SETTINGS[name], "dataset": owned}
     words = [w for n, v in settings.items() for w in (f"--{n.replace('_', '-')}", str(v))]
     assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
-    (engine,) = executed
+    (made,) = executed
     written = json.loads((tmp_path / "run" / "privacy.json").read_text())
-    assert mechanism(engine) == stated(engine.plan) == stated(written)
+    assert made.done == stated(made.plan) == stated(written)
     owners = "owner_column" in settings
-    assert (engine.plan.dataset_size, engine.plan.unit) == ((OWNERS, "owner") if owners else (RECORDS, "record"))
-    printed, plan = " ".join(capsys.readouterr().out.split()), engine.plan
+    assert (made.plan.dataset_size, made.plan.unit) == ((OWNERS, "owner") if owners else (RECORDS, "record"))
+    printed, plan = " ".join(capsys.readouterr().out.split()), made.plan
     for text in (
         f"each of {plan.dataset_size} {plan.unit}s ({plan.relation.words} {plan.unit})",
         f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}",
@@ -218,7 +219,7 @@ def test_train(name, owned, executed, tmp_path, capsys):
         f"ε = {plan.predicted.epsilon:.4g} at δ = {plan.target_delta:g}",
     ):
         assert text in printed
-    assert written["planned_epsilon"] == plan.predicted.epsilon == engine.get_epsilon(plan.target_delta)
+    assert written["planned_epsilon"] == plan.predicted.epsilon == made.engine.get_epsilon(plan.target_delta)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -230,7 +231,7 @@ def test_simulate(name, owned, executed):
     assert mechanism(full.engine) == stated(given.plan) == stated(full.engine.plan)
     assert full.planned == given.plan.predicted
     Runner(given, split, bound)({})
-    assert mechanism(executed[-1]) == stated(given.simulated) == stated(executed[-1].plan)
+    assert executed[-1].done == stated(given.simulated) == stated(executed[-1].plan)
     assert given.plan.unit == given.simulated.unit == ("owner" if "owner_column" in settings else "record")
     assert given.as_dict()["full"].items() <= given.plan.as_dict().items()
     assert given.as_dict()["simulated"].items() <= replace(given.simulated, seeded=True).as_dict().items()
@@ -249,8 +250,8 @@ def test_plan_simulate_prints_and_then_runs_one_plan(owned, executed, tmp_path, 
     simulated, full = executed
     assert f"full run: {full.plan}" in " ".join(capsys.readouterr().out.split())
     told = json.loads((tmp_path / "simulation.json").read_text())
-    assert mechanism(full) == stated(told["full"]) == stated(full.plan)
-    assert mechanism(simulated) == stated(told["simulated"]) == stated(simulated.plan)
+    assert full.done == stated(told["full"]) == stated(full.plan)
+    assert simulated.done == stated(told["simulated"]) == stated(simulated.plan)
 
 
 def test_compare_utility(owned, executed):
@@ -258,24 +259,28 @@ def test_compare_utility(owned, executed):
                            batch_size=40, epochs=1.0, tune_scale=2)  # fmt: skip
     (cell,) = utility(config).cells
     *trials, final = executed
-    for engine in executed:
-        assert mechanism(engine) == stated(engine.plan)
+    for made in executed:
+        assert made.done == stated(made.plan)
     plan = final.plan
     assert (plan.dataset_size, plan.expected_batch_size, plan.steps) == (RECORDS, 40, cell["steps"])
     assert (cell["batch_size"], cell["noise_multiplier"]) == (40, plan.noise_multiplier)
-    assert cell["epsilon"] == plan.predicted.epsilon == final.accountant.epsilon([plan.event], cell["delta"]).epsilon
-    for engine in trials:
-        assert engine.plan.expected_batch_size == round(20 * engine.plan.dataset_size / RECORDS)
-        assert engine.plan.noise_multiplier == plan.noise_multiplier / 2
+    assert (
+        cell["epsilon"]
+        == plan.predicted.epsilon
+        == final.engine.accountant.epsilon([plan.event], cell["delta"]).epsilon
+    )
+    for made in trials:
+        assert made.plan.expected_batch_size == round(20 * made.plan.dataset_size / RECORDS)
+        assert made.plan.noise_multiplier == plan.noise_multiplier / 2
 
 
 def test_compare_robustness(owned, executed):
     config = RobustnessConfig(dataset=owned, model="linear", epsilon=4.0, trainers=("clipless",), taus=(8.0,),
                               batch_size=40, epochs=1.0, samples=20)  # fmt: skip
     (cell,) = robustness(config).cells
-    (engine,) = executed
-    plan = engine.plan
-    assert mechanism(engine) == stated(plan)
+    (made,) = executed
+    plan = made.plan
+    assert made.done == stated(plan)
     assert (cell["batch_size"], cell["steps"], cell["noise_multiplier"]) == (40, plan.steps, plan.noise_multiplier)
     assert cell["epsilon"] == plan.predicted.epsilon <= 4.0
 
@@ -285,14 +290,13 @@ def test_audits(steps, rate, executed):
     """The engine of `many_runs` takes the steps of all its runs; its plan is otherwise that of one."""
     result = many_runs(lipdp.audit.worst_case(steps=steps, sampling_rate=rate), epsilon=8.0, runs=60, seed=0)
     single = one_run(lipdp.audit.gradient_canaries(64, steps=steps, sampling_rate=rate), epsilon=8.0, seed=0)
-    for engine in executed:
-        told = single if engine is executed[-1] else result
-        present = {"dataset_size": engine._run.loader.sampler.population}  # with the canary or without: N is a constant
-        assert mechanism(engine) == {**stated(engine.plan), **present}
-        assert (told.noise_multiplier, told.sampling_rate) == (engine.plan.noise_multiplier, engine.plan.sampling_rate)
-        assert engine.plan.steps % told.steps == 0
-        assert told.steps == steps
-        assert told.claimed_epsilon == replace(engine.plan, steps=steps).predicted.epsilon <= 8.0
+    for made in executed:
+        told, plan = single if made is executed[-1] else result, made.plan
+        present = {"dataset_size": made.done["dataset_size"]}  # with the canaries or without: N is a constant
+        assert made.done == {**stated(plan), **present}
+        assert (told.noise_multiplier, told.sampling_rate) == (plan.noise_multiplier, plan.sampling_rate)
+        assert (told.steps, plan.steps % steps) == (steps, 0)
+        assert told.claimed_epsilon == replace(plan, steps=steps).predicted.epsilon <= 8.0
     assert executed[-1].plan.steps == steps
 
 
@@ -335,7 +339,7 @@ HOME = "lipdp/accounting/plan.py"
 DECISIONS = {
     "q": r"batch(_size)? / (\w+\.)*(dataset_size|records|population|size|units|len\()",
     "σ": r"import [\w, ]*\bcalibrate\b|accounting\.calibrate\(|lipdp\.calibrate\(",
-    "the relation": r'"(poisson|fixed_size)": *Relation|Relation\.\w+ (if|else)',
+    "the relation": r'"(poisson|fixed_size)": *Relation|Relation\.\w+ if|else Relation\.',
 }
 ALLOWED = {"lipdp/batches/samplers.py"}  # a sampler of a fixed size used by itself says its rate; it draws B, not q
 

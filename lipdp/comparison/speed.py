@@ -17,7 +17,7 @@ from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows
 from lipdp.errors import LipdpError, ParameterError
-from lipdp.processes import is_out_of_memory
+from lipdp.processes import is_out_of_memory, peak_bytes
 from lipdp.training.recipes import recipe
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -101,8 +101,6 @@ def speed(
         ratio_to_non_private, ratio_to_plain_non_private, peak_bytes.
     """
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
-    from lipdp.comparison.peak import peak  # which stands on this module
-
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
     asked_rows = rows(config.trainers, config.kinds)
     for batch_size in sorted(config.batch_sizes):
@@ -160,6 +158,23 @@ def start(config: SpeedConfig, row: Row, batch_size: int) -> Session:
     session = row.trainer.start(model, task)
     session.model.train()
     return session
+
+
+def prepare(config: SpeedConfig, row: Row, batch_size: int) -> Callable[[], None]:
+    """A session's steps, a batch each."""
+    session = start(config, row, batch_size)
+    batches = iter(session.loader)
+    return lambda: session.step(*next(batches))
+
+
+def peak(config: SpeedConfig, row: Row, batch_size: int) -> Cell:
+    """A cell with the peak memory of a process that takes three steps."""
+    limits: dict[str, Any] = {"device": config.device, "memory_limit": config.memory_limit}
+    try:
+        found = peak_bytes(prepare, config, row, batch_size, **limits)
+    except LipdpError as error:
+        return {"status": REFUSED, "reason": str(error)}
+    return {"status": OUT_OF_MEMORY} if found is None else {"status": MEASURED, "peak_bytes": found}
 
 
 def _times(config: SpeedConfig, asked: Sequence[Row], batch_size: int) -> dict[Row, Cell]:

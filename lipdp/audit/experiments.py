@@ -34,8 +34,8 @@ class Experiment:
         dataset_size: N, the public constant.
         expected_batch_size: B; q = B/N.
         steps: T of one run.
-        learning_rate: of plain SGD. With 0 the weights stand still: ε holds at every learning rate, and what a canary adds to
-            the release is then the same at every step.
+        learning_rate: of plain SGD. With 0 the weights stand still: ε holds at every learning rate, and what a canary
+            adds to the release is then the same at every step.
         saturated: every canary's gradient meets the bound of every parameter exactly.
     """
 
@@ -68,8 +68,8 @@ class Experiment:
 class _Witness(nn.Module):
     """A convolution with a bias, and a dense layer, side by side: one record meets the bounds of all three at once.
 
-    On s × s images, circular padding: a constant image of norm c and a constant cotangent of norm G give every kernel entry
-    the gradient Σ_pos g·x = c·G, so ‖∇_W‖ = k c G = √m X G; ‖∇_b‖ = s G = √(H'W') G; and ‖∇_dense‖ = c G.
+    On s × s images, circular padding: a constant image of norm c and a constant cotangent of norm G give every kernel
+    entry the gradient Σ_pos g·x = c·G, so ‖∇_W‖ = k c G = √m X G; ‖∇_b‖ = s G = √(H'W') G; and ‖∇_dense‖ = c G.
     """
 
     def __init__(self, size: int, kernel: int) -> None:
@@ -96,11 +96,11 @@ def worst_case(
 ) -> Experiment:
     r"""One canary whose gradient is exactly at the bound of a convolution, of its bias and of a dense layer.
 
-    The joint shift of the release, :math:`\sqrt{\sum_l \Delta_l^2/s_l^2} = 1/\sigma`, is the worst that the claim allows. The
-    records that are always there are fitted exactly, so that their gradient is zero (the absolute error at 0), or with
-    `opposed` have the canary's gradient with the other sign: they then show batches of a fixed size, in which a canary takes
-    the place of another record. There are few records and about 650 weights, so that dividing by the number of records
-    drawn shows in the noise.
+    The joint shift of the release, :math:`\sqrt{\sum_l \Delta_l^2/s_l^2} = 1/\sigma`, is the worst that the claim
+    allows. The records that are always there are fitted exactly, so that their gradient is zero (the absolute error at
+    0), or with `opposed` have the canary's gradient with the other sign: they then show batches of a fixed size, in
+    which a canary takes the place of another record. There are few records and about 650 weights, so that dividing by
+    the number of records drawn shows in the noise.
 
     Args:
         steps: T of a run.
@@ -148,9 +148,9 @@ class _TwoBlocks(nn.Module):
 def gradient_canaries(count: int, *, steps: int = 1, sampling_rate: float = 1.0) -> Experiment:
     r"""Canaries whose gradients are orthogonal to each other and exactly at the bound of either parameter block.
 
-    Canary (i, k) has input e_i, of norm 1, and a target out of reach in the direction of row k of a Hadamard matrix, so that
-    its gradient is :math:`h_k e_i^\top/C` in the first block and twice that in the second, of norms Δ₁ and Δ₂, at any
-    weights: in the basis :math:`h_k e_i^\top/\sqrt C` a Dirac in each block.
+    Canary (i, k) has input e_i, of norm 1, and a target out of reach in the direction of row k of a Hadamard matrix, so
+    that its gradient is :math:`h_k e_i^\top/C` in the first block and twice that in the second, of norms Δ₁ and Δ₂, at
+    any weights: in the basis :math:`h_k e_i^\top/\sqrt C` a Dirac in each block.
 
     Args:
         count: m from 2 to 2^18 (then 1 GB); rounded up to a power of two.
@@ -192,8 +192,8 @@ def input_canaries(
 ) -> Experiment:
     """Mislabelled records, moved within the input bound to where their gradient is largest, in an ordinary training.
 
-    Each canary is a training record of its own with the label after its true one; then `climb` steps of ascent on the joint
-    size Σ_l ‖g_l‖²/Δ_l² of its gradient. The remaining records train the model with it.
+    Each canary is a training record of its own with the label after its true one; then `climb` steps of ascent on the
+    joint size Σ_l ‖g_l‖²/Δ_l² of its gradient. The remaining records train the model with it.
 
     Args:
         count: m, less than the number of training records.

@@ -1,7 +1,7 @@
 r"""From right and wrong guesses to a lower bound on ε, at a stated confidence.
 
-The game: a record is put in or left out by a fair coin, the mechanism runs, and an adversary who sees its output guesses
-"in", guesses "out", or abstains. The better the guesses, the larger ε must be.
+The game: a record is put in or left out by a fair coin, the mechanism runs, and an adversary who sees its output
+guesses "in", guesses "out", or abstains. The better the guesses, the larger ε must be.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def independent_lower_bound(
 ) -> NDArray[np.float64]:
     r"""Lower bound on ε from independent games, elementwise (an exact binomial, Clopper–Pearson, bound).
 
-    The maths: in one game let a = P(guess in | in), b = P(guess in | out), c = P(guess out | out), d = P(guess out | in).
-    If the mechanism is (ε, δ)-DP, then a ≤ e^ε b + δ and c ≤ e^ε d + δ. A guess is made with probability
+    The maths: in one game let a = P(guess in | in), b = P(guess in | out), c = P(guess out | out), d = P(guess out |
+    in). If the mechanism is (ε, δ)-DP, then a ≤ e^ε b + δ and c ≤ e^ε d + δ. A guess is made with probability
     ρ = (a + b + c + d)/2 and is then right with probability p = (a + c)/(2ρ); adding the two inequalities,
-    2ρp ≤ 2ρ e^ε (1 − p) + 2δ, so :math:`e^\varepsilon \ge (p - \delta/\rho)/(1-p)`. Given the number of guesses, that of
-    right ones is Binomial(guesses, p), and the number of guesses is Binomial(games, ρ). The expression grows in p and in ρ,
-    so their lower confidence bounds, with error probabilities that sum to 1 − confidence, bound it.
+    2ρp ≤ 2ρ e^ε (1 − p) + 2δ, so :math:`e^\varepsilon \ge (p - \delta/\rho)/(1-p)`. Given the number of guesses, that
+    of right ones is Binomial(guesses, p), and the number of guesses is Binomial(games, ρ). The expression grows in p
+    and in ρ, so their lower confidence bounds, with error probabilities that sum to 1 − confidence, bound it.
 
-    Guarantees: below the true ε with probability ≥ `confidence` if the games are independent, the coins fair and the guessing
-    rule chosen without looking at these games.
+    Guarantees: below the true ε with probability ≥ `confidence` if the games are independent, the coins fair and the
+    guessing rule chosen without looking at these games.
 
     Args:
         correct, guesses: right guesses and all guesses, of any equal shape.
@@ -63,10 +63,11 @@ def _lower_proportion(successes: NDArray[np.float64], trials: NDArray[np.float64
 def one_run_p_value(correct: int, guesses: int, canaries: int, *, epsilon: float, delta: float) -> float:
     r"""Probability of so many right guesses or more under (ε, δ)-DP, when all canaries share one run.
 
-    The maths: the coins are independent, so whatever the run reveals about the others, each guess is right with probability
-    at most p = e^ε/(1 + e^ε), and under (ε, 0)-DP the number of right ones is dominated by W ~ Binomial(guesses, p). δ lets
-    canaries be given away, 2 m δ of them on average; spending that in the worst way adds at most
-    :math:`2m\delta\,\alpha` with :math:`\alpha = \max_i \tfrac1i P(v - i \le W < v)`, v being the number of right guesses.
+    The maths: the coins are independent, so whatever the run reveals about the others, each guess is right with
+    probability at most p = e^ε/(1 + e^ε), and under (ε, 0)-DP the number of right ones is dominated by W ~
+    Binomial(guesses, p). δ lets canaries be given away, 2 m δ of them on average; spending that in the worst way adds
+    at most :math:`2m\delta\,\alpha` with :math:`\alpha = \max_i \tfrac1i P(v - i \le W < v)`, v being the number of
+    right guesses.
 
     Args:
         correct: v.

@@ -18,10 +18,10 @@ def with_backprop_clipping(
 ) -> fx.GraphModule:
     r"""The model with the input of every trainable layer clipped to norm X, and the cotangent of its output to norm C.
 
-    A dense layer then has :math:`\Delta_W = X C`, a convolution :math:`\sqrt m X C` (its windows overlap m-fold), a bias
-    √positions · C, whatever the weights and whatever lies between the layers: nothing need be constrained. The
-    propagation of `lipdp.sensitivity` finds these bounds by itself, and one step of `lipdp.PrivacyEngine` is one Gaussian
-    mechanism on one Poisson batch for all layers together.
+    A dense layer then has :math:`\Delta_W = X C`, a convolution :math:`\sqrt m X C` (its windows overlap m-fold), a
+    bias √positions · C, whatever the weights and whatever lies between the layers: nothing need be constrained. The
+    propagation of `lipdp.sensitivity` finds these bounds by itself, and one step of `lipdp.PrivacyEngine` is one
+    Gaussian mechanism on one Poisson batch for all layers together.
 
     (Bounding the cotangent of a convolution by its L1 norm over positions, as the paper does, saves the √m; but the L1
     norm over L positions is up to √L times the L2 norm, and L is larger than m.)
@@ -36,7 +36,8 @@ def with_backprop_clipping(
         A module with clips that act in training and in evaluation.
 
     Raises:
-        UnsupportedLayerError: a trainable layer of another kind. ParameterError: bounds ≤ 0, or the wrong number of them.
+        UnsupportedLayerError: a trainable layer of another kind. ParameterError: bounds ≤ 0, or the wrong number of
+            them.
         UnsupportedOperationError: torch.fx cannot trace the model.
 
     >>> plain = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 3, bias=False))

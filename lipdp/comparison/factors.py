@@ -1,8 +1,8 @@
 """Clipping as factors on per-sample gradients, block by block: for trainers, and as the matrices of `dynamics`.
 
-With n samples and D parameter blocks, ‖g_i‖² = Σ_r ‖g_{i,r}‖². Flat kinds look at ‖g_i‖, per-layer kinds at each ‖g_{i,r}‖;
-local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor bounds what it
-multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
+With n samples and D parameter blocks, ‖g_i‖² = Σ_r ‖g_{i,r}‖². Flat kinds look at ‖g_i‖, per-layer kinds at each
+‖g_{i,r}‖; local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor bounds what
+it multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
 """
 
 from __future__ import annotations

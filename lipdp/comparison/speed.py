@@ -86,10 +86,10 @@ def speed(
 ) -> Results:
     """Measure, batch size by batch size; a folder that holds some of the cells is completed.
 
-    The time of a step is the median over interleaved repetitions; its ratio to the non-private step of the same model, and
-    of the twin, is the median of the ratios within a repetition, so that a slow second of the machine strikes both. Peak
-    memory is that of a process which takes three steps: its resident set on a CPU, `max_memory_allocated` on CUDA. A
-    trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
+    The time of a step is the median over interleaved repetitions; its ratio to the non-private step of the same model,
+    and of the twin, is the median of the ratios within a repetition, so that a slow second of the machine strikes both.
+    Peak memory is that of a process which takes three steps: its resident set on a CPU, `max_memory_allocated` on CUDA.
+    A trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
 
     Args:
         config: what is measured.
@@ -97,8 +97,8 @@ def speed(
         progress: is told what is being measured.
 
     Returns:
-        Cells with trainer, model, dataset, batch_size, status and, where it was measured, step_seconds, step_seconds_iqr,
-        ratio_to_non_private, ratio_to_plain_non_private, peak_bytes.
+        Cells with trainer, model, dataset, batch_size, status and, where it was measured, step_seconds,
+        step_seconds_iqr, ratio_to_non_private, ratio_to_plain_non_private, peak_bytes.
     """
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})

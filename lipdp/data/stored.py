@@ -43,7 +43,8 @@ class Stored:
     """A data set that stays on disk: a `DataSplit` that holds no inputs.
 
     Each batch is read, scaled to [0, 1] if it is of bytes, resized and bounded when it is asked for, record by record
-    and by public constants. A table with NaN or infinity in a record is refused when that record is read, by the bounding.
+    and by public constants. A table with NaN or infinity in a record is refused when that record is read, by the
+    bounding.
 
     Attributes:
         name: what it was opened as.
@@ -183,8 +184,8 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
 def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -> Stored:
     """A folder with `train_x.npy`, `train_y.npy`, `test_x.npy` and `test_y.npy`, memory-mapped, inputs never read whole.
 
-    Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0, 1].
-    Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
+    Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0,
+    1]. Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
 
     Guarantees: shapes, dtypes, counts and all labels are checked, and 64 records of each part; nothing else is read.
 

@@ -1,8 +1,8 @@
 """Planning with the total amount of noise: from a budget to (B, σ, T), and a search at a fraction of the compute.
 
-`plan` chooses a batch size, a noise multiplier and a number of steps; `simulate` looks for hyper-parameters by runs at B/k
-and σ/k, which are not private; `Repetitions` says what a search costs that is private; `measure(workload, m).predict(scale)`
-says what a run costs in time and memory on W devices, from steps taken on one.
+`plan` chooses a batch size, a noise multiplier and a number of steps; `simulate` looks for hyper-parameters by runs at
+B/k and σ/k, which are not private; `Repetitions` says what a search costs that is private;
+`measure(workload, m).predict(scale)` says what a run costs in time and memory on W devices, from steps taken on one.
 """
 
 from lipdp.lazy import facade

@@ -32,21 +32,23 @@ _ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 33), 36, 40, 48, 64,
 class Repetitions:
     r"""K runs with K random, each with hyper-parameters drawn anew; only the best one's output is released.
 
-    Let one run, hyper-parameters and score included, satisfy :math:`D_\alpha \le \rho(\alpha)`. With K from the truncated
-    negative binomial of shape s ≥ 0 and γ in (0, 1) (s = 1 geometric, s = 0 logarithmic), for any orders α > 1, β ≥ 1,
+    Let one run, hyper-parameters and score included, satisfy :math:`D_\alpha \le \rho(\alpha)`. With K from the
+    truncated negative binomial of shape s ≥ 0 and γ in (0, 1) (s = 1 geometric, s = 0 logarithmic), for any orders α >
+    1, β ≥ 1,
 
     .. math:: D_\alpha^{search} \le \rho(\alpha) + (1+s)(1 - 1/\beta)\,\rho(\beta) + (1+s)\ln(1/\gamma)/\beta
               + \ln E[K]/(\alpha-1)
 
     and with K from the Poisson law of mean μ, for any :math:`\hat\delta` at which one run is
-    :math:`(\ln\tfrac{\alpha}{\alpha-1}, \hat\delta)`-DP, :math:`D_\alpha^{search} \le \rho(\alpha) + \mu\hat\delta + \ln\mu/(\alpha-1)`.
-    The cost hardly grows with E[K], whereas E[K] runs that are all released cost √E[K] times as much or more. For a pure-DP
-    run of ε the search is (2+s)ε-DP.
+    :math:`(\ln\tfrac{\alpha}{\alpha-1}, \hat\delta)`-DP,
+    :math:`D_\alpha^{search} \le \rho(\alpha) + \mu\hat\delta + \ln\mu/(\alpha-1)`. The cost hardly grows with E[K],
+    whereas E[K] runs that are all released cost √E[K] times as much or more. For a pure-DP run of ε the search is
+    (2+s)ε-DP.
 
-    Guarantees: an upper bound on the ε of the whole search, provided that K is drawn by `draw`, once and without looking
-    at the data; that K stays secret; that every run's hyper-parameters are drawn independently from one law fixed
-    beforehand (no Optuna here: it adapts to earlier scores); and that the score is computed from what one run releases
-    and from public records, or its own release is part of `event`.
+    Guarantees: an upper bound on the ε of the whole search, provided that K is drawn by `draw`, once and without
+    looking at the data; that K stays secret; that every run's hyper-parameters are drawn independently from one law
+    fixed beforehand (no Optuna here: it adapts to earlier scores); and that the score is computed from what one run
+    releases and from public records, or its own release is part of `event`.
 
     Args:
         law: "geometric", "logarithmic", "poisson", or a shape s ≥ 0 of the truncated negative binomial.

@@ -92,7 +92,8 @@ def simulate(
 
     Args:
         settings: of the full run, as `lipdp.training.configure` takes them.
-        space: name → `Range` or `Choice`, e.g. from `parse_space`. Choices alone are searched whole if `trials` suffice.
+        space: name → `Range` or `Choice`, e.g. from `parse_space`. Choices alone are searched whole if `trials`
+            suffice.
         out: the search's folder: simulation.json, study.db (Optuna, SQLite), trials/NUMBER.json, result.json.
         scale: k in [1, 128]; jobs: processes; validation: share of the training records; seed: of draws and runs.
         trials: how many runs in all.

@@ -38,8 +38,8 @@ def tan_eta(*, noise_multiplier: float, sampling_rate: float, steps: int) -> flo
 def tan_epsilon(eta: float, delta: float) -> float:
     r""":math:`\varepsilon_{TAN} = \eta^2 + 2\eta\sqrt{\ln(1/\delta)}`, a first guess, not a bound.
 
-    For small q one step's Rényi divergence of order α is about :math:`\alpha q^2(e^{1/\sigma^2} - 1)/2`, for large σ thus
-    :math:`\alpha q^2/(2\sigma^2)`, and that of T steps :math:`\alpha\eta^2`. The
+    For small q one step's Rényi divergence of order α is about :math:`\alpha q^2(e^{1/\sigma^2} - 1)/2`, for large σ
+    thus :math:`\alpha q^2/(2\sigma^2)`, and that of T steps :math:`\alpha\eta^2`. The
     classical conversion :math:`\min_\alpha \alpha\eta^2 + \ln(1/\delta)/(\alpha - 1)` is the formula. It errs on both
     sides: the conversion is loose (for σ ≥ 2 the exact ε was 6 to 25 % lower, most where ε is small), the expansion too
     low for a small σ (at σ = 0.5 the exact ε was 3.6 to 5.3 times as much). Use `lipdp.epsilon` for a claim.

@@ -86,7 +86,7 @@ def _flat(tensors: Tensors) -> Tensor:
 
 
 def _log_likelihood(projection: Tensor, shift: Tensor, q: float) -> Tensor:
-    """log(1 − q + q·e^{⟨r, a⟩ − ‖a‖²/2}): one step's likelihood ratio of in over out, r with unit noise, a the canary."""
+    """log(1 − q + q·e^{⟨r, a⟩ − ‖a‖²/2}): a step's likelihood ratio of in over out, r with unit noise, a the canary."""
     exponent = projection - shift.square() / 2
     if q == 1.0:
         return exponent

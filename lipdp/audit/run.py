@@ -127,8 +127,8 @@ def many_runs(
     experiment = worst_case() if experiment is None else experiment
     if len(experiment.canaries[0]) != 1 or experiment.learning_rate != 0.0:
         raise ParameterError(
-            f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0 (given"
-            f" {experiment.learning_rate:g}), so that runs do not differ in anything else"
+            f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0"
+            f" (given {experiment.learning_rate:g}), so that runs do not differ in anything else"
         )
     coins = fair_coins(_enough("runs", runs), seed)
     setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)

@@ -146,7 +146,7 @@ def calibration(
 
 
 def reliability_diagram(calibration: Calibration, *, title: str | None = None) -> Figure:
-    """Accuracy against confidence, bin by bin, over the share of records in each: a calibrated model is on the diagonal.
+    """Accuracy against confidence, bin by bin, over the share of records in each; calibrated is on the diagonal.
 
     Returns:
         A figure that belongs to no window; `figure.savefig("reliability.png")` writes it.
@@ -218,7 +218,8 @@ def _labels(y: Tensor, records: int, classes: int) -> Tensor:
         raise DataError(f"{records} records have labels of shape {tuple(labels.shape)}; give one label a record, (N,)")
     if not bool(((labels >= 0) & (labels < classes) & (labels == labels.long())).all()):
         raise DataError(
-            f"labels are from {labels.min().item()} to {labels.max().item()}; the model has the classes 0 to {classes - 1}"
+            f"labels are from {labels.min().item()} to {labels.max().item()}; the model has the classes 0 to"
+            f" {classes - 1}"
         )
     return labels.long()
 

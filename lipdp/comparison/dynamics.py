@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------------------- the flow
+# ------------------------------------------------------------------------------------------------------------- the flow
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Flow:
 def gradient_flow(
     model: nn.Module, x: Tensor, y: Tensor, *, loss: PerSampleLoss, clipping: Clipping, step_size: float, steps: int
 ) -> Flow:
-    r"""Follow :math:`\dot w_r = -\frac1n \sum_i c_{i,r}\, g_{i,r}` with Euler steps, in float64, on a copy of the model.
+    r"""Follow :math:`\dot w_r = -\frac1n \sum_i c_{i,r}\, g_{i,r}` by Euler steps, in float64, on a copy of the model.
 
     At each point :math:`dL/dt = -\sum_r \langle \nabla_r L, \frac1n \sum_i c_{i,r}\, g_{i,r}\rangle`.
 
@@ -148,7 +148,7 @@ def gradient_flow(
     return Flow(torch.stack(losses), torch.stack(rates), torch.stack(kept), weights)
 
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
@@ -253,8 +253,8 @@ def markdown(rows: Sequence[Row]) -> str:
         return f"{'yes' if found else '**no**'}{said}, {figure}"
 
     lines = [
-        "| clipping | kept, least | symmetric: ‖M−Mᵀ‖/‖M‖ | form ≥ 0: λmin/‖M‖ | eigenvalues real, ≥ 0: min Re, max Im /‖M‖"
-        " | loss monotone: largest dL/dt | L from, to |",
+        "| clipping | kept, least | symmetric: ‖M−Mᵀ‖/‖M‖ | form ≥ 0: λmin/‖M‖ | eigenvalues real, ≥ 0: min Re, max Im"
+        " /‖M‖ | loss monotone: largest dL/dt | L from, to |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -41,7 +41,7 @@ class Unclipped:
 
 @dataclass(frozen=True)
 class Flat:
-    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient; a zero gradient keeps its factor 1.
+    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient; a zero gradient keeps 1.
 
     >>> Flat(5.0).factors(torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
     tensor([[0.5000, 0.5000],

@@ -226,7 +226,7 @@ def _configured(trainer: Trainer, bench: _Bench) -> Trainer:
     return replace(trainer, max_grad_norm=bench.config.max_grad_norm) if isinstance(trainer, OpacusTrainer) else trainer
 
 
-# --- what it shows -----------------------------------------------------------------------------------------------------
+# --- what it shows ----------------------------------------------------------------------------------------------------
 
 
 def front(cells: Sequence[Cell], number: int = 0) -> list[Cell]:

@@ -126,7 +126,7 @@ def trained(
     noise_multiplier: float,
     seed: int,
 ) -> Session:
-    """A new model of the row's kind after all T steps on the split's training part: seeded, so repeatable and not private.
+    """A new model of the row's kind after all T steps on the split's training part: seeded, repeatable, not private.
 
     Args:
         trainer: the row's, with its settings.

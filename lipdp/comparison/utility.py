@@ -275,8 +275,9 @@ def summary(results: Results) -> list[Cell]:
         scores = [cell[metric] for cell in cells]
         mean = sum(scores) / len(scores)
         spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) if len(scores) > 1 else 0.0
-        found.append({**dict(zip(names, key, strict=True)), "metric": metric, "mean": mean, "spread": spread,
-                      "runs": len(scores), "settings": cells[0]["settings"], "epsilon": cells[0]["epsilon"]})  # fmt: skip
+        figures = {"metric": metric, "mean": mean, "spread": spread, "runs": len(scores)}
+        shared = {name: cells[0][name] for name in ("settings", "epsilon")}
+        found.append({**dict(zip(names, key, strict=True)), **figures, **shared})
     return found
 
 

@@ -12,7 +12,7 @@ import pickletools
 import reprlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from gzip import GzipFile
@@ -128,23 +128,15 @@ _ARRAYS = [f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")
 _BUFFERS = [f"numpy.{core}.numeric _frombuffer" for core in ("core", "_core")]
 _NAMES = ["numpy ndarray", "numpy dtype", "_codecs encode", *_ARRAYS, *_BUFFERS]
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = (
+_CONTENT = (
     "INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE"
     " SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8"
-).split()  # noqa: SIM905
-_MADE: dict[str, tuple[Callable[[list[Any]], Any], int | None]] = {  # and of how many items; None: since the last mark
-    **{
-        "EMPTY_TUPLE": (tuple, 0),
-        "TUPLE1": (tuple, 1),
-        "TUPLE2": (tuple, 2),
-        "TUPLE3": (tuple, 3),
-        "TUPLE": (tuple, None),
-    },
-    **{"EMPTY_LIST": (list, 0), "LIST": (list, None), "EMPTY_DICT": (_Pairs, 0), "DICT": (_Pairs, None)},
-}
-_ADDED: dict[str, tuple[Callable[[list[Any]], Any], int | None]] = {
-    **{"APPEND": (list, 1), "APPENDS": (list, None), "SETITEM": (_Pairs, 2), "SETITEMS": (_Pairs, None)},
-}
+)
+_LITERALS = _CONTENT.split()
+_ITEMS = {  # that an opcode takes from the stack; None: all above the last mark
+    "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None, "EMPTY_LIST": 0, "LIST": None,
+    "EMPTY_DICT": 0, "DICT": None, "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None,
+}  # fmt: skip
 
 
 def _unpickled(content: bytes) -> Any:
@@ -165,13 +157,13 @@ def _unpickled(content: bytes) -> Any:
         name = opcode.name
         if name in _CONSTANTS or name in _LITERALS:
             stack.append(_CONSTANTS.get(name, argument))
-        elif name in _MADE:
-            make, count = _MADE[name]
-            stack.append(make(take(count)))
-        elif name in _ADDED:
-            make, count = _ADDED[name]
-            items = make(take(count))
-            stack[-1].extend(items)
+        elif name in _ITEMS:
+            items = take(_ITEMS[name])
+            made = tuple(items) if "TUPLE" in name else items if "LIST" in name or "APPEND" in name else _Pairs(items)
+            if name.startswith(("APPEND", "SETITEM")):
+                stack[-1].extend(made)
+            else:
+                stack.append(made)
         elif name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
@@ -300,7 +292,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
 def read_npz(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), *, text: Sequence[str] = ()
 ) -> dict[str, npt.NDArray[Any]]:
-    """Read named numeric arrays of an npz archive (those in `text` may be of text), without pickle or trust in its headers.
+    """Read named numeric arrays of an npz archive (of text those in `text`), without pickle or trust in its headers.
 
     Raises:
         DataError: missing or corrupt file, failed checksum, a required key absent, a dtype that is not a number.

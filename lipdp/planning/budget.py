@@ -218,7 +218,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
 
 
 def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[Point, ...]:
-    """The points of the budget with T steps and these B, in increasing order; those that nothing reaches are left out."""
+    """The points of the budget with T steps and these B, in increasing order; what nothing reaches is left out."""
     points = []
     for batch in sorted({min(max(1, batch), budget.records) for batch in batch_sizes}):
         try:
@@ -293,7 +293,7 @@ def _choose(budget: Budget, steps: int | None, max_samples: int | None) -> Point
             return limited
     elif steps is not None:
         raise ParameterError(
-            f"max_samples={max_samples} in {steps} steps is less than one record a step: allow more, or take fewer steps"
+            f"max_samples={max_samples} in {steps} steps is less than one record a step: allow more, or fewer steps"
         )
     return _fewer_steps(budget, best, max_samples)
 

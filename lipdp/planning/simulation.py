@@ -1,4 +1,4 @@
-"""Runs at B/k and σ/k that stand for a private run at (B, σ): the scaling law of TAN in practice. They are NOT private."""
+"""Runs at B/k and σ/k that stand for a private run at (B, σ): the scaling law of TAN at work. They are NOT private."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ MOST = 128
 class Simulation:
     r"""A private run, and what stands for it at k times less compute.
 
-    At fixed T the update of one step is :math:`(\sum_{i\in batch}\nabla\ell_i + \sigma\Delta\xi)/B`: batch and noise divided
-    by k leave the noise of the step as it is, :math:`\sigma\Delta/B`, and with it the best learning rate. What changes is
+    At fixed T the update of one step is :math:`(\sum_{i\in batch}\nabla\ell_i + \sigma\Delta\xi)/B`: both parts divided
+    by k leave the noise of the step as it is, :math:`\sigma\Delta/B`, and so the best learning rate. What changes is
     the sampling noise of the batch, k times the variance; the law holds as long as that stays below the privacy noise.
     ε does not survive (see `lipdp.planning.tan.WALL`): a simulated run releases next to unprotected gradients.
 

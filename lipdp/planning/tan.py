@@ -55,7 +55,7 @@ def tan_epsilon(eta: float, delta: float) -> float:
 
 
 def eta_for(epsilon: float, delta: float) -> float:
-    r"""The η with :math:`\varepsilon_{TAN}(\eta) = \varepsilon`: :math:`\sqrt{\ln(1/\delta) + \varepsilon} - \sqrt{\ln(1/\delta)}`.
+    r"""The η with ε_TAN(η) = ε: :math:`\sqrt{\ln(1/\delta) + \varepsilon} - \sqrt{\ln(1/\delta)}`.
 
     >>> round(eta_for(tan_epsilon(0.7, 1e-6), 1e-6), 12)
     0.7

@@ -31,7 +31,7 @@ _runners: list[Runner] = []  # that of a process of the pool
 def workers(
     given: Simulation, split: Split, input_bound: float | None, *, jobs: int
 ) -> Iterator[Callable[[Drawn], Future[Record]]]:
-    """A function that starts a run: in one of several processes, each with its share of the cores, or here for a single job.
+    """A function that starts a run: in one of several processes that share the cores, or here for one job.
 
     The processes end when the block does, and when the process that started them does, whatever they are doing.
     """
@@ -42,7 +42,7 @@ def workers(
     theirs, ours = context.Pipe(duplex=False)
     settings = (given, max(1, (os.cpu_count() or jobs) // jobs), theirs)
     with theirs, ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=settings) as pool, ours:
-        yield partial(pool.submit, _run)
+        yield lambda drawn: pool.submit(_run, drawn)
 
 
 def outcome(future: Future[Record], drawn: Drawn) -> Record:

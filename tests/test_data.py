@@ -275,6 +275,7 @@ DTYPE = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R"
         b"}(" + BOMB + b"K\x01u.",
         b"(" + BOMB + b"K\x01d.",
         b"}(U\x04data" + ARRAY + b"(K\x01" + BOMB + DTYPE + b"\x89U\x010tbU\x06labels]u.",
+        b"}(U\x04data" + ARRAY + b"(K\x01cnumpy\ndtype\n" + BOMB + b"\x85R\x85" + DTYPE + b"\x89U\x010tbU\x06labels]u.",
         b"cnumpy\ndtype\n" + BOMB + b"\x85R.",
         b"\x8f(" + BOMB + b"\x90.",
     ],

@@ -108,7 +108,7 @@ def write_idx(path: Path, array: npt.NDArray[np.uint8]) -> None:
 # ------------------------------------------------------------------------------------------------ CIFAR-10 batches
 
 
-@dataclass
+@dataclass(repr=False, eq=False)  # what it holds may be too deep to print or to compare
 class _Call:
     """A name in a pickle, what it was to be called with, and the state that was to be set on what came out."""
 

@@ -27,7 +27,7 @@ class UnknownNameError(LipdpError, KeyError):
         close = get_close_matches(str(name), names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ";"
         self.message = f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}"
-        super().__init__(self.message)
+        super().__init__(kind, name, names)  # what a process needs to hand it to another
 
     def __str__(self) -> str:
         return self.message

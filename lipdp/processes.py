@@ -1,68 +1,69 @@
-"""Work done in a process of its own, so that its peak memory is its own."""
+"""The peak memory of some steps, taken in a process of their own."""
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 
+_STEPS = 3
+_SHARE = 0.8  # of the memory that is available
 
-class ProcessEnded(Exception):
-    """The process ended without an answer: the kernel, or an allocation that failed in C++, took it."""
 
+def peak_bytes(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu", memory_limit: int | None = None
+) -> int | None:
+    """The most that a process holds which takes three of the steps that `prepare(*arguments)` returns.
 
-def in_own_process(work: Callable[..., Any], *arguments: Any, memory_limit: int | None = None) -> Any:
-    """What `work(*arguments)` returns, in a new process.
-
-    The process is forked from a server that has imported the module of `work` and nothing else, so that all start alike.
-    An allocation beyond the limit fails in it; nothing else on the machine is killed.
+    The process is forked from a server that has imported the module of `prepare` and nothing else, so that all start alike.
+    On a CPU an allocation beyond the limit fails in it; nothing else on the machine is killed.
 
     Args:
-        work: a function at the top level of a module; it and what it takes and returns can be pickled.
-        memory_limit: bytes of data that the process may hold; None sets no limit (memory of a GPU is not data here).
+        prepare: a function at the top level of a module; it and its arguments can be pickled.
+        device: of the steps.
+        memory_limit: bytes of data that the process may hold on a CPU; None takes 80 % of what is available.
 
-    Raises:
-        ProcessEnded: it gave no answer.
-
-    >>> in_own_process(sum, [1, 2])
-    3
+    Returns:
+        Bytes: its resident set, or what torch allocated on the GPU. None where they do not fit, or the process was killed.
     """
+    limit = (memory_limit or int(_SHARE * _available())) if device == "cpu" else None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(sender, work, arguments, memory_limit, torch.get_num_threads()))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError as error:
-        raise ProcessEnded(f"{work.__qualname__} ended without an answer") from error
-    finally:
-        process.join()
+    context.set_forkserver_preload([prepare.__module__])
+    settings = (torch.get_num_threads(), limit)
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=settings) as pool:
+        try:
+            return pool.submit(_peak, prepare, arguments, device).result()
+        except BrokenProcessPool:  # the kernel, or an allocation that failed in C++, took it
+            return None
 
 
-def _run(
-    sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...], limit: int | None, threads: int
-) -> None:
+def _start(threads: int, limit: int | None) -> None:
     torch.set_num_threads(threads)
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    sender.send(work(*arguments))
 
 
-def peak_bytes(device: str = "cpu") -> int:
-    """The most this process has held: its resident set, or what torch allocated on a GPU since its count was reset."""
+def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str) -> int | None:
+    try:
+        step = prepare(*arguments)
+        for _ in range(_STEPS):
+            step()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def available() -> int:
+def _available() -> int:
     """Bytes that can still be allocated here, as Linux reckons."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024

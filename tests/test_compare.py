@@ -14,7 +14,6 @@ import torch
 
 pytest.importorskip("opacus")
 from lipdp.cli import main
-from lipdp.comparison import peak as peak_module
 from lipdp.comparison import speed as speed_module
 from lipdp.comparison import utility as utility_module
 from lipdp.comparison.results import Results
@@ -98,8 +97,8 @@ def test_out_of_memory_is_a_cell(monkeypatch):
 def test_a_process_over_its_limit_is_out_of_memory_and_harms_nobody():
     """100 MiB are too few for B = 4096, enough for nothing else to be touched; 8 GiB are enough."""
     config = SpeedConfig(dataset="mnist", model="cnn", memory_limit=600 * 2**20)
-    assert peak_module.peak(config, Row(get_trainer("opacus_hooks"), True), 4096)["status"] == "out of memory"
-    small = peak_module.peak(replace(config, memory_limit=8 * 2**30), Row(get_trainer("non_private"), True), 16)
+    assert speed_module.peak(config, Row(get_trainer("opacus_hooks"), True), 4096)["status"] == "out of memory"
+    small = speed_module.peak(replace(config, memory_limit=8 * 2**30), Row(get_trainer("non_private"), True), 16)
     assert small["status"] == "measured"
     assert 50 * 2**20 < small["peak_bytes"] < 2 * 2**30
 
@@ -107,7 +106,7 @@ def test_a_process_over_its_limit_is_out_of_memory_and_harms_nobody():
 def test_peak_memory_sees_an_allocation():
     """Per-sample gradients of a batch of 1,024 through 118,016 weights are 461 MiB more than none."""
     config = SpeedConfig(dataset="mnist", model="mlp")
-    base, hooks = (peak_module.peak(config, Row(get_trainer(n), True), 1024) for n in ("non_private", "opacus_hooks"))
+    base, hooks = (speed_module.peak(config, Row(get_trainer(n), True), 1024) for n in ("non_private", "opacus_hooks"))
     assert hooks["peak_bytes"] - base["peak_bytes"] > 400 * 2**20
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kit import FALSE_ALARM, has_std
 from scipy import optimize, stats
 
+from lipdp.accounting import joint_noise_multiplier
 from lipdp.errors import CheckpointError, EngineError, ParameterError, UnknownNameError
 from lipdp.noise import gaussian as noise_module
 from lipdp.noise.allocation import (
@@ -21,7 +22,7 @@ from lipdp.noise.allocation import (
     MinVarianceAllocation,
     PerLayerAllocation,
     get_allocation,
-    joint_noise_multiplier,
+    rescaled,
 )
 from lipdp.noise.gaussian import _CPU_BLOCK, GaussianNoise, RatchetSource, _box_muller_torch, normals_from_words_
 from lipdp.noise.ratchet import Ratchet
@@ -39,6 +40,10 @@ def split(pairs):
     return torch.tensor(delta, dtype=torch.float64), torch.tensor(size)
 
 
+def joint(delta, std):
+    return joint_noise_multiplier(*(s / d for d, s in zip(delta.tolist(), std.tolist(), strict=True) if d > 0))
+
+
 # --- allocations ------------------------------------------------------------------------------------------------------
 
 
@@ -50,14 +55,15 @@ def test_every_allocation_has_exactly_the_joint_noise_multiplier(allocation, pai
     assert std.dtype == torch.float64
     assert std.shape == delta.shape
     assert torch.equal(std > 0, delta > 0)  # no noise where nothing depends on the data, some wherever it does
-    assert joint_noise_multiplier(delta, std).item() == pytest.approx(sigma, rel=1e-12)
+    assert joint(delta, std) == pytest.approx(sigma, rel=1e-12)
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=lambda a: a.name)
 def test_five_percent_less_noise_is_seen(allocation):
     delta, size = torch.tensor([1.0, 3.0, 0.5]), torch.tensor([10, 1000, 3])
     std = 0.95 * allocation.stds(delta, size, 2.0)
-    assert joint_noise_multiplier(delta, std).item() == pytest.approx(1.9, rel=1e-12)
+    assert joint(delta, std) == pytest.approx(1.9, rel=1e-12)
+    assert joint(delta, rescaled(std, delta, 2.0)) == pytest.approx(2.0, rel=1e-12)
 
 
 @given(blocks, st.floats(0.01, 100), st.integers(0, 2**32 - 1))
@@ -67,7 +73,7 @@ def test_min_variance_has_the_least_energy_of_all_with_that_sigma(pairs, sigma, 
     assert energy == pytest.approx((sigma * (delta * size.double().sqrt()).sum().item()) ** 2, rel=1e-9)
     rivals = [GlobalAllocation().stds(delta, size, sigma), PerLayerAllocation().stds(delta, size, sigma)]
     shape = torch.from_numpy(np.random.default_rng(seed).lognormal(0, 2, len(delta))) * (delta > 0)
-    rivals.append(shape * sigma / joint_noise_multiplier(delta, shape))
+    rivals.append(rescaled(shape, delta, sigma))
     for rival in rivals:
         assert energy <= (size * rival.square()).sum().item() * (1 + 1e-9)
 
@@ -97,8 +103,8 @@ def test_zero_blocks_neither_get_nor_cost_noise(allocation):
     assert torch.equal(std[kept], allocation.stds(delta[kept], size[kept], 1.3))
     nothing = allocation.stds(torch.zeros(3), torch.ones(3), 1.3)
     assert torch.equal(nothing, torch.zeros(3, dtype=torch.float64))
-    assert joint_noise_multiplier(torch.zeros(3), nothing).item() == math.inf
-    assert joint_noise_multiplier(torch.ones(1), torch.zeros(1)).item() == 0.0
+    assert torch.equal(rescaled(nothing, torch.zeros(3), 1.3), nothing)
+    assert not rescaled(torch.zeros(1), torch.ones(1), 1.3).isfinite().any()  # no noise where some is due
     assert allocation.stds(torch.ones(1), torch.zeros(1), 1.0).isfinite().all()  # a parameter without elements
 
 

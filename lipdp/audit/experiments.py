@@ -34,8 +34,8 @@ class Experiment:
         dataset_size: N, the public constant.
         expected_batch_size: B.
         steps: T of one run.
-        learning_rate: of plain SGD. With 0 the weights stand still: ε holds at every learning rate, and what a canary adds to
-            the release is then the same at every step.
+        learning_rate: of plain SGD. With 0 the weights stand still: ε holds at every learning rate, and what a canary
+            adds to the release is then the same at every step.
         saturated: every canary's gradient meets the bound of every parameter exactly.
     """
 
@@ -63,8 +63,8 @@ class Experiment:
 class _Witness(nn.Module):
     """A convolution with a bias, and a dense layer, side by side: one record meets the bounds of all three at once.
 
-    On s × s images, circular padding: a constant image of norm c and a constant cotangent of norm G give every kernel entry
-    the gradient Σ_pos g·x = c·G, so ‖∇_W‖ = k c G = √m X G; ‖∇_b‖ = s G = √(H'W') G; and ‖∇_dense‖ = c G.
+    On s × s images, circular padding: a constant image of norm c and a constant cotangent of norm G give every kernel
+    entry the gradient Σ_pos g·x = c·G, so ‖∇_W‖ = k c G = √m X G; ‖∇_b‖ = s G = √(H'W') G; and ‖∇_dense‖ = c G.
     """
 
     def __init__(self, size: int, kernel: int) -> None:
@@ -187,8 +187,8 @@ def input_canaries(
 ) -> Experiment:
     """Mislabelled records, moved within the input bound to where their gradient is largest, in an ordinary training.
 
-    Each canary is a training record of its own with the label after its true one; then `climb` steps of ascent on the joint
-    size Σ_l ‖g_l‖²/Δ_l² of its gradient. The remaining records train the model with it.
+    Each canary is a training record of its own with the label after its true one; then `climb` steps of ascent on the
+    joint size Σ_l ‖g_l‖²/Δ_l² of its gradient. The remaining records train the model with it.
 
     Args:
         count: m, less than the number of training records.

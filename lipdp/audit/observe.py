@@ -83,7 +83,7 @@ def _flat(tensors: Tensors) -> Tensor:
 
 
 def _log_likelihood(projection: Tensor, shift: Tensor, q: float) -> Tensor:
-    """log(1 − q + q·e^{⟨r, a⟩ − ‖a‖²/2}): one step's likelihood ratio of in over out, r with unit noise, a the canary."""
+    """log(1 − q + q·e^{⟨r, a⟩ − ‖a‖²/2}): a step's likelihood ratio of in over out, r with unit noise, a the canary."""
     exponent = projection - shift.square() / 2
     if q == 1.0:
         return exponent
@@ -96,8 +96,8 @@ def repeated(
 ) -> tuple[dict[str, Array], Training]:
     """Scores of `runs` runs of T steps with the one canary in all of them, or in none. The weights must stand still.
 
-    The runs follow each other in one engine: samples and noise are drawn afresh at every step, and nothing else is carried
-    over when the weights stand still. Scores, by name:
+    The runs follow each other in one engine: samples and noise are drawn afresh at every step, and nothing else is
+    carried over when the weights stand still. Scores, by name:
 
     - likelihood: of the claimed mechanism, canary in over out (optimal against it when the other records are silent);
     - one step: the same if the canary takes another record's place in exactly one step, not known which;
@@ -184,8 +184,9 @@ class _Orthogonal:
 class _Joint:
     """Any canaries, by their per-sample gradients a_j in units of the noise.
 
-    With coins b, one step releases r = q Σ b_j a_j + noise, in expectation over the batch. For coins of mean ½ and variance ¼,
-    taken as Gaussian, the posterior mean solves (M + 4 I)(b − ½) = v − M ½ with M = Σ_t q² A Aᵀ and v = Σ_t q A r.
+    With coins b, one step releases r = q Σ b_j a_j + noise, in expectation over the batch. For coins of mean ½ and
+    variance ¼, taken as Gaussian, the posterior mean solves (M + 4 I)(b − ½) = v − M ½ with M = Σ_t q² A Aᵀ and v = Σ_t
+    q A r.
     """
 
     def __init__(self, experiment: Experiment, setting: Setting) -> None:

@@ -100,8 +100,9 @@ def many_runs(
 ) -> AuditResult:
     r"""Tell N records from N + 1 in many tiny runs of T steps, each a game of its own.
 
-    Every run is trained by the real `PrivacyEngine`, with the noise it calibrates for ε. A quarter of the runs chooses the score
-    and the thresholds, the others are guessed, and `statistics.independent_lower_bound` makes a bound of the guesses.
+    Every run is trained by the real `PrivacyEngine`, with the noise it calibrates for ε. A quarter of the runs chooses
+    the score and the thresholds, the others are guessed, and `statistics.independent_lower_bound` makes a bound of the
+    guesses.
 
     Guarantees: if every run is (ε, δ)-DP and the runs are independent, the result exceeds ε with probability at most
     1 − `confidence`. Finding nothing proves nothing.
@@ -126,8 +127,8 @@ def many_runs(
     experiment = worst_case() if experiment is None else experiment
     if len(experiment.canaries[0]) != 1 or experiment.learning_rate != 0.0:
         raise ParameterError(
-            f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0 (given"
-            f" {experiment.learning_rate:g}), so that runs do not differ in anything else"
+            f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0"
+            f" (given {experiment.learning_rate:g}), so that runs do not differ in anything else"
         )
     coins = fair_coins(_enough("runs", runs), seed)
     setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
@@ -159,12 +160,12 @@ def one_run(
 ) -> AuditResult:
     """Guess which of m canaries took part in one single run.
 
-    The run is trained by the real `PrivacyEngine`; the adversary sees the weights at every step. A quarter of the canaries
-    chooses how many guesses to make of either kind, the others are guessed, those with the most extreme scores, and
-    `statistics.one_run_lower_bound` makes a bound of the guesses.
+    The run is trained by the real `PrivacyEngine`; the adversary sees the weights at every step. A quarter of the
+    canaries chooses how many guesses to make of either kind, the others are guessed, those with the most extreme
+    scores, and `statistics.one_run_lower_bound` makes a bound of the guesses.
 
-    Guarantees: if the run is (ε, δ)-DP, the result exceeds ε with probability at most 1 − `confidence`, whatever the canaries
-    have to do with each other.
+    Guarantees: if the run is (ε, δ)-DP, the result exceeds ε with probability at most 1 − `confidence`, whatever the
+    canaries have to do with each other.
 
     Args:
         experiment: by default `gradient_canaries(32_768)`; `input_canaries` is an ordinary training.

@@ -1,7 +1,7 @@
 r"""From right and wrong guesses to a lower bound on ε, at a stated confidence.
 
-The game: a record is put in or left out by a fair coin, the mechanism runs, and an adversary who sees its output guesses
-"in", guesses "out", or abstains. The better the guesses, the larger ε must be.
+The game: a record is put in or left out by a fair coin, the mechanism runs, and an adversary who sees its output
+guesses "in", guesses "out", or abstains. The better the guesses, the larger ε must be.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def independent_lower_bound(
 ) -> NDArray[np.float64]:
     r"""Lower bound on ε from independent games, elementwise (an exact binomial, Clopper–Pearson, bound).
 
-    The maths: in one game let a = P(guess in | in), b = P(guess in | out), c = P(guess out | out), d = P(guess out | in).
-    If the mechanism is (ε, δ)-DP, then a ≤ e^ε b + δ and c ≤ e^ε d + δ. A guess is made with probability
+    The maths: in one game let a = P(guess in | in), b = P(guess in | out), c = P(guess out | out), d = P(guess out |
+    in). If the mechanism is (ε, δ)-DP, then a ≤ e^ε b + δ and c ≤ e^ε d + δ. A guess is made with probability
     ρ = (a + b + c + d)/2 and is then right with probability p = (a + c)/(2ρ); adding the two inequalities,
     2ρp ≤ 2ρ e^ε (1 − p) + 2δ, so e^ε ≥ (p − δ/ρ)/(1 − p). Given the number of guesses, that of
     right ones is Binomial(guesses, p), and the number of guesses is Binomial(games, ρ). The expression grows in p and in ρ,
     so their lower confidence bounds, with error probabilities that sum to 1 − confidence, bound it.
 
-    Guarantees: below the true ε with probability ≥ `confidence` if the games are independent, the coins fair and the guessing
-    rule chosen without looking at these games.
+    Guarantees: below the true ε with probability ≥ `confidence` if the games are independent, the coins fair and the
+    guessing rule chosen without looking at these games.
 
     Args:
         correct, guesses: right guesses and all guesses, of any equal shape.

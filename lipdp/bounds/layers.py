@@ -84,18 +84,9 @@ def _convolution(call: Call, layer: nn.Conv1d | nn.Conv2d, scale: float) -> Loca
     """
     lconv.check_convolution(layer)
     axes = len(layer.kernel_size)
-    pads = layer._reversed_padding_repeated_twice[::-1]  # (left, right) is stored (right axis first)
-    overlap = math.prod(
-        axis_overlap(
-            call.x.shape[-axes + axis],
-            layer.kernel_size[axis],
-            layer.stride[axis],
-            pads[2 * axis + 1],
-            pads[2 * axis],
-            circular=layer.padding_mode == "circular",
-        )
-        for axis in range(axes)
-    )
+    settings = zip(call.x.shape[-axes:], layer.kernel_size, layer.stride, lconv.padding_of(layer), strict=True)
+    circular = layer.padding_mode == "circular"
+    overlap = math.prod(axis_overlap(n, k, s, *sides, circular=circular) for n, k, s, sides in settings)
     kernel = call.used(layer.weight * scale)
     norm = certified_norm(kernel.reshape(layer.groups, layer.out_channels // layer.groups, -1)).max()
     spread = math.sqrt(overlap)

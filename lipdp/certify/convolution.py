@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds import Call, Local, Rule, least
-from lipdp.nn.conv import SpectralConv2d
+from lipdp.nn.conv import SpectralConv2d, padding_of
 from lipdp.nn.linear import SpectralLinear
 
 _BLOCK = 1 << 22  # complex numbers transformed at a time
@@ -84,9 +84,8 @@ def tightened(rule: Rule) -> Rule:
         if not isinstance(layer, (nn.Conv1d, nn.Conv2d)) or not is_convolution(layer):
             return local
         axes = len(layer.kernel_size)
-        pads = layer._reversed_padding_repeated_twice[::-1]  # both sides of the first axis, of the second, …
         sizes = call.x.shape[-axes:]
-        padded = tuple(size + sum(pads[2 * axis : 2 * axis + 2]) for axis, size in enumerate(sizes))
+        padded = tuple(size + sum(sides) for size, sides in zip(sizes, padding_of(layer), strict=True))
         circular = layer.padding_mode == "circular"
         windows = [total - k + 1 for total, k in zip(padded, layer.kernel_size, strict=True)]
         if circular and any(count > size for count, size in zip(windows, sizes, strict=True)):

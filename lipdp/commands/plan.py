@@ -29,11 +29,11 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp plan simulate --help[/green]  (search hyper-parameters at a fraction of the compute)
 
-[green]lipdp plan --scale --help[/green]  (what a run costs in time and memory on W devices)
+[green]lipdp plan scale --help[/green]  (what a run costs in time and memory on W devices)
 
 With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-against-compute.png and .svg."""
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, cls=scale.PlanGroup)
+app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.command(cls=Command, epilog=simulate.EPILOG)(simulate.simulate)
 app.command(cls=Command, epilog=scale.EPILOG)(scale.scale)
 

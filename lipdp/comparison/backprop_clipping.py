@@ -1,4 +1,4 @@
-"""Backpropagation clipping: any plain torch model, made bounded by value clips and cotangent gates around its layers."""
+"""Backpropagation clipping: any plain torch model, bounded by value clips and cotangent gates around its layers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def with_backprop_clipping(
         A module with clips that act in training and in evaluation.
 
     Raises:
-        UnsupportedLayerError: a trainable layer of another kind. ParameterError: bounds ≤ 0, or the wrong number of them.
+        UnsupportedLayerError: a trainable layer of another kind. ParameterError: bounds ≤ 0, or the wrong number of
+            them.
         UnsupportedOperationError: torch.fx cannot trace the model.
 
-    >>> plain = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 3, bias=False))
+    >>> layers = torch.nn.Linear(4, 8, bias=False), torch.nn.ReLU(), torch.nn.Linear(8, 3, bias=False)
+    >>> plain = torch.nn.Sequential(*layers)
     >>> clipped = lipdp.comparison.with_backprop_clipping(plain, 3.0, 0.5)
     >>> s = lipdp.sensitivity(clipped, lipdp.losses.TauCrossEntropy(), input_shape=(4,))
     >>> s["0.weight"] < 1.501, round(s["2.weight"], 2)
@@ -82,15 +84,15 @@ def _check_covered(model: nn.Module, root: nn.Module, calls: Sequence[fx.Node]) 
     for name, module in modules.items():
         if not isinstance(module, _LAYERS):
             raise UnsupportedLayerError(
-                f"'{name}' ({type(module).__name__}) is trainable and neither nn.Linear, nn.Conv1d nor nn.Conv2d: clips around"
-                " it do not bound its gradient. Freeze it, or leave it out"
+                f"'{name}' ({type(module).__name__}) is trainable and neither nn.Linear, nn.Conv1d nor nn.Conv2d: clips"
+                " around it do not bound its gradient. Freeze it, or leave it out"
             )
     covered = {id(p) for module in modules.values() for p in module.parameters()}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if left:
         raise UnsupportedLayerError(
-            f"no layer is called with {', '.join(left)}: used as plain tensors, they have no place for clips. Use modules, or"
-            " freeze them"
+            f"no layer is called with {', '.join(left)}: used as plain tensors, they have no place for clips. Use"
+            " modules, or freeze them"
         )
 
 

@@ -4,8 +4,8 @@ The metrics are torchmetrics' and scikit-learn's. Two of their habits are allowe
 
 - torchmetrics puts a confidence of exactly 1 in a bin of its own, above the last. Over-confident models have many; here
   they are moved to the largest float32 below 1, so that there are as many bins as asked for.
-- scikit-learn's `log_loss` cuts probabilities at 2.2e-16, hence each record's loss at 36. The negative log-likelihood here
-  comes from the logits (torch's cross-entropy in float64), and grows as it should.
+- scikit-learn's `log_loss` cuts probabilities at 2.2e-16, hence each record's loss at 36. The negative log-likelihood
+  here comes from the logits (torch's cross-entropy in float64), and grows as it should.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Calibration:
 
     Attributes:
         ece: expected calibration error, Σ_b (count_b/N) |accuracy_b − confidence_b|, in [0, 1].
-        mce: maximum calibration error, the largest gap of a bin, in [0, 1]; a bin with one record counts like any other.
+        mce: maximum calibration error, the largest gap of a bin, in [0, 1]; a bin with one record counts like any
+            other.
         nll: negative log-likelihood, mean of −ln p_y, in nats.
         brier: mean of Σ_k (p_k − 1[k = y])², in [0, 2]; half of it for two classes, as is customary, in [0, 1].
         accuracy: share of the records predicted rightly.
@@ -94,17 +95,17 @@ def calibration(
 ) -> Calibration:
     r"""Calibration of a classifier on held-out records.
 
-    Exact figures of the records given: if those are private, ε does not cover them. On a finite sample the expected error
-    of a perfectly calibrated model is not 0 but up to ½√(b/N), N records in b bins: a bin's accuracy has a standard
-    deviation of at most ½/√count_b, and Σ_b (count_b/N) ½/√count_b ≤ ½√(b/N) by Cauchy–Schwarz.
+    Exact figures of the records given: if those are private, ε does not cover them. On a finite sample the expected
+    error of a perfectly calibrated model is not 0 but up to ½√(b/N), N records in b bins: a bin's accuracy has a
+    standard deviation of at most ½/√count_b, and Σ_b (count_b/N) ½/√count_b ≤ ½√(b/N) by Cauchy–Schwarz.
 
     Args:
-        model: gives logits (N, C), or (N,) or (N, 1) for two classes by one logit; evaluated in evaluation mode and left as
-            it was.
+        model: gives logits (N, C), or (N,) or (N, 1) for two classes by one logit; evaluated in evaluation mode and
+            left as it was.
         x: (N, *input_shape), N ≥ 1; moved to the model's device and floating type.
         y: (N,) labels 0 … C − 1.
-        temperature: τ, what the logits are multiplied by. A model trained with CE(τ z)/τ (`TauCrossEntropy(tau)`) has the
-            probabilities softmax(τ z); without its τ it looks far too unsure.
+        temperature: τ, what the logits are multiplied by. A model trained with CE(τ z)/τ (`TauCrossEntropy(tau)`) has
+            the probabilities softmax(τ z); without its τ it looks far too unsure.
         bins: of equal width.
         batch_size: of the forward passes.
 
@@ -146,7 +147,7 @@ def calibration(
 
 
 def reliability_diagram(calibration: Calibration, *, title: str | None = None) -> Figure:
-    """Accuracy against confidence, bin by bin, over the share of records in each: a calibrated model is on the diagonal.
+    """Accuracy against confidence, bin by bin, over the share of records in each; calibrated is on the diagonal.
 
     Returns:
         A figure that belongs to no window; `figure.savefig("reliability.png")` writes it.
@@ -205,7 +206,8 @@ def _labels(y: Tensor, records: int, classes: int) -> Tensor:
         raise DataError(f"{records} records have labels of shape {tuple(labels.shape)}; give one label a record, (N,)")
     if not bool(((labels >= 0) & (labels < classes) & (labels == labels.long())).all()):
         raise DataError(
-            f"labels are from {labels.min().item()} to {labels.max().item()}; the model has the classes 0 to {classes - 1}"
+            f"labels are from {labels.min().item()} to {labels.max().item()}; the model has the classes 0 to"
+            f" {classes - 1}"
         )
     return labels.long()
 

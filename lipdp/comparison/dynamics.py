@@ -9,27 +9,31 @@ C_r = diag(c_{1,r}, …, c_{n,r}) ⊗ I and the mean loss L = (1/n) Σ_i ℓ_i
 
 **What holds** (each statement is attacked in tests/test_dynamics.py):
 
-1. *Factors common to all samples*, c_{i,r} = a_r ≥ 0 (no clipping, or global clipping that drops nobody): M = Σ_r a_r H_r is
-   symmetric positive semi-definite, and dL/dt = −Σ_r a_r ‖J_rᵀ u‖² / n² ≤ 0 for every u: the loss falls monotonically.
+1. *Factors common to all samples*, c_{i,r} = a_r ≥ 0 (no clipping, or global clipping that drops nobody): M = Σ_r a_r
+   H_r is symmetric positive semi-definite, and dL/dt = −Σ_r a_r ‖J_rᵀ u‖² / n² ≤ 0 for every u: the loss falls
+   monotonically.
 2. *Factors of a sample common to all blocks*, M = H C (flat clipping, local or global): AB and BA have the same
-   characteristic polynomial, so the spectrum is that of C^½ H C^½: real and ≥ 0. M is symmetric only if H_ij = 0 wherever
-   c_i ≠ c_j, as (HC)_ij = H_ij c_j. Its quadratic form can be negative, and the loss can rise.
+   characteristic polynomial, so the spectrum is that of C^½ H C^½: real and ≥ 0. M is symmetric only if H_ij = 0
+   wherever c_i ≠ c_j, as (HC)_ij = H_ij c_j. Its quadratic form can be negative, and the loss can rise.
 3. *A dropped sample*, c_{j,r} = 0 for all r: the symmetric part (M + Mᵀ)/2 has the block 0 on its diagonal at j, and
-   c_i H_ij/2 beside it where the factors are those of case 2. A positive semi-definite matrix with a zero on its diagonal
-   has zeros in that whole row, so **one dropped sample whose kernel H_ij with a kept one is not zero makes M asymmetric
-   and its form indefinite**: uᵀ M u < 0 for some u, at which the loss rises. The spectrum is still real and ≥ 0.
+   c_i H_ij/2 beside it where the factors are those of case 2. A positive semi-definite matrix with a zero on its
+   diagonal has zeros in that whole row, so **one dropped sample whose kernel H_ij with a kept one is not zero makes M
+   asymmetric and its form indefinite**: uᵀ M u < 0 for some u, at which the loss rises. The spectrum is still real and
+   ≥ 0.
 4. *Factors that differ by sample and by block* (per-layer clipping): nothing is left, the spectrum included. With
    H_1 = vvᵀ, v = (1, 1), C_1 = I and H_2 = wwᵀ, w = (1, 2), C_2 = diag(1, 1/10), M = [v w] [C_1 v, C_2 w]ᵀ and
    det M = det[v w] · det[C_1 v, C_2 w] = 1 · (−4/5) < 0: one eigenvalue is negative.
 
 So what is claimed of global clipping (symmetric, positive, monotone) is case 1 and **needs every sample kept**: the
 threshold Z must bound every norm, all along the flow. Otherwise it is case 3 (flat) or 4 (per layer), and only the mean
-loss over the samples kept falls: with P the projection on them, P M P = (C/Z) P H P is symmetric and positive (flat). The
-later definition 1(‖g_i‖ ≤ C) is the first one, (C/Z) 1(‖g_i‖ ≤ Z), at Z = C: it drops whatever C would have clipped.
+loss over the samples kept falls: with P the projection on them, P M P = (C/Z) P H P is symmetric and positive (flat).
+The later definition 1(‖g_i‖ ≤ C) is the first one, (C/Z) 1(‖g_i‖ ≤ Z), at Z = C: it drops whatever C would have
+clipped.
 
 Everything is computed in float64 on a copy of the model in evaluation mode.
 
-Source: Bu, Wang, Dai & Long (2021, 2023), "On the convergence and calibration of deep learning with differential privacy".
+Source: Bu, Wang, Dai & Long (2021, 2023), "On the convergence and calibration of deep learning with differential
+privacy".
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ __all__ = [
 ]
 
 
-# --------------------------------------------------------------------------------------------------------------- the flow
+# ------------------------------------------------------------------------------------------------------------- the flow
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def gradient_flow(
     return Flow(torch.stack(losses), torch.stack(rates), torch.stack(kept), weights)
 
 
-# -------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the table
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,9 @@ def published_table(
 ) -> tuple[Row, ...]:
     """The four published cases, on a model and a batch, all at the same sensitivity C, hence under the same noise.
 
-    Seven rows: no clipping; local flat and per-layer; global flat and per-layer with thresholds twice the largest norms at
-    the start, which drop nobody; and the same with thresholds that drop the share `drop` of the samples at the start.
+    Seven rows: no clipping; local flat and per-layer; global flat and per-layer with thresholds twice the largest norms
+    at the start, which drop nobody; and the same with thresholds that drop the share `drop` of the samples at the
+    start.
 
     Args:
         model, x, y, loss, step_size, steps: as `gradient_flow`.
@@ -248,8 +253,8 @@ def markdown(rows: Sequence[Row]) -> str:
         return f"{'yes' if found else '**no**'}{said}, {figure}"
 
     lines = [
-        "| clipping | kept, least | symmetric: ‖M−Mᵀ‖/‖M‖ | form ≥ 0: λmin/‖M‖ | eigenvalues real, ≥ 0: min Re, max Im /‖M‖"
-        " | loss monotone: largest dL/dt | L from, to |",
+        "| clipping | kept, least | symmetric: ‖M−Mᵀ‖/‖M‖ | form ≥ 0: λmin/‖M‖ | eigenvalues real, ≥ 0: min Re, max Im"
+        " /‖M‖ | loss monotone: largest dL/dt | L from, to |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,8 +1,8 @@
 """Clipping as factors on per-sample gradients, block by block: for trainers, and as the matrices of `dynamics`.
 
-With n samples and D parameter blocks, ‖g_i‖² = Σ_r ‖g_{i,r}‖². Flat kinds look at ‖g_i‖, per-layer kinds at each ‖g_{i,r}‖;
-local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor bounds what it
-multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
+With n samples and D parameter blocks, ‖g_i‖² = Σ_r ‖g_{i,r}‖². Flat kinds look at ‖g_i‖, per-layer kinds at each
+‖g_{i,r}‖; local kinds shorten what is too long, global kinds drop it and scale all else alike. Every factor bounds what
+it multiplies: ‖c_i g_i‖ ≤ C flat, ‖c_{i,r} g_{i,r}‖ ≤ C_r per layer.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Unclipped:
 
 @dataclass(frozen=True)
 class Flat:
-    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient; a zero gradient keeps its factor 1.
+    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient; a zero gradient keeps 1.
 
     >>> Flat(5.0).factors(torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
     tensor([[0.5000, 0.5000],

@@ -17,7 +17,7 @@ from lipdp.errors import LossError, NonFiniteError, ParameterError, UnsupportedL
 from lipdp.nn import GradientGate
 
 PerSampleLoss = Callable[[Tensor, Tensor], Tensor]
-"""(outputs (n, C), targets) to one loss a sample (n,): a loss of `lipdp.losses`, or a torch one with reduction="none"."""
+"""(outputs (n, C), targets) to one loss a sample (n,): one of `lipdp.losses`, or of torch with reduction="none"."""
 
 TOLERANCE = 1e-10
 """What counts as zero, relative to ‖M‖₂: far above float64's rounding, far below what is found at real weights."""
@@ -68,8 +68,8 @@ class Probe:
         gates = [name for name, module in model.named_modules() if isinstance(module, GradientGate)]
         if gates:
             raise UnsupportedLayerError(
-                f"{', '.join(gates)}: a GradientGate's backward pass is not its Jacobian's, so there is no kernel; build"
-                " the model without gates"
+                f"{', '.join(gates)}: a GradientGate's backward pass is not its Jacobian's, so there is no kernel;"
+                " build the model without gates"
             )
         if not len(x):
             raise ParameterError("the probe batch is empty; give at least one sample")
@@ -94,8 +94,8 @@ class Probe:
             values = loss(outputs, y.to(outputs.device))
             if values.shape != (len(self.x),):
                 raise LossError(
-                    f"the loss returned shape {tuple(values.shape)} for {len(self.x)} samples; it must return one value per"
-                    ' sample (reduction="none")'
+                    f"the loss returned shape {tuple(values.shape)} for {len(self.x)} samples; it must return one"
+                    ' value per sample (reduction="none")'
                 )
             (cotangents,) = torch.autograd.grad(values.sum(), outputs)
         if not bool(torch.isfinite(values).all() and torch.isfinite(cotangents).all()):
@@ -149,7 +149,7 @@ def kernel_of(probe: Probe) -> Ntk:
     return Ntk(blocks, samples, outputs)
 
 
-# ---------------------------------------------------------------------------------------------------------- its spectrum
+# -------------------------------------------------------------------------------------------------------- its spectrum
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def spectrum(matrix: Tensor) -> Spectrum:
     Raises:
         NonFiniteError: an entry is not finite.
 
-    >>> report = spectrum(torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))     # keeps sample 1, drops sample 2
+    >>> report = spectrum(torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))  # keeps 1, drops 2
     >>> report.symmetric, report.positive_form, report.positive_eigenvalues
     (False, False, True)
     """

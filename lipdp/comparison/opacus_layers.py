@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipdp import nn as lnn
+from lipdp.nn.conv import padded
 
 Samples = dict[Tensor, Tensor]
 Sampler = Callable[[nn.Module, list[Tensor], Tensor], Samples]
@@ -123,12 +124,10 @@ for _layer, _gradients in (
 
 def _patches(layer: lnn.SpectralConv1d | lnn.SpectralConv2d, x: Tensor) -> Tensor:
     """(n, groups, in/groups · k, positions): what the kernel sees at each position."""
-    mode = "circular" if layer.padding_mode == "circular" else "constant"
-    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel, stride = layer.kernel_size, layer.stride
-    if padded.dim() == 3:
-        padded, kernel, stride = padded.unsqueeze(2), (1, *kernel), (1, *stride)
-    return _grouped(F.unfold(padded, kernel, stride=stride), layer.groups)
+    x, kernel, stride = padded(layer, x), layer.kernel_size, layer.stride
+    if x.dim() == 3:
+        x, kernel, stride = x.unsqueeze(2), (1, *kernel), (1, *stride)
+    return _grouped(F.unfold(x, kernel, stride=stride), layer.groups)
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

@@ -42,10 +42,10 @@ class RobustnessConfig:
     Attributes:
         dataset, data_dir, model, features, model_options: as for `lipdp.training.configure`.
         epsilon, delta: the one budget of all private trainers.
-        trainers: of the Lipschitz model; of those without privacy, the unconstrained twin is trained too, at τ = 1, with
-            learning rate `twin_lr`: nothing keeps its constant small.
-        taus: temperatures of the loss CE(τz)/τ. A large τ asks for a margin of about 1/τ and no more: accuracy; a small one
-            rewards any margin: radius.
+        trainers: of the Lipschitz model; of those without privacy, the unconstrained twin is trained too, at τ = 1,
+            with learning rate `twin_lr`: nothing keeps its constant small.
+        taus: temperatures of the loss CE(τz)/τ. A large τ asks for a margin of about 1/τ and no more: accuracy; a small
+            one rewards any margin: radius.
         radii: in units of the raw input.
         seeds: number of runs of each cell; they are seeded, so repeatable and not private themselves.
         batch_size, epochs, lr: None takes the recipe's. max_grad_norm: C of trainers that clip.
@@ -106,8 +106,8 @@ class _Bench:
 def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Progress = lambda cell: None) -> Results:
     """Train every trainer at every temperature and certify what came out.
 
-    All private trainers have the same data, q, T and joint noise multiplier, calibrated for ε, and the same optimiser. Nothing is
-    tuned, so nothing is chosen by looking at the data.
+    All private trainers have the same data, q, T and joint noise multiplier, calibrated for ε, and the same optimiser.
+    Nothing is tuned, so nothing is chosen by looking at the data.
 
     Args:
         config: what is compared.
@@ -115,8 +115,8 @@ def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Pr
         progress: is given every cell.
 
     Returns:
-        Cells with trainer, model, dataset, tau, seed, epsilon, accuracy, certified_accuracy (one a radius), lipschitz, ….
-        A model that cannot be certified has certified accuracy 0 and says why under `refused`.
+        Cells with trainer, model, dataset, tau, seed, epsilon, accuracy, certified_accuracy (one a radius), lipschitz,
+        …. A model that cannot be certified has certified accuracy 0 and says why under `refused`.
 
     Raises:
         BoundViolation: an attack succeeded inside a certified radius.
@@ -213,7 +213,7 @@ def _configured(trainer: Trainer, bench: _Bench) -> Trainer:
     return replace(trainer, max_grad_norm=bench.config.max_grad_norm) if isinstance(trainer, OpacusTrainer) else trainer
 
 
-# --- what it shows -----------------------------------------------------------------------------------------------------
+# --- what it shows ----------------------------------------------------------------------------------------------------
 
 
 def front(cells: Sequence[Cell], number: int = 0) -> list[Cell]:

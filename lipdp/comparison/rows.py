@@ -67,10 +67,11 @@ class Setup:
     """The model and the loss of a comparison, in both kinds.
 
     Attributes:
-        model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz kind.
+        model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz
+            kind.
         input_shape, num_classes: of the data.
-        loss, loss_options: as `lipdp.training.choices.make_loss` takes them, for the Lipschitz kind: its temperature makes
-            up for small logits. The twin has none to make up for: its temperature is 1.
+        loss, loss_options: as `lipdp.training.choices.make_loss` takes them, for the Lipschitz kind: its temperature
+            makes up for small logits. The twin has none to make up for: its temperature is 1.
     """
 
     model: str
@@ -124,7 +125,7 @@ def trained(
     lr: float,
     seed: int,
 ) -> Session:
-    """A new model of the row's kind after all T steps on the split's training part: seeded, so repeatable and not private.
+    """A new model of the row's kind after all T steps on the split's training part: seeded, repeatable, not private.
 
     Args:
         trainer: the row's, with its settings.

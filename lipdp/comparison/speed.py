@@ -18,7 +18,7 @@ from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows
 from lipdp.errors import LipdpError, ParameterError
-from lipdp.processes import is_out_of_memory
+from lipdp.processes import is_out_of_memory, peak_bytes
 from lipdp.training.recipes import recipe
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -87,10 +87,10 @@ def speed(
 ) -> Results:
     """Measure, batch size by batch size; a folder that holds some of the cells is completed.
 
-    The time of a step is the median over interleaved repetitions; its ratio to the non-private step of the same model, and
-    of the twin, is the median of the ratios within a repetition, so that a slow second of the machine strikes both. Peak
-    memory is that of a process which takes three steps: its resident set on a CPU, `max_memory_allocated` on CUDA. A
-    trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
+    The time of a step is the median over interleaved repetitions; its ratio to the non-private step of the same model,
+    and of the twin, is the median of the ratios within a repetition, so that a slow second of the machine strikes both.
+    Peak memory is that of a process which takes three steps: its resident set on a CPU, `max_memory_allocated` on CUDA.
+    A trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
 
     Args:
         config: what is measured.
@@ -98,12 +98,10 @@ def speed(
         progress: is told what is being measured.
 
     Returns:
-        Cells with trainer, model, dataset, batch_size, status and, where it was measured, step_seconds, step_seconds_iqr,
-        ratio_to_non_private, ratio_to_plain_non_private, peak_bytes.
+        Cells with trainer, model, dataset, batch_size, status and, where it was measured, step_seconds,
+        step_seconds_iqr, ratio_to_non_private, ratio_to_plain_non_private, peak_bytes.
     """
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
-    from lipdp.comparison.peak import peak  # which stands on this module
-
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
     asked_rows = rows(config.trainers, config.kinds)
     for batch_size in sorted(config.batch_sizes):
@@ -159,6 +157,23 @@ def start(config: SpeedConfig, row: Row, batch_size: int) -> Session:
     session = row.trainer.start(model, task)
     session.model.train()
     return session
+
+
+def prepare(config: SpeedConfig, row: Row, batch_size: int) -> Callable[[], None]:
+    """A session's steps, a batch each."""
+    session = start(config, row, batch_size)
+    batches = iter(session.loader)
+    return lambda: session.step(*next(batches))
+
+
+def peak(config: SpeedConfig, row: Row, batch_size: int) -> Cell:
+    """A cell with the peak memory of a process that takes three steps."""
+    limits: dict[str, Any] = {"device": config.device, "memory_limit": config.memory_limit}
+    try:
+        found = peak_bytes(prepare, config, row, batch_size, **limits)
+    except LipdpError as error:
+        return {"status": REFUSED, "reason": str(error)}
+    return {"status": OUT_OF_MEMORY} if found is None else {"status": MEASURED, "peak_bytes": found}
 
 
 def _times(config: SpeedConfig, asked: Sequence[Row], batch_size: int) -> dict[Row, Cell]:

@@ -40,7 +40,8 @@ class UtilityConfig:
         seeds: number of runs of each trainer at each budget. They give the initial weights, batches and noise: seeded
             runs, which are repeatable and therefore not private themselves.
         trials: number of tuning trials of each trainer at each budget, at most 4: the first of its declared grid.
-        validation: share of the training records that trials are judged by; the test part is seen by the final runs alone.
+        validation: share of the training records that trials are judged by; the test part is seen by the final runs
+            alone.
         tune_scale: k; trials run at B/k and σ/k, with the signal-to-noise ratio of the full run at a k-th of its cost
             (Sander et al. 2023). A non-private trainer has no noise to scale, and is tuned at B.
         batch_size, epochs, optimizer, momentum, schedule: None takes the recipe's; the same for every trainer.
@@ -109,10 +110,10 @@ def utility(
 ) -> Results:
     """Tune every trainer at every budget, then train it with its best settings, once for each seed.
 
-    Guarantees: every trainer gets the same data, expected batch size, number of steps, joint noise multiplier, optimiser,
-    schedule and number of trials. Settings are chosen on a validation part of the training records; the test part is
-    looked at once per final run, and chooses nothing. (None of the choices is covered by ε: they are made as one would on
-    public data, for all trainers alike.)
+    Guarantees: every trainer gets the same data, expected batch size, number of steps, joint noise multiplier,
+    optimiser, schedule and number of trials. Settings are chosen on a validation part of the training records; the test
+    part is looked at once per final run, and chooses nothing. (None of the choices is covered by ε: they are made as
+    one would on public data, for all trainers alike.)
 
     Args:
         config: what is compared.
@@ -279,8 +280,9 @@ def summary(results: Results) -> list[Cell]:
         scores = [cell[metric] for cell in cells]
         mean = sum(scores) / len(scores)
         spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) if len(scores) > 1 else 0.0
-        found.append({**dict(zip(names, key, strict=True)), "metric": metric, "mean": mean, "spread": spread,
-                      "runs": len(scores), "settings": cells[0]["settings"], "epsilon": cells[0]["epsilon"]})  # fmt: skip
+        figures = {"metric": metric, "mean": mean, "spread": spread, "runs": len(scores)}
+        shared = {name: cells[0][name] for name in ("settings", "epsilon")}
+        found.append({**dict(zip(names, key, strict=True)), **figures, **shared})
     return found
 
 

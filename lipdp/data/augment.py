@@ -1,11 +1,11 @@
 r"""Random views of images, drawn for each record by itself while it is read: they cost no privacy.
 
-Why the account does not see them. A step's guarantee asks one thing of each record: that its gradient is no longer than Δ.
-The bounds of `lipdp.sensitivity` hold for *every* input, since the model begins by projecting it on the ball of its public
-input bound; so they hold for whatever view is drawn. The views of different records are drawn independently of each
-other and of the noise, so fix those of all records in advance: what remains is the subsampled Gaussian mechanism, which is
-(ε, δ)-DP with the same ε whatever was fixed, and so is the mixture over the draws. With K views in one record its loss
-is their mean, whose gradient is the mean of K gradients no longer than Δ: no longer than Δ either.
+Why the account does not see them. A step's guarantee asks one thing of each record: that its gradient is no longer than
+Δ. The bounds of `lipdp.sensitivity` hold for *every* input, since the model begins by projecting it on the ball of its
+public input bound; so they hold for whatever view is drawn. The views of different records are drawn independently of
+each other and of the noise, so fix those of all records in advance: what remains is the subsampled Gaussian mechanism,
+which is (ε, δ)-DP with the same ε whatever was fixed, and so is the mixture over the draws. With K views in one record
+its loss is their mean, whose gradient is the mean of K gradients no longer than Δ: no longer than Δ either.
 
 Views are made of inputs that are bounded already, and never lengthen them: ‖a(x)‖ ≤ ‖x‖. A flip permutes pixels. A
 crop of the image padded with zeros holds each pixel at most once, and zeros. So a norm that is a fact of the bounded

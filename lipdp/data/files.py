@@ -6,18 +6,18 @@ in it is executed, and no more memory is taken than its size on disk can justify
 
 from __future__ import annotations
 
-import io
 import math
 import pickle
+import pickletools
 import reprlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,138 +108,124 @@ def write_idx(path: Path, array: npt.NDArray[np.uint8]) -> None:
 # ------------------------------------------------------------------------------------------------ CIFAR-10 batches
 
 
-@dataclass
-class _PickledDtype:
-    """Stands for `numpy.dtype` while unpickling: keeps the type's name and drops the state that follows."""
+@dataclass(repr=False, eq=False)  # what it holds may be too deep to print or to compare
+class _Call:
+    """A name in a pickle, what it was to be called with, and the state that was to be set on what came out."""
 
     name: str
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _PickledArray:
-    """Stands for `numpy.ndarray` while unpickling, so that numpy's C code never meets untrusted state."""
-
-    shape: object = None
-    dtype: object = None
-    fortran: object = None
-    body: object = None
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.dtype, self.fortran, self.body = state
-
-    def bytes_array(self, path: Path) -> npt.NDArray[np.uint8]:
-        """The array itself, if it is two-dimensional, of unsigned bytes and consistent."""
-        shape, dtype, body = self.shape, self.dtype, self.body
-        if not (isinstance(dtype, _PickledDtype) and dtype.name in ("u1", "|u1", "uint8")):
-            raise DataError(f"{path}: the images are not unsigned bytes; {REMEDY}")
-        if not (isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-            raise DataError(f"{path}: the images have shape {reprlib.repr(shape)}, not (n, 3072); {REMEDY}")
-        if not isinstance(body, bytes | bytearray) or len(body) != math.prod(shape):
-            raise DataError(f"{path}: the images do not fill their shape {shape}; {REMEDY}")
-        return np.frombuffer(body, np.uint8).reshape(shape, order="F" if self.fortran else "C")
+    arguments: Any = ()
+    state: Any = ()
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str | bytes):
-        raise DataError(f"a name in the pickle is a {type(value).__name__}; do not trust the file")
-    return value.decode("ascii") if isinstance(value, bytes) else value
+class _Pairs(list[Any]):
+    """A dictionary, whose keys nobody hashes."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        super().__init__(zip(items[::2], items[1::2], strict=True))
 
 
-def _dtype(name: object, *_: object) -> _PickledDtype:
-    return _PickledDtype(_text(name))
-
-
-def _array(*_: object) -> _PickledArray:
-    return _PickledArray()
-
-
-def _array_from_buffer(body: object, dtype: object, shape: object, order: object, *_: object) -> _PickledArray:
-    array = _PickledArray()
-    array.__setstate__((1, shape, dtype, order == "F", body))
-    return array
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise DataError(f"encoding {encoding!r} in a pickle of bytes")
-    return text.encode("latin-1")
-
-
-_GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
-    ("numpy", "ndarray"): _PickledArray,
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
-    **{(f"{core}.multiarray", "_reconstruct"): _array for core in ("numpy.core", "numpy._core")},
-    **{(f"{core}.numeric", "_frombuffer"): _array_from_buffer for core in ("numpy.core", "numpy._core")},
-}
-
-
-_OPCODES = (
-    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT"
-    " STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8"
-    " EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS"
-    " GLOBAL STACK_GLOBAL REDUCE BUILD GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE"
+_ARRAYS = [f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")]
+_BUFFERS = [f"numpy.{core}.numeric _frombuffer" for core in ("core", "_core")]
+_NAMES = ["numpy ndarray", "numpy dtype", "_codecs encode", *_ARRAYS, *_BUFFERS]
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_CONTENT = (
+    "INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE"
+    " SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8"
 )
+_LITERALS = _CONTENT.split()
+_ITEMS = {  # that an opcode takes from the stack; None: all above the last mark
+    "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None, "EMPTY_LIST": 0, "LIST": None,
+    "EMPTY_DICT": 0, "DICT": None, "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None,
+}  # fmt: skip
 
 
-class _CifarUnpickler(pickle._Unpickler):
-    """Unpickles containers, text, bytes, numbers and byte arrays, through stand-ins; any other name or opcode is refused.
+def _unpickled(content: bytes) -> Any:
+    """What a pickle describes, read as data: nothing that it names is looked up, called, hashed or changed."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[Any, Any] = {}
 
-    Keys are text, bytes or numbers: to hash a tuple that holds itself twice, forty levels deep, takes longer than anyone
-    waits. State is set on the stand-ins' instances only: not on the functions, whose defaults it would replace.
+    def take(count: int | None) -> list[Any]:
+        start = marks.pop() if count is None else len(stack) - count
+        if start < 0:
+            raise DataError("the pickle takes more than it holds; do not trust the file")
+        items = stack[start:]
+        del stack[start:]
+        return items
 
-    The pure-Python unpickler is used on purpose: the C one sizes its memo by an index read from the file.
-    """
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        if name in _CONSTANTS or name in _LITERALS:
+            stack.append(_CONSTANTS.get(name, argument))
+        elif name in _ITEMS:
+            items = take(_ITEMS[name])
+            made = tuple(items) if "TUPLE" in name else items if "LIST" in name or "APPEND" in name else _Pairs(items)
+            if name.startswith(("APPEND", "SETITEM")):
+                stack[-1].extend(made)
+            else:
+                stack.append(made)
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            stack.append(_named(argument.split(" ") if argument else take(2)))
+        elif name == "REDUCE":
+            function, arguments = take(2)
+            stack.append(_Call(function.name, arguments))
+        elif name == "BUILD":
+            (state,) = take(1)
+            stack[-1].state = state
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise DataError(f"the pickle has the opcode {name}, which no CIFAR batch has; do not trust the file")
+    return stack.pop()
 
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _GLOBALS:
-            raise DataError(f"the pickle refers to {module}.{name}, which no CIFAR batch does; do not trust the file")
-        return _GLOBALS[module, name]
+def _named(words: list[Any]) -> _Call:
+    name = " ".join(words)
+    if name not in _NAMES:
+        raise DataError(
+            f"the pickle refers to {name.replace(' ', '.')}, which no CIFAR batch does; do not trust the file"
+        )
+    return _Call(name)
 
-    def _set_items(self, pairs: Sequence[Any], into: dict[Any, Any]) -> None:
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str | bytes | int):
-                raise DataError(f"a key in the pickle is a {type(key).__name__}; do not trust the file")
-            into[key] = value
 
-    def _setitem(self) -> None:
-        pair = self.stack[-2:]
-        del self.stack[-2:]
-        self._set_items(pair, self.stack[-1])
+def _bytes(value: object) -> bytes | None:
+    """Bytes, and what stands for them: text of Python 2, and the call by which old protocols make them of text."""
+    if isinstance(value, _Call) and value.name == "_codecs encode":
+        value = value.arguments[0]
+    if isinstance(value, str):
+        return value.encode("latin-1")
+    return bytes(value) if isinstance(value, bytes | bytearray) else None
 
-    def _setitems(self) -> None:
-        pairs = self.pop_mark()
-        self._set_items(pairs, self.stack[-1])
 
-    def _dict(self) -> None:
-        pairs = self.pop_mark()
-        self.stack.append({})
-        self._set_items(pairs, self.stack[-1])
-
-    def _build(self) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], _PickledArray | _PickledDtype):
-            raise DataError(f"the pickle sets a state on a {type(self.stack[-1]).__name__}; do not trust the file")
-        self.stack[-1].__setstate__(state)
-
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
-        **{getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()},
-        pickle.SETITEM[0]: _setitem,
-        pickle.SETITEMS[0]: _setitems,
-        pickle.DICT[0]: _dict,
-        pickle.BUILD[0]: _build,
-    }
+def _array(path: Path, call: _Call) -> npt.NDArray[np.uint8]:
+    """The two-dimensional array of unsigned bytes that a call would make."""
+    if call.name in _BUFFERS:
+        body, dtype, shape, order, *_ = call.arguments
+    else:
+        _, shape, dtype, fortran, body = call.state
+        order = "F" if fortran else "C"
+    if not (
+        isinstance(dtype, _Call)
+        and dtype.name == "numpy dtype"
+        and _bytes(dtype.arguments[0]) in (b"u1", b"|u1", b"uint8")
+    ):
+        raise DataError(f"{path}: the images are not unsigned bytes; {REMEDY}")
+    if not (isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        raise DataError(f"{path}: the images have shape {reprlib.repr(shape)}, not (n, 3072); {REMEDY}")
+    content = _bytes(body)
+    if content is None or len(content) != math.prod(shape):
+        raise DataError(f"{path}: the images do not fill their shape {shape}; {REMEDY}")
+    return np.frombuffer(content, np.uint8).reshape(shape, order="F" if order == "F" else "C")
 
 
 def read_cifar_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Read one CIFAR-10 batch: the original Python 2 pickles, and those written today with numpy ≥ 2.
 
-    The pickle runs no code: only the five names such a file needs are known, and each is a harmless stand-in.
+    The pickle runs no code: it is read as a description, in which only the names that such a file needs may stand.
 
     Returns:
         Images `(n, 3, 32, 32)` as bytes and labels `(n,)` in 0..9, n ≥ 1.
@@ -253,16 +239,16 @@ def read_cifar_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.
     with parsing(path):
         content = path.read_bytes()
         try:
-            batch = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
+            batch = _unpickled(content)
         except DataError as error:
             raise DataError(f"{path}: {error}") from error
-        if not isinstance(batch, dict):
+        if not isinstance(batch, _Pairs):
             raise DataError(f"{path} holds a {type(batch).__name__}, not a CIFAR batch; {REMEDY}")
-        fields = {_text(key): value for key, value in batch.items() if isinstance(key, str | bytes)}
-        data, labels = fields.get("data"), fields.get("labels")
-        if not isinstance(data, _PickledArray) or not isinstance(labels, list):
+        fields = {_bytes(key): value for key, value in batch}
+        data, labels = fields.get(b"data"), fields.get(b"labels")
+        if not (isinstance(data, _Call) and data.name in _ARRAYS + _BUFFERS and type(labels) is list):
             raise DataError(f"{path} lacks the array `data` or the list `labels`; {REMEDY}")
-        images = data.bytes_array(path)
+        images = _array(path, data)
     if images.shape[1] != 3072:
         raise DataError(f"{path}: the images have shape {images.shape}, not (n, 3072); {REMEDY}")
     if len(labels) != len(images):
@@ -306,7 +292,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
 def read_npz(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), *, text: Sequence[str] = ()
 ) -> dict[str, npt.NDArray[Any]]:
-    """Read named numeric arrays of an npz archive (those in `text` may be of text), without pickle or trust in its headers.
+    """Read named numeric arrays of an npz archive (of text those in `text`), without pickle or trust in its headers.
 
     Raises:
         DataError: missing or corrupt file, failed checksum, a required key absent, a dtype that is not a number.

@@ -47,8 +47,8 @@ class Folder:
             return open_hub(folder, **options, name=str(self.path))
         if not any(folder.glob("t*_x.npy")):
             raise DataError(
-                f"{folder} is no data set: give a folder with train_x.npy, train_y.npy, test_x.npy and test_y.npy, or one"
-                " that datasets.DatasetDict.save_to_disk wrote, with splits train and test"
+                f"{folder} is no data set: give a folder with train_x.npy, train_y.npy, test_x.npy and test_y.npy, or"
+                " one that datasets.DatasetDict.save_to_disk wrote, with splits train and test"
             )
         if columns.input is not None or columns.label is not None:
             raise ParameterError(

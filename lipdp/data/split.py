@@ -17,7 +17,7 @@ Task = Literal["multiclass", "binary"]
 
 
 class DataSplit(Protocol):
-    """A data set cut in a training part, which is the private one, and a test part: `Split` in memory, `Stored` on disk.
+    """A data set in a training part, which is the private one, and a test part: `Split` in memory, `Stored` on disk.
 
     What trains or evaluates asks for batches only, and so needs no branch on where the inputs are.
     """
@@ -62,7 +62,7 @@ class DataSplit(Protocol):
         ...
 
     def test_batches(self, size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test part in order, at most `size` records at a time; read by `num_workers` processes if it is on disk."""
+        """The test part in order, at most `size` records at a time; from disk it is read by `num_workers` processes."""
         ...
 
     def test_part(self) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class Split:
 
 
 def units(split: DataSplit) -> int:
-    """N of the account, a public fact: the number of owners of training records where owners are known, else of records."""
+    """N of the account, a public fact: the number of owners of training records where they are known, or of records."""
     return split.records if split.train_owner is None else len(split.train_owner.unique())
 
 

@@ -112,8 +112,9 @@ class Stored:
         needed = 4 * records * math.prod(self.input_shape)
         if needed > IN_MEMORY:
             raise DataError(
-                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB in memory, and what was asked for needs it there; only"
-                f" `lipdp train` without --features reads batch by batch. Use a part of at most {IN_MEMORY / 2**30:.0f} GiB"
+                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB in memory, and what was asked for needs it there;"
+                " only `lipdp train` without --features reads batch by batch. Use a part of at most"
+                f" {IN_MEMORY / 2**30:.0f} GiB"
             )
 
 
@@ -190,10 +191,10 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
 
 
 def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -> Stored:
-    """A folder with `train_x.npy`, `train_y.npy`, `test_x.npy` and `test_y.npy`, memory-mapped, inputs never read whole.
+    """A folder with `train_x.npy`, `train_y.npy`, `test_x.npy` and `test_y.npy`, memory-mapped, inputs not read whole.
 
-    Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0, 1].
-    Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
+    Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0,
+    1]. Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
 
     Guarantees: shapes, dtypes, counts and all labels are looked at, and 64 records of each part; nothing else is read. Of the
     training part two or more of the first 64 must be wrong to be refused; what one record holds stops nothing.

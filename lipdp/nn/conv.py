@@ -35,6 +35,22 @@ def check_convolution(conv: nn.Conv1d | nn.Conv2d) -> None:
         )
 
 
+def padding_of(conv: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
+    """What a convolution adds before and after each axis, in order, whichever way it was asked for.
+
+    >>> padding_of(nn.Conv2d(1, 1, (2, 3), padding="same"))
+    [(0, 1), (1, 1)]
+    """
+    sides = conv._reversed_padding_repeated_twice  # (before, after) of the last axis first
+    return list(zip(sides[::2], sides[1::2], strict=True))[::-1]
+
+
+def padded(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """The input of a convolution with its zeros, or its other end, around it."""
+    sides = [side for pair in padding_of(conv)[::-1] for side in pair]
+    return F.pad(x, sides, mode="circular" if conv.padding_mode == "circular" else "constant")
+
+
 class _SpectralConv(Constrained):
     """The two convolutions: torch's `nn.Conv1d` or `nn.Conv2d` with a constrained kernel."""
 
@@ -42,7 +58,6 @@ class _SpectralConv(Constrained):
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
-    _reversed_padding_repeated_twice: list[int]
 
     def __init__(
         self,
@@ -79,9 +94,8 @@ class _SpectralConv(Constrained):
         weight, dtype = self.weight * self.scale, autocast.autocast_dtype(input)
         if dtype is None:
             return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
-        mode = "circular" if self.padding_mode == "circular" else "constant"
-        padded = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-        return autocast.convolution(padded, weight, self.bias, dtype, stride=self.stride, groups=self.groups)
+        x = padded(self, input)  # type: ignore[arg-type]
+        return autocast.convolution(x, weight, self.bias, dtype, stride=self.stride, groups=self.groups)
 
 
 _DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√m.

@@ -131,21 +131,23 @@ def get_allocation(name_or_object: str | Allocation) -> Allocation:
     raise UnknownNameError("allocation", name_or_object, ALLOCATIONS)
 
 
-def joint_noise_multiplier(sensitivities: Tensor, stds: Tensor) -> Tensor:
-    """The σ that noise of stds `s_l` gives blocks of sensitivities `Δ_l`: `σ = (Σ_l Δ_l²/s_l²)^(-1/2)`.
+def rescaled(stds: Tensor, sensitivities: Tensor, noise_multiplier: float) -> Tensor:
+    """Stds in the same proportions on the surface `Σ_l Δ_l²/s_l² = 1/σ²`, which rounding or an allocation may have missed.
 
     Args:
-        sensitivities: (D,) Δ_l ≥ 0. Blocks with Δ_l = 0 count for nothing, whatever their std.
-        stds: (D,) s_l ≥ 0, in the same units. Δ_l > 0 with s_l = 0 gives σ = 0: no privacy.
+        stds: (D,) s_l ≥ 0. Δ_l > 0 with s_l = 0 is no noise at any scale: what comes out is not finite.
+        sensitivities: (D,) Δ_l ≥ 0, in the same units. Blocks with Δ_l = 0 count for nothing, whatever their std.
+        noise_multiplier: σ, see `lipdp.accounting.joint_noise_multiplier` with σ_l = s_l/Δ_l.
 
     Returns:
-        () float64; infinite when every Δ_l is 0. Not a sync: the caller decides when to read it.
+        (D,) float64. Not a sync: nothing is read.
 
-    >>> joint_noise_multiplier(torch.tensor([3.0, 4.0, 0.0]), torch.tensor([10.0, 10.0, 0.0]))
-    tensor(2., dtype=torch.float64)
+    >>> rescaled(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([3.0, 4.0, 0.0]), 2.0).tolist()
+    [10.0, 10.0, 0.0]
     """
     delta, std = sensitivities.to(torch.float64), stds.to(torch.float64)
-    return torch.where(delta == 0, 0.0, delta / std).square().sum().rsqrt()
+    joint = torch.where(delta == 0, 0.0, delta / std).square().sum().rsqrt()
+    return std * (noise_multiplier / joint)
 
 
 def _checked(sensitivities: Tensor, sizes: Tensor, noise_multiplier: float) -> tuple[Tensor, Tensor, float]:

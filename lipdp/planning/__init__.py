@@ -1,8 +1,8 @@
 """Planning with the total amount of noise: from a budget to (B, σ, T), and a search at a fraction of the compute.
 
-`plan` chooses a batch size, a noise multiplier and a number of steps; `simulate` looks for hyper-parameters by runs at B/k
-and σ/k, which are not private; `Repetitions` says what a search costs that is private; `predict` says what a run costs in time
-and memory on W devices, from what `lipdp.planning.measure` found on one.
+`plan` chooses a batch size, a noise multiplier and a number of steps; `simulate` looks for hyper-parameters by runs at
+B/k and σ/k, which are not private; `Repetitions` says what a search costs that is private;
+`measure(workload, m).predict(scale)` says what a run costs in time and memory on W devices, from steps taken on one.
 """
 
 from lipdp.lazy import facade
@@ -12,19 +12,19 @@ _NAMES = {
     "Budget": "lipdp.planning.budget",
     "Cost": "lipdp.planning.cost",
     "Move": "lipdp.planning.tan",
-    "Network": "lipdp.planning.cost",
     "Plan": "lipdp.planning.budget",
     "Point": "lipdp.planning.budget",
     "Prediction": "lipdp.planning.cost",
     "Repetitions": "lipdp.planning.repetitions",
+    "Scale": "lipdp.planning.cost",
     "Simulation": "lipdp.planning.simulation",
-    "Workload": "lipdp.planning.measure",
+    "Workload": "lipdp.planning.cost",
     "constant_eta": "lipdp.planning.budget",
     "eta_for": "lipdp.planning.tan",
     "evaluate": "lipdp.planning.budget",
     "iso_budget": "lipdp.planning.budget",
+    "measure": "lipdp.planning.cost",
     "plan": "lipdp.planning.budget",
-    "predict": "lipdp.planning.cost",
     "rule": "lipdp.planning.tan",
     "simulate": "lipdp.planning.search",
     "tan_epsilon": "lipdp.planning.tan",

@@ -192,8 +192,8 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
     """The point of the budget near this σ, with T steps: B is what σ leaves to choose.
 
     At fixed T and ε, η is nearly constant where σ is large, so `B = N·η·σ·√(2/T)` with the η of ε_TAN is a good guess,
-    and log σ goes as log B; secants from there meet σ to within 1 %, but for the rounding of B. Where B would exceed N it
-    is N, and σ what the budget leaves.
+    and log σ goes as log B; secants from there meet σ to within 1 %, but for the rounding of B. Where B would exceed N
+    it is N, and σ what the budget leaves.
 
     >>> point = with_noise_multiplier(Budget(50_000, 8.0, 1e-5), 3.0, 2500)
     >>> abs(point.noise_multiplier / 3.0 - 1) < 0.02, 7.96 <= point.epsilon <= 8.0
@@ -219,7 +219,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
 
 
 def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[Point, ...]:
-    """The points of the budget with T steps and these B, in increasing order; those that nothing reaches are left out."""
+    """The points of the budget with T steps and these B, in increasing order; what nothing reaches is left out."""
     points = []
     for batch in sorted({min(max(1, batch), budget.records) for batch in batch_sizes}):
         try:
@@ -294,7 +294,7 @@ def _choose(budget: Budget, steps: int | None, max_samples: int | None) -> Point
             return limited
     elif steps is not None:
         raise ParameterError(
-            f"max_samples={max_samples} in {steps} steps is less than one record a step: allow more, or take fewer steps"
+            f"max_samples={max_samples} in {steps} steps is less than one record a step: allow more, or fewer steps"
         )
     return _fewer_steps(budget, best, max_samples)
 

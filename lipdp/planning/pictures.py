@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def epsilon_against_noise(plan: Plan) -> Figure:
-    """Exact ε against σ at the plan's η and T: flat in the sweet spot, exploding behind the wall; ε_TAN for comparison."""
+    """Exact ε against σ at the plan's η and T: flat in the sweet spot, exploding behind the wall; ε_TAN beside it."""
     figure, axes = _axes()
     noises, epsilons = zip(*plan.constant_eta, strict=True)
     chosen = plan.chosen

@@ -45,10 +45,10 @@ class Repetitions:
     The cost hardly grows with E[K], whereas E[K] runs that are all released cost √E[K] times as much or more. For a
     pure-DP run of ε the search is (2+s)ε-DP.
 
-    Guarantees: an upper bound on the ε of the whole search, provided that K is drawn by `draw`, once and without looking
-    at the data; that K stays secret; that every run's hyper-parameters are drawn independently from one law fixed
-    beforehand (no Optuna here: it adapts to earlier scores); and that the score is computed from what one run releases
-    and from public records, or its own release is part of `event`.
+    Guarantees: an upper bound on the ε of the whole search, provided that K is drawn by `draw`, once and without
+    looking at the data; that K stays secret; that every run's hyper-parameters are drawn independently from one law
+    fixed beforehand (no Optuna here: it adapts to earlier scores); and that the score is computed from what one run
+    releases and from public records, or its own release is part of `event`.
 
     Args:
         law: "geometric", "logarithmic", "poisson", or a shape s ≥ 0 of the truncated negative binomial.

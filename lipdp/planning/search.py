@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -16,7 +17,7 @@ from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.files import read_json, write_json
 from lipdp.planning.simulation import LABEL, Simulation, simulation
 from lipdp.planning.space import Choice, Dimension, Scalar
-from lipdp.planning.workers import workers
+from lipdp.planning.workers import outcome, workers
 from lipdp.training.config import RUNTIME, configure
 
 STUDY = "simulation-not-private"
@@ -91,7 +92,8 @@ def simulate(
 
     Args:
         settings: of the full run, as `lipdp.training.configure` takes them.
-        space: name → `Range` or `Choice`, e.g. from `parse_space`. Choices alone are searched whole if `trials` suffice.
+        space: name → `Range` or `Choice`, e.g. from `parse_space`. Choices alone are searched whole if `trials`
+            suffice.
         out: the search's folder: simulation.json, study.db (Optuna, SQLite), trials/NUMBER.json, result.json.
         scale: k in [1, 128]; jobs: processes; validation: share of the training records; seed: of draws and runs.
         trials: how many runs in all.
@@ -113,20 +115,23 @@ def simulate(
     with _alone(folder):
         _start(folder, facts)
         study = _Study(folder, space, trials=trials, seed=seed, jobs=jobs)
-        with workers(given, split, input_bound, jobs=jobs) as pool:
+        with workers(given, split, input_bound, jobs=jobs) as start:
+            waiting: dict[Future[dict[str, Any]], tuple[int, dict[str, Scalar]]] = {}
             while True:
-                while pool.free and (trial := study.next()) is not None:
-                    pool.submit(*trial)
-                if not study.running:
+                while len(waiting) < jobs and (trial := study.next()) is not None:
+                    waiting[start(trial[1])] = trial
+                if not waiting:
                     break
-                number, record = pool.result()
-                write_json(folder / "trials" / f"{number:04d}.json", {"number": number, **record})
-                study.end(number, record["value"])
+                ended = next(iter(wait(waiting, return_when=FIRST_COMPLETED).done))
+                number, drawn = waiting.pop(ended)
+                found = outcome(ended, drawn)
+                write_json(folder / "trials" / f"{number:04d}.json", {"number": number, **found})
+                study.end(number, found["value"])
                 if progress is not None:
-                    progress(number, record, Found(given, _records(folder, study)))
-        found = Found(given, _records(folder, study))
-        write_json(folder / "result.json", found.as_dict(out=str(folder / "full")))
-    return found
+                    progress(number, found, Found(given, _records(folder, study)))
+        result = Found(given, _records(folder, study))
+        write_json(folder / "result.json", result.as_dict(out=str(folder / "full")))
+    return result
 
 
 class _Study:

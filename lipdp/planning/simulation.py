@@ -1,4 +1,4 @@
-"""Runs at B/k and σ/k that stand for a private run at (B, σ): the scaling law of TAN in practice. They are NOT private."""
+"""Runs at B/k and σ/k that stand for a private run at (B, σ): the scaling law of TAN at work. They are NOT private."""
 
 from __future__ import annotations
 

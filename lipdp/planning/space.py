@@ -47,7 +47,7 @@ def parse_space(texts: Iterable[str]) -> dict[str, Dimension]:
     """`name=low:high[:log]` and `name=a,b,c`, name a setting of `lipdp train`, `tau`, or e.g. `model_options.width`.
 
     Raises:
-        ParameterError: not of that form, or a setting that a search must leave alone. UnknownNameError: no such setting.
+        ParameterError: not of that form, or a setting that a search leaves alone. UnknownNameError: no such setting.
 
     >>> parse_space(["lr=0.05:5:log", "gate=off,0.3"])
     {'lr': Range(low=0.05, high=5.0, log=True), 'gate': Choice(values=('off', 0.3))}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
+from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -17,139 +20,68 @@ from lipdp.data import Split
 from lipdp.errors import LipdpError, ParameterError
 from lipdp.planning.simulation import Runner, Simulation, simulation
 from lipdp.planning.space import Scalar
-from lipdp.training import Interrupted
 
 Drawn = Mapping[str, Scalar]
+Record = dict[str, Any]
 
-
-class Workers(ABC):
-    """Takes runs and gives back records, in the order in which they end."""
-
-    @property
-    @abstractmethod
-    def free(self) -> int:
-        """How many runs could be started now."""
-
-    @abstractmethod
-    def submit(self, number: int, drawn: Drawn) -> None:
-        """Start run `number`, while `free` allows."""
-
-    @abstractmethod
-    def result(self) -> tuple[int, dict[str, Any]]:
-        """Wait for a run to end: its number and what `Runner` returns.
-
-        Raises:
-            ParameterError: the run was refused; the message says with which settings.
-        """
-
-
-class Inline(Workers):
-    """In this process."""
-
-    def __init__(self, runner: Runner) -> None:
-        self._runner = runner
-        self._waiting: list[tuple[int, Drawn]] = []
-
-    @property
-    def free(self) -> int:
-        """See `Workers`."""
-        return 1 - len(self._waiting)
-
-    def submit(self, number: int, drawn: Drawn) -> None:
-        """See `Workers`."""
-        self._waiting.append((number, drawn))
-
-    def result(self) -> tuple[int, dict[str, Any]]:
-        """See `Workers`."""
-        number, drawn = self._waiting.pop()
-        try:
-            return number, self._runner(drawn)
-        except LipdpError as error:
-            raise _refused(drawn, str(error)) from error
-
-
-class Processes(Workers):
-    """In `jobs` processes, each with its share of the cores. They read requests from a pipe, whose end is theirs."""
-
-    def __init__(self, given: Simulation, jobs: int) -> None:
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-        threads = max(1, (os.cpu_count() or jobs) // jobs)
-        self._idle: list[Connection] = []
-        self._busy: dict[Connection, tuple[int, Drawn]] = {}
-        self._processes = []
-        for _ in range(jobs):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, given, threads), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._idle.append(ours)
-
-    @property
-    def free(self) -> int:
-        """See `Workers`."""
-        return len(self._idle)
-
-    def submit(self, number: int, drawn: Drawn) -> None:
-        """See `Workers`."""
-        connection = self._idle.pop()
-        connection.send(dict(drawn))
-        self._busy[connection] = (number, drawn)
-
-    def result(self) -> tuple[int, dict[str, Any]]:
-        """See `Workers`."""
-        connection: Any = wait(list(self._busy))[0]
-        number, drawn = self._busy.pop(connection)
-        try:
-            refusal, record = connection.recv()
-        except EOFError:
-            raise _refused(drawn, "its process ended (out of memory? fewer --jobs may help)") from None
-        self._idle.append(connection)
-        if refusal:
-            raise _refused(drawn, refusal)
-        return number, record
-
-    def close(self) -> None:
-        """End them, whatever they do."""
-        for connection in (*self._idle, *self._busy):
-            connection.close()
-        for process in self._processes:
-            process.terminate()
-            process.join()
+_runners: list[Runner] = []  # that of a process of the pool
 
 
 @contextmanager
-def workers(given: Simulation, split: Split, input_bound: float | None, *, jobs: int) -> Iterator[Workers]:
-    """One process more than this one for each of several jobs; this one alone for a single job."""
+def workers(
+    given: Simulation, split: Split, input_bound: float | None, *, jobs: int
+) -> Iterator[Callable[[Drawn], Future[Record]]]:
+    """A function that starts a run: in one of several processes that share the cores, or here for one job.
+
+    The processes end when the block does, and when the process that started them does, whatever they are doing.
+    """
     if jobs == 1:
-        yield Inline(Runner(given, split, input_bound))
+        yield partial(_at_once, Runner(given, split, input_bound))
         return
-    pool = Processes(given, jobs)
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    theirs, ours = context.Pipe(duplex=False)
+    settings = (given, max(1, (os.cpu_count() or jobs) // jobs), theirs)
+    with theirs, ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare, initargs=settings) as pool, ours:
+        yield lambda drawn: pool.submit(_run, drawn)
+
+
+def outcome(future: Future[Record], drawn: Drawn) -> Record:
+    """What `Runner` returned of a run that ended; ParameterError, with its settings, where it was refused."""
     try:
-        yield pool
-    finally:
-        pool.close()
+        return future.result()
+    except BrokenProcessPool:
+        reason = "its process ended (out of memory? fewer --jobs may help)"
+    except LipdpError as error:
+        reason = str(error) or type(error).__name__
+    listed = ", ".join(f"{name}={value}" for name, value in drawn.items())
+    raise ParameterError(f"the simulated run with {listed} was refused: {reason}")
 
 
-def _serve(connection: Connection, given: Simulation, threads: int) -> None:
-    """Answer requests until the other end closes, which it also does when its process is killed."""
+def _at_once(runner: Runner, drawn: Drawn) -> Future[Record]:
+    future: Future[Record] = Future()
+    try:
+        future.set_result(runner(drawn))
+    except LipdpError as error:
+        future.set_exception(error)
+    return future
+
+
+def _prepare(given: Simulation, threads: int, lifeline: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started this one decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(threads)
     settings = {**given.settings, "noise_multiplier": given.plan.noise_multiplier}
     settings.pop("epsilon", None)  # σ is known: nothing to calibrate again
     _, split, input_bound = simulation(settings, scale=given.scale, validation=given.validation, seed=given.seed)
-    runner = Runner(given, split, input_bound)
-    with suppress(EOFError, OSError, Interrupted):
-        while True:
-            drawn = connection.recv()
-            try:
-                answer: tuple[str, dict[str, Any]] = ("", runner(drawn))
-            except LipdpError as error:
-                answer = (str(error) or type(error).__name__, {})
-            connection.send(answer)
+    _runners.append(Runner(given, split, input_bound))
 
 
-def _refused(drawn: Drawn, reason: str) -> ParameterError:
-    listed = ", ".join(f"{name}={value}" for name, value in drawn.items())
-    return ParameterError(f"the simulated run with {listed} was refused: {reason}")
+def _run(drawn: Drawn) -> Record:
+    return _runners[0](drawn)
+
+
+def _end_with(lifeline: Connection) -> None:
+    """The other end closes when the search is over, and when its process is killed."""
+    with suppress(EOFError, OSError):
+        lifeline.recv()
+    os._exit(1)

@@ -24,7 +24,7 @@ from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeErr
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
-from lipdp.noise.allocation import Allocation, joint_noise_multiplier
+from lipdp.noise.allocation import Allocation, rescaled
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
@@ -137,7 +137,7 @@ class Run:
 
     def _shared(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
         stds = self.allocation.stds(deltas, self.sizes, self.gradient_multiplier)
-        return deltas, stds * (self.gradient_multiplier / joint_noise_multiplier(deltas, stds))
+        return deltas, rescaled(stds, deltas, self.gradient_multiplier)
 
     def sensitivity(self) -> Sensitivity:
         self.settle()

@@ -13,6 +13,7 @@ from lipdp.certify.moduli import GroupNormalisation, Lipschitz, Modulus, Project
 from lipdp.data.scaling import Clip
 from lipdp.errors import UnboundedError
 from lipdp.features import FeatureSpec
+from lipdp.nn.normalization import normalised
 
 InputMap = Callable[[Tensor], Tensor]
 """A map of a batch of inputs, record by record: one of `lipdp.data.scaling`, a `FeatureSpec`, or any with `lipschitz`."""
@@ -34,7 +35,7 @@ def _computed(step: InputMap, x: Tensor) -> Tensor:
         return step(x)
     z = step.map(x)
     if step.group_norm:
-        z = F.group_norm(z, step.group_norm, eps=step.eps)
+        z = normalised(z.reshape(len(z), step.group_norm, -1), 1, step.eps)
     z = z.flatten(1)
     if step.unit_norm:
         z = F.normalize(z, dim=1, eps=_NORMALISE_FLOOR)
@@ -81,7 +82,7 @@ def _feature_moduli(spec: FeatureSpec, x: Tensor) -> list[Modulus]:
         spread = (groups - groups.mean(2, keepdim=True)).square().sum(2)
         smallest = (spread + entries * spec.eps).sqrt().amin(1) * (1 - 1e-9)
         chain.append(GroupNormalisation(entries, spec.group_norm, smallest.cpu()))
-        z = F.group_norm(z, spec.group_norm, eps=spec.eps)
+        z = normalised(groups, 1, spec.eps)
     if spec.unit_norm:
         norms = torch.linalg.vector_norm(z.flatten(1), dim=1).cpu() * (1 - 1e-9)
         chain += [Projection(_NORMALISE_FLOOR, norms), Lipschitz(1 / _NORMALISE_FLOOR)]

@@ -138,7 +138,11 @@ MUTATIONS = {
     "average pooling as scaled": (lnn.ScaledAvgPool2d(2), (1, 4, 4), gains(1 / 2)),
     "dropout as identity": (nn.Dropout(0.5), (6,), gains(0.5)),
     "PReLU's slope": (nn.PReLU(init=2.0), (6,), without("weight", lambda c: 2.0)),
-    "normalised inputs as norm 1": (nn.GroupNorm(1, 6, eps=1e-3), (6,), without("weight", lambda c: math.sqrt(6))),
+    "normalised inputs as norm 1": (
+        lnn.GroupNorm(1, 6, eps=1e-3),
+        (6,),
+        without("weight", lambda c: math.sqrt(6)),
+    ),
     "leaky slope beyond 1": (nn.LeakyReLU(3.0), (6,), gains(1 / 3)),
     "a gate that is not there": (nn.Sequential(nn.Identity()), (6,), None),
 }
@@ -496,7 +500,7 @@ def test_every_fault_of_a_layer_has_a_check_that_finds_it(fault, gain, check, mo
 def test_a_case_that_asks_for_more_tightness_than_there_is():
     class Loose(Good):
         def make_layer(self):
-            return nn.Sequential(lnn.SpectralLinear(4, 4), nn.LayerNorm(4, eps=0.01))
+            return nn.Sequential(lnn.SpectralLinear(4, 4), lnn.LayerNorm(4, eps=0.01))
 
     with pytest.raises(BoundViolation, match="looser"):
         Loose().test_bounds_hold_in_float64()

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from deel import torchlip
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipdp.bounds.rules import Call, Local, Number, own_axes, rule
+from lipdp.bounds.rules import Call, Local, Number, own_axes, rule, times
 from lipdp.constraints import Constraint, Spectral, certified_norm, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
 from lipdp.nn import conv as lconv
@@ -36,26 +37,14 @@ def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -
     return Local(gains=(norm,), offset=offset, parameters=parameters, fan_in=max(layer.in_features, count))
 
 
-def _refuse_sums_in_low_precision(call: Call) -> None:
-    """Under autocast torch sums a weight's gradient over the batch in low precision; the layers of lipdp.nn do not."""
-    trainable = any(p.requires_grad for p in call.module.parameters())  # type: ignore[union-attr]
-    if trainable and call.dtype.itemsize < 4:
-        raise UnsupportedLayerError(
-            f"'{call.name}' ({type(call.module).__name__}) under autocast sums its gradient over the batch in"
-            f" {call.dtype}, where one record moves the rounded sum by more than its own gradient. Use"
-            " lipdp.nn.SpectralLinear or SpectralConv, which sum in float32, freeze the layer, or train in float32"
-        )
-
-
 @rule(linear.SpectralLinear)
 def _spectral_linear(call: Call) -> Local:
     layer: linear.SpectralLinear = call.module  # type: ignore[assignment]
-    return _dense(call, layer, layer.constraint, layer.scale)
+    return replace(_dense(call, layer, layer.constraint, layer.scale), sums_in=torch.float32)
 
 
 @rule(nn.Linear)
 def _linear(call: Call) -> Local:
-    _refuse_sums_in_low_precision(call)
     return _dense(call, call.module, Spectral(), 1.0)  # type: ignore[arg-type]
 
 
@@ -102,12 +91,12 @@ def _convolution(call: Call, layer: nn.Conv1d | nn.Conv2d, scale: float) -> Loca
 
 @rule(lconv.SpectralConv1d, lconv.SpectralConv2d)
 def _spectral_convolution(call: Call) -> Local:
-    return _convolution(call, call.module, call.module.scale)  # type: ignore[arg-type, union-attr]
+    local = _convolution(call, call.module, call.module.scale)  # type: ignore[arg-type, union-attr]
+    return replace(local, sums_in=torch.float32)
 
 
 @rule(nn.Conv1d, nn.Conv2d)
 def _plain_convolution(call: Call) -> Local:
-    _refuse_sums_in_low_precision(call)
     return _convolution(call, call.module, 1.0)  # type: ignore[arg-type]
 
 
@@ -218,39 +207,88 @@ def _layer_centering(call: Call) -> Local:
     return Local(gains=(gain,), offset=offset, parameters={"bias": shared}, fan_in=size)
 
 
-@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def _instance_norm(call: Call) -> Local:
-    """Per sample, unless it keeps running statistics of the batches it saw."""
-    if call.module.track_running_stats:  # type: ignore[union-attr]
-        raise MixesSamplesError(
-            f"'{call.name}' keeps running statistics of the batches it saw; leave track_running_stats=False"
-        )
-    return _sample_norm(call)
-
-
-@rule(nn.LayerNorm, nn.GroupNorm)
+@rule(normalization.LayerNorm, normalization.GroupNorm)
 def _sample_norm(call: Call) -> Local:
-    """(x − μ)/√(var + ε) per sample: Jacobian norm ≤ 1/√ε, output norm ≤ √n; then y·γ + β, entrywise.
+    """y = r (x − μ) γ + β with r = 1/√(var + ε): as `lipdp.nn` computes it, ‖y‖ ≤ √n and ‖∂y/∂x‖ ≤ r ≤ 1/√ε hold of whatever x.
 
     ‖∇_γ‖ ≤ ‖x̂‖_F G ≤ √n G and ‖∇_β‖ ≤ √(entries per β) G. Loose as a gain: fine in front of the first trainable layer.
     """
     layer: nn.LayerNorm | nn.GroupNorm = call.module  # type: ignore[assignment]
-    if not layer.eps > 0:
-        raise UnsupportedLayerError(
-            f"'{call.name}': {layer} has no Lipschitz constant with eps={layer.eps}; give eps > 0"
-        )
     entries = math.sqrt(call.x.numel)
     gain: Number = 1.0 / math.sqrt(layer.eps)
     if layer.weight is None:
         return Local(gains=(gain,), value_cap=entries, fan_in=call.x.numel)
-    largest = call.used(layer.weight).abs().max().double()
+    largest = layer.weight.detach().abs().max().double()
     parameters: dict[str, Number] = {"weight": entries}
     offset: Number = 0.0
     if layer.bias is not None:
         parameters["bias"] = shared = math.sqrt(call.x.numel / layer.bias.numel())
-        offset = shared * vector_norm(call.used(layer.bias))
-    cap = entries * largest + offset
-    return Local(gains=(gain * largest,), offset=offset, parameters=parameters, value_cap=cap, fan_in=call.x.numel)
+        offset = shared * vector_norm(layer.bias.detach())
+    return Local(
+        gains=(gain * largest,),
+        offset=offset,
+        parameters=parameters,
+        sums_in=torch.float32,
+        value_cap=entries * largest + offset,
+        fan_in=call.x.numel,
+    )
+
+
+_HARMLESS_ROUNDING = 2.0**-6
+
+
+_HARMLESS = 2.0**-6
+
+
+@rule(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def _torch_norm(call: Call) -> Local:
+    r"""torch's kernels where X makes their cancellation harmless; elsewhere the bounds of `_sample_norm` are false for them.
+
+    The kernels differ by device, memory format and version. What is assumed: mean and variance come from sums over the n
+    entries of a group, in any order, in one pass (E x² − μ²) or Welford's; then y = a x + b, and the cotangent of x is
+    a g + b' x + c, with a, b, b', c computed from r = 1/√(var + ε), μ, Σ g and Σ g x. With u the unit roundoff,
+    ρ = 2u (n + 8) and κ = ρ X²/(n ε), both at most 1/64:
+    - μ is off by ρ X/(2√n), the variance by 2ρ X²/n = 2κ ε at most, so r by a factor within 1 ± 1.1 κ;
+    - y is off further by 1.1 ρ r X ≤ 1.1 √n √(ρκ), so that ‖y‖ ≤ √n (1 + 2κ + ρ);
+    - the map of g is r (I − 11ᵀ/n − yyᵀ/n), of norm at most r max(1, ‖y‖²/n), up to the rounding of Σ g x − μ Σ g, at most
+      1.5 ρ G X, times r³ ‖x − μ‖/n ≤ 1.1 r X/(n ε), and of b' x + c, less than κ r G: in all r (1 + 10κ + 4ρ).
+    A fan-in of 2(n + 8) + 4 X²/ε gives the slack 1 + 16ρ + 32κ, and certificates the error (ρ + 2κ)(‖y‖ + X/√ε). Where κ or
+    ρ is larger it is infinite, and so is every bound behind and in front.
+    """
+    layer: Any = call.module
+    if getattr(layer, "track_running_stats", False):
+        raise MixesSamplesError(
+            f"'{call.name}' keeps running statistics of the batches it saw; leave track_running_stats=False"
+        )
+    if not layer.eps > 0:
+        raise UnsupportedLayerError(
+            f"'{call.name}': {layer} has no Lipschitz constant with eps={layer.eps}; give eps > 0"
+        )
+    entries = _group_entries(call)
+    unit = torch.finfo(call.dtype).eps * (entries + 8)
+    squared = times(call.x.value, call.x.value)
+    error = times(squared, unit / (entries * layer.eps))
+    known = not isinstance(error, Tensor) and error < math.inf
+    if call.dtype.itemsize < 4 or unit > _HARMLESS or (known and error > _HARMLESS):
+        raise UnsupportedLayerError(
+            f"'{call.name}': in {call.dtype} the variance that torch's {type(layer).__name__} computes of values of norm"
+            f" {float(call.x.value):.3g} cancels, and no bound holds. Use lipdp.nn.LayerNorm or lipdp.nn.GroupNorm (C groups for"
+            " InstanceNorm), with the same arguments, or lipdp.nn.from_torchlip(model), or a smaller InputBound"
+        )
+    fan_in = times(squared, 4 / layer.eps) + 2 * (entries + 8)
+    if isinstance(error, Tensor):
+        fan_in = torch.where(error <= _HARMLESS, fan_in, math.inf)
+    return replace(_sample_norm(call), fan_in=fan_in)
+
+
+def _group_entries(call: Call) -> int:
+    """n: how many entries of a sample share a mean."""
+    layer, shape = call.module, call.x.shape
+    if isinstance(layer, nn.LayerNorm):
+        return math.prod(layer.normalized_shape)
+    if isinstance(layer, nn.GroupNorm):
+        return call.x.numel // layer.num_groups
+    return math.prod(shape[1:]) if len(shape) > 1 else call.x.numel
 
 
 # --- trainable activations and residuals of deel-torchlip -------------------------------------------------------------

@@ -21,7 +21,7 @@ from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, least, module_rule, times
 from lipdp.bounds.trace import NodeInfo, check_modules, inspect_nodes, trace
 from lipdp.constraints import vector_norm
-from lipdp.errors import UnboundedError, UnsupportedOperationError
+from lipdp.errors import UnboundedError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.compiled import eager, original
 from lipdp.nn.sharded import full_tensor, is_sharded, unsharded
 
@@ -124,7 +124,7 @@ class ForwardSweep:
     rounding: Rounding
     values: list[Number]
     lipschitz: list[Number]
-    calls: list[tuple[Step, Call, Local, float]]
+    calls: list[tuple[Step, Call, Local, Number]]
 
 
 class BoundGraph:
@@ -320,7 +320,7 @@ class BoundGraph:
             i = self.index[node]
             constants[i] = self._constant(node)
             values[i], lipschitz[i] = vector_norm(constants[i].detach()), 0.0
-        calls: list[tuple[Step, Call, Local, float]] = []
+        calls: list[tuple[Step, Call, Local, Number]] = []
         for step in self.steps:
             inputs = tuple(
                 Input(info.shape, values[i], constants.get(i), info.kind == "tuple")
@@ -366,16 +366,30 @@ class BoundGraph:
             for i, gain in zip(step.sources, local.gains, strict=True):
                 cotangents[i] = cotangents[i] + times(gain, inner)
             own = _module_parameters(step, local, names)
+            if own:
+                _check_sums(step.name, step.kind, local.sums_in or forward.rounding.dtype)
             for key, name in own.items():
                 deltas[name] = deltas[name] + times(local.parameters[key], inner)
             rows.append(NodeBound(step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
         for node in self.constants:
             own_name = names.get(id(self._attribute(node))) if node.op == "get_attr" else None
             if own_name is not None:
+                _check_sums(own_name, "a parameter met outside a layer", forward.rounding.dtype)
                 deltas[own_name] = deltas[own_name] + cotangents[self.index[node]]
         lipschitz = as_tensor(forward.lipschitz[end], device)
         bounds = {name: as_tensor(delta, device) for name, delta in deltas.items()}
         return Sweep(bounds, lipschitz, output, tuple(reversed(rows)))
+
+
+def _check_sums(name: str, kind: str, dtype: torch.dtype) -> None:
+    """A parameter's gradient must be summed over the batch in float32 or better."""
+    if dtype.itemsize < 4:
+        raise UnsupportedLayerError(
+            f"'{name}' ({kind}) under autocast sums its gradient over the batch in {dtype}, where one record moves the"
+            " rounded sum by more than its own gradient. Use layers of lipdp.nn that sum in float32 (SpectralLinear,"
+            " SpectralConv2d, LayerNorm, GroupNorm), freeze the parameter, or train in float32; the rule of a layer of your"
+            " own that sums in float32 says Local(..., sums_in=torch.float32)"
+        )
 
 
 def _module_parameters(step: Step, local: Local, trainable: Mapping[int, str]) -> dict[str, str]:

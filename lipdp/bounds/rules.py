@@ -35,6 +35,9 @@ class Local:
         cotangent_cap: the backward pass scales each sample's cotangent to at most this norm (gates).
         orthogonal: the inputs land in orthogonal coordinates of the output (concatenation), so that norms add as
             √Σ L_j² X_j² instead of Σ L_j X_j.
+        sums_in: the dtype in which the backward pass sums the gradients of `parameters` over the batch; None, what the
+            forward pass computes in. Below float32 it is refused where they are trained: a rounded sum moves by more than
+            one record's gradient. Say `torch.float32` only of a layer that makes sure of it under autocast.
         fan_in: number of terms summed into one output entry; sets the slack for floating-point rounding.
         exact: the operation only moves numbers around, so it rounds nothing.
     """
@@ -42,10 +45,11 @@ class Local:
     gains: tuple[Number, ...] = (1.0,)
     offset: Number = 0.0
     parameters: Mapping[str, Number] = field(default_factory=dict)
+    sums_in: torch.dtype | None = None
     value_cap: Number = math.inf
     cotangent_cap: Number = math.inf
     orthogonal: bool = False
-    fan_in: int = 1
+    fan_in: Number = 1
     exact: bool = False
 
 

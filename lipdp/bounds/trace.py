@@ -41,8 +41,8 @@ def check_modules(model: nn.Module) -> None:
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, torchlip.BatchLipNorm)):
             raise MixesSamplesError(
                 f"{name} uses or keeps statistics of the batch: one record changes the outputs of others, so no"
-                " per-sample bound exists. Use lipdp.nn.LayerCentering, or GroupNorm in front of the first trainable"
-                " layer"
+                " per-sample bound exists. Use lipdp.nn.LayerCentering, or lipdp.nn.GroupNorm in front of the first"
+                " trainable layer"
             )
         if original(module) is not module:
             raise UnsupportedLayerError(

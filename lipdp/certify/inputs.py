@@ -13,6 +13,7 @@ from lipdp.certify.moduli import GroupNormalisation, Lipschitz, Modulus, Project
 from lipdp.data.scaling import Clip
 from lipdp.errors import UnboundedError
 from lipdp.features import NORM_FLOOR, FeatureSpec
+from lipdp.nn.normalization import normalised
 
 InputMap = Callable[[Tensor], Tensor]
 """A map of a batch of inputs, record by record: of `lipdp.data.scaling`, a `FeatureSpec`, or any with `lipschitz`."""
@@ -25,6 +26,18 @@ def apply_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> Tenso
     for step in maps:
         x = step(x).to(x.dtype)
     return x.to(dtype)
+
+
+def _computed(step: InputMap, x: Tensor) -> Tensor:
+    if not isinstance(step, FeatureSpec):
+        return step(x)
+    z = step.map(x)
+    if step.group_norm:
+        z = normalised(z.reshape(len(z), step.group_norm, -1), 1, step.eps)
+    z = z.flatten(1)
+    if step.unit_norm:
+        z = F.normalize(z, dim=1, eps=NORM_FLOOR)
+    return z.to(getattr(torch, step.dtype)).to(z.dtype)
 
 
 def moduli_of_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> list[Modulus]:
@@ -67,7 +80,7 @@ def _feature_moduli(spec: FeatureSpec, x: Tensor) -> list[Modulus]:
         squares = (groups - groups.mean(2, keepdim=True)).square().sum(2)
         smallest = (squares + entries * spec.eps).sqrt().amin(1) * (1 - 1e-9)
         chain.append(GroupNormalisation(entries, spec.group_norm, smallest.cpu()))
-        z = F.group_norm(z, spec.group_norm, eps=spec.eps)
+        z = normalised(groups, 1, spec.eps)
     if spec.unit_norm:
         norms = sample_norms(z) * (1 - 1e-9)
         chain += [Projection(NORM_FLOOR, norms), Lipschitz(1 / NORM_FLOOR)]

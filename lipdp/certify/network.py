@@ -90,7 +90,8 @@ class Network(BoundGraph):
             constants[self.index[node]] = 0.0
         stretches: list[Stretch] = []
         last = self._last_dense(forward)
-        for step, call, local, slack in forward.calls:
+        for step, call, local, factor in forward.calls:
+            slack = float(factor)
             i, source = step.index, step.sources[0]
             inputs = [float(forward.values[j]) for j in step.sources]
             gain = float(step.combine(local, [constants[j] for j in step.sources])) * slack
@@ -193,14 +194,14 @@ class _Norms(fx.Interpreter):
         return value
 
 
-def relative_error(rounding: Rounding, terms: int) -> float:
+def relative_error(rounding: Rounding, terms: float) -> float:
     """γ of a sum of that many products, with the few operations around it.
 
     >>> relative_error(Rounding(torch.float32, torch.device("cpu")), 100) < 1e-5
     True
     """
-    products = (rounding.slack(0) - 1.0) / 4  # the spacing of the products' format, 0 if it is that of the sums
-    spacing = (rounding.slack(1) - rounding.slack(0)) / 8
+    products = (float(rounding.slack(0)) - 1.0) / 4  # the spacing of the products' format, 0 if it is that of the sums
+    spacing = float(rounding.slack(1) - rounding.slack(0)) / 8
     units = (terms + 8) * spacing / 2
     return 1.1 * (units / (1 - units) + products) if units < 1 else math.inf
 
@@ -210,11 +211,11 @@ def _is_dense(module: nn.Module | None) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, SpectralLinear.forward)
 
 
-def _terms(step: Step, local: Local) -> int:
+def _terms(step: Step, local: Local) -> float:
     """How many terms an output entry sums, going forwards."""
     if _is_dense(step.module) or is_convolution(step.module):
         return int(step.module.weight[0].numel())  # type: ignore[union-attr, index]
-    return local.fan_in // 2 if isinstance(step.module, ValueClip) else local.fan_in  # under a root an error is halved
+    return float(local.fan_in) / (2 if isinstance(step.module, ValueClip) else 1)  # under a root an error is halved
 
 
 def _magnitude(step: Step, call: Call, local: Local, inputs: list[float], output: float) -> float:

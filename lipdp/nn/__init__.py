@@ -6,7 +6,7 @@ from lipdp.nn.conv import SpectralConv1d, SpectralConv2d
 from lipdp.nn.convert import from_torchlip, to_torch
 from lipdp.nn.gates import GradientGate, InputBound, ValueClip
 from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
-from lipdp.nn.normalization import LayerCentering
+from lipdp.nn.normalization import GroupNorm, LayerCentering, LayerNorm
 from lipdp.nn.plain import Scale
 from lipdp.nn.pooling import (
     InvertibleDownSampling,
@@ -23,6 +23,7 @@ __all__ = [
     "FrobeniusLinear",
     "FullSort",
     "GradientGate",
+    "GroupNorm",
     "GroupSort",
     "GroupSort2",
     "HouseHolder",
@@ -31,6 +32,7 @@ __all__ = [
     "InvertibleUpSampling",
     "LPReLU",
     "LayerCentering",
+    "LayerNorm",
     "LipResidual",
     "MaxMin",
     "Residual",

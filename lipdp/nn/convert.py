@@ -27,7 +27,7 @@ from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d, window_overlap
 from lipdp.nn.gates import GradientGate
 from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
-from lipdp.nn.normalization import LayerCentering
+from lipdp.nn.normalization import GroupNorm, LayerCentering, LayerNorm
 from lipdp.nn.plain import Scale, SortPairs
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling, ScaledAvgPool2d, ScaledL2NormPool2d
 
@@ -50,6 +50,7 @@ def from_torchlip(model: nn.Module) -> nn.Module:
       radius as its constraint;
     - a norm above 1 because power iteration had not converged is seen, and projected away at the first step;
     - a bias is projected on a ball that just holds it (of radius 1 if it is shorter).
+    torch's LayerNorm, GroupNorm and InstanceNorm, whose kernels keep no bound at large means, become lipdp's.
 
     Args:
         model: any module with layers of deel-torchlip in it, by registered attributes.
@@ -287,6 +288,26 @@ def _centering(name: str, old: torchlip.LayerCentering) -> nn.Module:
     return new
 
 
+def _as(kind: Any) -> Converter:
+    """A normalisation in the other library, with the same parameters."""
+
+    def convert(name: str, old: Any) -> nn.Module:
+        size = (old.normalized_shape,) if isinstance(old, nn.LayerNorm) else (old.num_groups, old.num_channels)
+        new = kind(*size, old.eps, old.weight is not None)
+        new.weight, new.bias = old.weight, old.bias
+        return new
+
+    return convert
+
+
+def _instance_normalisation(name: str, old: Any) -> nn.Module:
+    if old.track_running_stats:
+        _batch_statistics(name, old)
+    new = GroupNorm(old.num_features, old.num_features, old.eps, old.affine)
+    new.weight, new.bias = old.weight, old.bias
+    return new
+
+
 def _batch_statistics(name: str, old: nn.Module) -> nn.Module:
     raise MixesSamplesError(
         f"'{name or 'the model'}' ({type(old).__name__}) takes or keeps means over the batch: one record changes the"
@@ -327,6 +348,9 @@ _FROM_TORCHLIP: Table = {
     torchlip.BatchCentering: _batch_statistics,
     torchlip.BatchLipNorm: _batch_statistics,
     torchlip.Sequential: _sequential,
+    nn.LayerNorm: _as(LayerNorm),
+    nn.GroupNorm: _as(GroupNorm),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), _instance_normalisation),
 }
 
 
@@ -372,5 +396,7 @@ _TO_TORCH: Table = {
     InvertibleDownSampling: lambda name, old: nn.PixelUnshuffle(old.downscale_factor),
     InvertibleUpSampling: lambda name, old: nn.PixelShuffle(old.upscale_factor),
     torchlip.LPReLU: _to_prelu,
+    LayerNorm: _as(nn.LayerNorm),
+    GroupNorm: _as(nn.GroupNorm),
     torchlip.Sequential: _sequential,
 }

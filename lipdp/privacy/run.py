@@ -19,6 +19,7 @@ from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
+from lipdp.bounds.rounding import batch_slack
 from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
 from lipdp.nn import project_
@@ -93,6 +94,7 @@ class Run:
         self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
         self._step_check = StepCheck(deferred=self.deferred)
         self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred)
+        self._slack = batch_slack(batch_size, min((p.dtype for p in self.parameters), key=lambda d: d.itemsize))
         self.factor = plan.relation.sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
         others = [gate_multiplier] if gate_multiplier < math.inf else []
@@ -133,7 +135,7 @@ class Run:
         return self._shared(self._deltas(self.graph.sweep(self._start)))
 
     def _deltas(self, sweep: Sweep) -> Tensor:
-        return torch.stack([sweep.parameters[n] for n in self.names]) * self.factor
+        return torch.stack([sweep.parameters[n] for n in self.names]) * (self.factor * self._slack)
 
     def _shared(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
         stds = self.allocation.stds(deltas, self.sizes, self.gradient_multiplier)

@@ -1,4 +1,4 @@
-"""What a run checks: that gradients are finite and possible, that projections land, that its records keep to their bounds."""
+"""What a run checks: gradients are finite and possible, projections land, records keep to their bounds."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class StepCheck:
 
     A gradient with Δ_l = 0 gets no noise, so one that is not 0 would be released as it is.
 
-    At once, the host reads the answer and raises before the step changes anything. Deferred, the device goes on: the answer
-    is read at the next step, or before (`PrivacyEngine.settle`). Nothing is released in between, whoever reads the weights:
-    where the answer is no, `scale` is NaN, and every gradient of the step with it, so that what the step leaves behind
-    tells nothing of the records but the answer, which the error tells as well.
+    At once, the host reads the answer and raises before the step changes anything. Deferred, the device goes on: the
+    answer is read at the next step, or before (`PrivacyEngine.settle`). Nothing is released in between, whoever reads
+    the weights: where the answer is no, `scale` is NaN, and every gradient of the step with it, so that what the step
+    leaves behind tells nothing of the records but the answer, which the error tells as well.
 
     Args:
         deferred: whether the answer is read later.
@@ -79,7 +79,7 @@ class StepCheck:
         return sound
 
     def scale(self, sound: Tensor, factor: float, dtype: torch.dtype) -> float | Tensor:
-        """What noisy sums of that dtype are multiplied by: `factor`, and deferred NaN where the step was not to be taken."""
+        """What noisy sums of that dtype are multiplied by: `factor`; deferred, NaN where the step is refused."""
         if not self.deferred:
             return factor
         return torch.where(sound, torch.full((), factor, dtype=dtype, device=sound.device), math.nan)
@@ -95,24 +95,24 @@ class StepCheck:
             return
         _, step, names, finite, possible, claims = pending
         lost = (
-            f"this was found after the step, whose weights are lost (NaN; nothing was released): go on from a checkpoint"
-            f" of step {step - 1} or before"
+            "this was found after the step, whose weights are lost (NaN; nothing was released): go on from a"
+            f" checkpoint of step {step - 1} or before"
             if self.deferred
             else "nothing was released or changed"
         )
         bad = [n for n, ok in zip(names, finite.tolist(), strict=True) if not ok]
         if bad:
             raise NonFiniteError(
-                f"step {step}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; {lost}. Look for NaN in the"
-                " inputs, or lower the learning rate and resume from the last checkpoint"
+                f"step {step}: NaN or infinity in the gradient or the bound of {', '.join(bad)}; {lost}. Look for NaN"
+                " in the inputs, or lower the learning rate and resume from the last checkpoint"
             )
         for claim, wrong in claims:
             if not bool(claim):
                 raise EngineError(f"step {step}: {wrong}; {lost}")
         bad = [n for n, ok in zip(names, possible.tolist(), strict=True) if not ok]
         raise EngineError(
-            f"step {step}: the gradient of {', '.join(bad)} is longer than the bounds of all records of the batch together: the"
-            f" model computes something else than make_private traced; {lost}"
+            f"step {step}: the gradient of {', '.join(bad)} is longer than the bounds of all records of the batch"
+            f" together: the model computes something else than make_private traced; {lost}"
         )
 
 
@@ -121,10 +121,10 @@ class ProjectionCheck:
 
     The noise follows the norms as they are, so ε does not hang on this; the layers' Lipschitz constants do.
 
-    Cost, in multiply-adds and counting the float64 ones twice: a layer's Gram matrix takes 2 m d for d weights and m the
-    smaller side, its passes 3 B p d for p positions. Where the first come to 0.3 % of the second at most, as in
-    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last. The answer is read at once,
-    or deferred to the next step.
+    Cost, in multiply-adds and counting the float64 ones twice: a layer's Gram matrix takes 2 m d for d weights and m
+    the smaller side, its passes 3 B p d for p positions. Where the first come to 0.3 % of the second at most, as in
+    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last. The answer is read
+    at once, or deferred to the next step.
 
     Args:
         graph: the traced model.
@@ -163,7 +163,8 @@ class ProjectionCheck:
         """The answer to the last look, once.
 
         Raises:
-            ConstraintError: a weight is outside. (One that is not finite is named at the next step, and by the trainer.)
+            ConstraintError: a weight is outside. (One that is not finite is named at the next step, and by the
+                trainer.)
         """
         found, self._found = self._found, None
         if found is None:
@@ -173,27 +174,27 @@ class ProjectionCheck:
         bad = [n for n, m in zip(bad, layers, strict=True) if bool(getattr(m, n.rpartition(".")[2]).isfinite().all())]
         if bad:
             raise ConstraintError(
-                f"{', '.join(bad)} came out of the projection with a norm beyond the radius of its constraint (1 where it has"
-                " no `radius`): its project() is wrong, or failed numerically. The noise was calibrated to the norms as they"
-                " were, so ε holds; the Lipschitz constants of the layers do not"
+                f"{', '.join(bad)} came out of the projection with a norm beyond the radius of its constraint (1 where"
+                " it has no `radius`): its project() is wrong, or failed numerically. The noise was calibrated to the"
+                " norms as they were, so ε holds; the Lipschitz constants of the layers do not"
             )
 
 
 class GradientCheck:
     r"""Every so many steps: are the gradients of a few records of the batch within Δ, parameter by parameter?
 
-    The record's own cotangent at the logits is lengthened to the gate's bound, the longest that the guarantee allows, and
-    pulled back alone through the model as it is. What comes out must have norm ≤ Δ. A model that is not what the rules
-    take it for (a wrong rule of a user's layer, a patched operation) shows here, while it trains.
+    The record's own cotangent at the logits is lengthened to the gate's bound, the longest that the guarantee allows,
+    and pulled back alone through the model as it is. What comes out must have norm ≤ Δ. A model that is not what the
+    rules take it for (a wrong rule of a user's layer, a patched operation) shows here, while it trains.
 
     Guarantees: no effect on the run: gradients are taken beside `.grad`; buffers and torch's generators are put back.
     The norms are private and leave this object only in the error that ends the run. It is evidence, not proof: it can
     miss a wrong bound that no record looked at exceeds.
 
-    Cost: one record's passes cost at most what a whole step does, and with B in the batch, on a CPU, about 80/B of it at
-    most (measured: 4/B for a convolution net to 76/B for an MLP). `every=None` looks at `records` of them every
-    ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run. The first
-    step is always looked at.
+    Cost: one record's passes cost at most what a whole step does, and with B in the batch, on a CPU, about 80/B of it
+    at most (measured: 4/B for a convolution net to 76/B for an MLP). `every=None` looks at `records` of them every
+    ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run. The
+    first step is always looked at.
 
     A compiled model is looked at as compiled. The record is then beside a copy of itself that has no cotangent, because
     a batch of one has code of its own.
@@ -274,8 +275,9 @@ class GradientCheck:
             traced = self._graph.forward_pass(x)
         if not torch.allclose(written, traced, rtol=1e-3, atol=1e-3 * float(traced.abs().max()), equal_nan=True):
             raise EngineError(
-                f"step {step + 1}: the model's forward computes something else than what make_private traced and the bounds"
-                " hold for (a setting it reads, a global?); nothing was released. detach() and call make_private again"
+                f"step {step + 1}: the model's forward computes something else than what make_private traced and the"
+                " bounds hold for (a setting it reads, a global?); nothing was released. detach() and call"
+                " make_private again"
             )
 
     @contextmanager

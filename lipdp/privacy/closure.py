@@ -23,8 +23,9 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], An
     optimizer, *given = args
     if "grad_scaler" in kwargs or getattr(optimizer, "found_inf", None) is not None:
         raise OptimizerError(
-            "a GradScaler (fp16 mixed precision) drives this step: the scaled loss is cut by the gate at the logits, and steps are left"
-            " out depending on the records. Use bf16 (forward_dtype=torch.bfloat16, precision='bf16-mixed'), which needs no scaler"
+            "a GradScaler (fp16 mixed precision) drives this step: the scaled loss is cut by the gate at the logits,"
+            " and steps are left out depending on the records. Use bf16 (forward_dtype=torch.bfloat16,"
+            " precision='bf16-mixed'), which needs no scaler"
         )
     given += [value for name, value in kwargs.items() if name == "closure"]
     foreign = [name for name in kwargs if name != "closure"]
@@ -46,8 +47,8 @@ def refuse_reevaluating(optimizer: torch.optim.Optimizer) -> None:
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise OptimizerError(
-            f"{type(optimizer).__name__} evaluates the gradient several times a step, each of which would need noise and a batch of"
-            " its own; take SGD, Adam or another that takes one gradient a step"
+            f"{type(optimizer).__name__} evaluates the gradient several times a step, each of which would need noise"
+            " and a batch of its own; take SGD, Adam or another that takes one gradient a step"
         )
 
 
@@ -69,8 +70,8 @@ class Evaluated:
     def __call__(self) -> Any:
         if self._used:
             raise OptimizerError(
-                "the optimiser evaluates its closure more than once a step: the further gradients would have no noise. Take SGD,"
-                " Adam or another that takes one gradient a step"
+                "the optimiser evaluates its closure more than once a step: the further gradients would have no noise."
+                " Take SGD, Adam or another that takes one gradient a step"
             )
         self._used = True
         return self._value

@@ -54,20 +54,20 @@ class PrivateCriterion(nn.Module):
     r"""`criterion(model(x), target)`: Σ_i ℓ(z_i, y_i), whose gradients are the engine's own.
 
     A sum, because the noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
-    cotangent of every sample is computed here and shortened to the gate; when the value is back-propagated, the engine pulls
-    them back to the parameters (`lipdp.privacy.passes` proves what that guarantees).
+    cotangent of every sample is computed here and shortened to the gate; when the value is back-propagated, the engine
+    pulls them back to the parameters (`lipdp.privacy.passes` proves what that guarantees).
 
-    Where records are grouped by owner, `criterion(model(x), target, weight)` is Σ_i w_i ℓ_i and row i is gated at w_i times the
-    constant; the weights used are the loader's own. The weights of an owner add up to 1 at most, so
-    ‖Σ_i w_i ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for the owner. Of K views of a record each counts as a row
-    of its own; the engine divides their sum by K.
+    Where records are grouped by owner, `criterion(model(x), target, weight)` is Σ_i w_i ℓ_i and row i is gated at w_i
+    times the constant; the weights used are the loader's own. The weights of an owner add up to 1 at most, so ‖Σ_i w_i
+    ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for the owner. Of K views of a record each counts as a row of
+    its own; the engine divides their sum by K.
 
     Attributes:
         loss: the per-sample loss.
 
     Raises:
-        EngineError: with gradients on, logits that are not what the model returned, or that were given before; weights that
-            are missing or not of these rows. LossError: not one value per sample.
+        EngineError: with gradients on, logits that are not what the model returned, or that were given before; weights
+            that are missing or not of these rows. LossError: not one value per sample.
     """
 
     def __init__(self, loss: LipschitzLoss, graph: BoundGraph, gate: GateState, step: StepInProgress) -> None:
@@ -87,9 +87,9 @@ class PrivateCriterion(nn.Module):
         call = logits_call(plain(logits))
         if call is None:
             raise EngineError(
-                "the criterion takes what the private model returned, as it is (casts and views of the same rows aside):"
-                " no temperature, sum, mask or statistics outside the model and the loss. These logits are something else, or"
-                f" {self._step.reason}"
+                "the criterion takes what the private model returned, as it is (casts and views of the same rows"
+                " aside): no temperature, sum, mask or statistics outside the model and the loss. These logits are"
+                f" something else, or {self._step.reason}"
             )
         if call.given:
             raise EngineError("these logits were given to the criterion before: a record would count more than once")
@@ -116,8 +116,8 @@ class PrivateCriterion(nn.Module):
         values = self.loss(logits, target)
         if values.shape != (len(logits),):
             raise LossError(
-                f"{type(self.loss).__name__} returned shape {tuple(values.shape)} for {len(logits)} samples; it must return one"
-                " value per sample, without reduction"
+                f"{type(self.loss).__name__} returned shape {tuple(values.shape)} for {len(logits)} samples; it must"
+                " return one value per sample, without reduction"
             )
         return values.sum() if weights is None else (values * weights).sum()
 
@@ -133,14 +133,14 @@ class PrivateCriterion(nn.Module):
         if weight is None or weight.shape != logits.shape[:1]:
             given = "none" if weight is None else f"weights of shape {tuple(weight.shape)}"
             raise EngineError(
-                f"the records are grouped by owner: the loader yields (x, y, weight), and criterion(model(x), y, weight) needs"
-                f" one weight a row, got {given} for {len(logits)} rows"
+                "the records are grouped by owner: the loader yields (x, y, weight), and criterion(model(x), y,"
+                f" weight) needs one weight a row, got {given} for {len(logits)} rows"
             )
         rows = weight.rows if isinstance(weight, BatchTensor) else None
         if rows is None or drawn is None or drawn.weights is None or rows.batch is not drawn:
             raise EngineError(
-                "the weights are not those that the loader yielded with these rows: an owner could count more than once. Pass"
-                " them on as they are, whole or in the pieces of engine.microbatches"
+                "the weights are not those that the loader yielded with these rows: an owner could count more than"
+                " once. Pass them on as they are, whole or in the pieces of engine.microbatches"
             )
         return drawn.weights[rows.start : rows.stop].to(logits.device, non_blocking=True)
 
@@ -158,9 +158,9 @@ class PrivateCriterion(nn.Module):
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if torch.float16 in dtypes:
             raise EngineError(
-                "the forward pass runs in float16 (precision='16-mixed', mixed_precision='fp16'), which needs a scaled loss: the gate"
-                " at the logits would cut the scaled gradients of all records to the bound, and steps would be left out depending"
-                " on the records. Use bfloat16 with forward_dtype=torch.bfloat16"
+                "the forward pass runs in float16 (precision='16-mixed', mixed_precision='fp16'), which needs a scaled"
+                " loss: the gate at the logits would cut the scaled gradients of all records to the bound, and steps"
+                " would be left out depending on the records. Use bfloat16 with forward_dtype=torch.bfloat16"
             )
         if lowest.itemsize < self._graph.dtype.itemsize:
             raise EngineError(

@@ -36,30 +36,30 @@ from lipdp.timing import Clock, Timer
 
 
 class PrivacyEngine:
-    r"""Makes an ordinary training loop differentially private, without clipping.
+    """Makes an ordinary training loop differentially private, without clipping.
 
-    Each step releases :math:`(\sum_{i \in \text{batch}} \nabla_l \ell_i + Z_l)/B` for all parameters l at once, with
-    Z_l ~ N(0, s_l² I) and :math:`\sum_l \Delta_l^2/s_l^2 = 1/\sigma^2`: one Gaussian mechanism of noise multiplier σ on one
-    subsample. The Δ_l are recomputed at every step from the certified norms of the weights then. Noise enters in the
-    optimiser's step pre-hook and the projection on the constraints in its post-hook, so no step is without noise; all
-    that follows (momentum, schedules, averaging) is post-processing.
+    Each step releases (Σ_{i ∈ batch} ∇_l ℓ_i + Z_l)/B for all parameters l at once, with Z_l ~ N(0, s_l² I) and
+    Σ_l Δ_l²/s_l² = 1/σ²: one Gaussian mechanism of noise multiplier σ on one subsample. The Δ_l are recomputed at every step from the certified norms of the weights then. Noise enters
+    in the optimiser's step pre-hook and the projection on the constraints in its post-hook, so no step is without
+    noise; all that follows (momentum, schedules, averaging) is post-processing.
 
     Args:
         accountant: "prv" (default), "pld" or "rdp".
         seed: makes the draws repeatable, for tests: a seeded run is NOT private and says so.
-        secure: batches and noise from a cipher, seeded from the operating system, and noise whose low bits tell nothing:
-            `SecureGaussianNoise` says what that defends and what not. Needs the extra "secure".
+        secure: batches and noise from a cipher, seeded from the operating system, and noise whose low bits tell
+            nothing: `SecureGaussianNoise` says what that defends and what not. Needs the extra "secure".
         check_every: steps between looks at the gradients of a few records (`GradientCheck`); 0 never, None where it
             costs 0.3 % of the run.
-        deferred: whether the checks of a step leave their answers on the device, to be read at the next step, so that no step
-            waits for the device; see `settle`. None: on a CPU at once, elsewhere deferred.
+        deferred: whether the checks of a step leave their answers on the device, to be read at the next step, so that
+            no step waits for the device; see `settle`. None: on a CPU at once, elsewhere deferred.
         world: the processes that train together; by default all of torch.distributed's default group. They share one
-            account: one draw of the batch, of which each process takes its part, gradients summed, one draw of the noise.
+            account: one draw of the batch, of which each process takes its part, gradients summed, one draw of the
+            noise.
 
     Raises:
-        EngineError, OptimizerError, BoundViolation, ConstraintError: from `optimizer.step()`, before anything is released:
-            the model, the loss or the optimiser is not the one that was bounded any more, the loop would count a record
-            twice or skip a batch, a gradient is longer than its bound, or a projection missed.
+        EngineError, OptimizerError, BoundViolation, ConstraintError: from `optimizer.step()`, before anything is
+            released: the model, the loss or the optimiser is not the one that was bounded any more, the loop would
+            count a record twice or skip a batch, a gradient is longer than its bound, or a projection missed.
 
     >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
@@ -190,16 +190,16 @@ class PrivacyEngine:
 
         Args:
             plan: N, B, T, σ, and what is protected. Its allocation, gate, seed and cipher are filled in here.
-            module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are. The model
-                may be compiled: bounds are derived from what `torch.compile` was given.
+            module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are.
+                The model may be compiled: bounds are derived from what `torch.compile` was given.
             dataset: map-style, of (input, target) records.
             allocation: "per_layer", "global" or "min_variance", or an object with `stds`.
             gate: a lower cotangent gate at the logits: a number, or a `QuantileGate`.
-            group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of whose
-                gradients an owner contributes the mean, and ε protects the owner (`Owners`). The loader yields
+            group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of
+                whose gradients an owner contributes the mean, and ε protects the owner (`Owners`). The loader yields
                 (x, y, weight), for criterion(model(x), y, weight).
-            multiplicity: K: an input in the dataset is K views of its record, (K, *features), and contributes the mean of
-                their gradients, at the same Δ. The loader yields the views as K rows.
+            multiplicity: K: an input in the dataset is K views of its record, (K, *features), and contributes the mean
+                of their gradients, at the same Δ. The loader yields the views as K rows.
             shards: where several processes train together: each has records that no other has. By default each has
                 the whole dataset, and reads its part of every batch.
             input_shape: of one sample; by default that of record 0.
@@ -207,8 +207,9 @@ class PrivacyEngine:
             num_workers, pin_memory: of the loader.
 
         Raises:
-            ParameterError, UnknownNameError: an argument out of range. OptimizerError: an optimiser that is not exactly over
-            the model's trainable parameters. LossError, UnboundedError, UnsupportedOperationError, …: no bound exists.
+            ParameterError, UnknownNameError: an argument out of range. OptimizerError: an optimiser that is not
+            exactly over the model's trainable parameters. LossError, UnboundedError, UnsupportedOperationError, …: no
+            bound exists.
         """
         if self._run is not None:
             raise EngineError(
@@ -280,17 +281,18 @@ class PrivacyEngine:
         """Refuse a plan made for other units, or for another account."""
         if plan.unit != population.unit:
             raise ParameterError(
-                f"the plan protects each {plan.unit} and the batches would be drawn of {population.unit}s: pass group= with a"
-                " plan for owners, and only then"
+                f"the plan protects each {plan.unit} and the batches would be drawn of {population.unit}s: pass group="
+                " with a plan for owners, and only then"
             )
         if plan.accountant != self.accountant.name:
             raise ParameterError(
-                f"the plan is by the accountant {plan.accountant!r} and the engine has {self.accountant.name!r}: take one"
+                f"the plan is by the accountant {plan.accountant!r} and the engine has {self.accountant.name!r}: take"
+                " one"
             )
         if plan.sampling == "fixed_size" and plan.dataset_size != population.present:
             raise ParameterError(
-                f"dataset_size={plan.dataset_size} but the dataset has {population.present} {plan.unit}s: with batches of a"
-                " fixed size q = B/N is exact, and N is public; leave dataset_size out"
+                f"dataset_size={plan.dataset_size} but the dataset has {population.present} {plan.unit}s: with batches"
+                " of a fixed size q = B/N is exact, and N is public; leave dataset_size out"
             )
 
     def _sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
@@ -304,7 +306,7 @@ class PrivacyEngine:
     def microbatches(
         self, x: Tensor, y: Tensor, size: int, weight: Tensor | None = None
     ) -> Iterator[tuple[Tensor, ...]]:
-        """The logical batch in pieces of at most `size`: one `backward` each, then one `optimizer.step()`, one noise draw.
+        """The logical batch in pieces of at most `size`: one `backward` each, then one `optimizer.step()`.
 
         An empty batch gives one empty piece. With `weight`, pieces of (x, y, weight). Where parameters are spread by
         `fully_shard`, whose passes all processes take part in, those with fewer pieces get empty ones: run them too.
@@ -400,8 +402,8 @@ class PrivacyEngine:
     def settle(self) -> None:
         """Read what the checks of the last step found, where they are deferred; then the weights may be saved or shown.
 
-        A step that was not to be taken leaves NaN behind, so weights that are saved too early are lost but tell nothing. The
-        next step, the last of the budget, `state_dict`, `sensitivity` and `detach` settle by themselves.
+        A step that was not to be taken leaves NaN behind, so weights that are saved too early are lost but tell
+        nothing. The next step, the last of the budget, `state_dict`, `sensitivity` and `detach` settle by themselves.
 
         Raises:
             NonFiniteError, EngineError, ConstraintError: from the checks of the last step.
@@ -418,7 +420,7 @@ class PrivacyEngine:
         self._run = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resume needs besides model and optimiser: plain values, safe for `torch.load(weights_only=True)`."""
+        """What a resume needs besides model and optimiser: plain values, for `torch.load(weights_only=True)`."""
         return self._current().state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from lipdp.privacy.snapshot import Snapshot
 
 
 class _Logits(torch.autograd.Function):
-    """Identity; the node says which call the logits are of, and refuses a second use of what the criterion was given."""
+    """Identity; the node knows the call, and refuses a second use of logits that the criterion was given."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, call: RootCall) -> Tensor:
@@ -35,9 +35,9 @@ class _Logits(torch.autograd.Function):
             return call.cotangent, None
         if call.given:
             raise EngineError(
-                "the logits that the criterion was given are used once more in the loss: only the criterion's value may lead from"
-                " a private call of the model to the weights. Leave the further term out (z-loss, distillation, penalty on"
-                " logits), put it into the loss, or compute it under torch.no_grad()"
+                "the logits that the criterion was given are used once more in the loss: only the criterion's value may"
+                " lead from a private call of the model to the weights. Leave the further term out (z-loss,"
+                " distillation, penalty on logits), put it into the loss, or compute it under torch.no_grad()"
             )
         return grads[0], None
 
@@ -45,10 +45,10 @@ class _Logits(torch.autograd.Function):
 class PrivateForward:
     """Stands in for `model.forward` from make_private to detach.
 
-    With gradients off it is the model's own forward pass. With gradients on it runs the graph that the bounds were derived
-    from: constants, branches and globals are those of then, modules those of now, and no hook is in between. A call that
-    can't be private (another shape, further arguments, a model that has changed) runs as written, and the criterion refuses
-    its output with the reason.
+    With gradients off it is the model's own forward pass. With gradients on it runs the graph that the bounds were
+    derived from: constants, branches and globals are those of then, modules those of now, and no hook is in between. A
+    call that can't be private (another shape, further arguments, a model that has changed) runs as written, and the
+    criterion refuses its output with the reason.
 
     Copies and pickles of the model have the forward pass of its class.
 
@@ -97,8 +97,9 @@ class PrivateForward:
             return "the model was called with other arguments than one tensor, as which it was bounded"
         if tuple(args[0].shape[1:]) != expected:
             return (
-                f"the model was called on samples of shape {tuple(args[0].shape[1:])}, and was bounded for {expected}: bounds"
-                " grow with the number of positions. Give every record the shape of record 0, or pass input_shape="
+                f"the model was called on samples of shape {tuple(args[0].shape[1:])}, and was bounded for {expected}:"
+                " bounds grow with the number of positions. Give every record the shape of record 0, or pass"
+                " input_shape="
             )
         if any((hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks)):
             return "a global module hook is registered, which can change values where no rule sees it; remove it"

@@ -40,12 +40,12 @@ class FixedGate:
 
 @dataclass(frozen=True)
 class QuantileGate:
-    r"""A gate that follows a quantile of the cotangent norms, estimated privately at every step.
+    """A gate that follows a quantile of the cotangent norms, estimated privately at every step.
 
-    With b_i = 1(‖g_i‖ ≤ c) the step releases Σ(b_i − 1/2) + N(0, s²), of sensitivity 1/2, hence noise multiplier 2s, and
-    moves the gate by :math:`c \leftarrow c\,e^{-\eta(\tilde b - \gamma)}` with b̃ = release / B + 1/2. The count and the
-    gradient come from the same subsample, so the engine gives the gradient the noise multiplier that makes both together
-    cost the joint σ: it is accounted.
+    With b_i = 1(‖g_i‖ ≤ c) the step releases Σ(b_i − 1/2) + N(0, s²), of sensitivity 1/2, hence noise multiplier 2s,
+    and moves the gate by c ← c e^(−η(b̃ − γ)) with b̃ = release / B + 1/2. The count
+    and the gradient come from the same subsample, so the engine gives the gradient the noise multiplier that makes
+    both together cost the joint σ: it is accounted.
 
     Args:
         initial: c at the first step.
@@ -85,8 +85,8 @@ class GateState:
     """The gate of one run: its current bound and, for a quantile, the private count of the step in progress.
 
     Attributes:
-        bound: the gate is at the smaller of this and the loss's constant. For a quantile, from its first use on, a float64
-            tensor on the device of the logits, which nothing reads on the host.
+        bound: the gate is at the smaller of this and the loss's constant. For a quantile, from its first use on, a
+            float64 tensor on the device of the logits, which nothing reads on the host.
     """
 
     def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:

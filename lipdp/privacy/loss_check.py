@@ -1,4 +1,4 @@
-"""What a loss must be, found by calling it before the first step: a function of each sample alone, and of nothing that learns."""
+"""What a loss must be, found by calling it before the first step: a function of each sample alone."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from lipdp.privacy.snapshot import Snapshot
 def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
     """Call the loss as training does, with gradients on, and refuse what breaks the bound of one sample.
 
-    Change one sample's logits, then leave it out: no other sample's value may change, and no other's gradient. Beside the
-    targets given there are others, so that a loss which weights by shares of classes shows itself also where the first
-    records are all of one class. What the calls leave behind in the loss (a count of classes, say) would carry the records
-    of one batch to the next; what trains with it would leave without noise.
+    Change one sample's logits, then leave it out: no other sample's value may change, and no other's gradient. Beside
+    the targets given there are others, so that a loss which weights by shares of classes shows itself also where the
+    first records are all of one class. What the calls leave behind in the loss (a count of classes, say) would carry
+    the records of one batch to the next; what trains with it would leave without noise.
 
     Args:
-        targets: (n, ...) of the records looked at. One that the loss does not know is mapped to 0 (`LipschitzLoss.knows`).
+        targets: (n, ...) of the records looked at. One that the loss does not know is mapped to 0
+            (`LipschitzLoss.knows`).
         num_outputs: C.
 
     Raises:
-        LossError: samples are coupled, there is not one value per sample, the loss trains or changes when it is called, or
-            it does not know two or more of the targets.
+        LossError: samples are coupled, there is not one value per sample, the loss trains or changes when it is
+            called, or it does not know two or more of the targets.
     """
     name = type(loss).__name__
     trained = [path for path, parameter in loss.named_parameters() if parameter.requires_grad]
@@ -56,16 +57,16 @@ def _check_apart(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None
     whole = _called(loss, logits, targets)
     if whole[0].shape != (count,):
         raise LossError(
-            f"{name} returned shape {tuple(whole[0].shape)} for {count} samples; it must return one value per sample, without"
-            " reduction"
+            f"{name} returned shape {tuple(whole[0].shape)} for {count} samples; it must return one value per sample,"
+            " without reduction"
         )
     changes = {"changing its logits": (moved, targets), "leaving it out": (logits[1:], targets[1:])}
     for change, (changed, kept) in changes.items():
         for what, before, after in zip(("loss", "gradient"), whole, _called(loss, changed, kept), strict=True):
             if not torch.allclose(before[1:], after[-(count - 1) :], atol=1e-6, equal_nan=True):
                 raise LossError(
-                    f"{name} couples the samples of a batch: {change} changed another sample's {what}, so no per-sample bound"
-                    " exists"
+                    f"{name} couples the samples of a batch: {change} changed another sample's {what}, so no per-sample"
+                    " bound exists"
                 )
 
 
@@ -96,8 +97,8 @@ def _unchanged(loss: LipschitzLoss) -> Iterator[None]:
         changed.append(str(error).partition("make_private: ")[2].partition(". The noise")[0])
     if changed:
         raise LossError(
-            f"{type(loss).__name__} changes when it is called ({changed[0]}): what it keeps of one batch weighs on the records of"
-            " the next, so no per-sample bound exists. Make it a function of its arguments"
+            f"{type(loss).__name__} changes when it is called ({changed[0]}): what it keeps of one batch weighs on the"
+            " records of the next, so no per-sample bound exists. Make it a function of its arguments"
         )
 
 

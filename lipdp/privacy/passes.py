@@ -1,33 +1,37 @@
 r"""What a private step may contain, whatever the training script does between the loader and `optimizer.step()`.
 
-**Claim.** Let batch t hold the rows 0 … n − 1, and let Δ_l bound the gradient of parameter l for every record at the weights
-of this step (`lipdp.sensitivity`). Every step that is released adds noise to S_l = Σ_i ∇_l ℓ̃_i, in which each record drawn
-(or owner) has exactly one term, and ‖∇_l ℓ̃_i‖ ≤ Δ_l. All other steps are refused before anything is released.
+**Claim.** Let batch t hold the rows 0 … n − 1, and let Δ_l bound the gradient of parameter l for every record at the
+weights of this step (`lipdp.sensitivity`). Every step that is released adds noise to S_l = Σ_i ∇_l ℓ̃_i, in which each
+record drawn (or owner) has exactly one term, and ‖∇_l ℓ̃_i‖ ≤ Δ_l. All other steps are refused before anything is
+released.
 
 **Proof**, along the way of one record. The engine does not use what autograd leaves in `p.grad`. It forms S_l itself:
 
-1. *Rows.* The loader's tensors know which rows of the batch they hold, and keep that only through operations that treat rows
-   apart (`lipdp.batches.rows`). A step is released only if the rows that went into the model, and those of the labels,
-   are known, are of the batch drawn last, do not meet, and are all n. So row i of the input depends on record i alone.
-2. *Graph.* A call of the model with gradients on runs the graph that the bounds were derived from, constants included, and
-   not the script's `forward` (`PrivateForward`); modules, their classes and hooks are compared before each call. So the
-   logits are z_i = f(x_i), f being the function that was bounded.
-3. *Cotangent.* The criterion takes logits of such a call, each once, cut off from autograd. It computes
-   c_i = ∂ℓ(z_i, y_i)/∂z_i itself and shortens each to the gate, ‖c_i‖ ≤ G. What the script does with the loss's value, the
-   logits or the activations does not enter c_i.
-4. *Pull-back.* When the value is back-propagated, the engine computes g = Σ_i (∂z_i/∂θ)ᵀ c_i from the cotangents of 3 alone, by
-   a backward pass of its own from the logits, and adds it to S. By the definition of Δ_l each term is within Δ_l, at
-   the weights of the call; these must be untouched until the step, whose bounds are computed at the same weights.
+1. *Rows.* The loader's tensors know which rows of the batch they hold, and keep that only through operations that
+   treat rows apart (`lipdp.batches.rows`). A step is released only if the rows that went into the model, and those of
+   the labels, are known, are of the batch drawn last, do not meet, and are all n. So row i of the input depends on
+   record i alone.
+2. *Graph.* A call of the model with gradients on runs the graph that the bounds were derived from, constants included,
+   and not the script's `forward` (`PrivateForward`); modules, their classes and hooks are compared before each call.
+   So the logits are z_i = f(x_i), f being the function that was bounded.
+3. *Cotangent.* The criterion takes logits of such a call, each once, cut off from autograd. It computes c_i = ∂ℓ(z_i,
+   y_i)/∂z_i itself and shortens each to the gate, ‖c_i‖ ≤ G. What the script does with the loss's value, the logits or
+   the activations does not enter c_i.
+4. *Pull-back.* When the value is back-propagated, the engine computes g = Σ_i (∂z_i/∂θ)ᵀ c_i from the cotangents of 3
+   alone, by a backward pass of its own from the logits, and adds it to S. By the definition of Δ_l each term is within
+   Δ_l, at the weights of the call; these must be untouched until the step, whose bounds are computed at the same
+   weights.
 5. *Step.* The hook in front of the optimiser puts S_l in the place of `p.grad`, then adds the noise.
 
-What differs from the plain sum that the script believes in is refused and not repaired: a factor on the value, further terms
-in the loss, gradients that were clipped, added or left over. That is a comparison of `p.grad` with S_l, and of the value's
-cotangent with 1, which says no more than whether the script did so.
+What differs from the plain sum that the script believes in is refused and not repaired: a factor on the value, further
+terms in the loss, gradients that were clipped, added or left over. That is a comparison of `p.grad` with S_l, and of
+the value's cotangent with 1, which says no more than whether the script did so.
 
-**What remains.** Numbers that a script reads (`.item()`, `.numpy()`, `len(x)`) and computes with count as public; an attack whose
-own loss mixes records is not seen; memory that is written through numpy or `.data` between a forward pass and the step is
-seen in gradients and not in weights. Under `fully_shard`, which reduces within the backward pass, 2 and 4 are replaced by
-watching: the root's cotangent is the engine's, and gradients must stay as that pass left them (`GradientSeal`).
+**What remains.** Numbers that a script reads (`.item()`, `.numpy()`, `len(x)`) and computes with count as public; an
+attack whose own loss mixes records is not seen; memory that is written through numpy or `.data` between a forward pass
+and the step is seen in gradients and not in weights. Under `fully_shard`, which reduces within the backward pass, 2
+and 4 are replaced by watching: the root's cotangent is the engine's, and gradients must stay as that pass left them
+(`GradientSeal`).
 
 Source: ours. Steps 1 to 5 replace the per-sample clipping of DP-SGD (Abadi et al. 2016), which is robust by nature.
 """
@@ -51,18 +55,19 @@ Claim = tuple[Tensor, str]
 """() bool on the device, and what is wrong where it is False."""
 
 OTHER_TERMS = (
-    "the summed gradients were changed between backward() and step(), or something beside the criterion's value reached them: a"
-    " further term of the loss, clipping (clip_grad_norm_, gradient_clip_val, accelerator.clip_grad_norm_), a GradScaler, a"
-    " missing zero_grad(). Only the criterion's value may be back-propagated. For a penalty on the weights alone use"
-    " engine.add_penalty; change noisy gradients in a step pre-hook registered after make_private"
+    "the summed gradients were changed between backward() and step(), or something beside the criterion's value reached"
+    " them: a further term of the loss, clipping (clip_grad_norm_, gradient_clip_val, accelerator.clip_grad_norm_), a"
+    " GradScaler, a missing zero_grad(). Only the criterion's value may be back-propagated. For a penalty on the"
+    " weights alone use engine.add_penalty; change noisy gradients in a step pre-hook registered after make_private"
 )
 _LEFT = "p.grad held something before the first private backward pass of this step; call optimizer.zero_grad() first"
 _DROPPED = (
     "the summed gradients were changed between backward() and step(): some are gone. Call zero_grad() before backward()"
 )
 _FACTOR = (
-    "the criterion's value was multiplied, divided or transformed before backward(): the bound holds for the value itself, and a"
-    " factor could depend on the batch. Call criterion(model(x), y).backward(); the engine divides by the public batch size"
+    "the criterion's value was multiplied, divided or transformed before backward(): the bound holds for the value"
+    " itself, and a factor could depend on the batch. Call criterion(model(x), y).backward(); the engine divides by the"
+    " public batch size"
 )
 
 
@@ -239,9 +244,9 @@ class StepInProgress(Listener):
         """
         if self.pending:
             raise EngineError(
-                "the last batch was back-propagated, but no private step followed: another optimiser, or a copy, would move the"
-                " weights without noise. Call step() of the optimiser that make_private returned, once per batch; to give a"
-                " batch up call engine.skip_batch()"
+                "the last batch was back-propagated, but no private step followed: another optimiser, or a copy, would"
+                " move the weights without noise. Call step() of the optimiser that make_private returned, once per"
+                " batch; to give a batch up call engine.skip_batch()"
             )
 
     def after_draw(self, drawn: Draw | None) -> None:
@@ -260,8 +265,8 @@ class StepInProgress(Listener):
             upstream: () the cotangent of the criterion's value.
 
         Raises:
-            EngineError: the weights are not those of the step's first forward pass, a gradient hook is there, or the value
-                was back-propagated before.
+            EngineError: the weights are not those of the step's first forward pass, a gradient hook is there, or the
+                value was back-propagated before.
         """
         if call.released:
             raise EngineError("the criterion's value is back-propagated twice: a record would count more than once")
@@ -309,15 +314,16 @@ class StepInProgress(Listener):
     def _check_rows(self, drawn: Draw) -> None:
         if drawn.rows and not self._rows:
             raise EngineError(
-                f"the batch has {drawn.rows} samples but no gradient went through the criterion that make_private returned;"
-                " train with that one, criterion(model(x), y).backward(): only there is every sample's gradient bounded"
+                f"the batch has {drawn.rows} samples but no gradient went through the criterion that make_private"
+                " returned; train with that one, criterion(model(x), y).backward(): only there is every sample's"
+                " gradient bounded"
             )
         if any(rows is None for rows in self._rows) or drawn.mixed:
             raise EngineError(
-                "the model or the criterion was given rows that are not known to be records of this batch, each by itself:"
-                " picked or repeated by an index, standardised or mixed over the batch, from another batch, or made outside torch."
-                " Prepare inputs in the data set, in the model, by operations on single samples, or with"
-                " lipdp.batches.per_record(function, x)"
+                "the model or the criterion was given rows that are not known to be records of this batch, each by"
+                " itself: picked or repeated by an index, standardised or mixed over the batch, from another batch, or"
+                " made outside torch. Prepare inputs in the data set, in the model, by operations on single samples, or"
+                " with lipdp.batches.per_record(function, x)"
             )
         spans = sorted((r.start, r.stop) for r in self._rows if r is not None and len(r))
         if any(r is not None and r.batch is not drawn for r in self._rows):
@@ -326,13 +332,14 @@ class StepInProgress(Listener):
         met = any(start < before for (_, before), (start, _) in pairwise(spans))
         if met:
             raise EngineError(
-                f"the criterion saw {seen} samples since the last step but the batch has {drawn.rows}: a record would count"
-                " more than once. Evaluate the criterion once per record and step (under torch.no_grad() for metrics)"
+                f"the criterion saw {seen} samples since the last step but the batch has {drawn.rows}: a record would"
+                " count more than once. Evaluate the criterion once per record and step (under torch.no_grad() for"
+                " metrics)"
             )
         if seen < drawn.rows:
             raise EngineError(
-                f"the criterion saw {seen} of the {drawn.rows} samples of the batch: which ones are left out would depend on the"
-                " records. Train on the whole batch; engine.microbatches gives it in pieces"
+                f"the criterion saw {seen} of the {drawn.rows} samples of the batch: which ones are left out would"
+                " depend on the records. Train on the whole batch; engine.microbatches gives it in pieces"
             )
 
 
@@ -344,8 +351,9 @@ def tensors_of(model: nn.Module) -> list[tuple[Tensor, int]]:
 def _check_versions(known: list[tuple[Tensor, int]]) -> None:
     if any(t._version != version for t, version in known):
         raise EngineError(
-            "the weights or buffers were changed between the forward pass and step(): the gradients belong to other weights"
-            " than those that the noise would be calibrated to. Change weights (EMA, loading, projecting) after step() only"
+            "the weights or buffers were changed between the forward pass and step(): the gradients belong to other"
+            " weights than those that the noise would be calibrated to. Change weights (EMA, loading, projecting) after"
+            " step() only"
         )
 
 

@@ -131,7 +131,7 @@ class Run:
         return constant.to(self.graph.device, torch.float64).clamp(max=self.gate.bound)
 
     def _deltas_and_stds(self) -> tuple[Tensor, Tensor]:
-        """Δ_l and s_l as float64 tensors, scaled so that the joint noise multiplier is exact whatever the allocation."""
+        """Δ_l and s_l as float64 tensors; the joint noise multiplier is exact whatever the allocation."""
         return self._shared(self._deltas(self.graph.sweep(self._start)))
 
     def _deltas(self, sweep: Sweep) -> Tensor:
@@ -285,8 +285,9 @@ class Run:
         hashed = hashlib.blake2b(json.dumps(at, sort_keys=True).encode(), digest_size=7).digest()
         if not self.world.all_equal(int.from_bytes(hashed, "little")):
             raise EngineError(
-                "the processes are not at the same point of the same run: their accounts or keys differ, so that each would draw"
-                " batches and noise of its own. Restore the same state on all of them (engine.load_state_dict)"
+                "the processes are not at the same point of the same run: their accounts or keys differ, so that each"
+                " would draw batches and noise of its own. Restore the same state on all of them"
+                " (engine.load_state_dict)"
             )
 
     def _check_account(self, optimizer: torch.optim.Optimizer) -> None:
@@ -294,10 +295,10 @@ class Run:
         taken = optimizer.param_groups[0].get(_STEPS, 0)
         if taken > self.ledger.steps:
             raise EngineError(
-                f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε would leave the"
-                " others out. Restore the engine with it: engine.load_state_dict (Lightning: the callback"
-                " lipdp.integrations.lightning.PrivacyBudget; Accelerate: accelerator.register_for_checkpointing(engine); Fabric:"
-                " engine among the objects of save and load)"
+                f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε"
+                " would leave the others out. Restore the engine with it: engine.load_state_dict (Lightning: the"
+                " callback lipdp.integrations.lightning.PrivacyBudget; Accelerate:"
+                " accelerator.register_for_checkpointing(engine); Fabric: engine among the objects of save and load)"
             )
 
     def _check_records(self, sweep: Sweep) -> None:
@@ -320,16 +321,17 @@ class Run:
         batches = self.loader.position - self._taken_at
         if batches < 1:
             raise EngineError(
-                "step() without a new batch from the loader: every noisy step needs its own random subsample. Take one step per"
-                " batch; for parts of a batch use engine.microbatches"
+                "step() without a new batch from the loader: every noisy step needs its own random subsample. Take one"
+                " step per batch; for parts of a batch use engine.microbatches"
             )
         first = self.ledger.steps == self.before  # before it, a look at a batch is harmless
         if batches > 1 and not first:
             raise EngineError(
-                f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was skipped,"
-                " which tells that it was empty. Take one step per batch, also when it is empty: no accumulate_grad_batches,"
-                " gradient_accumulation_steps or the like; the parts of one batch come from engine.microbatches. After an"
-                " interrupted loop call engine.skip_batch(), which counts the batches given up as steps"
+                f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was"
+                " skipped, which tells that it was empty. Take one step per batch, also when it is empty: no"
+                " accumulate_grad_batches, gradient_accumulation_steps or the like; the parts of one batch come from"
+                " engine.microbatches. After an interrupted loop call engine.skip_batch(), which counts the batches"
+                " given up as steps"
             )
 
     def skip_batch(self) -> int:
@@ -381,8 +383,9 @@ class Run:
         ledger = Ledger.from_state(state["ledger"])
         if ledger.steps < self.ledger.steps:
             raise ResumeError(
-                f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would leave the others out,"
-                " and their noise would be drawn again. Load weights alone to go back to them; their steps stay counted"
+                f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would leave"
+                " the others out, and their noise would be drawn again. Load weights alone to go back to them; their"
+                " steps stay counted"
             )
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
@@ -402,13 +405,13 @@ def _matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> 
     missing = [n for n, p in trainable.items() if id(p) not in held]
     if foreign:
         raise OptimizerError(
-            f"the optimiser holds {len(foreign)} parameter(s) that the model lacks: they would be updated without a bound. Build it"
-            " with model.parameters()"
+            f"the optimiser holds {len(foreign)} parameter(s) that the model lacks: they would be updated without a"
+            " bound. Build it with model.parameters()"
         )
     if missing:
         raise OptimizerError(
-            f"the optimiser lacks the trainable parameter(s) {', '.join(missing)}: freeze them with requires_grad_(False), or build"
-            " it with model.parameters()"
+            f"the optimiser lacks the trainable parameter(s) {', '.join(missing)}: freeze them with"
+            " requires_grad_(False), or build it with model.parameters()"
         )
     if not trainable:
         raise OptimizerError("the model has no trainable parameter")
@@ -424,16 +427,16 @@ def _refuse_private(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
     if hooks:
         raise OptimizerError(
-            "the optimiser has a step pre-hook: it would run before the noise is added and could change gradients. Register it"
-            " after make_private, so that it sees the noisy ones"
+            "the optimiser has a step pre-hook: it would run before the noise is added and could change gradients."
+            " Register it after make_private, so that it sees the noisy ones"
         )
     if isinstance(vars(model).get("forward"), PrivateForward):
         raise EngineError("this model is already private under another engine; detach() that one first")
     inner = [n for n, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
     if inner:
         raise OptimizerError(
-            f"{type(optimizer).__name__} holds another optimiser ({', '.join(inner)}), which would step without noise, as SAM"
-            " and Lookahead do; take SGD, Adam or another that takes one gradient a step"
+            f"{type(optimizer).__name__} holds another optimiser ({', '.join(inner)}), which would step without noise,"
+            " as SAM and Lookahead do; take SGD, Adam or another that takes one gradient a step"
         )
 
 
@@ -450,8 +453,8 @@ def guard_parameters(
         weights = {id(p) for p in watched.parameters()}
         if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
             raise OptimizerError(
-                f"a {type(stepping).__name__} other than the one that make_private returned would move the private weights by"
-                " gradients without noise; step with that one"
+                f"a {type(stepping).__name__} other than the one that make_private returned would move the private"
+                " weights by gradients without noise; step with that one"
             )
 
     return register_optimizer_step_pre_hook(guard)

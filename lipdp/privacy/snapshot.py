@@ -45,11 +45,11 @@ class Snapshot:
     """A module tree as it was when its bound was derived, compared with what it is now.
 
     Compared are the modules and their classes, all attributes of each (stride, scale, constraint, …, and what lists,
-    dicts and constraints among them hold), the identity, shape and dtype of parameters and buffers, and hooks. Values of
-    weights and buffers may change, and so may `requires_grad`: the bounds follow both at every step.
+    dicts and constraints among them hold), the identity, shape and dtype of parameters and buffers, and hooks. Values
+    of weights and buffers may change, and so may `requires_grad`: the bounds follow both at every step.
 
-    Not seen: a change that is undone before the next step, and one inside an object of a foreign class that an attribute
-    refers to. Where nothing changed, a look costs a few microseconds per module.
+    Not seen: a change that is undone before the next step, and one inside an object of a foreign class that an
+    attribute refers to. Where nothing changed, a look costs a few microseconds per module.
 
     Args:
         root: the model, or the loss.
@@ -61,8 +61,8 @@ class Snapshot:
     >>> snapshot.check()
     >>> model[0].stride = (2, 2)
     >>> snapshot.check()
-    Traceback (most recent call last):
-    lipdp.errors.EngineError: the model has changed since make_private: '0' (SpectralConv2d): stride was (1, 1), is now (2, 2)...
+    Traceback (most recent call last): lipdp.errors.EngineError: the model has changed since make_private: '0'
+    (SpectralConv2d): stride was (1, 1), is now (2, 2)...
     """
 
     def __init__(self, root: nn.Module, what: str, *, mode: bool = True) -> None:
@@ -138,8 +138,8 @@ class Snapshot:
                 continue
             if name == "_original_forward":
                 self._refuse(
-                    f"{cell.where}: its forward was wrapped, as accelerator.prepare(model) does under mixed precision. Leave the model out"
-                    " of prepare and run it inside accelerator.autocast()"
+                    f"{cell.where}: its forward was wrapped, as accelerator.prepare(model) does under mixed precision."
+                    " Leave the model out of prepare and run it inside accelerator.autocast()"
                 )
             if name not in before or name not in after:
                 self._refuse(f"{cell.where}: {name} was {'removed' if name in before else 'added'}")
@@ -149,8 +149,8 @@ class Snapshot:
 
     def _refuse(self, difference: str) -> None:
         raise EngineError(
-            f"{self._what} has changed since make_private: {difference}. The noise is calibrated to the bounds that were"
-            " derived then; put it back, or detach() the engine and call make_private again"
+            f"{self._what} has changed since make_private: {difference}. The noise is calibrated to the bounds that"
+            " were derived then; put it back, or detach() the engine and call make_private again"
         )
 
 

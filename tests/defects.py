@@ -23,7 +23,7 @@ from lipdp.bounds import layers as rules
 from lipdp.bounds.rules import Local
 from lipdp.losses import LipschitzLoss
 from lipdp.noise.gaussian import GaussianNoise
-from lipdp.privacy.run import Run
+from lipdp.privacy.hooks import StepHooks
 
 
 @contextmanager
@@ -100,7 +100,7 @@ def realised_batch_size() -> AbstractContextManager[None]:
 
     def make(add_noise: Callable[..., None]) -> Callable[..., None]:
         @torch.no_grad()
-        def divided(self: Run, optimizer: torch.optim.Optimizer) -> None:
+        def divided(self: StepHooks, optimizer: torch.optim.Optimizer) -> None:
             add_noise(self, optimizer)
             drawn = max(1, self.loader.drawn.rows if self.loader.drawn else 0)
             for parameter in self.parameters:
@@ -109,7 +109,7 @@ def realised_batch_size() -> AbstractContextManager[None]:
 
         return divided
 
-    return _replaced(Run, "_add_noise", make)
+    return _replaced(StepHooks, "_add_noise", make)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------

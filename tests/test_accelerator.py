@@ -30,8 +30,8 @@ from lipdp.errors import (
     UnsupportedLayerError,
 )
 from lipdp.nn.constrained import cannot_certify
+from lipdp.privacy.deferred import DeferredRead
 from lipdp.privacy.gate import QuantileGate
-from lipdp.privacy.later import Later
 from lipdp.timing import UNTIMED
 from lipdp.training import Trainer, assembly, configure
 from lipdp.training.forward import Forward
@@ -92,7 +92,7 @@ def spoiled(kind, monkeypatch, **options):
     optimizer.zero_grad()
     criterion(model(x), y).backward()
     if kind == "impossible":  # the bound says that there is no gradient, so there is no noise either
-        sweep = engine._run.graph.sweep
+        sweep = engine._hooks.graph.sweep
         none = {"1.weight": torch.zeros((), dtype=torch.float64)}
 
         def blind(start):
@@ -100,7 +100,7 @@ def spoiled(kind, monkeypatch, **options):
             object.__setattr__(found, "parameters", {**found.parameters, **none})
             return found
 
-        monkeypatch.setattr(engine._run.graph, "sweep", blind)
+        monkeypatch.setattr(engine._hooks.graph, "sweep", blind)
     optimizer.step()
     return engine, model, optimizer, batches, criterion
 
@@ -206,7 +206,7 @@ def test_a_step_of_the_trainer_reads_only_the_answers_of_the_last_one(options, m
     trainer.engine.settle()
     shown = []
     monkeypatch.setattr(
-        Later, "read", lambda self: shown.append(self) or torch.zeros(self._value.shape, dtype=bool) == 0
+        DeferredRead, "read", lambda self: shown.append(self) or torch.zeros(self._value.shape, dtype=bool) == 0
     )
     with HostReads() as reads:
         trainer._take_step(*third)
@@ -641,7 +641,7 @@ def test_a_matrix_without_full_rank_comes_out_within_the_norm(monkeypatch):
 def test_a_run_with_bfloat16_projections_is_certified_at_every_step(monkeypatch):
     monkeypatch.setattr(constraints, "_low_precision", lambda matrix: torch.bfloat16)
     engine, model, optimizer, loader, criterion = private(steps=12, lr=2.0)
-    engine._run._projections.every = 1
+    engine._hooks._projections.every = 1
     for batch in loader:
         kit.step(batch, model, optimizer, criterion)
     assert lipdp.lipschitz_constant(model, (1, 8, 8)) < 1 + 1e-3

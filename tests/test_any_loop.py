@@ -60,7 +60,7 @@ class Script:
             dataset_size=N, expected_batch_size=N, steps=4, noise_multiplier=1.0, **options,
         )  # fmt: skip
         self.released: dict[str, torch.Tensor] | None = None
-        run = self.engine._run
+        run = self.engine._hooks
         draw = run._draw
 
         def kept(gradients: list[torch.Tensor], stds: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from lipdp.bounds import BoundGraph
 from lipdp.bounds import layers as rules
 from lipdp.errors import BoundViolation, EngineError, LossError
 from lipdp.noise.gaussian import GaussianNoise
-from lipdp.privacy.run import Run
+from lipdp.privacy.hooks import StepHooks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +57,7 @@ def test_a_defect_is_gone_afterwards_whatever_happens(name):
             BoundGraph.sweep,
             rules._convolution,
             GaussianNoise.add_,
-            Run._add_noise,
+            StepHooks._add_noise,
             PoissonSampler.__iter__,
             "__iter__" in vars(PoissonSampler),
         )

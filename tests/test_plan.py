@@ -69,7 +69,7 @@ def executed(monkeypatch):
 
 def mechanism(engine):
     """(N, q, T, σ, relation, unit) of an engine, none of it read from its plan."""
-    run = engine._run
+    run = engine._hooks
     sampler, owners = run.loader.sampler, run.loader.owners
     deltas, stds = run._deltas_and_stds()
     sigma = float((deltas / stds).square().sum().rsqrt())  # of the noise that is drawn
@@ -315,7 +315,7 @@ def processes(owned, name):
 def sharded():
     """Two processes with 200 and 100 records: N = 300."""
     engine, *_ = scenarios.private(shards=[200, 100], sigma=2.0)
-    return stated(engine.plan), engine._run.loader.sampler.population
+    return stated(engine.plan), engine._hooks.loader.sampler.population
 
 
 @pytest.mark.slow

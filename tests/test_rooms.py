@@ -76,9 +76,10 @@ def test_all_packages_are_in_the_wheel():
 
 COVERS = {
     "engine/test_closures": "privacy/closure",
-    "engine/test_refusals": "privacy/checks privacy/seal",
+    "engine/test_refusals": "privacy/checks privacy/optimizers",
     "engine/test_state_of_run": "privacy/engine",
     "test_accelerator": "nn/autocast nn/compiled training/runtime",
+    "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/trace sensitivity",
     "test_certify": "certify/certificate certify/network commands/robustness",

@@ -131,7 +131,7 @@ class PrivacyBudget(Callback):
         """The engine's state, for Lightning's checkpoint; nothing before make_private."""
         if self._saved is not None:
             return {"engine": self._saved}
-        return {"engine": self._engine.state_dict()} if self._engine._run is not None else {}
+        return {"engine": self._engine.state_dict()} if self._engine._hooks is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the optimiser exists."""

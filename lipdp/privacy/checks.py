@@ -17,8 +17,8 @@ from lipdp.losses import LipschitzLoss
 from lipdp.nn.compiled import eager, is_compiled, original
 from lipdp.nn.constrained import Constrained
 from lipdp.nn.sharded import unsharded
-from lipdp.privacy.later import Later
-from lipdp.privacy.passes import Claim
+from lipdp.privacy.deferred import DeferredRead
+from lipdp.privacy.sums import Claim
 
 _SLACK = 1.001  # of a sum in the precision of the weights
 _SHARE = 0.003  # of a step that each of the two checks may cost, on average
@@ -42,7 +42,7 @@ class StepCheck:
 
     def __init__(self, *, deferred: bool) -> None:
         self.deferred = deferred
-        self._pending: tuple[Later, int, list[str], Tensor, Tensor, list[Claim]] | None = None
+        self._pending: tuple[DeferredRead, int, list[str], Tensor, Tensor, list[Claim]] | None = None
 
     def look(
         self,
@@ -73,7 +73,7 @@ class StepCheck:
         sound = (finite & possible).all()
         for claim, _ in claims:
             sound = sound & claim
-        self._pending = Later(sound), step, list(names), finite, possible, list(claims)
+        self._pending = DeferredRead(sound), step, list(names), finite, possible, list(claims)
         if not self.deferred:
             self.read()
         return sound
@@ -144,7 +144,7 @@ class ProjectionCheck:
         )
         self.every = max(1, math.ceil(checks / (_SHARE * batch_size * max(passes, 1))))
         self._at_once, self._steps = graph.device.type == "cpu" if deferred is None else not deferred, steps
-        self._found: tuple[list[str], Later] | None = None
+        self._found: tuple[list[str], DeferredRead] | None = None
 
     def look(self, step: int) -> None:
         """After projection number `step`, counted from 1."""
@@ -155,7 +155,7 @@ class ProjectionCheck:
                 for path, layer in self._layers.items()
                 for name, answer in unsharded(layer).uncertified().items()
             }
-            self._found = (list(found), Later(torch.stack(list(found.values())))) if found else None
+            self._found = (list(found), DeferredRead(torch.stack(list(found.values())))) if found else None
             if self._at_once or last:
                 self.read()
 

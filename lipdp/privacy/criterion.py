@@ -15,7 +15,8 @@ from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.passes import RootCall, StepInProgress, logits_call
+from lipdp.privacy.passes import StepInProgress, logits_call
+from lipdp.privacy.sums import RootCall
 
 
 class _Release(torch.autograd.Function):

@@ -28,9 +28,10 @@ from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.loss_check import check_loss
-from lipdp.privacy.passes import Gradients, OwnGradients, SealedGradients, StepInProgress
-from lipdp.privacy.run import Run
+from lipdp.privacy.passes import StepInProgress
+from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
 from lipdp.sensitivity import Sensitivity
 from lipdp.timing import Clock, Timer
 
@@ -38,10 +39,11 @@ from lipdp.timing import Clock, Timer
 class PrivacyEngine:
     """Makes an ordinary training loop differentially private, without clipping.
 
-    Each step releases (Σ_{i ∈ batch} ∇_l ℓ_i + Z_l)/B for all parameters l at once, with Z_l ~ N(0, s_l² I) and
-    Σ_l Δ_l²/s_l² = 1/σ²: one Gaussian mechanism of noise multiplier σ on one subsample. The Δ_l are recomputed at every step from the certified norms of the weights then. Noise enters
-    in the optimiser's step pre-hook and the projection on the constraints in its post-hook, so no step is without
-    noise; all that follows (momentum, schedules, averaging) is post-processing.
+    Each step releases (Σ_{i ∈ batch} ∇_l ℓ_i + Z_l)/B for all parameters l at once, with Z_l ~ N(0, s_l² I) and Σ_l
+    Δ_l²/s_l² = 1/σ²: one Gaussian mechanism of noise multiplier σ on one subsample. The Δ_l are recomputed at every
+    step from the certified norms of the weights then. Noise enters in the optimiser's step pre-hook and the projection
+    on the constraints in its post-hook, so no step is without noise; all that follows (momentum, schedules, averaging)
+    is post-processing.
 
     Args:
         accountant: "prv" (default), "pld" or "rdp".
@@ -90,7 +92,7 @@ class PrivacyEngine:
         self._world = world
         self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
         self.ledger = Ledger()
-        self._run: Run | None = None
+        self._hooks: StepHooks | None = None
 
     # -- entry ---------------------------------------------------------------------------------------------------------
 
@@ -211,7 +213,7 @@ class PrivacyEngine:
             exactly over the model's trainable parameters. LossError, UnboundedError, UnsupportedOperationError, …: no
             bound exists.
         """
-        if self._run is not None:
+        if self._hooks is not None:
             raise EngineError(
                 "this engine already made a model private; use one PrivacyEngine per run, or detach() first"
             )
@@ -255,7 +257,7 @@ class PrivacyEngine:
                 clock=clock,
             )
             private = PrivateCriterion(loss, graph, state, step)
-            run = Run(
+            run = StepHooks(
                 inner,
                 optimizer,
                 criterion=private,
@@ -274,7 +276,7 @@ class PrivacyEngine:
                 clock=clock,
             )
         run.share_keys()
-        self._run = run
+        self._hooks = run
         return module, optimizer, loader, private
 
     def _check_fits(self, plan: PrivacyPlan, population: Population) -> None:
@@ -417,7 +419,7 @@ class PrivacyEngine:
     def detach(self) -> None:
         """Remove the hooks: what remains is the plain torch model and optimiser."""
         self._current().detach()
-        self._run = None
+        self._hooks = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides model and optimiser: plain values, for `torch.load(weights_only=True)`."""
@@ -433,10 +435,10 @@ class PrivacyEngine:
         run.load_state_dict(state)
         self.ledger = run.ledger
 
-    def _current(self) -> Run:
-        if self._run is None:
+    def _current(self) -> StepHooks:
+        if self._hooks is None:
             raise EngineError("call make_private or make_private_with_epsilon first")
-        return self._run
+        return self._hooks
 
 
 def _gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:

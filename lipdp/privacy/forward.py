@@ -14,8 +14,9 @@ from torch.nn.modules import module as hooks
 from lipdp.batches.rows import BatchTensor, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
-from lipdp.privacy.passes import OTHER_TERMS, RootCall, StepInProgress, tensors_of
+from lipdp.privacy.passes import StepInProgress, tensors_of
 from lipdp.privacy.snapshot import Snapshot
+from lipdp.privacy.sums import OTHER_TERMS, RootCall
 
 
 class _Logits(torch.autograd.Function):

@@ -38,10 +38,9 @@ Source: ours. Steps 1 to 5 replace the per-sample clipping of DP-SGD (Abadi et a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,160 +48,13 @@ from torch import Tensor, nn
 from lipdp.batches.loader import Draw, Listener
 from lipdp.batches.rows import Rows
 from lipdp.errors import EngineError
-from lipdp.privacy.seal import GradientSeal
+from lipdp.privacy.sums import DROPPED, Claim, Gradients, RootCall
 
-Claim = tuple[Tensor, str]
-"""() bool on the device, and what is wrong where it is False."""
-
-OTHER_TERMS = (
-    "the summed gradients were changed between backward() and step(), or something beside the criterion's value reached"
-    " them: a further term of the loss, clipping (clip_grad_norm_, gradient_clip_val, accelerator.clip_grad_norm_), a"
-    " GradScaler, a missing zero_grad(). Only the criterion's value may be back-propagated. For a penalty on the"
-    " weights alone use engine.add_penalty; change noisy gradients in a step pre-hook registered after make_private"
-)
-_LEFT = "p.grad held something before the first private backward pass of this step; call optimizer.zero_grad() first"
-_DROPPED = (
-    "the summed gradients were changed between backward() and step(): some are gone. Call zero_grad() before backward()"
-)
 _FACTOR = (
     "the criterion's value was multiplied, divided or transformed before backward(): the bound holds for the value"
     " itself, and a factor could depend on the batch. Call criterion(model(x), y).backward(); the engine divides by the"
     " public batch size"
 )
-
-
-@dataclass
-class RootCall:
-    """One call of the model with gradients on.
-
-    Attributes:
-        out: the logits, with the graph that leads to the parameters.
-        x: the input, as the model was given it.
-        rows: which rows of the batch went in; None where that is not known.
-        parameters: the trainable ones.
-        versions: every tensor of the model, and how often it was changed so far.
-        sharded: whether `fully_shard` reduces the gradients within the pass.
-        given, released: whether the criterion has had the logits, and its value was back-propagated.
-        cotangent: (n, …) what the criterion found for the logits, gated.
-        claims: what must be true at the step.
-    """
-
-    out: Tensor
-    x: Tensor
-    rows: Rows | None
-    parameters: list[nn.Parameter]
-    versions: list[tuple[Tensor, int]]
-    sharded: bool = False
-    given: bool = False
-    released: bool = False
-    cotangent: Tensor | None = None
-    claims: list[Claim] = field(default_factory=list)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """What the value of the criterion depends on: the input, then the parameters."""
-        return [self.x, *self.parameters]
-
-    def gradient_of_input(self) -> Tensor | None:
-        """For an attack: the pull-back to the input alone."""
-        return torch.autograd.grad(self.out, self.x, self.cotangent, retain_graph=True, allow_unused=True)[0]
-
-
-class Gradients(Protocol):
-    """How the sum of a step is formed and guarded."""
-
-    def add(self, call: RootCall) -> list[Tensor | None]:
-        """Add one pass, from the cotangent of the call; its gradients, by input of the call."""
-        ...
-
-    def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """What must be true of `p.grad` at the step, once these are trained."""
-        ...
-
-    def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put the sum in the place of `p.grad`."""
-        ...
-
-    def forget(self) -> None:
-        """Begin anew."""
-        ...
-
-
-class OwnGradients:
-    """S_l, formed by the engine: `p.grad` is compared with it and then replaced by it."""
-
-    def __init__(self) -> None:
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._found: list[Claim] = []
-
-    def add(self, call: RootCall) -> list[Tensor | None]:
-        """See `Gradients.add`."""
-        if any(p._backward_hooks for p in call.parameters):
-            raise EngineError("a parameter carries a gradient hook, which can scale its gradient; remove it")
-        for p in call.parameters:
-            if p.grad is not None and p not in self._sums:  # zeros, if the script called zero_grad(set_to_none=False)
-                self._found.append(((p.grad == 0).all(), _LEFT))
-        wanted = [t for t in call.inputs if t.requires_grad]
-        pairs = zip(wanted, torch.autograd.grad(call.out, wanted, call.cotangent, allow_unused=True), strict=True)
-        found = {id(t): g for t, g in pairs}
-        with torch.no_grad():
-            for p in call.parameters:
-                g = found[id(p)]
-                if g is not None:
-                    self._sums[p] = self._sums[p].add_(g) if p in self._sums else g.clone()
-        return [found.get(id(t)) for t in call.inputs]
-
-    def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """See `Gradients.claims`."""
-        found = list(self._found)
-        for p in parameters:
-            own, held = self._sums.get(p), p.grad
-            if held is None and own is not None:
-                raise EngineError(_DROPPED)
-            if held is not None:
-                same = held == 0 if own is None else (held == own) | (own != own)  # NaN is named elsewhere
-                found.append((same.all(), OTHER_TERMS))
-        return found
-
-    def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See `Gradients.take`."""
-        for p in parameters:
-            own = self._sums.get(p)
-            p.grad = torch.zeros_like(p) if own is None else own
-
-    def forget(self) -> None:
-        """See `Gradients.forget`."""
-        self._sums, self._found = {}, []
-
-
-class SealedGradients:
-    """Under `fully_shard`: the sum is formed by the pass itself, and must stay as it was left."""
-
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
-        self._seal = GradientSeal(parameters)
-        self._calls: list[RootCall] = []
-
-    def add(self, call: RootCall) -> list[Tensor | None]:
-        """See `Gradients.add`; the pass goes on from the logits with this cotangent."""
-        self._seal.begin()
-        self._calls.append(call)
-        return []
-
-    def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """See `Gradients.claims`."""
-        self._seal.check()
-        return [claim for call in self._calls for claim in call.claims]
-
-    def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See `Gradients.take`."""
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-
-    def forget(self) -> None:
-        """See `Gradients.forget`."""
-        self._seal.open()
-        self._calls = []
 
 
 class StepInProgress(Listener):
@@ -303,7 +155,7 @@ class StepInProgress(Listener):
             EngineError: rows are missing, met or unknown; weights or gradients were changed.
         """
         if self._rows and all(p.grad is None for p in self._parameters):
-            raise EngineError(_DROPPED)
+            raise EngineError(DROPPED)
         _check_versions(self._versions)
         drawn = self.drawn
         claims = [*self._claims, *self.gradients.claims(parameters)]

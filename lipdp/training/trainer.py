@@ -18,7 +18,7 @@ from lipdp.accounting.accountants import Spent
 from lipdp.data import DataSplit, units
 from lipdp.distributed.collectives import World, current_world
 from lipdp.errors import DataError
-from lipdp.privacy.later import Later
+from lipdp.privacy.deferred import DeferredRead
 from lipdp.timing import UNTIMED, Timer
 from lipdp.training.account import Account
 from lipdp.training.assembly import assemble, decided, prepare
@@ -167,7 +167,7 @@ class Trainer:
         self._parts, self._account = parts, Account(config, parts, self._progress)
         self._release = Release(config, parts, self._progress, self._account, self.world)
         self._random: Mapping[str, Tensor] = parts.random
-        self._shown: Later | None = None
+        self._shown: DeferredRead | None = None
         self._timer: Timer = UNTIMED
 
     @property
@@ -285,7 +285,7 @@ class Trainer:
         self._progress.loss += total
         samples = (self.loader.drawn.units if self.loader.drawn else 0) * self.loader.views  # rows, where each weighs 1
         self._progress.samples += samples
-        mean = Later(total.double() / max(samples, 1))
+        mean = DeferredRead(total.double() / max(samples, 1))
         # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
         later = self.engine.deferred or self.device.type != "cpu"
         shown, self._shown = self._shown or mean if later else mean, mean

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Later:
+class DeferredRead:
     """A small tensor that the host will read later: on CUDA a copy to pinned memory is queued and nothing waits.
 
     `read` waits for that copy alone, not for what was queued behind it. On other devices the tensor stays where it is
@@ -15,7 +15,7 @@ class Later:
     Args:
         value: of any shape; not to be changed in place before it is read.
 
-    >>> Later(torch.tensor([1.5, 2.0])).read().tolist()
+    >>> DeferredRead(torch.tensor([1.5, 2.0])).read().tolist()
     [1.5, 2.0]
     """
 

@@ -1,17 +1,15 @@
-"""One private run: the hooks on one optimiser, and what they need at every step."""
+"""The hooks on one optimiser, and what they need at every step."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
@@ -21,7 +19,7 @@ from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
 from lipdp.distributed.collectives import World
-from lipdp.errors import CheckpointError, EngineError, OptimizerError, ResumeError
+from lipdp.errors import CheckpointError, EngineError, ResumeError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
@@ -32,6 +30,7 @@ from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.forward import PrivateForward
 from lipdp.privacy.gate import GateState
+from lipdp.privacy.optimizers import guard_parameters, matched_parameters, refuse_unsuitable
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.sensitivity import Sensitivity, read_sweep
@@ -40,7 +39,7 @@ from lipdp.timing import Clock
 _STEPS = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
 
 
-class Run:
+class StepHooks:
     """The hooks on one optimiser, and what they need at every step.
 
     Args:
@@ -80,7 +79,7 @@ class Run:
         self.plan, self.allocation, self.noise, self.ledger = plan, allocation, noise, ledger
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
-        _refuse_private(self.module, optimizer)
+        refuse_unsuitable(self.module, optimizer, StepHooks._before_step)
         refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
@@ -120,7 +119,7 @@ class Run:
 
     def _trainable(self, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter], Tensor]:
         """Names, parameters and sizes of what the next step releases: looked up at every step, for (un)freezing."""
-        names, parameters = _matched_parameters(self.module, optimizer)
+        names, parameters = matched_parameters(self.module, optimizer)
         sizes = torch.tensor([float(p.numel()) for p in parameters], dtype=torch.float64)
         return names, parameters, sizes.to(self.graph.device, non_blocking=True)
 
@@ -392,69 +391,3 @@ class Run:
         self.gate.load_state_dict(state["gate"])
         self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
         self._taken_at = self.loader.position
-
-
-def _matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter]]:
-    """Names and parameters, once the optimiser is found to hold exactly the model's trainable parameters.
-
-    It may hold frozen ones too; a gradient left on one of those, from before it was frozen, is dropped.
-    """
-    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    foreign = set(held) - {id(p) for p in module.parameters()}
-    missing = [n for n, p in trainable.items() if id(p) not in held]
-    if foreign:
-        raise OptimizerError(
-            f"the optimiser holds {len(foreign)} parameter(s) that the model lacks: they would be updated without a"
-            " bound. Build it with model.parameters()"
-        )
-    if missing:
-        raise OptimizerError(
-            f"the optimiser lacks the trainable parameter(s) {', '.join(missing)}: freeze them with"
-            " requires_grad_(False), or build it with model.parameters()"
-        )
-    if not trainable:
-        raise OptimizerError("the model has no trainable parameter")
-    for parameter in held.values():
-        if not parameter.requires_grad:
-            parameter.grad = None
-    return list(trainable), list(trainable.values())
-
-
-def _refuse_private(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    hooks = optimizer._optimizer_step_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), Run) for hook in hooks):
-        raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
-    if hooks:
-        raise OptimizerError(
-            "the optimiser has a step pre-hook: it would run before the noise is added and could change gradients."
-            " Register it after make_private, so that it sees the noisy ones"
-        )
-    if isinstance(vars(model).get("forward"), PrivateForward):
-        raise EngineError("this model is already private under another engine; detach() that one first")
-    inner = [n for n, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
-    if inner:
-        raise OptimizerError(
-            f"{type(optimizer).__name__} holds another optimiser ({', '.join(inner)}), which would step without noise,"
-            " as SAM and Lookahead do; take SGD, Adam or another that takes one gradient a step"
-        )
-
-
-def guard_parameters(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress
-) -> torch.utils.hooks.RemovableHandle:
-    """Refuse a step of any other optimiser over these weights while a private gradient waits for its noise."""
-    held = weakref.ref(model), weakref.ref(optimizer)
-
-    def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        watched, own = held[0](), held[1]()
-        if watched is None or stepping is own or not step.pending:
-            return
-        weights = {id(p) for p in watched.parameters()}
-        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
-            raise OptimizerError(
-                f"a {type(stepping).__name__} other than the one that make_private returned would move the private"
-                " weights by gradients without noise; step with that one"
-            )
-
-    return register_optimizer_step_pre_hook(guard)

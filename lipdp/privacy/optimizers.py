@@ -1,0 +1,87 @@
+"""What an optimiser must be to step privately, and what may not step beside it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lipdp.errors import EngineError, OptimizerError
+from lipdp.privacy.forward import PrivateForward
+from lipdp.privacy.passes import StepInProgress
+
+
+def matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter]]:
+    """Names and parameters, once the optimiser is found to hold exactly the model's trainable parameters.
+
+    It may hold frozen ones too; a gradient left on one of those, from before it was frozen, is dropped.
+    """
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    foreign = set(held) - {id(p) for p in module.parameters()}
+    missing = [n for n, p in trainable.items() if id(p) not in held]
+    if foreign:
+        raise OptimizerError(
+            f"the optimiser holds {len(foreign)} parameter(s) that the model lacks: they would be updated without a"
+            " bound. Build it with model.parameters()"
+        )
+    if missing:
+        raise OptimizerError(
+            f"the optimiser lacks the trainable parameter(s) {', '.join(missing)}: freeze them with"
+            " requires_grad_(False), or build it with model.parameters()"
+        )
+    if not trainable:
+        raise OptimizerError("the model has no trainable parameter")
+    for parameter in held.values():
+        if not parameter.requires_grad:
+            parameter.grad = None
+    return list(trainable), list(trainable.values())
+
+
+def refuse_unsuitable(model: nn.Module, optimizer: torch.optim.Optimizer, before_step: Callable[..., Any]) -> None:
+    """Refuse an optimiser or a model that is private already, and optimisers that would step without noise.
+
+    Args:
+        model, optimizer: those that are to be private.
+        before_step: the hook in front of a private step.
+    """
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(getattr(hook, "__func__", None) is before_step for hook in hooks):
+        raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
+    if hooks:
+        raise OptimizerError(
+            "the optimiser has a step pre-hook: it would run before the noise is added and could change gradients."
+            " Register it after make_private, so that it sees the noisy ones"
+        )
+    if isinstance(vars(model).get("forward"), PrivateForward):
+        raise EngineError("this model is already private under another engine; detach() that one first")
+    inner = [n for n, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    if inner:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} holds another optimiser ({', '.join(inner)}), which would step without noise,"
+            " as SAM and Lookahead do; take SGD, Adam or another that takes one gradient a step"
+        )
+
+
+def guard_parameters(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress
+) -> torch.utils.hooks.RemovableHandle:
+    """Refuse a step of any other optimiser over these weights while a private gradient waits for its noise."""
+    held = weakref.ref(model), weakref.ref(optimizer)
+
+    def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        watched, own = held[0](), held[1]()
+        if watched is None or stepping is own or not step.pending:
+            return
+        weights = {id(p) for p in watched.parameters()}
+        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
+            raise OptimizerError(
+                f"a {type(stepping).__name__} other than the one that make_private returned would move the private"
+                " weights by gradients without noise; step with that one"
+            )
+
+    return register_optimizer_step_pre_hook(guard)

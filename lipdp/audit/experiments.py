@@ -240,7 +240,7 @@ def _climbed(net: nn.Module, loss: LipschitzLoss, x: Tensor, y: Tensor, shape: t
     rate = torch.full((len(x), *[1] * len(shape)), radius)
     slopes, best = vmap(grad_and_value(strength))(x, y)
     for _ in range(steps):
-        moved = clip_norm(x + rate * slopes / per_sample_norm(slopes).clamp_min(1e-30), radius)
+        moved = clip_norm(x + rate * slopes / per_sample_norm(slopes).to(x.dtype).clamp_min(1e-30), radius)
         new_slopes, reached = vmap(grad_and_value(strength))(moved, y)
         better = (reached > best).view_as(rate)
         x, slopes, best = torch.where(better, moved, x), torch.where(better, new_slopes, slopes), best.maximum(reached)

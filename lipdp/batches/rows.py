@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from lipdp.errors import EngineError
 
@@ -78,6 +79,7 @@ class BatchTensor(Tensor):
         return made
 
     @classmethod
+    @_disable_dynamo
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

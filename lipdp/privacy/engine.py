@@ -260,6 +260,7 @@ class PrivacyEngine:
             run = StepHooks(
                 inner,
                 optimizer,
+                outer=module,
                 criterion=private,
                 graph=graph,
                 gate=state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.modules import module as hooks
 from lipdp.batches.rows import BatchTensor, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
+from lipdp.nn.compiled import is_compiled
 from lipdp.privacy.passes import StepInProgress, tensors_of
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.privacy.sums import OTHER_TERMS, RootCall
@@ -58,39 +60,58 @@ class PrivateForward:
         graph: its traced graph.
         step: where calls are noted.
         sharded: under `fully_shard`, which exchanges parameters while it runs: then the forward pass is run as written.
+        outer: the model as the script calls it; what `torch.compile` made of it is called from within.
     """
 
-    def __init__(self, model: nn.Module, graph: BoundGraph, step: StepInProgress, *, sharded: bool) -> None:
-        self._model, self._graph, self._step = model, graph, step
+    def __init__(
+        self, model: nn.Module, graph: BoundGraph, step: StepInProgress, *, sharded: bool, outer: nn.Module
+    ) -> None:
+        self._model, self._graph, self._step, self._sharded, self._outer = model, graph, step, sharded, outer
+        self._within = False
         model.forward = self
+        if outer is not model and is_compiled(outer):
+            outer.forward = CompiledCall(outer.forward, self)
+        elif model._compiled_call_impl is not None:
+            model._compiled_call_impl = CompiledCall(model._compiled_call_impl, self)
         self._snapshot = None if sharded else Snapshot(model, "the model")
 
     def remove(self) -> None:
         """Give the model its own forward pass back."""
         del self._model.forward
+        if isinstance(vars(self._outer).get("forward"), CompiledCall):
+            self._outer.forward = vars(self._outer)["forward"].compiled
+        if isinstance(self._model._compiled_call_impl, CompiledCall):
+            self._model._compiled_call_impl = self._model._compiled_call_impl.compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._within:  # compiled code of a private call
+            return self._compute(*args)
+        return self.call(args, kwargs, self._compute)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        return self._as_written(x) if self._sharded else self._graph.forward_pass(x)
+
+    @_disable_dynamo
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[[Tensor], Tensor]) -> Any:
+        """One call of the model, by `compute` where it is private."""
         if not torch.is_grad_enabled():
             return self._as_written(*args, **kwargs)
-        x, versions = self._enter(args, kwargs)
-        if versions is None:
+        reason = self._why_not(args, kwargs)
+        if reason:
+            self._step.reason = reason
             return self._as_written(*args, **kwargs)
-        out = self._as_written(x) if self._snapshot is None else self._graph.forward_pass(x)
-        return self._leave(args[0], x, out, versions)
+        x, versions = plain(args[0]), tensors_of(self._model)
+        self._within, before = compute is not self._compute, self._within
+        try:
+            out = compute(x)
+        finally:
+            self._within = before
+        return self._noted(args[0], x, out, versions)
 
     def _as_written(self, *args: Any, **kwargs: Any) -> Any:
         own = [plain(a) if isinstance(a, Tensor) else a for a in args]
         named = {k: plain(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
         return type(self._model).forward(self._model, *own, **named)
-
-    @_disable_dynamo
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[tuple[Tensor, int]] | None]:
-        """The input, and the weights that it meets; no weights where the call can't be private."""
-        reason = self._why_not(args, kwargs)
-        if reason:
-            self._step.reason = reason
-            return None, None
-        return plain(args[0]), tensors_of(self._model)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         expected = self._graph.input_shape
@@ -111,13 +132,12 @@ class PrivateForward:
             return str(error)
         return ""
 
-    @_disable_dynamo
-    def _leave(self, given: Tensor, x: Tensor, out: Tensor, versions: list[tuple[Tensor, int]]) -> Tensor:
+    def _noted(self, given: Tensor, x: Tensor, out: Tensor, versions: list[tuple[Tensor, int]]) -> Tensor:
         if not out.requires_grad:
             return out
         rows = given.rows if isinstance(given, BatchTensor) else None
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        call = RootCall(out, x, rows, trained, versions, sharded=self._snapshot is None)
+        call = RootCall(out, x, rows, trained, versions, sharded=self._sharded)
         logits: Tensor = _Logits.apply(out, call)
         return logits
 
@@ -132,3 +152,19 @@ class PrivateForward:
 def _bound_forward(model: nn.Module) -> Any:
     """What a pickled model has in the place of its private forward pass."""
     return MethodType(type(model).forward, model)
+
+
+class CompiledCall:
+    """Stands around compiled code of the model: the private call is outside, what is compiled sees plain tensors.
+
+    Attributes:
+        compiled: what `torch.compile` made.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], private: PrivateForward) -> None:
+        self.compiled, self._private = compiled, private
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return self._private.call(args, kwargs, self.compiled)
+        return self.compiled(*(plain(a) if isinstance(a, Tensor) else a for a in args), **kwargs)

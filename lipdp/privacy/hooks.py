@@ -43,7 +43,7 @@ class StepHooks:
     """The hooks on one optimiser, and what they need at every step.
 
     Args:
-        module: as it was written.
+        module: as it was written. outer: as the script calls it.
         optimizer: over its trainable parameters.
         criterion, graph, gate, step, loader, noise, ledger: what the run is made of.
         plan: what ε depends on.
@@ -58,6 +58,7 @@ class StepHooks:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
+        outer: nn.Module,
         criterion: PrivateCriterion,
         graph: BoundGraph,
         gate: GateState,
@@ -101,7 +102,7 @@ class StepHooks:
         self.sensitivity()  # refuses what is unbounded before anything is attached
         self.before = ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
-        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded))
+        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=outer)
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),

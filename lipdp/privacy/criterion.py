@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from lipdp.batches.rows import BatchTensor, Rows, plain
+from lipdp.batches.rows import Rows, known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
@@ -76,7 +76,7 @@ class PrivateCriterion(nn.Module):
         self._graph, self._gate, self._step = graph, gate, step
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        rows = target.rows if isinstance(target, BatchTensor) else None
+        rows = known_rows(target)
         weights, target = self._weights(logits, weight), plain(target)
         if not (torch.is_grad_enabled() and logits.requires_grad):
             return self._value(logits, target, weights)
@@ -95,7 +95,7 @@ class PrivateCriterion(nn.Module):
             raise EngineError("these logits were given to the criterion before: a record would count more than once")
         self._check(logits)
         call.given = True
-        apart = plain(logits).detach().requires_grad_()
+        apart = call.out.detach().to(logits.dtype).reshape(logits.shape).clone().requires_grad_()
         value = self._value(apart, target, weights)
         (cotangent,) = torch.autograd.grad(value, apart, allow_unused=True)
         cotangent = torch.zeros_like(apart) if cotangent is None else cotangent
@@ -136,7 +136,7 @@ class PrivateCriterion(nn.Module):
                 f"the records are grouped by owner: the loader yields (x, y, weight), and criterion(model(x), y, weight) needs"
                 f" one weight a row, got {given} for {len(logits)} rows"
             )
-        rows = weight.rows if isinstance(weight, BatchTensor) else None
+        rows = None if weight is None else known_rows(weight)
         if rows is None or drawn is None or drawn.weights is None or rows.batch is not drawn:
             raise EngineError(
                 "the weights are not those that the loader yielded with these rows: an owner could count more than once. Pass"

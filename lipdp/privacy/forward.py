@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
-from lipdp.batches.rows import BatchTensor, plain
+from lipdp.batches.rows import known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
 from lipdp.privacy.passes import OTHER_TERMS, RootCall, StepInProgress, tensors_of
@@ -24,7 +24,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, call: RootCall) -> Tensor:
         ctx.call = call
-        return out.view_as(out)
+        return out.clone()  # the script can't reach the memory that the criterion and the pull-back read
 
     @staticmethod
     @once_differentiable
@@ -113,7 +113,7 @@ class PrivateForward:
     def _leave(self, given: Tensor, x: Tensor, out: Tensor, versions: list[tuple[Tensor, int]]) -> Tensor:
         if not out.requires_grad:
             return out
-        rows = given.rows if isinstance(given, BatchTensor) else None
+        rows = known_rows(given)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         call = RootCall(out, x, rows, trained, versions, sharded=self._snapshot is None)
         logits: Tensor = _Logits.apply(out, call)

@@ -312,7 +312,7 @@ class StepInProgress(Listener):
                 f"the batch has {drawn.rows} samples but no gradient went through the criterion that make_private returned;"
                 " train with that one, criterion(model(x), y).backward(): only there is every sample's gradient bounded"
             )
-        if any(rows is None for rows in self._rows) or drawn.mixed:
+        if any(rows is None for rows in self._rows):
             raise EngineError(
                 "the model or the criterion was given rows that are not known to be records of this batch, each by itself:"
                 " picked or repeated by an index, standardised or mixed over the batch, from another batch, or made outside torch."

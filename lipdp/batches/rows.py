@@ -97,6 +97,8 @@ class BatchTensor(Tensor):
             before = [_version(t) for t in given]
             result = func(*args, **kwargs)
             written = [t for t, version in zip(given, before, strict=True) if _version(t) != version]
+        if name in _KEEPS_STATISTICS:  # written without a new version
+            written += [t for t in given if type(t) is Tensor]
         if raw == "__set__" and given[1:]:  # x.data = y
             _overwrite(args[0], None)
             return result
@@ -263,6 +265,7 @@ _OVER_AXES: dict[str, tuple[int, Any]] = {  # where the axes stand among the arg
     **dict.fromkeys(_words("norm linalg_norm linalg_vector_norm roll rot90 topk kthvalue"), (2, 0)),
     "normalize": (2, 1),
 }
+_KEEPS_STATISTICS = _words("batch_norm instance_norm native_batch_norm")
 _SWAPS = _words("transpose swapaxes swapdims movedim moveaxis")
 _PARTS = _words("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split narrow")
 

@@ -15,7 +15,7 @@ from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.passes import RootCall, StepInProgress, logits_call
+from lipdp.privacy.passes import OVERWRITTEN, RootCall, StepInProgress, logits_call
 
 
 class _Release(torch.autograd.Function):
@@ -96,6 +96,9 @@ class PrivateCriterion(nn.Module):
         self._check(logits)
         call.given = True
         apart = call.out.detach().to(logits.dtype).reshape(logits.shape).clone().requires_grad_()
+        if logits.dtype is call.out.dtype:
+            same = (plain(logits).detach() == apart.detach()) | apart.detach().isnan()
+            call.claims.append((same.all(), OVERWRITTEN))
         value = self._value(apart, target, weights)
         (cotangent,) = torch.autograd.grad(value, apart, allow_unused=True)
         cotangent = torch.zeros_like(apart) if cotangent is None else cotangent

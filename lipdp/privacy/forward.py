@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
-from lipdp.batches.rows import known_rows, plain
+from lipdp.batches.rows import BatchTensor, known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
 from lipdp.privacy.passes import OTHER_TERMS, RootCall, StepInProgress, tensors_of
@@ -22,24 +22,26 @@ class _Logits(torch.autograd.Function):
     """Identity; the node says which call the logits are of, and refuses a second use of what the criterion was given."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, call: RootCall) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, out: Tensor, call: RootCall, step: StepInProgress) -> Tensor:
+        ctx.call, ctx.step = call, step
         return out.clone()  # the script can't reach the memory that the criterion and the pull-back read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         call: RootCall = ctx.call
         if call.sharded and call.cotangent is not None:  # the criterion's, whatever else was added on the way
             call.claims.append(((grads[0] == call.cotangent).all(), OTHER_TERMS))
-            return call.cotangent, None
+            return call.cotangent, None, None
         if call.given:
             raise EngineError(
                 "the logits that the criterion was given are used once more in the loss: only the criterion's value may lead from"
                 " a private call of the model to the weights. Leave the further term out (z-loss, distillation, penalty on"
                 " logits), put it into the loss, or compute it under torch.no_grad()"
             )
-        return grads[0], None
+        if call.private:
+            ctx.step.outside(call)
+        return grads[0], None, None
 
 
 class PrivateForward:
@@ -116,7 +118,8 @@ class PrivateForward:
         rows = known_rows(given)
         trained = [p for p in self._model.parameters() if p.requires_grad]
         call = RootCall(out, x, rows, trained, versions, sharded=self._snapshot is None)
-        logits: Tensor = _Logits.apply(out, call)
+        call.private = isinstance(given, BatchTensor)
+        logits: Tensor = _Logits.apply(out, call, self._step)
         return logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

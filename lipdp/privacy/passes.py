@@ -66,6 +66,9 @@ _FACTOR = (
 )
 
 
+OVERWRITTEN = "the logits were overwritten between the model and the criterion, which takes what the model returned, as it is"
+
+
 @dataclass
 class RootCall:
     """One call of the model with gradients on.
@@ -77,6 +80,7 @@ class RootCall:
         parameters: the trainable ones.
         versions: every tensor of the model, and how often it was changed so far.
         sharded: whether `fully_shard` reduces the gradients within the pass.
+        private: whether the input is of a batch.
         given, released: whether the criterion has had the logits, and its value was back-propagated.
         cotangent: (n, …) what the criterion found for the logits, gated.
         claims: what must be true at the step.
@@ -88,6 +92,7 @@ class RootCall:
     parameters: list[nn.Parameter]
     versions: list[tuple[Tensor, int]]
     sharded: bool = False
+    private: bool = False
     given: bool = False
     released: bool = False
     cotangent: Tensor | None = None
@@ -221,6 +226,7 @@ class StepInProgress(Listener):
         self._claims: list[Claim] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._parameters: list[nn.Parameter] = []
+        self._outside: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._pass = -1
 
     @property
@@ -228,6 +234,11 @@ class StepInProgress(Listener):
         """Whether a private backward pass waits for its step."""
         self._drop_unused()
         return bool(self._rows)
+
+    @property
+    def without_noise(self) -> bool:
+        """Whether `p.grad` may hold gradients of records that no noise was added to."""
+        return self.pending or any(p.grad is not None for p in self._outside)
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -269,23 +280,31 @@ class StepInProgress(Listener):
         if current != self._pass:  # a new backward pass, in front of which `p.grad` tells what became of the last one
             self._drop_unused()
         self._pass = current
-        _check_versions(self._versions)
-        _check_versions(call.versions)
+        _check_versions([*self._versions, *self._outside.values(), *call.versions])
         call.released = True
         found = self.gradients.add(call)
         self._rows.append(call.rows)
         self._versions, self._parameters = call.versions, call.parameters
-        self._claims.append(((upstream == 1).all(), _FACTOR))
+        self._claims += [((upstream == 1).all(), _FACTOR), *call.claims]
         return found
+
+    def outside(self, call: RootCall) -> None:
+        """Gradients of records on a way beside the criterion: for an attack they are free, but no weight may follow them."""
+        for parameter in call.parameters:
+            self._outside.setdefault(parameter, (parameter, parameter._version))
 
     def _drop_unused(self) -> None:
         """Passes whose gradients are gone (`zero_grad()`, `torch.autograd.grad`) do not count."""
         if self._rows and all(p.grad is None for p in self._parameters):
+            _check_versions(self._versions)  # nor were they used before they went
+            outside = self._outside
             self.forget()
+            self._outside = outside
 
     def forget(self) -> None:
         """The step is taken, or its gradients are gone."""
         self._rows, self._claims, self._versions, self._parameters = [], [], [], []
+        self._outside = {}
         self.gradients.forget()
         self._forgotten()
 
@@ -299,7 +318,7 @@ class StepInProgress(Listener):
         """
         if self._rows and all(p.grad is None for p in self._parameters):
             raise EngineError(_DROPPED)
-        _check_versions(self._versions)
+        _check_versions([*self._versions, *self._outside.values()])
         drawn = self.drawn
         claims = [*self._claims, *self.gradients.claims(parameters)]
         if drawn is not None:

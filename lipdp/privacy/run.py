@@ -445,7 +445,7 @@ def guard_parameters(
 
     def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         watched, own = held[0](), held[1]()
-        if watched is None or stepping is own or not step.pending:
+        if watched is None or stepping is own or not step.without_noise:
             return
         weights = {id(p) for p in watched.parameters()}
         if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):

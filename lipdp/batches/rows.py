@@ -68,6 +68,9 @@ class BatchTensor(Tensor):
         """Itself: to leave the class would be to lose the rows."""
         return self
 
+    def __format__(self, spec: str) -> str:
+        return format(plain(self), spec)
+
     def __copy__(self) -> BatchTensor:
         return BatchTensor.of(plain(self), self.rows)
 
@@ -131,7 +134,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 def known_rows(tensor: Tensor) -> Rows | None:
     """Which rows of a batch a tensor holds; None where it is of none, or may mix them."""
-    return tensor.rows if isinstance(tensor, BatchTensor) and not _MIXED.get(_storage(tensor)) else None
+    return tensor.rows if isinstance(tensor, BatchTensor) and not _written(tensor) else None
 
 
 def per_record(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
@@ -179,7 +182,9 @@ class _Part(Tensor):
             result = func(*args, **(kwargs or {}))
             written = [_version(t) for t in others] != before
         if len(records) > 1 or written or any(isinstance(t, BatchTensor) for t in others):
-            raise EngineError("per_record takes a function of one record: it reads or writes what is of other records too")
+            raise EngineError(
+                "per_record takes a function of one record: it reads or writes what is of other records too"
+            )
         record = next(t.record for t in given if isinstance(t, _Part))
         for made in _tensors(result):
             if type(made) in (Tensor, _Part):
@@ -211,7 +216,16 @@ _MIXED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 def _storage(tensor: Tensor) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
-        return tensor.untyped_storage() if tensor.layout is torch.strided else None
+        try:
+            return tensor.untyped_storage()
+        except (RuntimeError, NotImplementedError):  # sparse, or inside torch.func
+            return None
+
+
+def _written(tensor: Tensor) -> bool | None:
+    """Whether what was written there may mix rows; None where nothing of a batch was."""
+    storage = _storage(tensor)
+    return True if storage is None else _MIXED.get(storage)
 
 
 def _version(tensor: Tensor) -> int:
@@ -234,7 +248,7 @@ _ENTRYWISE = _words(
     hardswish clamp clip clamp_min clamp_max round floor ceil trunc frac reciprocal eq ne lt le gt ge
     logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not bitwise_xor and or xor
     invert rand ror where maximum minimum fmax fmin lerp addcmul addcdiv nan_to_num isnan isinf isfinite
-    masked_fill copysign hypot heaviside to float double half bfloat16 long int short bool byte type type_as
+    masked_fill copy copysign hypot heaviside to float double half bfloat16 long int short bool byte type type_as
     contiguous clone detach requires_grad cpu cuda pin_memory data grad real dropout bernoulli zeros_like
     ones_like full_like empty_like rand_like randn_like zero fill normal uniform retain_grad alias as_subclass
     threshold polygamma digamma lgamma deg2rad rad2deg angle conj
@@ -244,6 +258,7 @@ _ON_SAMPLES = _words(
     """
     avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_max_pool1d adaptive_max_pool2d interpolate upsample one_hot
+    grid_sample
     """
 )
 _LEAST_AXES = {
@@ -255,17 +270,22 @@ _LEAST_AXES = {
     "mT": 3,
     "pixel_shuffle": 4,
     "pixel_unshuffle": 4,
+    "unfold": 4,
 }
 _VIEWS = _words("view reshape flatten unflatten view_as reshape_as squeeze unsqueeze")
 _OVER_AXES: dict[str, tuple[int, Any]] = {  # where the axes stand among the arguments, and their default
     **dict.fromkeys(
         _words("mean sum amax amin std var prod any all logsumexp softmax log_softmax max min argmax"), (1, 0)
     ),
-    **dict.fromkeys(_words("argmin cumsum cumprod sort argsort median flip softmin var_mean std_mean"), (1, 0)),
-    **dict.fromkeys(_words("norm linalg_norm linalg_vector_norm roll rot90 topk kthvalue"), (2, 0)),
+    **dict.fromkeys(
+        _words("argmin cumsum cumprod sort argsort median flip softmin var_mean std_mean index_select"), (1, 0)
+    ),
+    **dict.fromkeys(_words("norm linalg_norm linalg_vector_norm roll rot90 topk kthvalue diff"), (2, 0)),
     "normalize": (2, 1),
 }
 _KEEPS_STATISTICS = _words("batch_norm instance_norm native_batch_norm")
+_REPEATS = _words("expand expand_as broadcast_to repeat tile")
+_JOINS = _words("cat concat concatenate stack")
 _SWAPS = _words("transpose swapaxes swapdims movedim moveaxis")
 _PARTS = _words("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_split narrow")
 
@@ -295,7 +315,7 @@ def _rows_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     rows = known_rows(batches[0])
     if rows is None or any(known_rows(t) != rows for t in batches):
         return None
-    if any(_storage(t) in _MIXED for t in given if not isinstance(t, BatchTensor) and _storage(t) is not None):
+    if any(_written(t) is not None for t in given if not isinstance(t, BatchTensor)):
         return None  # written to from a batch, through another view
     own = isinstance(first, BatchTensor) and len(batches) == 1
     if name in _ENTRYWISE:
@@ -303,6 +323,9 @@ def _rows_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
         return rows if aligned and len(result) == len(rows) else None
     if name == "getitem" and args[1] is batches[0] and len(batches) == 1:  # a public table, by the labels
         return rows if not args[1].is_floating_point() and args[1].dtype is not torch.bool else None
+    if name in _JOINS:
+        (axis,) = _axes([kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))], result.dim())
+        return rows if axis > 0 and len({t.dim() for t in batches}) == 1 and len(result) == len(rows) else None
     if not own:
         return None
     if name == "getitem":
@@ -314,6 +337,7 @@ def _rows_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     keeps = (
         name in _ON_SAMPLES
         or name in _VIEWS
+        or (name in _REPEATS and result.dim() == first.dim())
         or (first.dim() >= _LEAST_AXES.get(name, math.inf) and all(t.dim() <= first.dim() for t in given))
         or (name in _OVER_AXES and _spares_the_batch(name, args, kwargs))
         or (name == "pad" and len(args[1] if len(args) > 1 else kwargs["pad"]) < 2 * first.dim())
@@ -384,13 +408,15 @@ def _rows_of_parts(name: str, rows: Rows, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _rows_after_setitem(target: Tensor, index: Any, value: Any) -> Rows | None:
-    """A number written to the same places of every row, or where a row's own entries say, keeps the rows; all else may mix."""
+    """What is written to the same places of every row, or where a row's own entries say, keeps the rows; all else may mix."""
     rows = known_rows(target)
-    if rows is None or isinstance(value, Tensor):
+    if rows is None or (isinstance(value, Tensor) and (isinstance(value, BatchTensor) or _written(value) is not None)):
         return None
     if isinstance(index, BatchTensor):
-        return rows if index.dtype is torch.bool and known_rows(index) == rows else None
-    whole = isinstance(index, tuple) and (index[:1] == (slice(None),) if index[0] is not Ellipsis else True)
+        number = value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, (int, float, complex))
+        return rows if number and index.dtype is torch.bool and known_rows(index) == rows else None
+    first = index[0] if isinstance(index, tuple) and index else None
+    whole = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
     return rows if whole and not any(isinstance(t, BatchTensor) for t in _tensors(index)) else None
 
 

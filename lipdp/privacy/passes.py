@@ -66,7 +66,9 @@ _FACTOR = (
 )
 
 
-OVERWRITTEN = "the logits were overwritten between the model and the criterion, which takes what the model returned, as it is"
+OVERWRITTEN = (
+    "the logits were overwritten between the model and the criterion, which takes what the model returned, as it is"
+)
 
 
 @dataclass

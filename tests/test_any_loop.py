@@ -484,6 +484,17 @@ def test_accepted_and_within_the_bound(case):
     assert found <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("leave", [lambda e: e.detach(), lambda e: e.load_state_dict(e.state_dict())])
+def test_gradients_without_noise_do_not_outlive_their_step(leave):
+    script = Script(without_first=False)
+    x, y = next(script.batches)
+    script.c(script.m(x), y).backward()
+    leave(script.engine)
+    before = copy.deepcopy(script.m.state_dict())
+    torch.optim.SGD(script.m.parameters(), lr=0.1).step()
+    assert all(torch.equal(v, before[n]) for n, v in script.m.state_dict().items())
+
+
 def test_the_harness_would_see_a_bound_five_percent_too_small():
     """One dense layer behind a gate that bites: the bound is exact, and record 0 reaches it."""
     dense = nn.Sequential(lnn.InputBound(2.0), lnn.SpectralLinear(FEATURES, CLASSES, dtype=torch.float64))

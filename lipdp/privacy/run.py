@@ -336,13 +336,17 @@ class Run:
         """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""
         skipped = self.loader.position - self._taken_at
         skipped = min(skipped, self.plan.steps - (self.ledger.steps - self.before))
-        for parameter in self.parameters:
-            parameter.grad = None
-        self.step_in_progress.forget()
+        self._drop_gradients()
         for _ in range(skipped):
             self.ledger.append(self.plan.step_event)
         self._taken_at = self.loader.position
         return skipped
+
+    def _drop_gradients(self) -> None:
+        """Gradients that no noise was added to must not outlive their step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.step_in_progress.forget()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -354,6 +358,8 @@ class Run:
             self.noise.load_state_dict(noise)
 
     def detach(self) -> None:
+        if self.step_in_progress.without_noise:
+            self._drop_gradients()
         self.optimizer.param_groups[0].pop(_STEPS, None)
         for handle in self._handles:
             handle.remove()
@@ -384,6 +390,8 @@ class Run:
                 f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would leave the others out,"
                 " and their noise would be drawn again. Load weights alone to go back to them; their steps stay counted"
             )
+        if self.step_in_progress.without_noise:
+            self._drop_gradients()
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import lipdp
@@ -299,6 +300,12 @@ def narrowed_from_behind(s, x, y):
         s.c(s.m(x.narrow(0, start, length)), y.narrow(0, start, length)).backward()
 
 
+def saved_tensors_loud(s, x, y):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: 1.2 * t):
+        z = s.m(x)
+    s.c(z, y).backward()
+
+
 REFUSED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "temperature outside the model": lambda s, x, y: s.c(s.m(x) / 0.07, y).backward(),
     "z-loss": lambda s, x, y: (lambda z: (s.c(z, y) + 5 * z.square().sum()).backward())(s.m(x)),
@@ -383,6 +390,7 @@ REFUSED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "per_record with statistics of the batch": prepared(lambda x: (lambda m: per_record(lambda r: r - m, x))(x.mean(0))),
     "per_record that keeps records": prepared(by_what_a_function_keeps),
     "features chosen by the batch": prepared(lambda x: x.__setitem__((slice(None), x.mean(0) > 1), 0)),
+    "saved tensors changed by hooks": saved_tensors_loud,
     "double precision logits scaled": lambda s, x, y: s.c(s.m(x).double() * 1.0, y).backward(),
 }  # fmt: skip
 
@@ -449,6 +457,12 @@ def public_step(s, x, y):
     s.c(s.m(x), y).backward()
 
 
+def saved_on_cpu(s, x, y):
+    with torch.autograd.graph.save_on_cpu():
+        z = s.m(x)
+    s.c(z, y).backward()
+
+
 ACCEPTED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "the plain loop": lambda s, x, y: s.c(s.m(x), y).backward(),
     "the closed door": lambda s, x, y: s.engine.backward(x, y),
@@ -470,6 +484,8 @@ ACCEPTED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "adversarial training by the criterion": attack_by_the_criterion,
     "adversarial training by backward": attack_by_backward,
     "metrics": metrics,
+    "saved tensors on the CPU": saved_on_cpu,
+    "checkpointed": lambda s, x, y: s.c(checkpoint(s.m, x, use_reentrant=False), y).backward(),
     "a step on public data first": public_step,
     "negative entries set to 0": prepared(lambda x: x.__setitem__(x < 0, 0)),
     "features reordered": prepared(lambda x: x[:, [5, 4, 3, 2, 1, 0]]),

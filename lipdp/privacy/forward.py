@@ -104,6 +104,9 @@ class PrivateForward:
             )
         if any((hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks)):
             return "a global module hook is registered, which can change values where no rule sees it; remove it"
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(False) or ()
+        if any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in saving):
+            return "saved_tensors_hooks of the script would hand the backward pass other tensors; torch's own may stay"
         try:
             if self._snapshot is not None:
                 self._snapshot.check(mode=False)

@@ -105,7 +105,10 @@ def spoiled(kind, monkeypatch, **options):
     return engine, model, optimizer, batches, criterion
 
 
-KINDS = {"nan": (NonFiniteError, r"step 2: NaN .* 1\.weight"), "impossible": (EngineError, r"step 2: the gradient of 1\.weight is longer")}
+KINDS = {
+    "nan": (NonFiniteError, r"step 2: NaN .* 1\.weight"),
+    "impossible": (EngineError, r"step 2: the gradient of 1\.weight is longer"),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import lipdp
@@ -223,6 +224,88 @@ def no_batch_of_its_own(s, x, y):
     s.engine.ledger.__init__()  # the harness counts steps
 
 
+def manual_descent(s, x, y):
+    s.c(s.m(x), y).backward()
+    with torch.no_grad():
+        for p in s.m.parameters():
+            p -= 0.1 * p.grad
+    s.optimizer.zero_grad()
+    s.c(s.m(x), y).backward()
+
+
+def descent_by_another_loss(s, x, y):
+    parameters = list(s.m.parameters())
+    grads = torch.autograd.grad(F.cross_entropy(s.m(x), y, reduction="sum"), parameters)
+    with torch.no_grad():
+        for p, g in zip(parameters, grads, strict=True):
+            p -= 0.1 * g
+    s.c(s.m(x), y).backward()
+
+
+def second_optimizer_by_another_loss(s, x, y):
+    F.cross_entropy(s.m(x), y, reduction="sum").backward()
+    torch.optim.SGD(s.m.parameters(), lr=0.1).step()
+    s.optimizer.zero_grad()
+    s.c(s.m(x), y).backward()
+
+
+def logits_centred(centre):
+    def body(s, x, y):
+        z = s.m(x)
+        with torch.no_grad():
+            centre(z)
+        s.c(z, y).backward()
+
+    return body
+
+
+def prepared(prepare):
+    """A batch prepared by `prepare(x)`, which may return nothing and change x."""
+
+    def body(s, x, y):
+        made = prepare(x)
+        s.c(s.m(x if made is None else made), y).backward()
+
+    return body
+
+
+def by_running_statistics(x):
+    norm = nn.BatchNorm1d(FEATURES, affine=False, momentum=1.0).double()
+    norm(x)
+    return x - norm.running_mean
+
+
+def by_memory_filled_through_a_view(x):
+    kept = torch.zeros(2, FEATURES, dtype=x.dtype)
+    kept[0].copy_(x.mean(0))
+    return x - 1.0 * kept[0]
+
+
+def by_what_a_function_keeps(x):
+    seen = []
+    return per_record(lambda r: (seen.append(r), r - torch.stack(seen).mean(0))[1], x)
+
+
+def pieces_that_overlap(places):
+    def body(s, x, y):
+        for xb, yb in zip(x.tensor_split(places), y.tensor_split(places), strict=True):
+            s.c(s.m(xb), yb).backward()
+
+    return body
+
+
+def narrowed_from_behind(s, x, y):
+    half = len(x) // 2
+    for start, length in ((-len(x), half), (0, half), (half, len(x) - 2 * half)):
+        s.c(s.m(x.narrow(0, start, length)), y.narrow(0, start, length)).backward()
+
+
+def saved_tensors_loud(s, x, y):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: 1.2 * t):
+        z = s.m(x)
+    s.c(z, y).backward()
+
+
 REFUSED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "temperature outside the model": lambda s, x, y: s.c(s.m(x) / 0.07, y).backward(),
     "z-loss": lambda s, x, y: (lambda z: (s.c(z, y) + 5 * z.square().sum()).backward())(s.m(x)),
@@ -287,6 +370,27 @@ REFUSED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "no criterion": lambda s, x, y: F.cross_entropy(s.m(x), y, reduction="sum").backward(),
     "a GradScaler's factor": lambda s, x, y: (s.c(s.m(x), y) * 65536.0).backward(),
     "some of the weights": lambda s, x, y: s.c(s.m(x), y).backward(inputs=[s.m[1].weight]),
+    "weights moved by a gradient that was dropped": manual_descent,
+    "weights moved by the gradient of another loss": descent_by_another_loss,
+    "a second optimiser and another loss": second_optimizer_by_another_loss,
+    "logits centred in place": logits_centred(lambda z: z.sub_(z.mean(0))),
+    "logits centred through .data": logits_centred(lambda z: z.data.sub_(z.data.mean(0))),
+    "logits replaced": logits_centred(lambda z: setattr(z, "data", z - z.mean(0))),
+    "overlapping pieces of tensor_split": pieces_that_overlap((5, 0)),
+    "a piece counted from behind": narrowed_from_behind,
+    "centred through a transposed view": prepared(lambda x: not [x.T.sub_(x.T.mean(1, keepdim=True))] or None),
+    "centred row by row": prepared(lambda x: (lambda mean: not [r.sub_(mean) for r in x] or None)(x.mean(0))),
+    "centred by a list operation": prepared(lambda x: not [torch._foreach_sub_([x], [x.mean(0)])] or None),
+    "centred by an aten operator": prepared(lambda x: not [torch.ops.aten.sub_.Tensor(x, x.mean(0))] or None),
+    "replaced through .data": prepared(lambda x: setattr(x, "data", x - x.mean(0))),
+    "centred by a shallow copy": prepared(lambda x: x - copy.copy(x).mean(0)),
+    "centred by another class": prepared(lambda x: x - x.as_subclass(torch.Tensor).mean(0)),
+    "centred by batch norm's statistics": prepared(by_running_statistics),
+    "centred by memory filled through a view": prepared(by_memory_filled_through_a_view),
+    "per_record with statistics of the batch": prepared(lambda x: (lambda m: per_record(lambda r: r - m, x))(x.mean(0))),
+    "per_record that keeps records": prepared(by_what_a_function_keeps),
+    "features chosen by the batch": prepared(lambda x: x.__setitem__((slice(None), x.mean(0) > 1), 0)),
+    "saved tensors changed by hooks": saved_tensors_loud,
     "double precision logits scaled": lambda s, x, y: s.c(s.m(x).double() * 1.0, y).backward(),
 }  # fmt: skip
 
@@ -346,6 +450,19 @@ def microbatches(s, x, y):
         s.c(s.m(xb), yb).backward()
 
 
+def public_step(s, x, y):
+    F.cross_entropy(s.m(torch.ones(4, FEATURES, dtype=x.dtype)), torch.zeros(4, dtype=torch.int64)).backward()
+    torch.optim.SGD(s.m.parameters(), lr=0.01).step()
+    s.optimizer.zero_grad()
+    s.c(s.m(x), y).backward()
+
+
+def saved_on_cpu(s, x, y):
+    with torch.autograd.graph.save_on_cpu():
+        z = s.m(x)
+    s.c(z, y).backward()
+
+
 ACCEPTED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "the plain loop": lambda s, x, y: s.c(s.m(x), y).backward(),
     "the closed door": lambda s, x, y: s.engine.backward(x, y),
@@ -367,6 +484,12 @@ ACCEPTED: dict[str, Callable[[Script, torch.Tensor, torch.Tensor], object]] = {
     "adversarial training by the criterion": attack_by_the_criterion,
     "adversarial training by backward": attack_by_backward,
     "metrics": metrics,
+    "saved tensors on the CPU": saved_on_cpu,
+    "checkpointed": lambda s, x, y: s.c(checkpoint(s.m, x, use_reentrant=False), y).backward(),
+    "a step on public data first": public_step,
+    "negative entries set to 0": prepared(lambda x: x.__setitem__(x < 0, 0)),
+    "features reordered": prepared(lambda x: x[:, [5, 4, 3, 2, 1, 0]]),
+    "features appended": prepared(lambda x: torch.cat([x[:, :3], torch.zeros(len(x), 3, dtype=x.dtype)], 1)),
 }  # fmt: skip
 
 
@@ -375,6 +498,17 @@ def test_accepted_and_within_the_bound(case):
     found = ratio(ACCEPTED[case])
     assert found is not None
     assert found <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("leave", [lambda e: e.detach(), lambda e: e.load_state_dict(e.state_dict())])
+def test_gradients_without_noise_do_not_outlive_their_step(leave):
+    script = Script(without_first=False)
+    x, y = next(script.batches)
+    script.c(script.m(x), y).backward()
+    leave(script.engine)
+    before = copy.deepcopy(script.m.state_dict())
+    torch.optim.SGD(script.m.parameters(), lr=0.1).step()
+    assert all(torch.equal(v, before[n]) for n, v in script.m.state_dict().items())
 
 
 def test_the_harness_would_see_a_bound_five_percent_too_small():

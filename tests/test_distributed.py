@@ -30,7 +30,11 @@ def assert_close(weights, others, tolerance):
     [(torch.float64, 1e-12, 1e-9), (torch.float64, 1.0, 1e-9), (torch.float32, 1e-9, 2e-4)],
 )
 def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
-    options = {"dtype": dtype, "noise_multiplier": sigma, "gate": 0.7}  # at 0.8 a record meets a kink of GroupSort2, whose two sides have other gradients
+    options = {
+        "dtype": dtype,
+        "noise_multiplier": sigma,
+        "gate": 0.7,
+    }  # at 0.8 a record meets a kink of GroupSort2, whose two sides have other gradients
     weights, seen, epsilon, _ = scenarios.train(**options)
     answers = groups[size].run(scenarios.train, **options)
     for other, _, spent, _ in answers:

@@ -83,8 +83,7 @@ COVERS = {
     "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/trace sensitivity",
     "test_certify": "certify/certificate certify/network commands/robustness",
-    "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/tables"
-    " commands/train",
+    "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/tables commands/train",
     "test_compare": "comparison/plots",
     "test_cost": "commands/scale",
     "test_data": "data/download data/opening data/sources",

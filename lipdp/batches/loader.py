@@ -39,14 +39,12 @@ class Draw:
         units: how many records (or owners) it holds. rows: how many rows the model is to be given.
         batch: (x, y), or (x, y, weight).
         weights: (rows,) of every row, where owners are drawn: the engine's own copy.
-        mixed: whether the script has overwritten rows by what may mix them.
     """
 
     units: int
     rows: int
     batch: Any
     weights: Tensor | None = None
-    mixed: bool = False
 
 
 class Listener:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from lipdp.batches.rows import BatchTensor, Rows, plain
+from lipdp.batches.rows import Rows, known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.passes import StepInProgress, logits_call
-from lipdp.privacy.sums import RootCall
+from lipdp.privacy.passes import OVERWRITTEN, StepInProgress, logits_call
+from lipdp.privacy.sums import RootCall, is_wanted
 
 
 class _Release(torch.autograd.Function):
@@ -37,18 +37,10 @@ class _Release(torch.autograd.Function):
         if call.sharded:  # the pass itself goes on to the parameters, from the logits
             ctx.release(grads[0])
             return None, None, None, None, ctx.gated
-        wanted = [edge is not None and _is_wanted(edge) for edge in ctx.edges]
+        wanted = [edge is not None and is_wanted(edge) for edge in ctx.edges]
         if not any(wanted[1:]):  # an attack on the inputs: nothing reaches the weights
             return None, None, None, None, call.gradient_of_input(), *[None] * len(wanted[1:])
         return None, None, None, None, *ctx.release(grads[0])
-
-
-def _is_wanted(node: Any) -> bool:
-    """Whether the backward pass that is running leads to this node."""
-    try:
-        return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
-        return True
 
 
 class PrivateCriterion(nn.Module):
@@ -77,7 +69,7 @@ class PrivateCriterion(nn.Module):
         self._graph, self._gate, self._step = graph, gate, step
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        rows = target.rows if isinstance(target, BatchTensor) else None
+        rows = known_rows(target)
         weights, target = self._weights(logits, weight), plain(target)
         if not (torch.is_grad_enabled() and logits.requires_grad):
             return self._value(logits, target, weights)
@@ -96,7 +88,10 @@ class PrivateCriterion(nn.Module):
             raise EngineError("these logits were given to the criterion before: a record would count more than once")
         self._check(logits)
         call.given = True
-        apart = plain(logits).detach().requires_grad_()
+        apart = call.out.detach().to(logits.dtype).reshape(logits.shape).clone().requires_grad_()
+        if logits.dtype is call.out.dtype:
+            same = (plain(logits).detach() == apart.detach()) | apart.detach().isnan()
+            call.claims.append((same.all(), OVERWRITTEN))
         value = self._value(apart, target, weights)
         (cotangent,) = torch.autograd.grad(value, apart, allow_unused=True)
         cotangent = torch.zeros_like(apart) if cotangent is None else cotangent
@@ -137,7 +132,7 @@ class PrivateCriterion(nn.Module):
                 "the records are grouped by owner: the loader yields (x, y, weight), and criterion(model(x), y,"
                 f" weight) needs one weight a row, got {given} for {len(logits)} rows"
             )
-        rows = weight.rows if isinstance(weight, BatchTensor) else None
+        rows = None if weight is None else known_rows(weight)
         if rows is None or drawn is None or drawn.weights is None or rows.batch is not drawn:
             raise EngineError(
                 "the weights are not those that the loader yielded with these rows: an owner could count more than"
@@ -152,10 +147,10 @@ class PrivateCriterion(nn.Module):
         constant = self.loss.constant(self._graph.output_bound())
         return float(constant) if not isinstance(constant, Tensor) else constant
 
-    def _check(self, logits: Tensor) -> None:
-        kind = logits.device.type
-        outer = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else logits.dtype
-        dtypes = {outer, *_computed_in(logits)}
+    def _check(self, out: Tensor, dtype: torch.dtype) -> None:
+        kind = out.device.type
+        outer = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+        dtypes = {outer, dtype, *_computed_in(out)}
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if torch.float16 in dtypes:
             raise EngineError(

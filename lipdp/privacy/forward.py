@@ -12,37 +12,50 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
-from lipdp.batches.rows import BatchTensor, plain
+from lipdp.batches.rows import BatchTensor, known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import is_compiled
 from lipdp.privacy.passes import StepInProgress, tensors_of
 from lipdp.privacy.snapshot import Snapshot
-from lipdp.privacy.sums import OTHER_TERMS, RootCall
+from lipdp.privacy.sums import OTHER_TERMS, RootCall, is_wanted
 
 
 class _Logits(torch.autograd.Function):
-    """Identity; the node knows the call, and refuses a second use of logits that the criterion was given."""
+    """The logits apart from the graph that leads to them, which the script therefore can't reach; the node knows the call.
+
+    Backwards it refuses a second use of logits that the criterion was given, and else pulls back for an attack.
+    """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, call: RootCall) -> Tensor:
-        ctx.call = call
-        return out.view_as(out)
+    def forward(ctx: Any, out: Tensor, call: RootCall, step: StepInProgress, *inputs: Tensor) -> Tensor:
+        ctx.call, ctx.step = call, step
+        ctx.edges = [torch.autograd.graph.get_gradient_edge(t).node if t.requires_grad else None for t in inputs]
+        return out.clone()  # nor can it reach the memory that the criterion and the pull-back read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: RootCall = ctx.call
         if call.sharded and call.cotangent is not None:  # the criterion's, whatever else was added on the way
             call.claims.append(((grads[0] == call.cotangent).all(), OTHER_TERMS))
-            return call.cotangent, None
+            return call.cotangent, None, None
         if call.given:
             raise EngineError(
                 "the logits that the criterion was given are used once more in the loss: only the criterion's value may"
                 " lead from a private call of the model to the weights. Leave the further term out (z-loss,"
                 " distillation, penalty on logits), put it into the loss, or compute it under torch.no_grad()"
             )
-        return grads[0], None
+        if call.private:
+            ctx.step.outside(call)
+        if call.sharded:
+            return grads[0], None, None
+        wanted = [t for t, e in zip(call.inputs, ctx.edges, strict=True) if e is not None and is_wanted(e)]
+        pairs = zip(
+            wanted, torch.autograd.grad(call.out, wanted, grads[0], retain_graph=True, allow_unused=True), strict=True
+        )
+        found = {id(t): g for t, g in pairs}
+        return None, None, None, *(found.get(id(t)) for t in call.inputs)
 
 
 class PrivateForward:
@@ -125,6 +138,9 @@ class PrivateForward:
             )
         if any((hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks)):
             return "a global module hook is registered, which can change values where no rule sees it; remove it"
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(False) or ()
+        if any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in saving):
+            return "saved_tensors_hooks of the script would hand the backward pass other tensors; torch's own may stay"
         try:
             if self._snapshot is not None:
                 self._snapshot.check(mode=False)
@@ -135,10 +151,11 @@ class PrivateForward:
     def _noted(self, given: Tensor, x: Tensor, out: Tensor, versions: list[tuple[Tensor, int]]) -> Tensor:
         if not out.requires_grad:
             return out
-        rows = given.rows if isinstance(given, BatchTensor) else None
+        rows = known_rows(given)
         trained = [p for p in self._model.parameters() if p.requires_grad]
-        call = RootCall(out, x, rows, trained, versions, sharded=self._sharded)
-        logits: Tensor = _Logits.apply(out, call)
+        call = RootCall(out, x, rows, trained, versions, sharded=self._sharded, private=isinstance(given, BatchTensor))
+        shown, inputs = (out, []) if self._sharded else (out.detach(), call.inputs)
+        logits: Tensor = _Logits.apply(shown, call, self._step, *inputs)
         return logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

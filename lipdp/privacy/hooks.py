@@ -338,13 +338,17 @@ class StepHooks:
         """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""
         skipped = self.loader.position - self._taken_at
         skipped = min(skipped, self.plan.steps - (self.ledger.steps - self.before))
-        for parameter in self.parameters:
-            parameter.grad = None
-        self.step_in_progress.forget()
+        self._drop_gradients()
         for _ in range(skipped):
             self.ledger.append(self.plan.step_event)
         self._taken_at = self.loader.position
         return skipped
+
+    def _drop_gradients(self) -> None:
+        """Gradients that no noise was added to must not outlive their step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.step_in_progress.forget()
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -356,6 +360,8 @@ class StepHooks:
             self.noise.load_state_dict(noise)
 
     def detach(self) -> None:
+        if self.step_in_progress.without_noise:
+            self._drop_gradients()
         self.optimizer.param_groups[0].pop(_STEPS, None)
         for handle in self._handles:
             handle.remove()
@@ -387,6 +393,8 @@ class StepHooks:
                 " the others out, and their noise would be drawn again. Load weights alone to go back to them; their"
                 " steps stay counted"
             )
+        if self.step_in_progress.without_noise:
+            self._drop_gradients()
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])

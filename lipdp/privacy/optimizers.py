@@ -75,10 +75,10 @@ def guard_parameters(
 
     def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         watched, own = held[0](), held[1]()
-        if watched is None or stepping is own or not step.pending:
+        if watched is None or stepping is own:
             return
         weights = {id(p) for p in watched.parameters()}
-        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
+        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]) and step.without_noise:
             raise OptimizerError(
                 f"a {type(stepping).__name__} other than the one that make_private returned would move the private"
                 " weights by gradients without noise; step with that one"

@@ -57,6 +57,11 @@ _FACTOR = (
 )
 
 
+OVERWRITTEN = (
+    "the logits were overwritten between the model and the criterion, which takes what the model returned, as it is"
+)
+
+
 class StepInProgress(Listener):
     """The passes since the last private step: which rows went through, at which weights, and what came of it.
 
@@ -78,6 +83,7 @@ class StepInProgress(Listener):
         self._claims: list[Claim] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._parameters: list[nn.Parameter] = []
+        self._outside: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._pass = -1
 
     @property
@@ -85,6 +91,11 @@ class StepInProgress(Listener):
         """Whether a private backward pass waits for its step."""
         self._drop_unused()
         return bool(self._rows)
+
+    @property
+    def without_noise(self) -> bool:
+        """Whether `p.grad` may hold gradients of records that no noise was added to."""
+        return self.pending or any(p.grad is not None for p in self._outside)
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -126,23 +137,31 @@ class StepInProgress(Listener):
         if current != self._pass:  # a new backward pass, in front of which `p.grad` tells what became of the last one
             self._drop_unused()
         self._pass = current
-        _check_versions(self._versions)
-        _check_versions(call.versions)
+        _check_versions([*self._versions, *self._outside.values(), *call.versions])
         call.released = True
         found = self.gradients.add(call)
         self._rows.append(call.rows)
         self._versions, self._parameters = call.versions, call.parameters
-        self._claims.append(((upstream == 1).all(), _FACTOR))
+        self._claims += [((upstream == 1).all(), _FACTOR), *call.claims]
         return found
+
+    def outside(self, call: RootCall) -> None:
+        """Gradients of records on a way beside the criterion: for an attack they are free, but no weight may follow them."""
+        for parameter in call.parameters:
+            self._outside.setdefault(parameter, (parameter, parameter._version))
 
     def _drop_unused(self) -> None:
         """Passes whose gradients are gone (`zero_grad()`, `torch.autograd.grad`) do not count."""
         if self._rows and all(p.grad is None for p in self._parameters):
+            _check_versions(self._versions)  # nor were they used before they went
+            outside = self._outside
             self.forget()
+            self._outside = outside
 
     def forget(self) -> None:
         """The step is taken, or its gradients are gone."""
         self._rows, self._claims, self._versions, self._parameters = [], [], [], []
+        self._outside = {}
         self.gradients.forget()
         self._forgotten()
 
@@ -156,7 +175,7 @@ class StepInProgress(Listener):
         """
         if self._rows and all(p.grad is None for p in self._parameters):
             raise EngineError(DROPPED)
-        _check_versions(self._versions)
+        _check_versions([*self._versions, *self._outside.values()])
         drawn = self.drawn
         claims = [*self._claims, *self.gradients.claims(parameters)]
         if drawn is not None:
@@ -170,7 +189,7 @@ class StepInProgress(Listener):
                 " returned; train with that one, criterion(model(x), y).backward(): only there is every sample's"
                 " gradient bounded"
             )
-        if any(rows is None for rows in self._rows) or drawn.mixed:
+        if any(rows is None for rows in self._rows):
             raise EngineError(
                 "the model or the criterion was given rows that are not known to be records of this batch, each by"
                 " itself: picked or repeated by an index, standardised or mixed over the batch, from another batch, or"

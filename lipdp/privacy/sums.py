@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class RootCall:
         parameters: the trainable ones.
         versions: every tensor of the model, and how often it was changed so far.
         sharded: whether `fully_shard` reduces the gradients within the pass.
+        private: whether the input is of a batch.
         given, released: whether the criterion has had the logits, and its value was back-propagated.
         cotangent: (n, …) what the criterion found for the logits, gated.
         claims: what must be true at the step.
@@ -49,6 +50,7 @@ class RootCall:
     parameters: list[nn.Parameter]
     versions: list[tuple[Tensor, int]]
     sharded: bool = False
+    private: bool = False
     given: bool = False
     released: bool = False
     cotangent: Tensor | None = None
@@ -62,6 +64,14 @@ class RootCall:
     def gradient_of_input(self) -> Tensor | None:
         """For an attack: the pull-back to the input alone."""
         return torch.autograd.grad(self.out, self.x, self.cotangent, retain_graph=True, allow_unused=True)[0]
+
+
+def is_wanted(node: Any) -> bool:
+    """Whether the backward pass that is running leads to this node."""
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch says so of a leaf that torch.autograd.grad was asked for
+        return True
 
 
 class Gradients(Protocol):

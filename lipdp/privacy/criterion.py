@@ -86,7 +86,7 @@ class PrivateCriterion(nn.Module):
             )
         if call.given:
             raise EngineError("these logits were given to the criterion before: a record would count more than once")
-        self._check(logits)
+        self._check(call.out, logits.dtype)
         call.given = True
         apart = call.out.detach().to(logits.dtype).reshape(logits.shape).clone().requires_grad_()
         if logits.dtype is call.out.dtype:

@@ -13,8 +13,7 @@ from itertools import pairwise
 import torch
 
 from lipdp.planning import Scale, Workload, measure
-from lipdp.training import Monitor, Trainer, configure
-from lipdp.training.recipes import recipe
+from lipdp.training import Monitor, Trainer, configure, recipe
 
 MICROBATCH = 512
 

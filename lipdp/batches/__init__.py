@@ -10,6 +10,7 @@ _NAMES = {
     "Population": "lipdp.batches.population",
     "Sampler": "lipdp.batches.samplers",
     "in_order": "lipdp.batches.loader",
+    "per_record": "lipdp.batches.rows",
 }
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

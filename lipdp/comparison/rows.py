@@ -70,7 +70,7 @@ class Setup:
         model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz
             kind.
         input_shape, num_classes: of the data.
-        loss, loss_options: as `lipdp.training.choices.make_loss` takes them, for the Lipschitz kind: its temperature
+        loss, loss_options: as `lipdp.training.make_loss` takes them, for the Lipschitz kind: its temperature
             makes up for small logits. The twin has none to make up for: its temperature is 1.
     """
 

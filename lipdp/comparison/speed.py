@@ -42,7 +42,7 @@ class SpeedConfig:
         dataset: gives the shape of the images, which are random: a step takes as long on them as on real ones.
         model, model_options: of the zoo; None takes the options of the data set's recipe.
         batch_sizes: expected batch sizes B, in the order they are measured.
-        trainers, kinds: see `lipdp.comparison.rows.rows`.
+        trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
         repeat: interleaved repetitions: every trainer takes one step on the same batch, then the next round begins.
         device: "cpu" or a CUDA device.
         memory_limit: bytes that one process may allocate on a CPU; None takes 80 % of what is available.

@@ -36,7 +36,7 @@ class UtilityConfig:
         datasets: as `lipdp.data.load` takes them.
         data_dir, model, features, model_options: as for `lipdp.training.configure`; None takes the recipe's.
         epsilons, delta: budgets; δ None takes the default for N.
-        trainers, kinds: see `lipdp.comparison.rows.rows`.
+        trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
         seeds: number of runs of each trainer at each budget. They give the initial weights, batches and noise: seeded
             runs, which are repeatable and therefore not private themselves.
         trials: number of tuning trials of each trainer at each budget, at most 4: the first of its declared grid.

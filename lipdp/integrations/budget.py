@@ -28,7 +28,7 @@ def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:
     >>> engine = lipdp.PrivacyEngine("rdp")
     >>> _ = engine.make_private(module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), dataset=dataset,
     ...     criterion=lipdp.losses.TauCrossEntropy(), expected_batch_size=10, steps=50, noise_multiplier=1.0)
-    >>> from lipdp.integrations.budget import steps_within
+    >>> from lipdp.integrations import steps_within
     >>> steps_within(engine, epsilon=1e9, delta=1e-5), steps_within(engine, epsilon=0.01, delta=1e-5)
     (50, 0)
     """

@@ -13,9 +13,7 @@ from lipdp.privacy.engine import PrivacyEngine
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ParameterError(
-        f'lipdp.integrations.lightning needs Lightning ({error}): pip install "lipdp[lightning]"'
-    ) from error
+    raise ParameterError(f'PrivacyBudget needs Lightning ({error}): pip install "lipdp[lightning]"') from error
 
 
 class PrivacyBudget(Callback):

@@ -31,7 +31,7 @@ class Simulation:
     At fixed T the update of one step is (Σ_{i∈batch} ∇ℓ_i + σΔξ)/B: batch and noise divided by k leave the noise of the
     step as it is, σΔ/B, and with it the best learning rate. What changes is the sampling noise of the batch, k times
     the variance; the law holds as long as that stays below the privacy noise.
-    ε does not survive (see `lipdp.planning.tan.WALL`): a simulated run releases next to unprotected gradients.
+    ε does not survive (see `tan.WALL`): a simulated run releases next to unprotected gradients.
 
     B/k is rounded and σ takes the same ratio exactly. The simulated run trains on the training part less a validation
     part, never on the test part, and with that many records its batches are a slightly larger share of them.

@@ -34,13 +34,12 @@ def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:
     """
     if not epsilon > 0:
         raise ParameterError(f"epsilon={epsilon}: a budget is a positive number")
-    run = engine._current()
-    left = run.plan.steps - (engine.ledger.steps - run.before)
+    left = engine.steps_left
     if epsilon == float("inf"):
         return left
 
     def spent(steps: int) -> float:
-        then = Ledger([*engine.ledger.events, run.plan.step_event.with_steps(steps)])
+        then = Ledger([*engine.ledger.events, engine.plan.step_event.with_steps(steps)])
         return engine.accountant.epsilon(then.events, delta).epsilon
 
     if left == 0 or spent(left) <= epsilon:

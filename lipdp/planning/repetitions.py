@@ -15,7 +15,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from lipdp.accounting.accountants import checked_delta
-from lipdp.accounting.calibration import _search
+from lipdp.accounting.calibration import smallest_noise_multiplier
 from lipdp.accounting.events import Event
 from lipdp.accounting.relation import Relation
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
@@ -119,7 +119,7 @@ class Repetitions:
             return self.epsilon(Event(sigma, one.sampling_rate, one.steps), delta)
 
         eta = eta_for(target_epsilon, delta) / 1.6  # the search costs about as much as a run of that much more signal
-        return _search(cost, max(1.0, sampling_rate * math.sqrt(steps / 2.0) / eta), target_epsilon)
+        return smallest_noise_multiplier(cost, max(1.0, sampling_rate * math.sqrt(steps / 2.0) / eta), target_epsilon)
 
     def draw(self, rng: random.Random | None = None) -> int:
         """A K of this law, from the system's entropy.

@@ -386,6 +386,26 @@ class PrivacyEngine:
         """Noisy steps so far."""
         return self.ledger.steps
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that the plan has left."""
+        run = self._current()
+        return run.plan.steps - (self.ledger.steps - run.before)
+
+    @property
+    def world(self) -> World:
+        """The processes that take part."""
+        return self._current().world
+
+    @property
+    def attached(self) -> bool:
+        """Whether a model is private now: after `make_private`, before `detach`."""
+        return self._run is not None
+
+    def is_private(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the steps of this optimiser are the noisy ones."""
+        return self._run is not None and self._run.optimizer is optimizer
+
     def sensitivity(self) -> Sensitivity:
         """Δ per parameter at the weights as they are."""
         return self._current().sensitivity()

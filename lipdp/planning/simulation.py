@@ -153,8 +153,8 @@ def _simulated(plan: PrivacyPlan, split: Split, scale: float) -> PrivacyPlan:
     batch_size, left = max(1, round(plan.expected_batch_size / scale)), units(split)
     if batch_size > left:
         raise ParameterError(
-            f"scale={scale:g}: B/k = {batch_size} of {left} {plan.unit}s left to train on; take a larger scale, or a smaller"
-            " validation part"
+            f"scale={scale:g}: B/k = {batch_size} of {left} {plan.unit}s left to train on; take a larger scale, or a"
+            " smaller validation part"
         )
     return replace(
         plan,

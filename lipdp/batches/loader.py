@@ -178,7 +178,7 @@ class BatchLoader:
             generator=torch.Generator(),
             worker_init_fn=_ignore_interrupts,
         )
-        arriving = _told(batches)
+        arriving = _raising(batches)
         while True:
             self._require_newest(iteration)
             self._listener.before_draw()
@@ -256,7 +256,7 @@ def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Itera
         generator=torch.Generator(),
         worker_init_fn=_ignore_interrupts,
     )
-    yield from _told(batches)
+    yield from _raising(batches)
 
 
 class _TensorRecords(Dataset[Any]):
@@ -296,7 +296,7 @@ class _Refusal:
     error: LipdpError
 
 
-def _told(batches: DataLoader[Any]) -> Iterator[Any]:
+def _raising(batches: DataLoader[Any]) -> Iterator[Any]:
     """The batches; what kept one from being read is raised here, and nowhere else."""
     try:
         for batch in _without_alarm(batches):

@@ -78,15 +78,15 @@ def _convolution(call: Call, layer: nn.Conv1d | nn.Conv2d, scale: float) -> Loca
     overlap = math.prod(axis_overlap(n, k, s, *sides, circular=circular) for n, k, s, sides in settings)
     kernel = call.used(layer.weight * scale)
     norm = certified_norm(kernel.reshape(layer.groups, layer.out_channels // layer.groups, -1)).max()
-    spread = math.sqrt(overlap)
-    parameters: dict[str, Number] = {"weight": scale * spread * call.x.value}
+    root = math.sqrt(overlap)
+    parameters: dict[str, Number] = {"weight": scale * root * call.x.value}
     offset: Number = 0.0
     positions = math.prod(call.output_shape[-axes:])
     if layer.bias is not None:
         parameters["bias"] = math.sqrt(positions)
         offset = math.sqrt(positions) * vector_norm(call.used(layer.bias))
     fan_in = max(layer.weight[0].numel(), positions)
-    return Local(gains=(spread * norm,), offset=offset, parameters=parameters, fan_in=fan_in)
+    return Local(gains=(root * norm,), offset=offset, parameters=parameters, fan_in=fan_in)
 
 
 @rule(lconv.SpectralConv1d, lconv.SpectralConv2d)

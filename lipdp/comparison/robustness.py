@@ -19,7 +19,7 @@ from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows, trained
 from lipdp.comparison.trainers.clipless import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
-from lipdp.data import Split, load, units
+from lipdp.data import Split, load, number_of_units
 from lipdp.errors import (
     NonFiniteError,
     ParameterError,
@@ -153,7 +153,7 @@ def _bench(config: RobustnessConfig) -> _Bench:
     raw = load(config.dataset, data_dir=config.data_dir)
     data, input_bound = prepare(train)
     split = data.in_memory()
-    train = train.resolve(units(split), binary=split.task == "binary")
+    train = train.resolve(number_of_units(split), binary=split.task == "binary")
     return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, plan_of(train, split))
 
 

@@ -21,7 +21,7 @@ from lipdp.comparison.calibration import calibration
 from lipdp.comparison.protocol import Session, Trainer
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.rows import Row, Setup, rows, trained
-from lipdp.data import Split, split_validation, units
+from lipdp.data import Split, number_of_units, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.training.assembly import plan_of, prepare
 from lipdp.training.config import TrainConfig, config_from_dict, configure
@@ -205,13 +205,13 @@ def _plan(plain: str, epsilon: float | None) -> tuple[TrainConfig, PrivacyPlan]:
     given = replace(
         config_from_dict(json.loads(plain)), epsilon=epsilon, noise_multiplier=1.0 if epsilon is None else None
     )
-    train = given.resolve(units(split), binary=split.task == "binary")
+    train = given.resolve(number_of_units(split), binary=split.task == "binary")
     return train, plan_of(train, split)
 
 
 def _trial(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
     """The same q and σ on fewer records, both over k: what a trial runs at."""
-    records = units(split)
+    records = number_of_units(split)
     batch_size = max(1, round(plan.expected_batch_size * records / plan.dataset_size / scale))
     return replace(
         plan, dataset_size=records, expected_batch_size=batch_size, noise_multiplier=plan.noise_multiplier / scale

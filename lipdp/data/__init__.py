@@ -23,7 +23,7 @@ from lipdp.data.scaling import (
     public_standardisation,
 )
 from lipdp.data.sources import DATASETS
-from lipdp.data.split import DataSplit, Split, units
+from lipdp.data.split import DataSplit, Split, number_of_units
 from lipdp.data.stored import Stored
 
 __all__ = [
@@ -46,8 +46,8 @@ __all__ = [
     "clip_features",
     "default_bounding",
     "load",
+    "number_of_units",
     "open_split",
     "public_standardisation",
     "split_validation",
-    "units",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.data import Split, split_validation, units
+from lipdp.data import Split, number_of_units, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.planning.space import Scalar, merged
 from lipdp.training import Trainer, configure
@@ -134,7 +134,7 @@ def simulation(
     data, input_bound = prepare(config)
     split = data.in_memory()
     binary = split.task == "binary"
-    plan = plan_of(config.resolve(units(split), binary=binary), split)
+    plan = plan_of(config.resolve(number_of_units(split), binary=binary), split)
     held_out = split_validation(split, fraction=validation)
     found = Simulation(
         settings=settings,
@@ -150,7 +150,7 @@ def simulation(
 
 def _simulated(plan: PrivacyPlan, split: Split, scale: float) -> PrivacyPlan:
     """B/k, rounded, and σ/k such that B/σ is exactly that of the full run."""
-    batch_size, left = max(1, round(plan.expected_batch_size / scale)), units(split)
+    batch_size, left = max(1, round(plan.expected_batch_size / scale)), number_of_units(split)
     if batch_size > left:
         raise ParameterError(
             f"scale={scale:g}: B/k = {batch_size} of {left} {plan.unit}s left to train on; take a larger scale, or a"

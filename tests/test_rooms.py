@@ -108,10 +108,12 @@ COVERS = {
     "engine/test_refusals": "privacy/checks privacy/seal",
     "engine/test_state_of_run": "privacy/engine",
     "test_accelerator": "nn/autocast nn/compiled training/runtime",
+    "test_any_loop": "privacy/forward privacy/passes",
     "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
+    "test_bad_records": "privacy/loss_check",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/trace sensitivity",
     "test_certify": "certify/certificate certify/network commands/robustness",
-    "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/train",
+    "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/tables commands/train",
     "test_compare": "comparison/plots",
     "test_cost": "commands/scale",
     "test_data": "data/download data/opening data/sources",
@@ -132,7 +134,8 @@ COVERS = {
     "test_trainers": "comparison/backprop_clipping comparison/trainers/adaptive comparison/trainers/automatic"
     " comparison/trainers/backprop_clipping comparison/trainers/clipless comparison/trainers/global_clipping"
     " comparison/trainers/non_private comparison/trainers/registry",
-    "test_training": "training/environment training/monitor training/trainer",
+    "test_training": "training/account training/environment training/monitor training/progress training/release"
+    " training/resume training/trainer",
 }
 """A test file → the files of the library that it runs, where no test is named after them or imports them."""
 

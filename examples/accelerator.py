@@ -15,7 +15,7 @@ import torch
 
 import lipdp
 from lipdp import losses
-from lipdp.training.forward import Forward
+from lipdp.training import Forward
 
 ROUNDS, WARM = 15, 3
 

@@ -1,7 +1,8 @@
 """Is the cost model right? python examples/cost.py --data-dir DIR [--batch-sizes 1024 4096] [--steps 8] [--repeat 9]
 
-Predicts from steps on at most 512 records what `lipdp train` (cnn on MNIST, micro-batches of 512) takes at larger batches, then
-runs that, and compares the time of a step. Times are CPU seconds of the process, which other work on the machine disturbs least.
+Predicts from steps on at most 512 records what `lipdp train` (cnn on MNIST, micro-batches of 512) takes at larger
+batches, then runs that, and compares the time of a step. Times are CPU seconds of the process, which other work on the
+machine disturbs least.
 """
 
 import argparse
@@ -13,8 +14,7 @@ from itertools import pairwise
 import torch
 
 from lipdp.planning import Scale, Workload, measure
-from lipdp.training import Monitor, Trainer, configure
-from lipdp.training.recipes import recipe
+from lipdp.training import Monitor, Trainer, configure, recipe
 
 MICROBATCH = 512
 

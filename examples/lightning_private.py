@@ -11,7 +11,7 @@ import torch
 
 import lipdp
 from lipdp import nn as lnn
-from lipdp.integrations.lightning import PrivacyBudget
+from lipdp.integrations import PrivacyBudget
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epsilon", type=float, default=3.0)

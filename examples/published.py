@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting import PrivacyPlan
-from lipdp.comparison import Task, get_trainer
-from lipdp.comparison.calibration import calibration
+from lipdp.comparison import Task, calibration, get_trainer
 from lipdp.data import load
 from lipdp.losses import TauCrossEntropy
 
@@ -51,7 +50,7 @@ def plan(records: int, batch_size: int, epochs: float, sigma: float) -> PrivacyP
 
 def report(name: str, session, task: Task, split, began: float) -> None:
     epsilon = task.plan.predicted.epsilon
-    found = calibration(session.model, split.test_x, split.test_y)
+    found = calibration.calibration(session.model, split.test_x, split.test_y)
     print(
         f"{name}: ε = {epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f}, MCE {found.mce:.4f},"
         f" NLL {found.nll:.3f}, Brier {found.brier:.3f} ({time.perf_counter() - began:.0f} s)",

@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from lipdp.batches.loader import BatchLoader
-from lipdp.batches.samplers import PoissonSampler
-from lipdp.data import default_bounding, open_split
-from lipdp.data.augment import Augmented, augment
+from lipdp.batches import BatchLoader, PoissonSampler
+from lipdp.data import Augmented, augment, default_bounding, open_split
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("dataset")

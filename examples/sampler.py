@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from lipdp.batches.samplers import PoissonSampler
+from lipdp.batches import PoissonSampler
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--records", type=int, nargs="+", default=[10**4, 10**6, 10**9])

@@ -19,7 +19,7 @@ import torch
 
 import lipdp
 from lipdp import losses
-from lipdp.training.recipes import recipe
+from lipdp.training import recipe
 
 KINDS = ("private", "same", "twin")
 Step = Callable[[torch.Tensor, torch.Tensor], None]

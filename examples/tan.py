@@ -11,13 +11,8 @@ import json
 import math
 from pathlib import Path
 
-from lipdp.planning.files import write_json
-
-from lipdp.files import write_figure
-from lipdp.planning import simulate
-from lipdp.planning.pictures import accuracy_against_rate, loss_curves
-from lipdp.planning.simulation import LABEL
-from lipdp.planning.space import parse_space
+from lipdp.files import write_figure, write_json
+from lipdp.planning import LABEL, accuracy_against_rate, loss_curves, parse_space, simulate
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--dataset", default="mnist")

@@ -1,4 +1,4 @@
-"""The `lipdp` command: exit code 0 done, 1 an audit refutes the claim, 2 refused with one readable message, 130 interrupted."""
+"""The `lipdp` command: exit code 0 done, 1 an audit refutes the claim, 2 refused with a message, 130 interrupted."""
 
 from __future__ import annotations
 

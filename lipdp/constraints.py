@@ -136,9 +136,9 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
 
     On a CPU ‖W‖₂² is the largest eigenvalue of the smaller Gram matrix, computed in float64 by a backward stable
     method: exact up to the slack that is added. On a GPU, where an eigenvalue would synchronise, it is the smaller of
-    two bounds that always hold. Gram iteration is loose by at most ``rank ** (1 / 2**(k+2))``:
+    two bounds that always hold. Gram iteration is loose by at most rank^(1/4p):
 
-    $$\|W\|_2 = \|(W^\top W)^{2^k}\|_2^{1/2^{k+1}} \le \|(W^\top W)^{2^k}\|_F^{1/2^{k+1}}$$
+    ‖W‖₂ = ‖(WᵀW)^p‖₂^(1/2p) ≤ ‖(WᵀW)^p‖_F^(1/2p) with p = 2^k,
 
     and ‖W‖₂² = ‖WWᵀ‖₂ ≤ 1 + ‖I − WWᵀ‖_F is exact for an orthogonal W (for a tall W with WᵀW).
 

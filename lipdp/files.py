@@ -17,7 +17,8 @@ from lipdp.errors import CheckpointError
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Write `path` whole or not at all: a temporary file beside it, flushed, synced, then renamed over it.
 
-    The folder is synced too, so that of two files written one after the other the second is never there without the first.
+    The folder is synced too, so that of two files written one after the other the second is never there without the
+    first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as stream:

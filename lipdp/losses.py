@@ -23,7 +23,8 @@ from lipdp.errors import LossError, ParameterError
 class LipschitzLoss(nn.Module, ABC):
     """Base of the losses: `forward(logits, target) -> (N,)` and `lipschitz`, a bound on ‖∂ℓ/∂logits‖ per sample.
 
-    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` tries to break it.
+    A loss of your own states its constant and returns one value a sample; `lipdp.testing.falsify_loss` tries to break
+    it.
 
     Guarantees: where `knows` says no, the value is 0 and the gradient exactly 0, whatever `forward` does there: it is
     given 0 as the target. So `forward` sees the targets alone that `knows` admits, and 0; override it with yours.

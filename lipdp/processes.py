@@ -21,8 +21,8 @@ def peak_bytes(
 ) -> int | None:
     """The most that a process holds which takes three of the steps that `prepare(*arguments)` returns.
 
-    The process is forked from a server that has imported the module of `prepare` and nothing else, so that all start alike.
-    On a CPU an allocation beyond the limit fails in it; nothing else on the machine is killed.
+    The process is forked from a server that has imported the module of `prepare` and nothing else, so that all start
+    alike. On a CPU an allocation beyond the limit fails in it; nothing else on the machine is killed.
 
     Args:
         prepare: a function at the top level of a module; it and its arguments can be pickled.
@@ -30,7 +30,8 @@ def peak_bytes(
         memory_limit: bytes of data that the process may hold on a CPU; None takes 80 % of what is available.
 
     Returns:
-        Bytes: its resident set, or what torch allocated on the GPU. None where they do not fit, or the process was killed.
+        Bytes: its resident set, or what torch allocated on the GPU. None where they do not fit, or the process was
+        killed.
     """
     limit = (memory_limit or int(_SHARE * _available())) if device == "cpu" else None
     context = multiprocessing.get_context("forkserver")

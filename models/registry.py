@@ -81,7 +81,7 @@ def build(
         bias: give every dense and convolutional layer a bias. Off by default: a bias costs noise.
         twin: the unconstrained twin instead: the same parameter names and shapes with nn.Linear, nn.Conv2d, nn.ReLU and
             nn.AvgPool2d, and without input bound, clips and gates (an nn.Identity stands in their place).
-        options: of the model, see its module: `lipdp.models.cnn`, …
+        options: of the model, as its builder takes them: `width`, `clips`, …
 
     Raises:
         UnknownNameError: no such model, or no such function in the module.

@@ -619,7 +619,7 @@ SHAPES = [(16, 27), (64, 576), (96, 96), (10, 2048), (40, 7)]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3, 2.0, None])
 def test_iterations_in_bfloat16_end_certified(shape, size, monkeypatch):
-    """As on a GPU: whatever the low precision did, the norm of what comes out is at most 1, as `cannot_certify` finds."""
+    """As on a GPU: whatever the low precision did, the norm of what comes out is at most 1, by `cannot_certify`."""
     monkeypatch.setattr(constraints, "_low_precision", lambda matrix: torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     orthogonal = Orthogonal()

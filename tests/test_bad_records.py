@@ -1,4 +1,4 @@
-"""One record can't stop a run or show itself; a run never dies of a metric; copies and losses that learn are refused."""
+"""One record can't stop a run or show itself; no run dies of a metric; copies and losses that learn are refused."""
 
 import json
 import logging

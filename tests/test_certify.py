@@ -761,7 +761,7 @@ def test_compare_robustness_says_why_a_model_has_no_certificate(tmp_path, monkey
     config = RobustnessConfig(model="boundless:build", trainers=("clipless",), taus=(8.0,), epochs=2, samples=50)
     with pytest.raises(ParameterError, match="tau"):
         RobustnessConfig(taus=())
-    monkeypatch.setattr("lipdp.comparison.rows.build", lambda name, **o: lipdp.models.build(name, **_own(o)))
+    monkeypatch.setattr("lipdp.comparison.contenders.build", lambda name, **o: lipdp.models.build(name, **_own(o)))
     (cell,) = robustness(config).cells
     assert cell["lipschitz"] is None
     assert cell["certified_accuracy"] == [0.0] * 4

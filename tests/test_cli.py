@@ -136,16 +136,17 @@ def test_options_reach_the_run(tmp_path, monkeypatch):
     arguments = [
         "train", "--model", "net:build", "--model-option", "width=12", "--loss", "hinge", "--loss-option", "margin=0.2",
         "--sampling", "fixed_size", "--allocation", "global", "--gate", "off", "--optimizer", "adam", "--lr", "0.02",
-        "--momentum", "0", "--schedule", "cosine", "--ema", "0", "--microbatch", "64", "--steps", "4", "--batch-size", "100",
-        "--epsilon", "2", "--delta", "1e-4", "--accountant", "pld", "--threads", "1", "--device", "cpu", "--out", "run",
+        "--momentum", "0", "--schedule", "cosine", "--ema", "0", "--microbatch", "64", "--steps", "4",
+        "--batch-size", "100", "--epsilon", "2", "--delta", "1e-4", "--accountant", "pld", "--threads", "1",
+        "--device", "cpu", "--out", "run",
     ]  # fmt: skip
     assert main(arguments) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     expected = {
-        "model": "net:build", "model_options": {"width": 12}, "loss": "hinge", "loss_options": {"margin": 0.2},
-        "sampling": "fixed_size", "allocation": "global", "gate": None, "optimizer": "adam", "lr": 0.02, "momentum": 0.0,
-        "schedule": "cosine", "ema": 0.0, "microbatch": 64, "steps": 4, "batch_size": 100, "epsilon": 2.0, "delta": 1e-4,
-        "accountant": "pld", "threads": 1, "seed": None,
+        "model": "net:build", "model_options": {"width": 12}, "loss": "hinge",
+        "loss_options": {"margin": 0.2}, "sampling": "fixed_size", "allocation": "global", "gate": None,
+        "optimizer": "adam", "lr": 0.02, "momentum": 0.0, "schedule": "cosine", "ema": 0.0, "microbatch": 64,
+        "steps": 4, "batch_size": 100, "epsilon": 2.0, "delta": 1e-4, "accountant": "pld", "threads": 1, "seed": None,
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
     privacy = json.loads((tmp_path / "run" / "privacy.json").read_text())

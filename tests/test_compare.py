@@ -16,8 +16,8 @@ pytest.importorskip("opacus")
 from lipdp.cli import main
 from lipdp.comparison import speed as speed_module
 from lipdp.comparison import utility as utility_module
+from lipdp.comparison.contenders import Contender, contenders
 from lipdp.comparison.results import Results
-from lipdp.comparison.rows import Row, rows
 from lipdp.comparison.speed import SpeedConfig, speed
 from lipdp.comparison.trainers import TRAINERS, get_trainer
 from lipdp.comparison.utility import UtilityConfig, summary, utility
@@ -29,20 +29,20 @@ SMALL = SpeedConfig(dataset="digits", model="linear", batch_sizes=(8, 16), repea
 TWO = UtilityConfig(epochs=3, trials=2, seeds=2, epsilons=(3.0,), trainers=("clipless", "opacus_hooks"), model="linear")
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- contenders ------------------------------------------------------------------------------------------------------
 
 
 def test_every_trainer_has_a_row_for_every_kind_it_trains():
-    found = rows()
-    assert {row.trainer for row in found} == set(TRAINERS.values())
-    names = {(row.trainer.name, row.plain) for row in found}
+    found = contenders()
+    assert {contender.trainer for contender in found} == set(TRAINERS.values())
+    names = {(contender.trainer.name, contender.plain) for contender in found}
     assert ("clipless", True) not in names
     assert ("backprop_clipping", False) not in names
     assert {("opacus_ghost", True), ("opacus_ghost", False)} <= names
     with pytest.raises(ParameterError, match="none of clipless trains a plain"):
-        rows(["clipless"], ["plain"])
+        contenders(["clipless"], ["plain"])
     with pytest.raises(ParameterError, match="kinds of model"):
-        rows([], ["convex"])
+        contenders([], ["convex"])
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def test_speed_measures_every_row_and_its_ratios(tmp_path):
     results = speed(SMALL, out=str(tmp_path))
     cells = json.loads((tmp_path / "results.json").read_text())
     assert cells == results.cells
-    assert len(cells) == 2 * len(rows(SMALL.trainers))
+    assert len(cells) == 2 * len(contenders(SMALL.trainers))
     for cell in cells:
         assert cell["status"] == "measured"
         assert cell["step_seconds"] > 0
@@ -97,8 +97,8 @@ def test_out_of_memory_is_a_cell(monkeypatch):
 def test_a_process_over_its_limit_is_out_of_memory_and_harms_nobody():
     """100 MiB are too few for B = 4096, enough for nothing else to be touched; 8 GiB are enough."""
     config = SpeedConfig(dataset="mnist", model="cnn", memory_limit=600 * 2**20)
-    assert speed_module.peak(config, Row(get_trainer("opacus_hooks"), True), 4096)["status"] == "out of memory"
-    small = speed_module.peak(replace(config, memory_limit=8 * 2**30), Row(get_trainer("non_private"), True), 16)
+    assert speed_module.peak(config, Contender(get_trainer("opacus_hooks"), True), 4096)["status"] == "out of memory"
+    small = speed_module.peak(replace(config, memory_limit=8 * 2**30), Contender(get_trainer("non_private"), True), 16)
     assert small["status"] == "measured"
     assert 50 * 2**20 < small["peak_bytes"] < 2 * 2**30
 
@@ -106,7 +106,9 @@ def test_a_process_over_its_limit_is_out_of_memory_and_harms_nobody():
 def test_peak_memory_sees_an_allocation():
     """Per-sample gradients of a batch of 1,024 through 118,016 weights are 461 MiB more than none."""
     config = SpeedConfig(dataset="mnist", model="mlp")
-    base, hooks = (speed_module.peak(config, Row(get_trainer(n), True), 1024) for n in ("non_private", "opacus_hooks"))
+    base, hooks = (
+        speed_module.peak(config, Contender(get_trainer(n), True), 1024) for n in ("non_private", "opacus_hooks")
+    )
     assert hooks["peak_bytes"] - base["peak_bytes"] > 400 * 2**20
 
 
@@ -160,10 +162,12 @@ def test_utility_tunes_on_validation_and_tests_once(tmp_path, monkeypatch):
 
 def test_trials_are_scaled():
     """B/k and σ/k: the same signal to noise at a k-th of the cost; the validation part leaves q as it is."""
-    row = rows(["opacus_ghost"], ["plain"])[0]
+    contender = contenders(["opacus_ghost"], ["plain"])[0]
     settings = (("max_grad_norm", 1.0), ("lr", 0.3))
-    full = utility_module.run(TWO, utility_module.Job("digits", row, 3.0, settings, 0, False))
-    scaled = utility_module.run(replace(TWO, tune_scale=4), utility_module.Job("digits", row, 3.0, settings, 0, True))
+    full = utility_module.run(TWO, utility_module.Job("digits", contender, 3.0, settings, 0, False))
+    scaled = utility_module.run(
+        replace(TWO, tune_scale=4), utility_module.Job("digits", contender, 3.0, settings, 0, True)
+    )
     assert scaled["noise_multiplier"] == pytest.approx(full["noise_multiplier"] / 4)
     assert scaled["batch_size"] == pytest.approx(full["batch_size"] * 0.9 / 4, abs=1)
     assert scaled["steps"] == full["steps"]

@@ -350,7 +350,7 @@ def test_the_slack_of_a_batch_covers_aligned_records(records):
 
 
 def test_records_made_to_be_rounded_exceed_it_as_documented():
-    """Half the batch takes the sum just above a power of two; the rest is rounded up with the record, to nothing without."""
+    """Half the batch takes the sum just above a power of two; the rest is rounded up with the record, else to 0."""
     records, worst = 4096, 0.0
     for power in range(int(math.log2(records)) - 6, int(math.log2(records))):
         spacing = 2.0**power * torch.finfo(torch.float32).eps

@@ -55,7 +55,7 @@ def owned(tmp_path_factory):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """What the engine then does, read where it does it: the sampler it draws from and the noise and account of its steps."""
+    """What the engine then does, read where it does it: its sampler, and the noise and account of its steps."""
     found, ordinary = [], PrivacyEngine.make_private_with_plan
 
     def watched(engine, *arguments, **options):
@@ -255,8 +255,8 @@ def test_plan_simulate_prints_and_then_runs_one_plan(owned, executed, tmp_path, 
 
 
 def test_compare_utility(owned, executed):
-    config = UtilityConfig(datasets=(owned,), model="linear", epsilons=(4.0,), trainers=("clipless",), seeds=1, trials=2,
-                           batch_size=40, epochs=1.0, tune_scale=2)  # fmt: skip
+    config = UtilityConfig(datasets=(owned,), model="linear", epsilons=(4.0,), trainers=("clipless",), seeds=1,
+                           trials=2, batch_size=40, epochs=1.0, tune_scale=2)  # fmt: skip
     (cell,) = utility(config).cells
     *trials, final = executed
     for made in executed:

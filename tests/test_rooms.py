@@ -66,6 +66,35 @@ def test_a_facade_offers_what_it_names_and_nothing_else():
         lipdp.Engine  # noqa: B018
 
 
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")], ids=str)
+def test_a_text_for_users_names_facades_only(path):
+    text = path.read_text()
+    assert not re.findall(r"^\s*from lipdp\.\w+\.\w+.*", text, re.M)
+    assert not not_offered(text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_message_names_facades_only(path):
+    raised = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+    texts = (n.value for node in raised for n in ast.walk(node) if isinstance(n, ast.Constant))
+    assert not [name for text in texts if isinstance(text, str) for name in not_offered(text)]
+
+
+def not_offered(text: str) -> list[str]:
+    """The names `lipdp.room.name` of a text that no façade offers: inner modules, and what there is not."""
+    found = []
+    for name in set(re.findall(r"(?<![/\w.])lipdp\.([a-z]\w*\.\w+)", text)):
+        room, _, inner = name.partition(".")
+        offered = getattr(lipdp, room)
+        found += [name] if inner not in getattr(offered, "__all__", dir(offered)) else []
+    return found
+
+
+def test_a_name_that_no_facade_offers_is_seen():
+    text = "`lipdp.privacy.QuantileGate`, `lipdp.privacy.gate.QuantileGate`, `lipdp.nn.Linear`"
+    assert sorted(not_offered(text)) == ["nn.Linear", "privacy.gate"]
+
+
 def test_all_packages_are_in_the_wheel():
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
@@ -81,6 +110,7 @@ COVERS = {
     "test_accelerator": "nn/autocast nn/compiled training/runtime",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
+    "test_bad_records": "privacy/loss_check",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/trace sensitivity",
     "test_certify": "certify/certificate certify/network commands/robustness",
     "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/tables commands/train",

@@ -386,7 +386,8 @@ def test_refusals_of_simulations(tmp_path, changes, message):
         (["--search", "epsilon=1:2"], "cannot be searched"),
         ([], "nothing to search"),
         (["--search", "lr=0.1:1", "--option", "colour=3"], "unknown setting"),
-        (["--search", "lr=0.1:1", "--model", "linear", "--option", "steps=2", "--trials", "1", "--run", "--confirm", "x"],
+        (["--search", "lr=0.1:1", "--model", "linear", "--option", "steps=2", "--trials", "1", "--run",
+          "--confirm", "x"],
          "give one of them"),
     ],
 )  # fmt: skip

@@ -40,7 +40,8 @@ def task(*, records=40, batch_size=20, sigma=1.0, steps=3, lr=1.0, scale=1.0, **
     y = torch.randint(3, (records,), generator=generator)
     optimizer = partial(torch.optim.SGD, lr=lr)
     return Task(dataset=TensorDataset(x, y), loss=losses.TauCrossEntropy(1.0), plan=PrivacyPlan(
-                dataset_size=records, expected_batch_size=batch_size, steps=steps, noise_multiplier=sigma), optimizer=optimizer, **{"seed": 5, **options})  # fmt: skip
+                dataset_size=records, expected_batch_size=batch_size, steps=steps, noise_multiplier=sigma),
+                optimizer=optimizer, **{"seed": 5, **options})  # fmt: skip
 
 
 def one_step(name, model, given, batch=None, **settings):

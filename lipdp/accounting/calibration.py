@@ -85,7 +85,7 @@ def calibrate(
 
     mu = _gaussian_mu(target_epsilon, delta)
     guess = math.log1p((mu / sampling_rate) ** 2 / steps) ** -0.5
-    return _search(cost, guess, target_epsilon)
+    return smallest_noise_multiplier(cost, guess, target_epsilon)
 
 
 def _gaussian_mu(epsilon: float, delta: float) -> float:
@@ -97,7 +97,12 @@ def _gaussian_mu(epsilon: float, delta: float) -> float:
     return float(brentq(excess, 1e-12, 100.0 + 3.0 * math.sqrt(epsilon)))
 
 
-def _search(cost: Callable[[float], float], guess: float, target: float) -> float:
+def smallest_noise_multiplier(cost: Callable[[float], float], guess: float, target: float) -> float:
+    """The σ, about the smallest, whose ε = `cost(σ)` is at most the target; the search begins at `guess`.
+
+    Raises:
+        CalibrationError: no σ in the range reaches it.
+    """
     goal = math.log(target * (1.0 - _SLACK / 2.0))
     low, high = _RANGE[0] - 1.0, _RANGE[1] + 1.0  # log σ: every tried one ≤ low costs too much, ≥ high too little
     x, slope, last = min(max(math.log(guess), _RANGE[0]), _RANGE[1]), -1.2, None

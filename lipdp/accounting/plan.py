@@ -1,4 +1,4 @@
-"""What a run will do and cost, decided once: q, T, the neighbouring relation, σ, the step's event and the predicted ε."""
+"""What a run will do and cost, decided once: q, T, the relation, σ, the event of a step and the predicted ε."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ class Subsampling:
 class PrivacyPlan:
     """What ε of one run depends on, and the rest of its mechanism: public constants, frozen.
 
-    Computed once, by `PrivacyPlan.of`; the engine executes it, and whoever shows, saves or accounts the run reads it there.
-    It is saved with every checkpoint and compared at every resume.
+    Computed once, by `PrivacyPlan.of`; the engine executes it, and whoever shows, saves or accounts the run reads it
+    there. It is saved with every checkpoint and compared at every resume.
 
     Attributes:
         dataset_size: N, the number of units, a public constant.
@@ -124,7 +124,8 @@ class PrivacyPlan:
     Raises:
         ParameterError, UnknownNameError: a value outside its range.
 
-    >>> plan = PrivacyPlan.of(dataset_size=1000, expected_batch_size=100, steps=30, target_epsilon=2.0, target_delta=1e-5)
+    >>> plan = PrivacyPlan.of(
+    ...     dataset_size=1000, expected_batch_size=100, steps=30, target_epsilon=2.0, target_delta=1e-5)
     >>> plan.sampling_rate, plan.relation.value, 1.9 < plan.predicted.epsilon <= 2.0
     (0.1, 'add_or_remove_one', True)
     """
@@ -258,8 +259,8 @@ class PrivacyPlan:
         if different or set(saved) - set(now):
             listed = "; ".join(f"{n} was {saved.get(n)!r}, is now {now[n]!r}" for n in different)
             raise ResumeError(
-                f"the run to resume has another privacy plan ({listed or 'unknown fields'}); ε would be wrong. Resume with"
-                " the same settings, or start a new run"
+                f"the run to resume has another privacy plan ({listed or 'unknown fields'}); ε would be wrong. Resume"
+                " with the same settings, or start a new run"
             )
 
 

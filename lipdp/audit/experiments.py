@@ -93,9 +93,9 @@ def worst_case(
 
     The joint shift of the release, √(Σ_l Δ_l²/s_l²) = 1/σ, is the worst that the claim allows. The
     records that are always there are fitted exactly, so that their gradient is zero (the absolute error at 0), or with
-    `opposed` have the canary's gradient with the other sign: they then show batches of a fixed size, in which a canary takes
-    the place of another record. There are few records and about 650 weights, so that dividing by the number of records
-    drawn shows in the noise.
+    `opposed` have the canary's gradient with the other sign: they then show batches of a fixed size, in which a canary
+    takes the place of another record. There are few records and about 650 weights, so that dividing by the number of
+    records drawn shows in the noise.
 
     Args:
         steps: T of a run.
@@ -143,9 +143,9 @@ class _TwoBlocks(nn.Module):
 def gradient_canaries(count: int, *, steps: int = 1, sampling_rate: float = 1.0) -> Experiment:
     r"""Canaries whose gradients are orthogonal to each other and exactly at the bound of either parameter block.
 
-    Canary (i, k) has input e_i, of norm 1, and a target out of reach in the direction of row k of a Hadamard matrix, so that
-    its gradient is h_k e_iᵀ/C in the first block and twice that in the second, of norms Δ₁ and Δ₂, at any
-    weights: in the basis h_k e_iᵀ/√C a Dirac in each block.
+    Canary (i, k) has input e_i, of norm 1, and a target out of reach in the direction of row k of a Hadamard matrix, so
+    that its gradient is h_k e_iᵀ/C in the first block and twice that in the second, of norms Δ₁ and Δ₂, at any weights:
+    in the basis h_k e_iᵀ/√C a Dirac in each block.
 
     Args:
         count: m from 2 to 2^18 (then 1 GB); rounded up to a power of two.

@@ -27,8 +27,8 @@ def independent_lower_bound(
     in). If the mechanism is (ε, δ)-DP, then a ≤ e^ε b + δ and c ≤ e^ε d + δ. A guess is made with probability
     ρ = (a + b + c + d)/2 and is then right with probability p = (a + c)/(2ρ); adding the two inequalities,
     2ρp ≤ 2ρ e^ε (1 − p) + 2δ, so e^ε ≥ (p − δ/ρ)/(1 − p). Given the number of guesses, that of
-    right ones is Binomial(guesses, p), and the number of guesses is Binomial(games, ρ). The expression grows in p and in ρ,
-    so their lower confidence bounds, with error probabilities that sum to 1 − confidence, bound it.
+    right ones is Binomial(guesses, p), and the number of guesses is Binomial(games, ρ). The expression grows in p and
+    in ρ, so their lower confidence bounds, with error probabilities that sum to 1 − confidence, bound it.
 
     Guarantees: below the true ε with probability ≥ `confidence` if the games are independent, the coins fair and the
     guessing rule chosen without looking at these games.
@@ -63,10 +63,10 @@ def _lower_proportion(successes: NDArray[np.float64], trials: NDArray[np.float64
 def one_run_p_value(correct: int, guesses: int, canaries: int, *, epsilon: float, delta: float) -> float:
     r"""Probability of so many right guesses or more under (ε, δ)-DP, when all canaries share one run.
 
-    The maths: the coins are independent, so whatever the run reveals about the others, each guess is right with probability
-    at most p = e^ε/(1 + e^ε), and under (ε, 0)-DP the number of right ones is dominated by W ~ Binomial(guesses, p). δ lets
-    canaries be given away, 2 m δ of them on average; spending that in the worst way adds at most
-    2mδα with α = max_i P(v − i ≤ W < v)/i, v being the number of right guesses.
+    The maths: the coins are independent, so whatever the run reveals about the others, each guess is right with
+    probability at most p = e^ε/(1 + e^ε), and under (ε, 0)-DP the number of right ones is dominated by W ~
+    Binomial(guesses, p). δ lets canaries be given away, 2 m δ of them on average; spending that in the worst way adds
+    at most 2mδα with α = max_i P(v − i ≤ W < v)/i, v being the number of right guesses.
 
     Args:
         correct: v.

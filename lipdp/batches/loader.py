@@ -61,24 +61,25 @@ class BatchLoader:
     """Feeds a dataset's records to the training loop in the batches that a sampler draws.
 
     Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
-    each batch not yet consumed, as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
-    iterating again all continue after the last batch that was *yielded*; after `steps` batches nothing more comes, for
-    `steps` is the privacy budget (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one is an error, since it
-    would hand out the same draw twice. There is no `collate_fn`: a collation that mixes records (mix-up) would break
-    the per-record sensitivity.
+    each batch not yet consumed, as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch
+    comes as tensors of shape `(0, *features)`. Resuming, breaking out and iterating again all continue after the last
+    batch that was *yielded*; after `steps` batches nothing more comes, for `steps` is the privacy budget
+    (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one is an error, since it would
+    hand out the same draw twice. There is no `collate_fn`: a collation that mixes records (mix-up) would break the
+    per-record sensitivity.
 
     A `TensorDataset` is indexed directly, in this process and on its own device. Any other map-style dataset goes
     through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer. torch's
     global generator is left alone: while a dataset reads a batch, it is seeded from the step's key, so that what the
-    dataset draws from it (random crops, say) is the same on resume and with any number of workers, and fresh at every step.
-    Those draws do not touch the account: see `lipdp.data.augment`.
+    dataset draws from it (random crops, say) is the same on resume and with any number of workers, and fresh at every
+    step. Those draws do not touch the account: see `lipdp.data.augment`.
 
-    No record stops the loader: entries of an input that are not finite are 0, and a record that can't be read is the zero
-    record without a label, uncounted (`lipdp.batches.records`).
+    No record stops the loader: entries of an input that are not finite are 0, and a record that can't be read is the
+    zero record without a label, uncounted (`lipdp.batches.records`).
 
     With `owners` the sampler draws owners, and a batch is `(x, y, weight)`: all records of the owners drawn, with the
-    weight of each, for the criterion. With `views` = K > 1 the inputs of a record are K views of it, (K, *features), and
-    a batch has K rows for each.
+    weight of each, for the criterion. With `views` = K > 1 the inputs of a record are K views of it, (K, *features),
+    and a batch has K rows for each.
 
     Args:
         dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`; if it has
@@ -158,8 +159,8 @@ class BatchLoader:
         iteration = self._iteration
         if self.position == len(self):
             warnings.warn(
-                f"all {len(self)} batches of this loader's budget were yielded, so iterating it again gives none: one iteration is"
-                " the whole training. For more epochs give make_private more steps (epochs times N/B)",
+                f"all {len(self)} batches of this loader's budget were yielded, so iterating it again gives none: one"
+                " iteration is the whole training. For more epochs give make_private more steps (epochs times N/B)",
                 BudgetSpentWarning,
                 stacklevel=2,
             )
@@ -175,7 +176,7 @@ class BatchLoader:
             generator=torch.Generator(),
             worker_init_fn=_ignore_interrupts,
         )
-        arriving = _told(batches)
+        arriving = _raising(batches)
         while True:
             self._require_newest(iteration)
             self._listener.before_draw()
@@ -253,7 +254,7 @@ def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Itera
         generator=torch.Generator(),
         worker_init_fn=_ignore_interrupts,
     )
-    yield from _told(batches)
+    yield from _raising(batches)
 
 
 class _TensorRecords(Dataset[Any]):
@@ -293,7 +294,7 @@ class _Refusal:
     error: LipdpError
 
 
-def _told(batches: DataLoader[Any]) -> Iterator[Any]:
+def _raising(batches: DataLoader[Any]) -> Iterator[Any]:
     """The batches; what kept one from being read is raised here, and nowhere else."""
     try:
         for batch in _without_alarm(batches):
@@ -315,7 +316,7 @@ def _told(batches: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _without_alarm(batches: DataLoader[Any]) -> Iterator[Any]:
-    """Its iterator, without the handler torch installs with it: when a worker dies it raises wherever the main thread is.
+    """Its iterator, without torch's handler, which raises wherever the main thread is when a worker dies.
 
     Without it the iterator notices within five seconds of waiting for that worker's batch.
     """
@@ -338,7 +339,7 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def _seed_of(state: dict[str, Any]) -> int:
-    """For what a dataset draws while it reads the batch: a hash of the state, its secret key included, and of the rank."""
+    """For what a dataset draws while it reads the batch: a hash of the state, with its secret key, and of the rank."""
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
     text = json.dumps([state, rank], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7, person=b"lipdp.views").digest(), "little")

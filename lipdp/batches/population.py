@@ -47,8 +47,8 @@ class Population:
             shards: see `dataset`.
 
         Raises:
-            EngineError: no length, data sets that differ in it, or copies of a record (`check_copies`). ParameterError: a
-                group of another length, or of shards.
+            EngineError: no length, data sets that differ in it, or copies of a record (`check_copies`). ParameterError:
+                a group of another length, or of shards.
         """
         with world.fail_together():
             records = length(dataset)
@@ -131,7 +131,7 @@ def length(dataset: Any) -> int:
 
 
 def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[Tensor, Tensor]:
-    """The records looked at before the first step (`look`), for shapes and for checks of the loss; of a shard that has some.
+    """The records looked at before the first step (`look`), for shapes and checks of the loss; of a shard with any.
 
     Raises:
         EngineError: no records, or not (input, target) pairs. What `look` raises.
@@ -149,15 +149,15 @@ def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[
 def check_copies(dataset: Any, group: Group | None = None) -> None:
     """Refuse a data set that holds a record several times: ε would be that of one copy, k copies have k ε.
 
-    Looks through `Subset`, `ConcatDataset`, `StackDataset`, lists and expanded tensors, by identity and index; copies in
-    memory of their own can't be told from records that are alike.
+    Looks through `Subset`, `ConcatDataset`, `StackDataset`, lists and expanded tensors, by identity and index; copies
+    in memory of their own can't be told from records that are alike.
 
     Raises:
         EngineError: a record is there twice, and `group` does not give its copies one owner.
 
     >>> check_copies(torch.utils.data.Subset(TensorDataset(torch.zeros(5, 2), torch.zeros(5)), [0, 1, 1]))
     Traceback (most recent call last):
-    lipdp.errors.EngineError: the data set holds one record at 1 and at 2: ε would be that of one copy. Give each record...
+    lipdp.errors.EngineError: the data set holds one record at 1 and at 2: ε would be that of one copy. Give...
     """
     if not isinstance(dataset, (Subset, ConcatDataset, StackDataset, list, tuple)) and not _is_expanded(dataset):
         return
@@ -170,8 +170,8 @@ def check_copies(dataset: Any, group: Group | None = None) -> None:
     if again.any():
         place = int(again.argmax())
         raise EngineError(
-            f"the data set holds one record at {order[place]} and at {order[place + 1]}: ε would be that of one copy. Give each record"
-            " once, or pass group= with one owner for all copies of a record"
+            f"the data set holds one record at {order[place]} and at {order[place + 1]}: ε would be that of one copy."
+            " Give each record once, or pass group= with one owner for all copies of a record"
         )
 
 

@@ -1,18 +1,18 @@
 r"""What one record can do to a run: move the sum by its own gradient, and nothing else. It can't stop the run.
 
-An error at the step that draws a record tells that the record is there, and no account covers that. So reading is a fixed
-map of each record by itself, with an answer for every record:
+An error at the step that draws a record tells that the record is there, and no account covers that. So reading is a
+fixed map of each record by itself, with an answer for every record:
 
 - an entry of the input that is NaN or infinite is 0 (`finite`);
 - a record that can't be read, or has another shape than the others, is the zero input with no label (`NO_LABEL`);
 - a target that is none has the loss 0 and the gradient 0 (`lipdp.losses.LipschitzLoss.knows`).
 
 A gradient of norm ≤ Δ follows for every input and every target, so for these. How many records were mapped is shown and
-stored nowhere. What shows the machine to be broken stops the run all the same (`is_of_the_machine`): what a record holds
-can't cause it. If all of `_LOST` records or more in a batch can't be read, the machine is taken to be broken too.
+stored nowhere. What shows the machine to be broken stops the run all the same (`is_of_the_machine`): what a record
+holds can't cause it. If all of `_LOST` records or more in a batch can't be read, the machine is taken to be broken too.
 
-Before the first step nothing is released. Then up to `LOOKED_AT` records are looked at (`look`), and two or more among them
-that can't be read, or have another shape, are an error: the data set is wrong, not a record of it.
+Before the first step nothing is released. Then up to `LOOKED_AT` records are looked at (`look`), and two or more among
+them that can't be read, or have another shape, are an error: the data set is wrong, not a record of it.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def looked_at(count: int) -> list[int]:
 
 
 def look(dataset: Dataset[Any]) -> list[Any]:
-    """Batches of one record each, of those looked at before the first step that are of the commonest shape, in one dtype.
+    """Batches of one record each, of those looked at before the first step: the commonest shape, one dtype.
 
     Raises:
         What the data set raises, or DataError: two or more can't be read, or have another shape; or all of them.
@@ -168,8 +168,9 @@ def look(dataset: Dataset[Any]) -> list[Any]:
     shapes = Counter(map(_shapes, batches)).most_common()
     if sum(times for _, times in shapes[1:]) + len(errors) > 1:
         raise DataError(
-            f"the records have different shapes (such as {_spelled(shapes[0][0])} and {_spelled(shapes[-1][0])}): bring all to"
-            " one, by a map that looks at one record alone (a resize: --image-size; a crop, padding to a fixed size)"
+            f"the records have different shapes (such as {_spelled(shapes[0][0])} and {_spelled(shapes[-1][0])}): bring"
+            " all to one, by a map that looks at one record alone (a resize: --image-size; a crop, padding to a fixed"
+            " size)"
         )
     batches = [batch for batch in batches if _shapes(batch) == shapes[0][0]]
     common = Counter(map(_dtypes, batches)).most_common(1)[0][0]

@@ -40,8 +40,8 @@ class Rows:
 class BatchTensor(Tensor):
     r"""A tensor of a private batch: an ordinary tensor that also knows its `rows`.
 
-    One record may move the sum of gradients by Δ only where every row that enters the model is computed from one record.
-    So what a script does to a batch is followed, operation by operation:
+    One record may move the sum of gradients by Δ only where every row that enters the model is computed from one
+    record. So what a script does to a batch is followed, operation by operation:
 
     - what works entry by entry or sample by sample keeps the rows (casts, moves, arithmetic with numbers and other
       tensors, reshaping, crops, flips, convolutions, reductions over other axes than the first);
@@ -49,9 +49,9 @@ class BatchTensor(Tensor):
     - everything else makes `rows` None: one record may be in several rows (`x[indices]`, `torch.cat`), or a row hold
       several records (`x - x.mean(0)`). The numbers are the same; only a private step on them is refused.
 
-    A tensor that is not of a batch counts as public. A gradient by a batch (`torch.autograd.grad`, `x.grad`) has the rows of
-    the batch: an attack whose own loss mixes records is not seen. Nor is what a script reads as numbers (`.item()`,
-    `.numpy()`, `len(x)`) and computes with: such numbers count as public.
+    A tensor that is not of a batch counts as public. A gradient by a batch (`torch.autograd.grad`, `x.grad`) has the
+    rows of the batch: an attack whose own loss mixes records is not seen. Nor is what a script reads as numbers
+    (`.item()`, `.numpy()`, `len(x)`) and computes with: such numbers count as public.
 
     Attributes:
         rows: of which batch, and which of its rows; None where they may be mixed.
@@ -60,7 +60,8 @@ class BatchTensor(Tensor):
     >>> (x[1:] / 255).rows, (x - x.mean(0)).rows, (x - x.mean(1, keepdim=True)).rows
     (Rows(batch='a batch', start=1, stop=3), None, Rows(batch='a batch', start=0, stop=3))
 
-    Source: ours; tracking of information flow, operation by operation (Denning 1976), with the rows of a batch as labels.
+    Source: ours; tracking of information flow, operation by operation (Denning 1976), with the rows of a batch as
+    labels.
     """
 
     rows: Rows | None
@@ -293,7 +294,7 @@ _PARTS = _words("split chunk tensor_split split_with_sizes unsafe_chunk unsafe_s
 
 
 def _name(func: Any, raw: str) -> str:
-    """Of a function, a method, an operator or a property, without underscores: `add` for `add_`, `iadd` for `__iadd__`."""
+    """Of a function, method, operator or property, without underscores: `add` for `add_`, `iadd` for `__iadd__`."""
     owner = getattr(func, "__self__", None)
     return getattr(owner, "__name__", "") if raw in ("__get__", "__set__") else raw.strip("_")
 

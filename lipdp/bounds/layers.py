@@ -78,15 +78,15 @@ def _convolution(call: Call, layer: nn.Conv1d | nn.Conv2d, scale: float) -> Loca
     overlap = math.prod(axis_overlap(n, k, s, *sides, circular=circular) for n, k, s, sides in settings)
     kernel = call.used(layer.weight * scale)
     norm = certified_norm(kernel.reshape(layer.groups, layer.out_channels // layer.groups, -1)).max()
-    spread = math.sqrt(overlap)
-    parameters: dict[str, Number] = {"weight": scale * spread * call.x.value}
+    root = math.sqrt(overlap)
+    parameters: dict[str, Number] = {"weight": scale * root * call.x.value}
     offset: Number = 0.0
     positions = math.prod(call.output_shape[-axes:])
     if layer.bias is not None:
         parameters["bias"] = math.sqrt(positions)
         offset = math.sqrt(positions) * vector_norm(call.used(layer.bias))
     fan_in = max(layer.weight[0].numel(), positions)
-    return Local(gains=(spread * norm,), offset=offset, parameters=parameters, fan_in=fan_in)
+    return Local(gains=(root * norm,), offset=offset, parameters=parameters, fan_in=fan_in)
 
 
 @rule(lconv.SpectralConv1d, lconv.SpectralConv2d)
@@ -209,7 +209,7 @@ def _layer_centering(call: Call) -> Local:
 
 @rule(normalization.LayerNorm, normalization.GroupNorm)
 def _sample_norm(call: Call) -> Local:
-    """y = r (x − μ) γ + β with r = 1/√(var + ε): as `lipdp.nn` computes it, ‖y‖ ≤ √n and ‖∂y/∂x‖ ≤ r ≤ 1/√ε hold of whatever x.
+    """y = r (x − μ) γ + β, r = 1/√(var + ε): as `lipdp.nn` computes it, ‖y‖ ≤ √n and ‖∂y/∂x‖ ≤ r ≤ 1/√ε for every x.
 
     ‖∇_γ‖ ≤ ‖x̂‖_F G ≤ √n G and ‖∇_β‖ ≤ √(entries per β) G. Loose as a gain: fine in front of the first trainable layer.
     """
@@ -242,18 +242,18 @@ _HARMLESS = 2.0**-6
 
 @rule(nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def _torch_norm(call: Call) -> Local:
-    r"""torch's kernels where X makes their cancellation harmless; elsewhere the bounds of `_sample_norm` are false for them.
+    r"""torch's kernels where X makes their cancellation harmless; elsewhere `_sample_norm`'s bounds are false for them.
 
-    The kernels differ by device, memory format and version. What is assumed: mean and variance come from sums over the n
-    entries of a group, in any order, in one pass (E x² − μ²) or Welford's; then y = a x + b, and the cotangent of x is
-    a g + b' x + c, with a, b, b', c computed from r = 1/√(var + ε), μ, Σ g and Σ g x. With u the unit roundoff,
-    ρ = 2u (n + 8) and κ = ρ X²/(n ε), both at most 1/64:
+    The kernels differ by device, memory format and version. What is assumed: mean and variance come from sums over the
+    n entries of a group, in any order, in one pass (E x² − μ²) or Welford's; then y = a x + b, and the cotangent of x
+    is a g + b' x + c, with a, b, b', c computed from r = 1/√(var + ε), μ, Σ g and Σ g x. With u the unit roundoff, ρ =
+    2u (n + 8) and κ = ρ X²/(n ε), both at most 1/64:
     - μ is off by ρ X/(2√n), the variance by 2ρ X²/n = 2κ ε at most, so r by a factor within 1 ± 1.1 κ;
     - y is off further by 1.1 ρ r X ≤ 1.1 √n √(ρκ), so that ‖y‖ ≤ √n (1 + 2κ + ρ);
-    - the map of g is r (I − 11ᵀ/n − yyᵀ/n), of norm at most r max(1, ‖y‖²/n), up to the rounding of Σ g x − μ Σ g, at most
-      1.5 ρ G X, times r³ ‖x − μ‖/n ≤ 1.1 r X/(n ε), and of b' x + c, less than κ r G: in all r (1 + 10κ + 4ρ).
-    A fan-in of 2(n + 8) + 4 X²/ε gives the slack 1 + 16ρ + 32κ, and certificates the error (ρ + 2κ)(‖y‖ + X/√ε). Where κ or
-    ρ is larger it is infinite, and so is every bound behind and in front.
+    - the map of g is r (I − 11ᵀ/n − yyᵀ/n), of norm at most r max(1, ‖y‖²/n), up to the rounding of Σ g x − μ Σ g, at
+      most 1.5 ρ G X, times r³ ‖x − μ‖/n ≤ 1.1 r X/(n ε), and of b' x + c, less than κ r G: in all r (1 + 10κ + 4ρ).
+    A fan-in of 2(n + 8) + 4 X²/ε gives the slack 1 + 16ρ + 32κ, and certificates the error (ρ + 2κ)(‖y‖ + X/√ε). Where
+    κ or ρ is larger it is infinite, and so is every bound behind and in front.
     """
     layer: Any = call.module
     if getattr(layer, "track_running_stats", False):
@@ -271,9 +271,10 @@ def _torch_norm(call: Call) -> Local:
     known = not isinstance(error, Tensor) and error < math.inf
     if call.dtype.itemsize < 4 or unit > _HARMLESS or (known and error > _HARMLESS):
         raise UnsupportedLayerError(
-            f"'{call.name}': in {call.dtype} the variance that torch's {type(layer).__name__} computes of values of norm"
-            f" {float(call.x.value):.3g} cancels, and no bound holds. Use lipdp.nn.LayerNorm or lipdp.nn.GroupNorm (C groups for"
-            " InstanceNorm), with the same arguments, or lipdp.nn.from_torchlip(model), or a smaller InputBound"
+            f"'{call.name}': in {call.dtype} the variance that torch's {type(layer).__name__} computes of values of"
+            f" norm {float(call.x.value):.3g} cancels, and no bound holds. Use lipdp.nn.LayerNorm or lipdp.nn.GroupNorm"
+            " (C groups for InstanceNorm), with the same arguments, or lipdp.nn.from_torchlip(model), or a smaller"
+            " InputBound"
         )
     fan_in = times(squared, 4 / layer.eps) + 2 * (entries + 8)
     if isinstance(error, Tensor):

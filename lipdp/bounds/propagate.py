@@ -251,7 +251,7 @@ class BoundGraph:
             )
 
     def forward_pass(self, x: Tensor) -> Tensor:
-        """The forward pass that was bounded, in the mode that the model is in: its graph, with the modules as they are."""
+        """The forward pass that was bounded, in the model's mode: its graph, with the modules as they are."""
         if self.module.meta["prefix"]:  # a single layer, of which the class's forward is the operation
             return type(self.model).forward(self.model, x)
         return self._by_mode[self.model.training].forward(x)
@@ -387,8 +387,8 @@ def _check_sums(name: str, kind: str, dtype: torch.dtype) -> None:
         raise UnsupportedLayerError(
             f"'{name}' ({kind}) under autocast sums its gradient over the batch in {dtype}, where one record moves the"
             " rounded sum by more than its own gradient. Use layers of lipdp.nn that sum in float32 (SpectralLinear,"
-            " SpectralConv2d, LayerNorm, GroupNorm), freeze the parameter, or train in float32; the rule of a layer of your"
-            " own that sums in float32 says Local(..., sums_in=torch.float32)"
+            " SpectralConv2d, LayerNorm, GroupNorm), freeze the parameter, or train in float32; the rule of a layer of"
+            " your own that sums in float32 says Local(..., sums_in=torch.float32)"
         )
 
 

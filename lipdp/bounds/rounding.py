@@ -45,8 +45,8 @@ class Rounding:
 def batch_slack(records: int, dtype: torch.dtype) -> float:
     """What Δ is multiplied by for the rounding of a sum over a batch in `dtype`: 1 + 2 n u, u the unit roundoff.
 
-    Records whose terms are alike move the rounded sum of n by (1 + n u) Δ at most: each of the n additions errs by u of a
-    partial sum, and an error depends on the record that comes or goes only as far as that moves the partial sum.
+    Records whose terms are alike move the rounded sum of n by (1 + n u) Δ at most: each of the n additions errs by u of
+    a partial sum, and an error depends on the record that comes or goes only as far as that moves the partial sum.
 
     No proof for all data. A batch can be made so that every addition rounds the other way once a record is there: half
     of it takes the sum just above a power of two, the other half is a little longer than half the spacing there. On the

@@ -36,8 +36,8 @@ class Local:
         orthogonal: the inputs land in orthogonal coordinates of the output (concatenation), so that norms add as
             √Σ L_j² X_j² instead of Σ L_j X_j.
         sums_in: the dtype in which the backward pass sums the gradients of `parameters` over the batch; None, what the
-            forward pass computes in. Below float32 it is refused where they are trained: a rounded sum moves by more than
-            one record's gradient. Say `torch.float32` only of a layer that makes sure of it under autocast.
+            forward pass computes in. Below float32 it is refused where they are trained: a rounded sum moves by more
+            than one record's gradient. Say `torch.float32` only of a layer that makes sure of it under autocast.
         fan_in: number of terms summed into one output entry; sets the slack for floating-point rounding.
         exact: the operation only moves numbers around, so it rounds nothing.
     """

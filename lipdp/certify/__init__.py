@@ -7,8 +7,9 @@
 foolbox (`pip install "lipdp[robustness]"`); `run` reads a run's folder.
 """
 
+from lipdp.certify.attack import AttackResult, pgd
 from lipdp.certify.certificate import IMAGE_RADII, Certificate, certify
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.network import CONVOLUTIONS, Network
 
-__all__ = ["CONVOLUTIONS", "IMAGE_RADII", "Certificate", "InputMap", "Network", "certify"]
+__all__ = ["CONVOLUTIONS", "IMAGE_RADII", "AttackResult", "Certificate", "InputMap", "Network", "certify", "pgd"]

@@ -16,7 +16,7 @@ from lipdp.features import NORM_FLOOR, FeatureSpec
 from lipdp.nn.normalization import normalised
 
 InputMap = Callable[[Tensor], Tensor]
-"""A map of a batch of inputs, record by record: of `lipdp.data.scaling`, a `FeatureSpec`, or any with `lipschitz`."""
+"""A map of a batch of inputs, record by record: of `lipdp.data`, a `FeatureSpec`, or any with `lipschitz`."""
 
 
 def apply_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ def _constant(step: Any) -> float:
     if not isinstance(constant, (int, float)) or not 0 <= constant < float("inf"):
         raise UnboundedError(
             f"{step!r} states no finite Lipschitz constant (`lipschitz` is {constant!r}), so a radius behind it says"
-            " nothing about raw inputs; give maps of lipdp.data.scaling or a lipdp.features.FeatureSpec"
+            " nothing about raw inputs; give maps of lipdp.data or a lipdp.features.FeatureSpec"
         )
     return float(constant)
 

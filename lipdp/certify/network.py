@@ -202,8 +202,8 @@ def relative_error(rounding: Rounding, terms: float) -> float:
     """
     products = (float(rounding.slack(0)) - 1.0) / 4  # the spacing of the products' format, 0 if it is that of the sums
     spacing = float(rounding.slack(1) - rounding.slack(0)) / 8
-    units = (terms + 8) * spacing / 2
-    return 1.1 * (units / (1 - units) + products) if units < 1 else math.inf
+    roundoff = (terms + 8) * spacing / 2
+    return 1.1 * (roundoff / (1 - roundoff) + products) if roundoff < 1 else math.inf
 
 
 def _is_dense(module: nn.Module | None) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lipdp.certify import Certificate, certify
 from lipdp.certify.attack import pgd
 from lipdp.certify.inputs import InputMap, apply_maps
-from lipdp.data import DataSplit, units
+from lipdp.data import DataSplit, number_of_units
 from lipdp.errors import BoundViolation, CheckpointError, ParameterError, UnknownNameError
 from lipdp.features import features
 from lipdp.models import build
@@ -66,7 +66,7 @@ def load_run(
     config = config_from_dict(runs.config())
     checkpoint = runs.load()
     split = open_configured(config, data_dir=data_dir)
-    config = config.resolve(units(split), binary=split.task == "binary")
+    config = config.resolve(number_of_units(split), binary=split.task == "binary")
     maps = maps_of(config, split)
     x, y = split.test_part()
     model = _model(config, split, maps, x[:1])

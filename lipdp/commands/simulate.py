@@ -132,8 +132,8 @@ def _show(console: Console, found: Found, out: Path) -> None:
         highlight=False,
     )
     console.print(
-        f"{result['trials']} runs of 1/{compute['ratio']:.3g} the compute each: {compute['samples_searched']:,} {given.plan.unit}s"
-        f" processed, {compute['samples_saved']:,} saved",
+        f"{result['trials']} runs of 1/{compute['ratio']:.3g} the compute each: {compute['samples_searched']:,}"
+        f" {given.plan.unit}s processed, {compute['samples_saved']:,} saved",
         highlight=False,
     )
     console.print(

@@ -79,7 +79,7 @@ def _run(
     resume = resume or resumed_folder(out)
     config = configure(**given) if resume is None else None
     folder = world.broadcast(resume or out or (_default_folder(config.dataset, config.model) if config else Path()))
-    monitor = _told(screen, folder, tensorboard) if first else Monitor()
+    monitor = _also_to_tensorboard(screen, folder, tensorboard) if first else Monitor()
     profiled = StepProfile(folder) if profile and first else None
     with screen:
         if config is None:
@@ -93,7 +93,7 @@ def _run(
         show_result(console, result)
 
 
-def _told(monitor: Monitor, folder: Path, tensorboard: bool) -> Monitor:
+def _also_to_tensorboard(monitor: Monitor, folder: Path, tensorboard: bool) -> Monitor:
     if not tensorboard:
         return monitor
     from lipdp.report.tensorboard import Monitors, TensorBoard

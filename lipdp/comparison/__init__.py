@@ -11,6 +11,8 @@ _NAMES = {
     "TRAINERS": "lipdp.comparison.trainers",
     "Task": "lipdp.comparison.protocol",
     "Trainer": "lipdp.comparison.protocol",
+    "calibration": ".calibration",
+    "dynamics": ".dynamics",
     "get_trainer": "lipdp.comparison.trainers",
     "with_backprop_clipping": "lipdp.comparison.backprop_clipping",
 }

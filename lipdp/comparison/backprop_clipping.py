@@ -20,8 +20,8 @@ def with_backprop_clipping(
 
     A dense layer then has Δ_W = X C, a convolution √m X C (its windows overlap m-fold), a bias
     √positions · C, whatever the weights and whatever lies between the layers: nothing need be constrained. The
-    propagation of `lipdp.sensitivity` finds these bounds by itself, and one step of `lipdp.PrivacyEngine` is one Gaussian
-    mechanism on one Poisson batch for all layers together.
+    propagation of `lipdp.sensitivity` finds these bounds by itself, and one step of `lipdp.PrivacyEngine` is one
+    Gaussian mechanism on one Poisson batch for all layers together.
 
     (Bounding the cotangent of a convolution by its L1 norm over positions, as the paper does, saves the √m; but the L1
     norm over L positions is up to √L times the L2 norm, and L is larger than m.)

@@ -53,13 +53,13 @@ __all__ = [
     "PUBLISHED",
     "Claim",
     "Clipping",
+    "ClippingRow",
     "Flat",
     "Flow",
     "GlobalFlat",
     "GlobalPerLayer",
     "Ntk",
     "PerLayer",
-    "Row",
     "Spectrum",
     "Unclipped",
     "gradient_flow",
@@ -111,7 +111,7 @@ def gradient_flow(
         model: see `ntk`; it is not changed.
         x, y: the whole batch; memory for n gradients.
         loss: one value a sample.
-        clipping: of `lipdp.comparison.factors`.
+        clipping: the factors, of `factors.py`.
         step_size: small enough that Euler's method follows the flow: well below 2 over the largest curvature.
         steps: how many.
 
@@ -172,7 +172,7 @@ PUBLISHED: Mapping[str, Claim] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ClippingRow:
     """One kind of clipping at the weights and the batch given: what is claimed, and what was measured."""
 
     clipping: Clipping
@@ -203,7 +203,7 @@ def published_table(
     drop: float = 0.15,
     step_size: float = 0.05,
     steps: int = 200,
-) -> tuple[Row, ...]:
+) -> tuple[ClippingRow, ...]:
     """The four published cases, on a model and a batch, all at the same sensitivity C, hence under the same noise.
 
     Seven rows: no clipping; local flat and per-layer; global flat and per-layer with thresholds twice the largest norms
@@ -234,7 +234,7 @@ def published_table(
     keeping = thresholds(2 * whole.max(), 2 * norms.amax(0))
     dropping = thresholds(whole.quantile(1 - drop), norms.quantile(1 - drop, 0))
     return tuple(
-        Row(
+        ClippingRow(
             clipping=clipping,
             published=PUBLISHED[clipping.name],
             spectrum=spectrum(kernel.flow_matrix(clipping.factors(norms))),
@@ -244,10 +244,10 @@ def published_table(
     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[ClippingRow]) -> str:
     """The table as markdown: what was measured, with what is claimed in brackets where it differs."""
 
-    def cell(row: Row, name: str, figure: str) -> str:
+    def cell(row: ClippingRow, name: str, figure: str) -> str:
         found, claimed = getattr(row.measured, name), getattr(row.published, name)
         said = "" if found == claimed else " (claimed: yes)" if claimed else " (no claim)"
         return f"{'yes' if found else '**no**'}{said}, {figure}"

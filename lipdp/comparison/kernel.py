@@ -1,6 +1,6 @@
 """The empirical neural tangent kernel of a model on a probe batch, and the spectrum of a matrix made of it.
 
-Everything is in float64, on a copy of the model in evaluation mode. `lipdp.comparison.dynamics` has the mathematics.
+Everything is in float64, on a copy of the model in evaluation mode. `dynamics` has the mathematics.
 """
 
 from __future__ import annotations

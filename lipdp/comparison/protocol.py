@@ -33,7 +33,7 @@ class Task:
         plan: B, T, q and the joint σ of everything a step releases, of Poisson batches of the dataset's records. A
             non-private trainer draws the same batches and leaves σ alone.
         optimizer: makes one from parameters.
-        schedule: of the learning rate, as `lipdp.training.choices.make_scheduler` takes it.
+        schedule: of the learning rate, as `lipdp.training.make_scheduler` takes it.
         microbatch: samples a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
         seed: repeatable batches and noise: NOT private.
     """

@@ -13,13 +13,13 @@ from lipdp.accounting.plan import PrivacyPlan
 from lipdp.certify import IMAGE_RADII
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
+from lipdp.comparison.contenders import Contender, Setup, contenders, trained
 from lipdp.comparison.plots import pareto
 from lipdp.comparison.protocol import Trainer
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.rows import Row, Setup, rows, trained
 from lipdp.comparison.trainers.clipless import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
-from lipdp.data import Split, load, units
+from lipdp.data import Split, load, number_of_units
 from lipdp.errors import (
     NonFiniteError,
     ParameterError,
@@ -123,29 +123,33 @@ def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Pr
     """
     results = Results(out, config={**asdict(config), "what": "robustness"})
     bench: _Bench | None = None
-    for row, tau, seed in _plan(config):
-        key = _key(config, row, tau, seed)
+    for contender, tau, seed in _plan(config):
+        key = _key(config, contender, tau, seed)
         if results.find(**key):
             continue
         bench = bench or _bench(config)
-        cell = {**key, **_cell(bench, row, tau, seed)}
+        cell = {**key, **_cell(bench, contender, tau, seed)}
         results.add(cell)
         progress(cell)
     return results
 
 
-def _plan(config: RobustnessConfig) -> list[tuple[Row, float, int]]:
+def _plan(config: RobustnessConfig) -> list[tuple[Contender, float, int]]:
     found = []
-    for row in rows(config.trainers):
-        if row.plain and row.trainer.private:
+    for contender in contenders(config.trainers):
+        if contender.plain and contender.trainer.private:
             continue
-        found += [(row, tau, seed) for tau in ((1.0,) if row.plain else config.taus) for seed in range(config.seeds)]
+        found += [
+            (contender, tau, seed)
+            for tau in ((1.0,) if contender.plain else config.taus)
+            for seed in range(config.seeds)
+        ]
     return found
 
 
-def _key(config: RobustnessConfig, row: Row, tau: float, seed: int) -> Cell:
-    model = row.model_name(config.train_config().model)
-    return {"trainer": row.trainer.name, "model": model, "dataset": config.dataset, "tau": tau, "seed": seed}
+def _key(config: RobustnessConfig, contender: Contender, tau: float, seed: int) -> Cell:
+    model = contender.model_name(config.train_config().model)
+    return {"trainer": contender.trainer.name, "model": model, "dataset": config.dataset, "tau": tau, "seed": seed}
 
 
 def _bench(config: RobustnessConfig) -> _Bench:
@@ -153,21 +157,21 @@ def _bench(config: RobustnessConfig) -> _Bench:
     raw = load(config.dataset, data_dir=config.data_dir)
     data, input_bound = prepare(train)
     split = data.in_memory()
-    train = train.resolve(units(split), binary=split.task == "binary")
+    train = train.resolve(number_of_units(split), binary=split.task == "binary")
     return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, plan_of(train, split))
 
 
-def _cell(bench: _Bench, row: Row, tau: float, seed: int) -> Cell:
+def _cell(bench: _Bench, contender: Contender, tau: float, seed: int) -> Cell:
     begin = time.perf_counter()
     config, train, plan = bench.config, bench.train, bench.plan
     session = trained(
-        row,
-        _configured(row.trainer, bench),
+        contender,
+        _configured(contender.trainer, bench),
         bench.setup(tau),
         train,
         bench.split,
         plan=plan,
-        lr=config.twin_lr if row.plain else train.lr,
+        lr=config.twin_lr if contender.plain else train.lr,
         seed=seed,
     )
     private = session.event is not None

@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.comparison.contenders import Contender, Setup, contenders
 from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.rows import Row, Setup, rows
 from lipdp.errors import LipdpError, ParameterError
 from lipdp.processes import is_out_of_memory, peak_bytes
 from lipdp.training.recipes import recipe
@@ -42,7 +42,7 @@ class SpeedConfig:
         dataset: gives the shape of the images, which are random: a step takes as long on them as on real ones.
         model, model_options: of the zoo; None takes the options of the data set's recipe.
         batch_sizes: expected batch sizes B, in the order they are measured.
-        trainers, kinds: see `lipdp.comparison.rows.rows`.
+        trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
         repeat: interleaved repetitions: every trainer takes one step on the same batch, then the next round begins.
         device: "cpu" or a CUDA device.
         memory_limit: bytes that one process may allocate on a CPU; None takes 80 % of what is available.
@@ -103,108 +103,112 @@ def speed(
     """
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
-    asked_rows = rows(config.trainers, config.kinds)
+    entered = contenders(config.trainers, config.kinds)
     for batch_size in sorted(config.batch_sizes):
         if results.find(batch_size=batch_size):
             continue
-        left = [r for r in asked_rows if not _ran_out(results, r, config)]
-        peaks: dict[Row, Cell] = {}
-        for row in left if config.memory else ():
-            progress(f"B = {batch_size}: memory of {row.trainer.name} on {row.model_name(config.model)}")
-            peaks[row] = peak(config, row, batch_size)
+        left = [r for r in entered if not _ran_out(results, r, config)]
+        peaks: dict[Contender, Cell] = {}
+        for contender in left if config.memory else ():
+            progress(f"B = {batch_size}: memory of {contender.trainer.name} on {contender.model_name(config.model)}")
+            peaks[contender] = peak(config, contender, batch_size)
         progress(f"B = {batch_size}: {config.repeat} interleaved repetitions")
         alive = [r for r in left if peaks.get(r, {}).get("status", MEASURED) == MEASURED]
         times = _times(config, alive, batch_size)
-        for row in asked_rows:
-            measured = times.get(row, {"status": OUT_OF_MEMORY})
+        for contender in entered:
+            measured = times.get(contender, {"status": OUT_OF_MEMORY})
             cell = (
-                {**measured, **peaks.get(row, {})}
+                {**measured, **peaks.get(contender, {})}
                 if measured["status"] == MEASURED
-                else {**peaks.get(row, {}), **measured}
+                else {**peaks.get(contender, {}), **measured}
             )
-            results.add({**_key(config, row, batch_size), **cell})
+            results.add({**_key(config, contender, batch_size), **cell})
     return results
 
 
-def _key(config: SpeedConfig, row: Row, batch_size: int) -> Cell:
+def _key(config: SpeedConfig, contender: Contender, batch_size: int) -> Cell:
     return {
-        "trainer": row.trainer.name,
-        "model": row.model_name(config.model),
+        "trainer": contender.trainer.name,
+        "model": contender.model_name(config.model),
         "dataset": config.dataset,
         "batch_size": batch_size,
         "device": config.device,
     }
 
 
-def _ran_out(results: Results, row: Row, config: SpeedConfig) -> bool:
-    return bool(results.find(trainer=row.trainer.name, model=row.model_name(config.model), status=OUT_OF_MEMORY))
+def _ran_out(results: Results, contender: Contender, config: SpeedConfig) -> bool:
+    return bool(
+        results.find(trainer=contender.trainer.name, model=contender.model_name(config.model), status=OUT_OF_MEMORY)
+    )
 
 
-def start(config: SpeedConfig, row: Row, batch_size: int) -> Session:
+def start(config: SpeedConfig, contender: Contender, batch_size: int) -> Session:
     """A session on random images, every batch about `batch_size` of twice as many records."""
     torch.manual_seed(0)
     setup = config.setup
-    model = setup.build(row).to(config.device)
+    model = setup.build(contender).to(config.device)
     x = torch.rand(2 * batch_size, *setup.input_shape, device=config.device)
     y = torch.randint(setup.num_classes, (2 * batch_size,), device=config.device)
     task = Task(
         dataset=TensorDataset(x, y),
-        loss=setup.loss_for(row),
+        loss=setup.loss_for(contender),
         plan=PrivacyPlan(dataset_size=len(x), expected_batch_size=batch_size, steps=_MANY, noise_multiplier=2.0),
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
         seed=0,  # the same batches for every trainer
     )
-    session = row.trainer.start(model, task)
+    session = contender.trainer.start(model, task)
     session.model.train()
     return session
 
 
-def prepare(config: SpeedConfig, row: Row, batch_size: int) -> Callable[[], None]:
+def prepare(config: SpeedConfig, contender: Contender, batch_size: int) -> Callable[[], None]:
     """A session's steps, a batch each."""
-    session = start(config, row, batch_size)
+    session = start(config, contender, batch_size)
     batches = iter(session.loader)
     return lambda: session.step(*next(batches))
 
 
-def peak(config: SpeedConfig, row: Row, batch_size: int) -> Cell:
+def peak(config: SpeedConfig, contender: Contender, batch_size: int) -> Cell:
     """A cell with the peak memory of a process that takes three steps."""
     limits: dict[str, Any] = {"device": config.device, "memory_limit": config.memory_limit}
     try:
-        found = peak_bytes(prepare, config, row, batch_size, **limits)
+        found = peak_bytes(prepare, config, contender, batch_size, **limits)
     except LipdpError as error:
         return {"status": REFUSED, "reason": str(error)}
     return {"status": OUT_OF_MEMORY} if found is None else {"status": MEASURED, "peak_bytes": found}
 
 
-def _times(config: SpeedConfig, asked: Sequence[Row], batch_size: int) -> dict[Row, Cell]:
+def _times(config: SpeedConfig, asked: Sequence[Contender], batch_size: int) -> dict[Contender, Cell]:
     """Cells with times and ratios."""
-    seconds: dict[Row, list[float]] = {row: [] for row in asked}
-    cells: dict[Row, Cell] = {}
-    sessions: dict[Row, Session] = {}
-    for row in asked:
+    seconds: dict[Contender, list[float]] = {contender: [] for contender in asked}
+    cells: dict[Contender, Cell] = {}
+    sessions: dict[Contender, Session] = {}
+    for contender in asked:
         try:
-            sessions[row] = start(config, row, batch_size)
+            sessions[contender] = start(config, contender, batch_size)
         except LipdpError as error:
-            cells[row] = {"status": REFUSED, "reason": str(error)}
-    batches = {row: iter(session.loader) for row, session in sessions.items()}
+            cells[contender] = {"status": REFUSED, "reason": str(error)}
+    batches = {contender: iter(session.loader) for contender, session in sessions.items()}
     for repetition in range(config.repeat + 2):  # two to warm up
-        for row in list(sessions):
+        for contender in list(sessions):
             try:
-                taken = _timed(sessions[row], next(batches[row]), config.device)
+                taken = _timed(sessions[contender], next(batches[contender]), config.device)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                cells[row] = {"status": OUT_OF_MEMORY}
-                sessions.pop(row).close()
+                cells[contender] = {"status": OUT_OF_MEMORY}
+                sessions.pop(contender).close()
                 continue
-            seconds[row] += [taken] if repetition >= 2 else []
-    for row, session in sessions.items():
+            seconds[contender] += [taken] if repetition >= 2 else []
+    for contender, session in sessions.items():
         session.close()
-        cells[row] = {"status": MEASURED, **_summary(seconds[row])}
-        for name, yardstick in (("ratio_to_non_private", row.plain), ("ratio_to_plain_non_private", True)):
+        cells[contender] = {"status": MEASURED, **_summary(seconds[contender])}
+        for name, yardstick in (("ratio_to_non_private", contender.plain), ("ratio_to_plain_non_private", True)):
             base = next((r for r in sessions if not r.trainer.private and r.plain is yardstick), None)
             if base is not None:
-                cells[row][name] = statistics.median(a / b for a, b in zip(seconds[row], seconds[base], strict=True))
+                cells[contender][name] = statistics.median(
+                    a / b for a, b in zip(seconds[contender], seconds[base], strict=True)
+                )
     gc.collect()
     return cells
 

@@ -18,10 +18,10 @@ import torch
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.calibration import calibration
+from lipdp.comparison.contenders import Contender, Setup, contenders, trained
 from lipdp.comparison.protocol import Session, Trainer
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.rows import Row, Setup, rows, trained
-from lipdp.data import Split, split_validation, units
+from lipdp.data import Split, number_of_units, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.training.assembly import plan_of, prepare
 from lipdp.training.config import TrainConfig, config_from_dict, configure
@@ -36,7 +36,7 @@ class UtilityConfig:
         datasets: as `lipdp.data.load` takes them.
         data_dir, model, features, model_options: as for `lipdp.training.configure`; None takes the recipe's.
         epsilons, delta: budgets; δ None takes the default for N.
-        trainers, kinds: see `lipdp.comparison.rows.rows`.
+        trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
         seeds: number of runs of each trainer at each budget. They give the initial weights, batches and noise: seeded
             runs, which are repeatable and therefore not private themselves.
         trials: number of tuning trials of each trainer at each budget, at most 4: the first of its declared grid.
@@ -87,14 +87,14 @@ class Job:
     """One training run: a trial, or a final run with the settings that won.
 
     Attributes:
-        dataset, row, epsilon: the cell; ε None without privacy.
+        dataset, contender, epsilon: the cell; ε None without privacy.
         settings: of the trainer, and "lr".
         seed: of weights, batches and noise.
         trial: judged on a validation part carved out of the training part, and scaled.
     """
 
     dataset: str
-    row: Row
+    contender: Contender
     epsilon: float | None
     settings: tuple[tuple[str, Any], ...]
     seed: int
@@ -128,10 +128,10 @@ def utility(
     tuning = Results(out, config=plain, name="tuning.json")
     results = Results(out, config=plain)
     cells = [
-        (dataset, row, epsilon)
+        (dataset, contender, epsilon)
         for dataset in config.datasets
-        for row in rows(config.trainers, config.kinds)
-        for epsilon in (config.epsilons if row.trainer.private else (None,))
+        for contender in contenders(config.trainers, config.kinds)
+        for epsilon in (config.epsilons if contender.trainer.private else (None,))
     ]
     trials = [Job(*cell, settings, 0, True) for cell in cells for settings in _grid(cell[1].trainer, config.trials)]
     _run(config, trials if config.trials > 1 else [], tuning, jobs, progress)
@@ -150,7 +150,9 @@ def _grid(trainer: Trainer, trials: int) -> Iterator[tuple[tuple[str, Any], ...]
     return (tuple(zip(names, combination, strict=True)) for combination in itertools.islice(combinations, trials))
 
 
-def _best(config: UtilityConfig, tuning: Results, cell: tuple[str, Row, float | None]) -> tuple[tuple[str, Any], ...]:
+def _best(
+    config: UtilityConfig, tuning: Results, cell: tuple[str, Contender, float | None]
+) -> tuple[tuple[str, Any], ...]:
     settings = list(_grid(cell[1].trainer, config.trials))
     if len(settings) == 1:
         return settings[0]
@@ -160,8 +162,8 @@ def _best(config: UtilityConfig, tuning: Results, cell: tuple[str, Row, float | 
 def _key(config: UtilityConfig, job: Job) -> Cell:
     train = config.train_config(job.dataset)
     return {
-        "trainer": job.row.trainer.name,
-        "model": job.row.model_name(train.model),
+        "trainer": job.contender.trainer.name,
+        "model": job.contender.model_name(train.model),
         "dataset": job.dataset,
         "target_epsilon": job.epsilon,
         "settings": dict(job.settings),
@@ -205,13 +207,13 @@ def _plan(plain: str, epsilon: float | None) -> tuple[TrainConfig, PrivacyPlan]:
     given = replace(
         config_from_dict(json.loads(plain)), epsilon=epsilon, noise_multiplier=1.0 if epsilon is None else None
     )
-    train = given.resolve(units(split), binary=split.task == "binary")
+    train = given.resolve(number_of_units(split), binary=split.task == "binary")
     return train, plan_of(train, split)
 
 
 def _trial(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
     """The same q and σ on fewer records, both over k: what a trial runs at."""
-    records = units(split)
+    records = number_of_units(split)
     batch_size = max(1, round(plan.expected_batch_size * records / plan.dataset_size / scale))
     return replace(
         plan, dataset_size=records, expected_batch_size=batch_size, noise_multiplier=plan.noise_multiplier / scale
@@ -226,12 +228,12 @@ def run(config: UtilityConfig, job: Job) -> Cell:
     train, plan = _plan(plain, job.epsilon)
     if job.trial:
         split = split_validation(split, fraction=config.validation)
-        plan = _trial(plan, split, config.tune_scale if job.row.trainer.private else 1)
+        plan = _trial(plan, split, config.tune_scale if job.contender.trainer.private else 1)
     setup = Setup.of(train, split, input_bound)
     settings = dict(job.settings)
     session = trained(
-        job.row,
-        replace(job.row.trainer, **{name: v for name, v in settings.items() if name != "lr"}),
+        job.contender,
+        replace(job.contender.trainer, **{name: v for name, v in settings.items() if name != "lr"}),
         setup,
         train,
         split,
@@ -248,11 +250,15 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         **_key(config, job),
         "batch_size": plan.expected_batch_size,
         "steps": plan.steps,
-        "noise_multiplier": plan.noise_multiplier if job.row.trainer.private else None,
-        "epsilon": plan.predicted.epsilon if job.row.trainer.private and not job.trial else None,
+        "noise_multiplier": plan.noise_multiplier if job.contender.trainer.private else None,
+        "epsilon": plan.predicted.epsilon if job.contender.trainer.private and not job.trial else None,
         "delta": plan.target_delta,
         **({"score": scores.get("auroc", scores["accuracy"])} if job.trial else scores),
-        **({} if job.trial or split.task == "binary" else _calibration(session, setup.temperature(job.row), split)),
+        **(
+            {}
+            if job.trial or split.task == "binary"
+            else _calibration(session, setup.temperature(job.contender), split)
+        ),
         "private": False,  # seeded, and trials look at private records
         "seconds": round(time.perf_counter() - begin, 2),
     }

@@ -7,6 +7,7 @@ What a set is to training is in `split`, sets that stay on disk in `stored` and 
 `files`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
+from lipdp.data.augment import Augmented, augment
 from lipdp.data.folders import Columns
 from lipdp.data.opening import bound_inputs, default_bounding, load, open_split, split_validation
 from lipdp.data.scaling import (
@@ -22,12 +23,13 @@ from lipdp.data.scaling import (
     public_standardisation,
 )
 from lipdp.data.sources import DATASETS
-from lipdp.data.split import DataSplit, Split, units
+from lipdp.data.split import DataSplit, Split, number_of_units
 from lipdp.data.stored import Stored
 
 __all__ = [
     "BOUNDINGS",
     "DATASETS",
+    "Augmented",
     "Bounding",
     "Clip",
     "Columns",
@@ -38,13 +40,14 @@ __all__ = [
     "Standardise",
     "Stored",
     "Tanh",
+    "augment",
     "bound_inputs",
     "bounding",
     "clip_features",
     "default_bounding",
     "load",
+    "number_of_units",
     "open_split",
     "public_standardisation",
     "split_validation",
-    "units",
 ]

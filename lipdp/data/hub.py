@@ -28,8 +28,8 @@ _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 class HubRecords:
     """One part of a saved `datasets` folder; its Arrow files are memory-mapped.
 
-    Images are decoded from the bytes in the folder: a record that names a file or an address instead is none, for it could
-    name any.
+    Images are decoded from the bytes in the folder: a record that names a file or an address instead is none, for it
+    could name any.
 
     Attributes:
         path: the part's folder. x, y: columns of inputs and labels.
@@ -134,7 +134,7 @@ def open_hub(
     owner: str | None = None,
     name: str | None = None,
 ) -> Stored:
-    """A `datasets` folder with splits `train` and `test`; labels are read, inputs are not but for a first one that can be.
+    """A `datasets` folder with splits `train` and `test`; labels are read, of the inputs a first one that can be.
 
     The input is the one column of images, else the one column of lists of numbers; the label the one `ClassLabel`, else
     the one column of integers that is not named. `input`, `label` say otherwise. Images come as grey or RGB, whichever

@@ -59,8 +59,8 @@ def open_split(
             an `.npz` file with numeric arrays `X` and `y`, and optionally `X_test` and `y_test`. There `X` is a table
             (N, d), or images (N, H, W) or (N, C, H, W) as bytes or as floats in [0, 1]; the set of labels is public.
             Or a folder, which is not read but mapped: `train_x.npy`, `train_y.npy`, `test_x.npy`, `test_y.npy` (see
-            `lipdp.data.stored.open_npy`), or what `datasets.DatasetDict.save_to_disk` writes
-            (`lipdp.data.hub.open_hub`).
+            `open_npy`), or what `datasets.DatasetDict.save_to_disk` writes
+            (`open_hub`).
         data_dir: where to look; by default `$LIPDP_DATA`. It holds `MNIST/raw/*-ubyte[.gz]`,
             `FashionMNIST/raw/*-ubyte[.gz]`, `cifar-10-batches-py/*`, `adbench/*.npz`, or the files themselves.
         download: if the files are absent, fetch them from OpenML into that layout (images only), under `data_dir`,

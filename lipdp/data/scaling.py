@@ -1,8 +1,8 @@
 """Data-independent maps that bring the inputs into a public range: scaled by public constants, never by the data.
 
 A minimum, a maximum, a mean or a quantile read off the private data is a release that ε does not count. So each map
-here is fixed before the data are seen. All of them act entry by entry, hence record by record, and take an entry that is
-NaN or infinite for 0: an error would tell that the record is there.
+here is fixed before the data are seen. All of them act entry by entry, hence record by record, and take an entry that
+is NaN or infinite for 0: an error would tell that the record is there.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def _images(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
-    """A table (N, d), or images (N, C, H, W) in [0, 1]; entries that are not finite are 0, and those outside clipped."""
+    """A table (N, d), or images (N, C, H, W) in [0, 1]; entries that are not finite are 0, others clipped."""
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise DataError(
             f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, [C,] H, W), not empty"

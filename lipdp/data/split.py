@@ -142,7 +142,7 @@ class Split:
         return self
 
 
-def units(split: DataSplit) -> int:
+def number_of_units(split: DataSplit) -> int:
     """N of the account, a public fact: the number of owners of training records where they are known, or of records."""
     return split.records if split.train_owner is None else len(split.train_owner.unique())
 

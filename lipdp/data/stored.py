@@ -35,7 +35,7 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Float32 inputs, images (n, C, H, W) in [0, 1] and of `size` if given, tables (n, d) as they are; int64 labels.
+        """Float32 inputs, images (n, C, H, W) in [0, 1], of `size` if given, tables (n, d) as they are; int64 labels.
 
         Raises:
             RecordError: one of the records can't be read, or they differ in shape. DataError: the file can't be read.
@@ -48,8 +48,8 @@ class Stored:
     """A data set that stays on disk: a `DataSplit` that holds no inputs.
 
     Each batch is read, scaled to [0, 1] if it is of bytes, resized and bounded when it is asked for, record by record
-    and by public constants. No record stops that: entries that are NaN or infinite are 0, a label that is none has no loss, and
-    a record that can't be read is the zero record (`lipdp.batches.records`).
+    and by public constants. No record stops that: entries that are NaN or infinite are 0, a label that is none has no
+    loss, and a record that can't be read is the zero record (`lipdp.batches.records`).
 
     Attributes:
         name: what it was opened as.
@@ -196,8 +196,8 @@ def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -
     Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0,
     1]. Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
 
-    Guarantees: shapes, dtypes, counts and all labels are looked at, and 64 records of each part; nothing else is read. Of the
-    training part two or more of the first 64 must be wrong to be refused; what one record holds stops nothing.
+    Guarantees: shapes, dtypes, counts and all labels are looked at, and 64 records of each part; nothing else is read.
+    Of the training part two or more of the first 64 must be wrong to be refused; what one record holds stops nothing.
 
     Args:
         path: the folder.

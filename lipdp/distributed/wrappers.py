@@ -81,7 +81,7 @@ def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
 
 
 @torch.no_grad()
-def settle_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+def warm_up_shards(module: nn.Module, input_shape: tuple[int, ...]) -> None:
     """Run a model under `fully_shard` once: its first pass rearranges its hooks, which the engine then watches."""
     if is_sharded(module):
         with untouched(module):

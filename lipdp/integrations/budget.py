@@ -28,19 +28,18 @@ def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:
     >>> engine = lipdp.PrivacyEngine("rdp")
     >>> _ = engine.make_private(module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), dataset=dataset,
     ...     criterion=lipdp.losses.TauCrossEntropy(), expected_batch_size=10, steps=50, noise_multiplier=1.0)
-    >>> from lipdp.integrations.budget import steps_within
+    >>> from lipdp.integrations import steps_within
     >>> steps_within(engine, epsilon=1e9, delta=1e-5), steps_within(engine, epsilon=0.01, delta=1e-5)
     (50, 0)
     """
     if not epsilon > 0:
         raise ParameterError(f"epsilon={epsilon}: a budget is a positive number")
-    run = engine._current()
-    left = run.plan.steps - (engine.ledger.steps - run.before)
+    left = engine.steps_left
     if epsilon == float("inf"):
         return left
 
     def spent(steps: int) -> float:
-        then = Ledger([*engine.ledger.events, run.plan.step_event.with_steps(steps)])
+        then = Ledger([*engine.ledger.events, engine.plan.step_event.with_steps(steps)])
         return engine.accountant.epsilon(then.events, delta).epsilon
 
     if left == 0 or spent(left) <= epsilon:

@@ -13,9 +13,7 @@ from lipdp.privacy.engine import PrivacyEngine
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise ParameterError(
-        f'lipdp.integrations.lightning needs Lightning ({error}): pip install "lipdp[lightning]"'
-    ) from error
+    raise ParameterError(f'PrivacyBudget needs Lightning ({error}): pip install "lipdp[lightning]"') from error
 
 
 class PrivacyBudget(Callback):
@@ -83,9 +81,8 @@ class PrivacyBudget(Callback):
         if self._saved is not None:  # came before `configure_optimizers`, hence perhaps before make_private
             self._go_on(self._saved)
             self._saved = None
-        own_reduction(trainer.model, self._engine._current().world)
-        run = self._engine._current()
-        if len(trainer.optimizers) != 1 or trainer.optimizers[0] is not run.optimizer:
+        own_reduction(trainer.model, self._engine.world)
+        if len(trainer.optimizers) != 1 or not self._engine.is_private(trainer.optimizers[0]):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise OptimizerError(
                 f"configure_optimizers returned {names or 'none'}; the callback needs the one optimiser that"
@@ -131,7 +128,7 @@ class PrivacyBudget(Callback):
         """The engine's state, for Lightning's checkpoint; nothing before make_private."""
         if self._saved is not None:
             return {"engine": self._saved}
-        return {"engine": self._engine.state_dict()} if self._engine._hooks is not None else {}
+        return {"engine": self._engine.state_dict()} if self._engine.attached else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until the optimiser exists."""

@@ -22,10 +22,11 @@ def clip_norm(x: Tensor, bound: float | Tensor, radius: float | Tensor | None = 
 
     What is inside keeps its place, zero stays zero, and gradients stay finite.
 
-    Guarantee: the norm of what comes out, as computed, is at most the radius. With u = ε/2 the unit roundoff of `x`, the
-    factor and the n products by it are rounded by u at most, so the norm grows by (1 + u)² at most, and the float64 norm is
-    off by n 2⁻⁵³ at most. So the ball projected on is smaller by ε + n 2⁻⁵², and (1 + u)²(1 − 2u) < 1. (In float64 up to n 2⁻⁵³
-    for the norm itself.) A factor below the smallest normal number, which would be rounded by more, becomes 0.
+    Guarantee: the norm of what comes out, as computed, is at most the radius. With u = ε/2 the unit roundoff of `x`,
+    the factor and the n products by it are rounded by u at most, so the norm grows by (1 + u)² at most, and the float64
+    norm is off by n 2⁻⁵³ at most. So the ball projected on is smaller by ε + n 2⁻⁵², and (1 + u)²(1 − 2u) < 1. (In
+    float64 up to n 2⁻⁵³ for the norm itself.) A factor below the smallest normal number, which would be rounded by
+    more, becomes 0.
     """
     entries = x[0].numel() if len(x) else 0
     margin = 1 - torch.finfo(x.dtype).eps - entries * torch.finfo(torch.float64).eps

@@ -53,12 +53,13 @@ def check_centering_axes(dim: Sequence[int], ndim: int) -> list[int]:
 
 
 def normalised(x: Tensor, axes: int, eps: float) -> Tensor:
-    r""":math:`(x - \mu)/\sqrt{\mathrm{var} + \epsilon}` over the last `axes` axes, in float32 or better, with bounds that rounding keeps.
+    r"""(x − μ)/√(var + ε) over the last `axes` axes, in float32 or better, with bounds that rounding keeps.
 
-    Computed in float64 from the centred entries d, y = r d with :math:`r = (\overline{d^2} + \epsilon)^{-1/2}`. Whatever d is,
-    ‖y‖² = n ‖d‖²/(‖d‖² + nε) < n and r ≤ 1/√ε: no sum cancels, and no float32 overflows. The backward pass computes
-    P r (I − yyᵀ/n) g with P the centering, of norm at most r, from the same d; y need not be orthogonal to 1 for that. (torch's
-    kernels compute the variance as a difference and y as a x + b, which rounding lets grow without limit.)
+    Computed in float64 from the centred entries d, y = r d with r = 1/√(mean(d²) + ε).
+    Whatever d is, ‖y‖² = n ‖d‖²/(‖d‖² + nε) < n and r ≤ 1/√ε: no sum cancels, and no float32 overflows. The backward
+    pass computes P r (I − yyᵀ/n) g with P the centering, of norm at most r, from the same d; y need not be orthogonal
+    to 1 for that. (torch's kernels compute the variance as a difference and y as a x + b, which rounding lets grow
+    without limit.)
 
     Args:
         x: (N, …).
@@ -79,8 +80,8 @@ def normalised(x: Tensor, axes: int, eps: float) -> Tensor:
 class LayerNorm(nn.LayerNorm):
     r"""`torch.nn.LayerNorm` with bounds that hold for every input: ‖y‖ ≤ √n before the affine map, gain 1/√ε.
 
-    torch's own layer breaks them: its variance and its a x + b cancel where the mean is large against √ε (one record moved a
-    gradient by 197 Δ behind identifiers of 10⁷). The output is in float32 under autocast.
+    torch's own layer breaks them: its variance and its a x + b cancel where the mean is large against √ε (one record
+    moved a gradient by 197 Δ behind identifiers of 10⁷). The output is in float32 under autocast.
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as torch's, with ε > 0.
@@ -109,8 +110,8 @@ class LayerNorm(nn.LayerNorm):
 class GroupNorm(nn.GroupNorm):
     r"""`torch.nn.GroupNorm` with bounds that hold for every input; as many groups as channels are an InstanceNorm.
 
-    ‖y‖ ≤ √n before the affine map for the n entries of a sample, gain 1/√ε. torch's own layer breaks them (in channels_last
-    one record of 8-bit pixels moved a gradient by 153 Δ). The output is in float32 under autocast.
+    ‖y‖ ≤ √n before the affine map for the n entries of a sample, gain 1/√ε. torch's own layer breaks them (in
+    channels_last one record of 8-bit pixels moved a gradient by 153 Δ). The output is in float32 under autocast.
 
     Args:
         num_groups, num_channels, eps, affine, device, dtype: as torch's, with ε > 0.

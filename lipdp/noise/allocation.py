@@ -132,7 +132,7 @@ def get_allocation(name_or_object: str | Allocation) -> Allocation:
 
 
 def rescaled(stds: Tensor, sensitivities: Tensor, noise_multiplier: float) -> Tensor:
-    """Stds in the same proportions on the surface `Σ_l Δ_l²/s_l² = 1/σ²`, which rounding or an allocation may have missed.
+    """Stds in the same proportions on the surface Σ_l Δ_l²/s_l² = 1/σ², which rounding or an allocation may miss.
 
     Args:
         stds: (D,) s_l ≥ 0. Δ_l > 0 with s_l = 0 is no noise at any scale: what comes out is not finite.

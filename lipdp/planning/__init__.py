@@ -9,6 +9,7 @@ from lipdp.lazy import facade
 
 # public name → the module that defines it; imported on first use: Optuna is an extra
 _NAMES = {
+    "LABEL": "lipdp.planning.simulation",
     "Budget": "lipdp.planning.budget",
     "Cost": "lipdp.planning.cost",
     "Move": "lipdp.planning.tan",
@@ -19,11 +20,14 @@ _NAMES = {
     "Scale": "lipdp.planning.cost",
     "Simulation": "lipdp.planning.simulation",
     "Workload": "lipdp.planning.cost",
+    "accuracy_against_rate": "lipdp.planning.pictures",
     "constant_eta": "lipdp.planning.budget",
     "eta_for": "lipdp.planning.tan",
     "evaluate": "lipdp.planning.budget",
     "iso_budget": "lipdp.planning.budget",
+    "loss_curves": "lipdp.planning.pictures",
     "measure": "lipdp.planning.cost",
+    "parse_space": "lipdp.planning.space",
     "plan": "lipdp.planning.budget",
     "rule": "lipdp.planning.tan",
     "simulate": "lipdp.planning.search",

@@ -35,7 +35,7 @@ _WARM_UP = 2  # rounds
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The model whose steps are measured, as `lipdp.training.choices.make_model` takes it, and the device."""
+    """The model whose steps are measured, as `lipdp.training.make_model` takes it, and the device."""
 
     model: str = "cnn"
     model_options: Mapping[str, Any] = field(default_factory=dict)

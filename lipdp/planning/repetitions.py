@@ -15,7 +15,7 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
 
 from lipdp.accounting.accountants import checked_delta
-from lipdp.accounting.calibration import _search
+from lipdp.accounting.calibration import smallest_noise_multiplier
 from lipdp.accounting.events import Event
 from lipdp.accounting.relation import Relation
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
@@ -35,12 +35,11 @@ class Repetitions:
     Let one run, hyper-parameters and score included, satisfy D_α ≤ ρ(α). With K from the truncated negative binomial of
     shape s ≥ 0 and γ in (0, 1) (s = 1 geometric, s = 0 logarithmic), for any orders α > 1, β ≥ 1,
 
-    $$D_\alpha^{search} \le \rho(\alpha) + (1+s)(1 - 1/\beta)\,\rho(\beta) + (1+s)\ln(1/\gamma)/\beta
-    + \ln E[K]/(\alpha-1)$$
+    D_α(search) ≤ ρ(α) + (1+s)(1 − 1/β) ρ(β) + (1+s) ln(1/γ)/β + ln E[K]/(α−1)
 
     and with K from the Poisson law of mean μ, for any δ̂ at which one run is (ln(α/(α−1)), δ̂)-DP,
 
-    $$D_\alpha^{search} \le \rho(\alpha) + \mu\hat\delta + \ln\mu/(\alpha-1).$$
+    D_α(search) ≤ ρ(α) + μ δ̂ + ln μ/(α−1).
 
     The cost hardly grows with E[K], whereas E[K] runs that are all released cost √E[K] times as much or more. For a
     pure-DP run of ε the search is (2+s)ε-DP.
@@ -119,7 +118,7 @@ class Repetitions:
             return self.epsilon(Event(sigma, one.sampling_rate, one.steps), delta)
 
         eta = eta_for(target_epsilon, delta) / 1.6  # the search costs about as much as a run of that much more signal
-        return _search(cost, max(1.0, sampling_rate * math.sqrt(steps / 2.0) / eta), target_epsilon)
+        return smallest_noise_multiplier(cost, max(1.0, sampling_rate * math.sqrt(steps / 2.0) / eta), target_epsilon)
 
     def draw(self, rng: random.Random | None = None) -> int:
         """A K of this law, from the system's entropy.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.data import Split, split_validation, units
+from lipdp.data import Split, number_of_units, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.planning.space import Scalar, merged
 from lipdp.training import Trainer, configure
@@ -31,7 +31,7 @@ class Simulation:
     At fixed T the update of one step is (Σ_{i∈batch} ∇ℓ_i + σΔξ)/B: batch and noise divided by k leave the noise of the
     step as it is, σΔ/B, and with it the best learning rate. What changes is the sampling noise of the batch, k times
     the variance; the law holds as long as that stays below the privacy noise.
-    ε does not survive (see `lipdp.planning.tan.WALL`): a simulated run releases next to unprotected gradients.
+    ε does not survive (see `tan.WALL`): a simulated run releases next to unprotected gradients.
 
     B/k is rounded and σ takes the same ratio exactly. The simulated run trains on the training part less a validation
     part, never on the test part, and with that many records its batches are a slightly larger share of them.
@@ -134,7 +134,7 @@ def simulation(
     data, input_bound = prepare(config)
     split = data.in_memory()
     binary = split.task == "binary"
-    plan = plan_of(config.resolve(units(split), binary=binary), split)
+    plan = plan_of(config.resolve(number_of_units(split), binary=binary), split)
     held_out = split_validation(split, fraction=validation)
     found = Simulation(
         settings=settings,
@@ -150,11 +150,11 @@ def simulation(
 
 def _simulated(plan: PrivacyPlan, split: Split, scale: float) -> PrivacyPlan:
     """B/k, rounded, and σ/k such that B/σ is exactly that of the full run."""
-    batch_size, left = max(1, round(plan.expected_batch_size / scale)), units(split)
+    batch_size, left = max(1, round(plan.expected_batch_size / scale)), number_of_units(split)
     if batch_size > left:
         raise ParameterError(
-            f"scale={scale:g}: B/k = {batch_size} of {left} {plan.unit}s left to train on; take a larger scale, or a smaller"
-            " validation part"
+            f"scale={scale:g}: B/k = {batch_size} of {left} {plan.unit}s left to train on; take a larger scale, or a"
+            " smaller validation part"
         )
     return replace(
         plan,

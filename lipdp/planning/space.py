@@ -72,8 +72,8 @@ def check_name(name: str) -> None:
         raise UnknownNameError("setting", head, SEARCHABLE)
     if head not in SEARCHABLE:
         raise ParameterError(
-            f"{name!r} cannot be searched: a simulation keeps the data and all that ε depends on, and the machine changes"
-            f" no result; these can: {', '.join(sorted(SEARCHABLE))}"
+            f"{name!r} cannot be searched: a simulation keeps the data and all that ε depends on, and the machine"
+            f" changes no result; these can: {', '.join(sorted(SEARCHABLE))}"
         )
     options = SETTINGS[head].kind is OPTIONS
     if options != (bool(dot) and tail.isidentifier()):

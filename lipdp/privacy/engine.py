@@ -19,7 +19,7 @@ from lipdp.batches.population import Group, Population, check_records, first_rec
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World, current_world
-from lipdp.distributed.wrappers import check_alike, own_reduction, plan_together, settle_shards
+from lipdp.distributed.wrappers import check_alike, own_reduction, plan_together, warm_up_shards
 from lipdp.errors import EngineError, ParameterError
 from lipdp.losses import as_lipschitz
 from lipdp.nn.sharded import is_sharded, local_tensor
@@ -237,7 +237,7 @@ class PrivacyEngine:
         world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
         with world.fail_together():
             shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
-            settle_shards(inner, shape)
+            warm_up_shards(inner, shape)
             graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
             loss = as_lipschitz(criterion)
             check_loss(loss, targets.to(graph.device), graph.num_outputs)
@@ -390,6 +390,26 @@ class PrivacyEngine:
     def steps_taken(self) -> int:
         """Noisy steps so far."""
         return self.ledger.steps
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that the plan has left."""
+        run = self._current()
+        return run.plan.steps - (self.ledger.steps - run.before)
+
+    @property
+    def world(self) -> World:
+        """The processes that take part."""
+        return self._current().world
+
+    @property
+    def attached(self) -> bool:
+        """Whether a model is private now: after `make_private`, before `detach`."""
+        return self._hooks is not None
+
+    def is_private(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the steps of this optimiser are the noisy ones."""
+        return self._hooks is not None and self._hooks.optimizer is optimizer
 
     def sensitivity(self) -> Sensitivity:
         """Δ per parameter at the weights as they are."""

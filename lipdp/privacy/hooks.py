@@ -297,7 +297,7 @@ class StepHooks:
             raise EngineError(
                 f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε"
                 " would leave the others out. Restore the engine with it: engine.load_state_dict (Lightning: the"
-                " callback lipdp.integrations.lightning.PrivacyBudget; Accelerate:"
+                " callback lipdp.integrations.PrivacyBudget; Accelerate:"
                 " accelerator.register_for_checkpointing(engine); Fabric: engine among the objects of save and load)"
             )
 

@@ -14,7 +14,7 @@ from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.report.comparison import ComparisonRow, read_comparison
 from lipdp.report.evaluation import run_calibration
 from lipdp.report.parameters import ParameterRow, rows_of_run
-from lipdp.report.reading import Run, read_run
+from lipdp.report.reading import RecordedRun, read_run
 from lipdp.report.statement import Notice, notices, paragraphs, recomputed_epsilon
 
 FORMATS = ("html", "json", "md")
@@ -36,7 +36,7 @@ class RunReport:
     """
 
     label: str
-    run: Run
+    run: RecordedRun
     notices: tuple[Notice, ...]
     statement: tuple[str, ...]
     recomputed: float | None
@@ -61,7 +61,7 @@ class Report:
     version: str
 
     @property
-    def labelled(self) -> list[tuple[str, Run]]:
+    def labelled(self) -> list[tuple[str, RecordedRun]]:
         """The runs with their letters."""
         return [(one.label, one.run) for one in self.runs]
 

@@ -10,7 +10,7 @@ from lipdp.certify.inputs import apply_maps
 from lipdp.certify.run import load_run
 from lipdp.comparison.calibration import Calibration, calibration
 from lipdp.errors import LipdpError, ParameterError
-from lipdp.report.reading import Run
+from lipdp.report.reading import RecordedRun
 from lipdp.training.choices import make_loss
 
 _BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -18,7 +18,7 @@ _BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, R
 
 
 def run_calibration(
-    run: Run, *, data_dir: str | os.PathLike[str] | None = None, run_code: bool = False
+    run: RecordedRun, *, data_dir: str | os.PathLike[str] | None = None, run_code: bool = False
 ) -> tuple[Calibration | None, str]:
     """The calibration of the last weights, or None and why there is none.
 
@@ -39,7 +39,7 @@ def run_calibration(
         return None, f"Not computed: {str(error) or type(error).__name__}"
 
 
-def _calibration(run: Run, data_dir: str | os.PathLike[str] | None) -> Calibration:
+def _calibration(run: RecordedRun, data_dir: str | os.PathLike[str] | None) -> Calibration:
     loaded = load_run(run.folder, data_dir=data_dir)
     loss, _ = make_loss(str(loaded.config.loss), int(loaded.y.max()) + 1, loaded.config.loss_options)
     tau = getattr(loss, "tau", None)

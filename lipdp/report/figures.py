@@ -22,7 +22,7 @@ from matplotlib.ticker import NullLocator
 
 from lipdp.comparison.calibration import Calibration, reliability_diagram
 from lipdp.report.comparison import ComparisonRow
-from lipdp.report.reading import Run
+from lipdp.report.reading import RecordedRun
 
 _SERIES = [f"#0a00{i:02x}" for i in range(8)]
 _MARKS = {"#0b0001": "ink", "#0b0002": "line", "#000000": "ink", "#ffffff": "paper"} | {
@@ -52,7 +52,7 @@ _RC: Any = {
 _SIZE = (4.8, 3.1)
 _MOST_BARS = 24
 
-Labelled = Sequence[tuple[str, Run]]
+Labelled = Sequence[tuple[str, RecordedRun]]
 
 
 def budget(runs: Labelled) -> Markup | None:

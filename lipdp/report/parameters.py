@@ -14,7 +14,7 @@ from lipdp.sensitivity import NodeBound
 from lipdp.training.checkpoint import RunFolder
 
 if TYPE_CHECKING:
-    from lipdp.report.reading import Run
+    from lipdp.report.reading import RecordedRun
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def parameter_rows(
     return tuple(rows)
 
 
-def rows_of_run(run: Run) -> tuple[tuple[ParameterRow, ...], str]:
+def rows_of_run(run: RecordedRun) -> tuple[tuple[ParameterRow, ...], str]:
     """The noise as it was drawn, and why some columns are empty ("" if none is)."""
     account, sizes, reasons = run.account, {}, []
     if not set(account.sensitivity) <= set(account.noise_stds):

@@ -180,7 +180,7 @@ class _Configured:
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """Everything a run's folder says.
 
     Attributes:
@@ -210,7 +210,7 @@ class Run:
         return self.metrics[-1].score(self.metric, averaged=averaged) if self.metrics else None
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
+def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
     """A run's folder.
 
     Raises:
@@ -222,7 +222,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     config = read(path / "config.json", dict[str, Any])
     metrics, sessions = path / "metrics.jsonl", path / "environment.json"
     robustness, audit = path / "certificate.json", path / "audit.json"
-    return Run(
+    return RecordedRun(
         folder=path,
         name=path.resolve().name,
         title=str(checked(config, _Configured, path / "config.json")),

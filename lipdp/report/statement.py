@@ -10,7 +10,7 @@ from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
 from lipdp.accounting.relation import Relation
 from lipdp.errors import LipdpError
-from lipdp.report.reading import Account, Run
+from lipdp.report.reading import Account, RecordedRun
 
 PUBLIC = (
     "the number of training records N, the batch size B and with them the sampling rate q = B/N",
@@ -123,7 +123,7 @@ def recomputed_epsilon(account: Account) -> float | None:
         return None
 
 
-_ALARMS: tuple[tuple[Callable[[Run], bool], str, str], ...] = (
+_ALARMS: tuple[tuple[Callable[[RecordedRun], bool], str, str], ...] = (
     (
         lambda run: run.account.seeded,
         "This run is NOT private",
@@ -144,7 +144,7 @@ _ALARMS: tuple[tuple[Callable[[Run], bool], str, str], ...] = (
 )
 
 
-def notices(run: Run, recomputed: float | None) -> tuple[Notice, ...]:
+def notices(run: RecordedRun, recomputed: float | None) -> tuple[Notice, ...]:
     """What must not be missed, the alarms first."""
     account = run.account
     found = [Notice(title, text, alarm=True) for holds, title, text in _ALARMS if holds(run)]

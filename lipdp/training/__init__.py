@@ -4,12 +4,17 @@ from lipdp.lazy import facade
 
 # public name → the module that defines it; imported on first use: the help of the command needs the settings alone
 _NAMES = {
+    "Forward": "lipdp.training.forward",
     "Interrupted": "lipdp.training.monitor",
     "Monitor": "lipdp.training.monitor",
     "Result": "lipdp.training.monitor",
     "TrainConfig": "lipdp.training.config",
     "Trainer": "lipdp.training.trainer",
     "configure": "lipdp.training.config",
+    "make_loss": "lipdp.training.choices",
+    "make_model": "lipdp.training.choices",
+    "make_scheduler": "lipdp.training.choices",
+    "recipe": "lipdp.training.recipes",
     "settings_table": "lipdp.training.config",
     "train": "lipdp.training.trainer",
 }

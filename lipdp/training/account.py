@@ -8,7 +8,7 @@ from typing import Any
 
 from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.digest import with_digest
-from lipdp.training.assembly import Parts, decided
+from lipdp.training.assembly import Assembly, decided
 from lipdp.training.config import TrainConfig
 from lipdp.training.progress import Progress
 
@@ -32,7 +32,7 @@ class Account:
         planned: ε after all steps, and the accountant that says so.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, progress: Progress) -> None:
+    def __init__(self, config: TrainConfig, parts: Assembly, progress: Progress) -> None:
         self._engine, self._progress = parts.engine, progress
         self._steps, self._delta = parts.engine.plan.steps, decided(parts.engine.plan.target_delta)
         self.planned, self._curve = parts.planned, parts.curve

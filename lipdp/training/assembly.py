@@ -15,7 +15,7 @@ from lipdp.accounting.accountants import Spent
 from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
-from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, open_split, units
+from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, number_of_units, open_split
 from lipdp.data.augment import Augmented, augment
 from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
@@ -86,7 +86,7 @@ def plan_of(
     """
     return plan_together(
         world or Alone(),
-        dataset_size=units(split),
+        dataset_size=number_of_units(split),
         unit="record" if split.train_owner is None else "owner",
         expected_batch_size=decided(config.batch_size),
         steps=decided(config.steps),
@@ -105,7 +105,7 @@ def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dat
 
 
 @dataclass(frozen=True)
-class Parts:
+class Assembly:
     """What a run consists of. `random`: torch's generators after the model was drawn; `planned`: ε after all steps."""
 
     device: torch.device
@@ -129,7 +129,7 @@ def assemble(
     input_bound: float | None = None,
     noise_multiplier: float | None = None,
     world: World | None = None,
-) -> Parts:
+) -> Assembly:
     """Build a run from a configuration that was resolved for the split. Nothing is released.
 
     Args:
@@ -175,7 +175,7 @@ def assemble(
         pin_memory=config.pin_memory,
         forward_dtype=precision(config.autocast),
     )
-    return Parts(
+    return Assembly(
         device=device,
         model=model,
         forward=forward,
@@ -195,8 +195,8 @@ def _gate(config: TrainConfig, loss: LipschitzLoss, plan: PrivacyPlan) -> float 
     if config.gate_quantile is None:
         return config.gate
     # noise of 2.5 σ on the count leaves all but 2 % of σ to the gradient
-    spread = max(plan.expected_batch_size / 20, 2.5 * plan.noise_multiplier)
-    return QuantileGate(config.gate or loss.lipschitz, quantile=config.gate_quantile, count_std=spread)
+    count_std = max(plan.expected_batch_size / 20, 2.5 * plan.noise_multiplier)
+    return QuantileGate(config.gate or loss.lipschitz, quantile=config.gate_quantile, count_std=count_std)
 
 
 def decided(value: Any) -> Any:

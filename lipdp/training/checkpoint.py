@@ -29,7 +29,7 @@ class RunFolder:
 
     Files are readable by their owner alone: the metrics hold a training loss that ε does not cover, and while a run is
     unfinished its checkpoints hold the keys of the noise to come (under `resume`). Whoever reads one can subtract that
-    noise from later releases. `seal` takes the keys out, also those in what a killed process left half written.
+    noise from later releases. `drop_keys` takes the keys out, also those in what a killed process left half written.
 
     Guarantee: kill the process at any moment, and every file is the old one or the new one. A checkpoint is read only
     if the checksums in it agree (torch does not look at them: it loads a flipped bit as a weight), else the previous
@@ -141,7 +141,7 @@ class RunFolder:
         if stated != dict(plan):
             raise ResumeError(f"privacy.json in {self} has another privacy plan than the checkpoint: whose is it?")
 
-    def seal(self) -> None:
+    def drop_keys(self) -> None:
         """Take out of the checkpoints what only a resume needs: the run is over, and its keys tell the noise."""
         self.sweep()
         for path in (self.path / _CHECKPOINT, self.path / _PREVIOUS):

@@ -57,14 +57,16 @@ def evaluate(
 
     Args:
         model: in any mode; evaluated in evaluation mode and left as it was.
-        x: (N, *input_shape), of any float dtype and on any device; entries that are not finite count as 0, as in training.
+        x: (N, *input_shape), of any float dtype and on any device; entries that are not finite count as 0, as in
+            training.
         y: (N,) int64 labels.
         binary: score two classes, by the single logit or by the difference of two.
         device: where the model is; that of its first parameter by default.
         batch_size: of the forward passes.
 
     Returns:
-        {"accuracy": …} and, if binary, {"auroc": …}, in [0, 1]; no AUROC (None, and a warning in the log) of one class only.
+        {"accuracy": …} and, if binary, {"auroc": …}, in [0, 1]; no AUROC (None, and a warning in the log) of one class
+        only.
 
     Raises:
         DataError: no records.

@@ -10,7 +10,7 @@ from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_same_weights
 from lipdp.errors import NonFiniteError
 from lipdp.training.account import Account
-from lipdp.training.assembly import Parts
+from lipdp.training.assembly import Assembly
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.config import TrainConfig
 from lipdp.training.progress import Progress
@@ -31,7 +31,9 @@ class Release:
         saved_at: the step of the last checkpoint; None if what is on disk is not yet this run's.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, progress: Progress, account: Account, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, parts: Assembly, progress: Progress, account: Account, world: World
+    ) -> None:
         self._config, self._parts, self._progress = config, parts, progress
         self._account, self._world = account, world
         self.saved_at: int | None = None
@@ -58,7 +60,7 @@ class Release:
         with self._world.fail_together():
             if folder is not None:
                 folder.save(self._weights())
-                folder.seal()
+                folder.drop_keys()
 
     def check_weights(self) -> None:
         """Refuse NaN, infinity, and weights that differ between the processes."""

@@ -12,14 +12,14 @@ from lipdp.accounting.events import Ledger
 from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, LipdpError, ResumeError
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.training.assembly import Parts, decided
+from lipdp.training.assembly import Assembly, decided
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
 from lipdp.training.config import TrainConfig, config_from_dict
 from lipdp.training.progress import Progress
 from lipdp.training.runtime import own_random_state, random_state
 
 
-def saved_state(parts: Parts, progress: Progress) -> dict[str, Any]:
+def saved_state(parts: Assembly, progress: Progress) -> dict[str, Any]:
     """What a checkpoint holds beside the weights."""
     return {
         "optimizer": parts.optimizer.state_dict(),
@@ -47,7 +47,7 @@ def read_checkpoint(
     checkpoint = folder.load()
     if "resume" not in checkpoint:
         if world.rank == 0:
-            folder.seal()
+            folder.drop_keys()
         raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
     return config.resumed(checkpoint.get("config", {})).resumed(given), checkpoint
 
@@ -62,7 +62,7 @@ def saved_noise_multiplier(state: Mapping[str, Any]) -> float:
 
 def restore(
     config: TrainConfig,
-    parts: Parts,
+    parts: Assembly,
     progress: Progress,
     checkpoint: Mapping[str, Any],
     *,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lipdp.accounting.accountants import Spent
-from lipdp.data import DataSplit, units
+from lipdp.data import DataSplit, number_of_units
 from lipdp.distributed.collectives import World, current_world
 from lipdp.errors import DataError
 from lipdp.privacy.deferred import DeferredRead
@@ -157,7 +157,7 @@ class Trainer:
         with self.world.fail_together():
             if split is None:
                 split, input_bound = prepare(config, progress=monitor.features)
-            config = config.resolve(units(split), binary=split.task == "binary")
+            config = config.resolve(number_of_units(split), binary=split.task == "binary")
         parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
         self.model, self.optimizer, self.scheduler, self.ema = parts.model, parts.optimizer, parts.scheduler, parts.ema
@@ -287,8 +287,8 @@ class Trainer:
         self._progress.samples += samples
         mean = DeferredRead(total.double() / max(samples, 1))
         # off the CPU the loss of the step before is shown: it has arrived, and nothing waits for it
-        later = self.engine.deferred or self.device.type != "cpu"
-        shown, self._shown = self._shown or mean if later else mean, mean
+        deferred = self.engine.deferred or self.device.type != "cpu"
+        shown, self._shown = self._shown or mean if deferred else mean, mean
         self.monitor.step(self.step, float(shown.read()), self._account.epsilon_at(self._next_record()))
 
     def _every(self, given: int | None, parts: int) -> int:

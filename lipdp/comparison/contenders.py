@@ -1,4 +1,4 @@
-"""The rows of a comparison: which trainer on which model, and the task each is given."""
+"""The contenders of a comparison: which trainer on which model, and the task each is given."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BLOCK = 64 << 20  # per-sample gradients, in numbers, that a forward pass may l
 
 
 @dataclass(frozen=True)
-class Row:
+class Contender:
     """A trainer and a kind of model: with certified norms, or the unconstrained twin of the same shape."""
 
     trainer: Trainer
@@ -37,13 +37,13 @@ class Row:
         return f"{name}-twin" if self.plain else name
 
 
-def rows(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[Row]:
+def contenders(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[Contender]:
     """Every trainer named, on every kind of model that it trains; all trainers by default.
 
     Raises:
         UnknownNameError: no such trainer. ParameterError: no such kind.
 
-    >>> [row.model_name("cnn") for row in rows(["clipless", "opacus_hooks"])]
+    >>> [contender.model_name("cnn") for contender in contenders(["clipless", "opacus_hooks"])]
     ['cnn', 'cnn', 'cnn-twin']
     """
     asked = list(kinds)
@@ -52,7 +52,7 @@ def rows(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[Row]:
         raise ParameterError(f"kinds of model are {' and '.join(KINDS)}, got {', '.join(map(str, unknown)) or 'none'}")
     trainers = [get_trainer(name) for name in names] or list(TRAINERS.values())
     found = [
-        Row(trainer, plain)
+        Contender(trainer, plain)
         for trainer in dict.fromkeys(trainers)
         for plain in (False, True)
         if KINDS[plain] in asked and (trainer.plain if plain else trainer.lipschitz)
@@ -70,7 +70,7 @@ class Setup:
         model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz
             kind.
         input_shape, num_classes: of the data.
-        loss, loss_options: as `lipdp.training.choices.make_loss` takes them, for the Lipschitz kind: its temperature
+        loss, loss_options: as `lipdp.training.make_loss` takes them, for the Lipschitz kind: its temperature
             makes up for small logits. The twin has none to make up for: its temperature is 1.
     """
 
@@ -81,18 +81,18 @@ class Setup:
     model_options: Mapping[str, Any] = field(default_factory=dict)
     loss_options: Mapping[str, Any] = field(default_factory=dict)
 
-    def loss_for(self, row: Row) -> LipschitzLoss:
-        """The loss of a row."""
-        return self._loss(row)[0]
+    def loss_for(self, contender: Contender) -> LipschitzLoss:
+        """The loss of a contender."""
+        return self._loss(contender)[0]
 
-    def temperature(self, row: Row) -> float:
+    def temperature(self, contender: Contender) -> float:
         """τ, by which logits are multiplied before they are probabilities."""
-        return float(getattr(self.loss_for(row), "tau", 1.0))
+        return float(getattr(self.loss_for(contender), "tau", 1.0))
 
-    def build(self, row: Row) -> nn.Module:
-        """A new model of a row's kind."""
-        outputs, options = self._loss(row)[1], dict(self.model_options)
-        return build(self.model, input_shape=self.input_shape, num_classes=outputs, twin=row.plain, **options)
+    def build(self, contender: Contender) -> nn.Module:
+        """A new model of a contender's kind."""
+        outputs, options = self._loss(contender)[1], dict(self.model_options)
+        return build(self.model, input_shape=self.input_shape, num_classes=outputs, twin=contender.plain, **options)
 
     @classmethod
     def of(cls, train: TrainConfig, split: Split, input_bound: float | None, **loss_options: Any) -> Setup:
@@ -107,15 +107,15 @@ class Setup:
             loss_options={**train.loss_options, **loss_options},
         )
 
-    def _loss(self, row: Row) -> tuple[LipschitzLoss, int]:
+    def _loss(self, contender: Contender) -> tuple[LipschitzLoss, int]:
         options = dict(self.loss_options)
-        if row.plain and "tau" in options:
+        if contender.plain and "tau" in options:
             options["tau"] = 1.0
         return make_loss(self.loss, self.num_classes, options)
 
 
 def trained(
-    row: Row,
+    contender: Contender,
     trainer: Trainer,
     setup: Setup,
     train: TrainConfig,
@@ -125,19 +125,19 @@ def trained(
     lr: float,
     seed: int,
 ) -> Session:
-    """A new model of the row's kind after all T steps on the split's training part: seeded, repeatable, not private.
+    """A new model of the contender's kind after all T steps on the training part: seeded, repeatable, not private.
 
     Args:
-        trainer: the row's, with its settings.
+        trainer: the contender's, with its settings.
         train: gives optimiser, momentum and schedule.
         plan: of the split's training records.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = setup.build(row)
+        model = setup.build(contender)
         task = Task(
             dataset=TensorDataset(split.train_x, split.train_y),
-            loss=setup.loss_for(row),
+            loss=setup.loss_for(contender),
             plan=plan,
             optimizer=partial(make_optimizer, train.optimizer, lr=lr, momentum=train.momentum),
             schedule=train.schedule,

@@ -368,7 +368,6 @@ REFUSED = {
         EngineError, "accumulate_grad_batches",
     ),
     "clipping the norm": ({"gradient_clip_val": 0.1}, EngineError, "gradient_clip_val"),
-    "clipping that clips nothing": ({"gradient_clip_val": 1e9}, EngineError, "gradient_clip_val"),
     "clipping values": (
         {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, EngineError, "gradient_clip_val",
     ),
@@ -772,7 +771,7 @@ def test_accelerate_within_float_error(options, tolerance, digits):
         ({"accumulate": 2}, "gradient_accumulation_steps"),
         ({"clip": "clip_grad_norm_"}, r"accelerator\.clip_grad_norm_"),
         ({"clip": "clip_grad_value_"}, "changed between backward"),
-        ({"precision": "bf16"}, r"forward_dtype=torch\.bfloat16"),
+        ({"precision": "bf16"}, r"accelerator\.autocast\(\)"),
         ({"precision": "bf16", "forward_dtype": torch.bfloat16}, r"accelerator\.autocast\(\)"),
     ],
     ids=str,

@@ -401,7 +401,7 @@ def test_every_kind_of_dataset_gives_the_drawn_batches(dataset, workers):
         assert isinstance(x, torch.Tensor)
         assert (x.shape, y.shape) == ((len(drawn[step]), 2, 3), (len(drawn[step]),))
         assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
-        assert loader.last_batch_size == len(y)
+        assert loader.drawn.rows == len(y)
         assert loader.position == step + 1
         assert torch.equal(x[:, 0, 0].long(), y)
         seen.append(y.tolist())
@@ -417,7 +417,7 @@ def test_every_kind_of_dataset_gives_the_drawn_batches(dataset, workers):
 def test_loader_resumes_after_what_was_consumed(workers, done):
     drawn = [batch.tolist() for batch in poisson()]
     loader = BatchLoader(Records(40), poisson(), num_workers=workers)
-    assert loader.last_batch_size is None
+    assert loader.drawn is None
     batches = iter(loader)
     for _ in range(done):
         next(batches)

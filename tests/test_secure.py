@@ -288,9 +288,10 @@ def test_the_noise_on_the_weights_is_what_epsilon_was_computed_from():
     assert std == pytest.approx(1.7 * math.sqrt(2), rel=1e-3)
     for x, y in loader:
         optimizer.zero_grad()
-        (criterion(model(x), y) * 0.0).backward()
+        criterion(model(x), y).backward()
+        summed = model[1].weight.grad.double()
         optimizer.step()
-        drawn = (start.double() - model[1].weight.detach().double()) * 16
+        drawn = (start.double() - model[1].weight.detach().double()) * 16 - summed
         assert has_std(drawn, std)
         assert not has_std(drawn * 0.95, std)
         model[1].weight.data.copy_(start)

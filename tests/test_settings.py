@@ -141,7 +141,7 @@ def test_a_command_of_settings_gets_what_was_given(monkeypatch):
 
 def test_a_command_that_a_search_prints_is_read_as_it_was_meant(monkeypatch):
     settings = {"image_size": [8, 9], "model_options": {"width": 3}, "secure": True, "download": False, "gate": "off"}
-    found = Simulation(settings, 2.0, 0.1, 0, 100, 50, 3, 1.0, "accuracy")
+    found = Simulation(settings, 2.0, 0.1, 0, None, None, "accuracy")
     words = found.command({"lr": 0.5}).split()[2:]
     context = COMMANDS["train"].make_context("train", words)
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}

@@ -470,7 +470,8 @@ class HalfCase(LayerTestCase):
 
     def rule(self, call):
         size = call.module.gain.detach().abs().double()
-        return Local(gains=(size * self.gain,), parameters={"gain": call.x.value * self.gain}, fan_in=call.x.numel)
+        return Local(gains=(size * self.gain,), parameters={"gain": call.x.value * self.gain}, fan_in=call.x.numel,
+                     sums_in=torch.float32)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,9 @@ class PrivateForward:
     ) -> None:
         self._model, self._graph, self._step, self._sharded, self._outer = model, graph, step, sharded, outer
         self._within = False
+        self._parameters = list(model.parameters())  # `fully_shard` exchanges them while the model runs
+        # a call under torch.compile goes on as written: tensors of a batch are not for its tracer
+        torch._dynamo.config.nontraceable_tensor_subclasses.add(BatchTensor)
         model.forward = self
         if outer is not model and is_compiled(outer):
             outer.forward = CompiledCall(outer.forward, self)
@@ -152,7 +155,7 @@ class PrivateForward:
         if not out.requires_grad:
             return out
         rows = known_rows(given)
-        trained = [p for p in self._model.parameters() if p.requires_grad]
+        trained = [p for p in self._parameters if p.requires_grad]
         call = RootCall(out, x, rows, trained, versions, sharded=self._sharded, private=isinstance(given, BatchTensor))
         shown, inputs = (out, []) if self._sharded else (out.detach(), call.inputs)
         logits: Tensor = _Logits.apply(shown, call, self._step, *inputs)

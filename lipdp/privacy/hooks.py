@@ -179,6 +179,7 @@ class StepHooks:
             deltas, stds = self._shared(self.world.all_reduce_max(self._deltas(sweep)))
         gradients = self._summed_gradients()
         with self.clock("checks"):
+            self._check_records(sweep)
             units = self.step_in_progress.drawn.units if self.step_in_progress.drawn is not None else 0
             sound = self._step_check.look(
                 self.names,
@@ -190,7 +191,6 @@ class StepHooks:
                 claims=claims,
                 combine=self._combined,
             )
-            self._check_records(sweep)
         self.ledger.append(self.plan.step_event)  # before the draw: a step is never under-counted
         self._drawn = self.names, stds
         with self.clock("noise"):

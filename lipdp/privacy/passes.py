@@ -109,7 +109,8 @@ class StepInProgress(Listener):
             raise EngineError(
                 "the last batch was back-propagated, but no private step followed: another optimiser, or a copy, would"
                 " move the weights without noise. Call step() of the optimiser that make_private returned, once per"
-                " batch; to give a batch up call engine.skip_batch()"
+                " batch (no accumulate_grad_batches, gradient_accumulation_steps or the like); to give a batch up call"
+                " engine.skip_batch()"
             )
 
     def after_draw(self, drawn: Draw | None) -> None:

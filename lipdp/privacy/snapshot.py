@@ -111,7 +111,8 @@ class Snapshot:
             if type(module) is not kind or kind.forward is not forward:
                 self._refuse(f"'{path}' is of another class, or its class has another forward")
         for kind, held in self._classes:
-            if len(held) != len(vars(kind)) or any(held.get(n) is not v for n, v in vars(kind).items()):
+            names = {*held, *vars(kind)} - {"project_"}  # at which `ProjectionCheck` looks
+            if any(held.get(name) is not vars(kind).get(name) for name in names):
                 self._refuse(f"attributes of the class {kind.__name__} are others")
         for name, tensor, shape, dtype, is_parameter in self._tensors:
             if tensor.shape != shape or tensor.dtype is not dtype:
@@ -133,14 +134,14 @@ class Snapshot:
     def _compare(self, cell: _Cell) -> None:
         """The slow look, by value: an equal number is no change."""
         before, after = cell.held, _named(cell.container)
+        if "_original_forward" in after and "_original_forward" not in before:
+            self._refuse(
+                f"{cell.where}: its forward was wrapped, as accelerator.prepare(model) does under mixed precision."
+                " Leave the model out of prepare and run it inside accelerator.autocast()"
+            )
         for name in {**before, **after}:
             if name in _BOOKKEEPING:
                 continue
-            if name == "_original_forward":
-                self._refuse(
-                    f"{cell.where}: its forward was wrapped, as accelerator.prepare(model) does under mixed precision."
-                    " Leave the model out of prepare and run it inside accelerator.autocast()"
-                )
             if name not in before or name not in after:
                 self._refuse(f"{cell.where}: {name} was {'removed' if name in before else 'added'}")
             if not _same(before[name], after[name]):

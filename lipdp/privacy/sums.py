@@ -17,9 +17,10 @@ Claim = tuple[Tensor, str]
 
 OTHER_TERMS = (
     "the summed gradients were changed between backward() and step(), or something beside the criterion's value reached"
-    " them: a further term of the loss, clipping (clip_grad_norm_, gradient_clip_val, accelerator.clip_grad_norm_), a"
-    " GradScaler, a missing zero_grad(). Only the criterion's value may be back-propagated. For a penalty on the"
-    " weights alone use engine.add_penalty; change noisy gradients in a step pre-hook registered after make_private"
+    " them: a further term of the loss, clipping (clip_grad_norm_, gradient_clip_val, accelerator.clip_grad_norm_,"
+    " fabric.clip_gradients), a GradScaler, a missing zero_grad(). Only the criterion's value may be back-propagated."
+    " For a penalty on the weights alone use engine.add_penalty; change noisy gradients in a step pre-hook registered"
+    " after make_private"
 )
 _LEFT = "p.grad held something before the first private backward pass of this step; call optimizer.zero_grad() first"
 DROPPED = (

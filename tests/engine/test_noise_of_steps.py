@@ -66,7 +66,9 @@ def test_a_custom_allocation_is_rescaled_to_the_joint_noise_multiplier():
 
     engine, *_ = private(allocation=Careless(), noise_multiplier=2.0)
     deltas, stds = engine.sensitivity(), engine.noise_stds()
-    assert sum((deltas[n] / stds[n]) ** 2 for n in deltas) ** -0.5 == pytest.approx(2.0, rel=1e-9)
+    assert sum((deltas[n] / stds[n]) ** 2 for n in deltas) ** -0.5 == pytest.approx(
+        2.0, rel=1e-4
+    )  # above, by `batch_slack`
     assert engine.plan.allocation == "careless"
     assert private(allocation=MinVarianceAllocation())[0].plan.allocation == "min_variance"
 
@@ -121,7 +123,7 @@ def test_quantile_gate_shares_the_joint_noise_multiplier():
     engine, *_ = private(noise_multiplier=2.0, gate=QuantileGate(0.5, count_std=3.0))
     deltas, stds = engine.sensitivity(), engine.noise_stds()
     gradient = sum((deltas[n] / stds[n]) ** 2 for n in deltas)
-    assert gradient + 1 / (2 * 3.0) ** 2 == pytest.approx(1 / 2.0**2, rel=1e-9)
+    assert gradient + 1 / (2 * 3.0) ** 2 == pytest.approx(1 / 2.0**2, rel=1e-4)
     assert engine.sensitivity().loss_constant == 0.5
     with pytest.raises(ParameterError, match="the other releases alone"):
         private(noise_multiplier=2.0, gate=QuantileGate(0.5, count_std=1.0))

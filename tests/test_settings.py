@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from lipdp import cli
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.commands.options import Command, option, with_settings
 from lipdp.errors import LipdpError, ParameterError, UnknownNameError
 from lipdp.planning.simulation import Simulation
@@ -141,7 +142,8 @@ def test_a_command_of_settings_gets_what_was_given(monkeypatch):
 
 def test_a_command_that_a_search_prints_is_read_as_it_was_meant(monkeypatch):
     settings = {"image_size": [8, 9], "model_options": {"width": 3}, "secure": True, "download": False, "gate": "off"}
-    found = Simulation(settings, 2.0, 0.1, 0, None, None, "accuracy")
+    plan = PrivacyPlan.of(dataset_size=100, expected_batch_size=50, steps=3, noise_multiplier=1.0)
+    found = Simulation(settings, 2.0, 0.1, 0, plan, plan, "accuracy")
     words = found.command({"lr": 0.5}).split()[2:]
     context = COMMANDS["train"].make_context("train", words)
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}

@@ -143,7 +143,8 @@ def known_rows(tensor: Tensor) -> Rows | None:
 def per_record(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     """`function` of one record after the other: any preparation of inputs that a batch may undergo in a private loop.
 
-    Row j of the result is function(x[j], …). What the function keeps of another record, or reads or writes outside, is refused.
+    Row j of the result is function(x[j], …). What the function keeps of another record, or reads or writes outside, is
+    refused.
 
     Args:
         function: of a record's parts, without the batch axis, to a tensor of one shape for all records.
@@ -211,7 +212,7 @@ def _of_one(function: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tenso
         return Tensor.as_subclass(made, Tensor)
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 _MIXED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Memory that was overwritten by what is of a batch; True where its rows may be mixed: in whatever view it is seen."""
@@ -384,7 +385,7 @@ def _rows_of_slice(rows: Rows, index: Any, ndim: int) -> Rows | None:
 
 
 def _stays_in_place(others: tuple[Any, ...]) -> bool:
-    """Indices of the further axes after which the first is still the first: of several picks torch moves the axes in front."""
+    """Indices of the further axes that leave the first the first: of several picks torch moves the axes in front."""
     simple = [i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int for i in others]
     if all(simple):
         return True
@@ -411,7 +412,7 @@ def _rows_of_parts(name: str, rows: Rows, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _rows_after_setitem(target: Tensor, index: Any, value: Any) -> Rows | None:
-    """What is written to the same places of every row, or where a row's own entries say, keeps the rows; all else may mix."""
+    """What is written to the same places of every row, or where its own entries say, keeps the rows."""
     rows = known_rows(target)
     if rows is None or (isinstance(value, Tensor) and (isinstance(value, BatchTensor) or _written(value) is not None)):
         return None
@@ -427,7 +428,7 @@ def _rows_after_setitem(target: Tensor, index: Any, value: Any) -> Rows | None:
 
 
 def _overwrite(tensor: Tensor, rows: Rows | None) -> None:
-    """Label a tensor that was changed in place: an ordinary one becomes one of a batch, and so does what it is a view of."""
+    """Label a tensor that was changed in place: an ordinary one becomes one of a batch, as does its memory."""
     storage = _storage(tensor)
     if storage is not None:
         _MIXED[storage] = _MIXED.get(storage, False) or rows is None

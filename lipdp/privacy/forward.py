@@ -22,7 +22,7 @@ from lipdp.privacy.sums import OTHER_TERMS, RootCall, is_wanted
 
 
 class _Logits(torch.autograd.Function):
-    """The logits apart from the graph that leads to them, which the script therefore can't reach; the node knows the call.
+    """The logits apart from the graph that leads to them, which the script can't reach; the node knows the call.
 
     Backwards it refuses a second use of logits that the criterion was given, and else pulls back for an attack.
     """

@@ -147,7 +147,7 @@ class StepInProgress(Listener):
         return found
 
     def outside(self, call: RootCall) -> None:
-        """Gradients of records on a way beside the criterion: for an attack they are free, but no weight may follow them."""
+        """Gradients of records on a way beside the criterion: free for an attack, but no weight may follow them."""
         for parameter in call.parameters:
             self._outside.setdefault(parameter, (parameter, parameter._version))
 

@@ -516,3 +516,19 @@ def test_the_harness_would_see_a_bound_five_percent_too_small():
     dense = nn.Sequential(lnn.InputBound(2.0), lnn.SpectralLinear(FEATURES, CLASSES, dtype=torch.float64))
     found = ratio(ACCEPTED["the plain loop"], module=lambda: copy.deepcopy(dense), gate=0.05)
     assert 0.95 < found <= 1 + 1e-6
+
+
+class ByBatchSize(nn.Module):
+    """Its factor is 1 at the sizes that a trace tries."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        return self.inner(x) * (1 + x.shape[0] // 20)
+
+
+def test_a_model_that_computes_with_the_size_of_the_batch_is_refused():
+    with pytest.raises(LipdpError, match="size of the batch"):
+        Script(False, module=ByBatchSize)

@@ -19,6 +19,7 @@ from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, U
 from lipdp.nn.compiled import original
 
 _SHAPE_QUERIES = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", len, torch.numel}
+_OF_SHAPES = {operator.getitem, len}  # what they give of a shape is the sample's where two batch sizes agree
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 
 
@@ -205,6 +206,9 @@ def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
         else:
             _check_query(node, from_sample)
             same = type(pair[0]) is type(pair[1]) and pair[0] == pair[1]
+            same = same and (
+                node.target in _OF_SHAPES or not any(_depends_on_batch(nodes[s]) for s in node.all_input_nodes)
+            )
             nodes[node] = NodeInfo("plain", value=pair[0] if same else None)
     return nodes
 
@@ -245,6 +249,11 @@ def _constant_node(node: fx.Node, pair: tuple[Tensor, Tensor]) -> NodeInfo:
             " bound"
         )
     return NodeInfo("constant", tuple(pair[0].shape))
+
+
+def _depends_on_batch(info: NodeInfo) -> bool:
+    """A number computed from one that differs with the batch size may differ too, though it did not for two sizes."""
+    return info.kind == "plain" and info.value is None
 
 
 def _check_query(node: fx.Node, from_sample: bool) -> None:

@@ -51,9 +51,7 @@ class _Logits(torch.autograd.Function):
         if call.sharded:
             return grads[0], None, None
         wanted = [t for t, e in zip(call.inputs, ctx.edges, strict=True) if e is not None and is_wanted(e)]
-        pairs = zip(
-            wanted, torch.autograd.grad(call.out, wanted, grads[0], retain_graph=True, allow_unused=True), strict=True
-        )
+        pairs = zip(wanted, torch.autograd.grad(call.out, wanted, grads[0], allow_unused=True), strict=True)
         found = {id(t): g for t, g in pairs}
         return None, None, None, *(found.get(id(t)) for t in call.inputs)
 

@@ -61,8 +61,8 @@ class Snapshot:
     >>> snapshot.check()
     >>> model[0].stride = (2, 2)
     >>> snapshot.check()
-    Traceback (most recent call last): lipdp.errors.EngineError: the model has changed since make_private: '0'
-    (SpectralConv2d): stride was (1, 1), is now (2, 2)...
+    Traceback (most recent call last):
+    lipdp.errors.EngineError: the model has changed since make_private: '0' (SpectralConv2d): stride was (1, 1)...
     """
 
     def __init__(self, root: nn.Module, what: str, *, mode: bool = True) -> None:

@@ -64,7 +64,7 @@ class RootCall:
 
     def gradient_of_input(self) -> Tensor | None:
         """For an attack: the pull-back to the input alone."""
-        return torch.autograd.grad(self.out, self.x, self.cotangent, retain_graph=True, allow_unused=True)[0]
+        return torch.autograd.grad(self.out, self.x, self.cotangent, allow_unused=True)[0]
 
 
 def is_wanted(node: Any) -> bool:

@@ -68,9 +68,8 @@ class Snapshot:
     def __init__(self, root: nn.Module, what: str, *, mode: bool = True) -> None:
         self._what, self._mode = what, mode
         self._modules = [(path, m, type(m), type(m).forward) for path, m in root.named_modules()]
-        self._classes = [
-            (kind, dict(vars(kind))) for kind in {k for m in root.modules() for k in _own_classes(type(m))}
-        ]
+        kinds = {kind for m in root.modules() for kind in _own_classes(type(m))}
+        self._classes = [(kind, dict(vars(kind)), list(map(id, vars(kind).values()))) for kind in kinds]
         self._cells: list[_Cell] = []
         known: set[int] = set()
         for path, module, kind, _ in self._modules:
@@ -110,10 +109,13 @@ class Snapshot:
         for path, module, kind, forward in self._modules:
             if type(module) is not kind or kind.forward is not forward:
                 self._refuse(f"'{path}' is of another class, or its class has another forward")
-        for kind, held in self._classes:
-            names = {*held, *vars(kind)} - {"project_"}  # at which `ProjectionCheck` looks
-            if any(held.get(name) is not vars(kind).get(name) for name in names):
-                self._refuse(f"attributes of the class {kind.__name__} are others")
+        for kind, held, ids in self._classes:
+            if ids != list(
+                map(id, vars(kind).values())
+            ):  # `held` keeps them alive, so that an identity is one object's
+                names = {*held, *vars(kind)} - {"project_"}  # at which `ProjectionCheck` looks
+                if any(held.get(name) is not vars(kind).get(name) for name in names):
+                    self._refuse(f"attributes of the class {kind.__name__} are others")
         for name, tensor, shape, dtype, is_parameter in self._tensors:
             if tensor.shape != shape or tensor.dtype is not dtype:
                 self._refuse(f"'{name}' was {tuple(shape)} {dtype}, is now {tuple(tensor.shape)} {tensor.dtype}")

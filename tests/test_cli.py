@@ -73,6 +73,7 @@ def test_train_end_to_end_in_a_process_of_its_own(tmp_path):
     assert "model" in torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.usefixtures("one_thread")  # as the process that is interrupted: other threads sum in another order
 def test_a_signal_ends_with_130_and_the_run_goes_on_bit_identical(tmp_path, capsys):
     settings = [
         "--model",

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lipdp
 from lipdp import nn as lnn
 from lipdp.bounds import BoundGraph, Local, rule
-from lipdp.bounds.layers import axis_overlap
 from lipdp.bounds.rules import _RULES
+from lipdp.bounds.windows import axis_overlap
 from lipdp.errors import (
     LossError,
     MixesSamplesError,
@@ -374,18 +374,20 @@ def test_constants_of_curves_on_a_fine_grid(module, constant):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 5), st.integers(0, 5), st.booleans())
-def test_window_overlap_is_counted_right(size, kernel, stride, left, right, circular):
-    if circular:
-        left, right = min(left, size), min(right, size)  # torch allows no more
-    padded = size + left + right
-    if padded < kernel:
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 5), st.integers(0, 5), st.data())
+def test_window_overlap_is_counted_right(size, kernel, stride, left, right, data):
+    mode = data.draw(st.sampled_from(["constant", "circular", "reflect", "replicate"]))
+    dilation = data.draw(st.integers(1, 3))
+    most = {"circular": size, "reflect": size - 1}.get(mode, 5)  # torch allows no more
+    left, right = min(left, most), min(right, most)
+    reach = dilation * (kernel - 1) + 1
+    if size + left + right < reach:
         return
     index = torch.arange(1, size + 1, dtype=torch.float64).view(1, 1, -1)
-    row = F.pad(index, (left, right), mode="circular" if circular else "constant")[0, 0]
-    windows = row.unfold(0, kernel, stride).flatten().long()
+    row = F.pad(index, (left, right), mode=mode)[0, 0]
+    windows = row.unfold(0, reach, stride)[:, ::dilation].flatten().long()
     counts = torch.bincount(windows, minlength=size + 1)[1:]
-    assert axis_overlap(size, kernel, stride, left, right, circular=circular) == int(counts.max())
+    assert axis_overlap(size, kernel, stride, left, right, mode=mode, dilation=dilation) == int(counts.max())
 
 
 @pytest.mark.parametrize("padding", [0, 1, 2, 4])
@@ -815,8 +817,7 @@ def test_overwriting_what_nobody_reads_again_is_fine():
 
 
 LAYERS = {
-    "dilation": (nn.Conv2d(1, 1, 3, dilation=2), (1, 8, 8)),
-    "reflect": (nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), (1, 8, 8)),
+    "dilation": (nn.MaxPool2d(3, dilation=2), (1, 8, 8)),
     "ceil_mode": (nn.MaxPool2d(2, ceil_mode=True), (1, 5, 5)),
     "ceil_mode of torchlip": (torchlip.ScaledAvgPool2d(2, ceil_mode=True), (1, 5, 5)),
     "divisor_override": (torchlip.ScaledAvgPool2d(2, divisor_override=1), (1, 4, 4)),

@@ -293,10 +293,8 @@ class Tenfold(nn.CrossEntropyLoss):
     [
         nn.CrossEntropyLoss(weight=torch.ones(3)),
         nn.CrossEntropyLoss(ignore_index=0),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-        nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
+        nn.BCEWithLogitsLoss(weight=torch.ones(3)),
         nn.MSELoss(),
-        nn.NLLLoss(),
         Tenfold(),
         torchlip.KRLoss(),
         torchlip.HKRLoss(0.5),

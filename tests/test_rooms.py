@@ -119,8 +119,10 @@ COVERS = {
     "test_data": "data/download data/opening data/sources",
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
     "test_dynamics": "comparison/clipping comparison/kernel",
+    "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_guards": "privacy/snapshot",
     "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual",
+    "test_losses": "losses/base losses/columns losses/criteria losses/labels losses/margin",
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
     " models/stages models/starts models/tabular models/vgg",
     "test_planning": "planning/pictures planning/tan planning/workers",

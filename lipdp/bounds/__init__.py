@@ -1,7 +1,11 @@
 """Norm-bound propagation: from the weights as they are to certified bounds on values, cotangents and gradients."""
 
-from lipdp.bounds import functions as _functions  # noqa: F401  (registers the rules of functions and methods)
-from lipdp.bounds import layers as _layers  # noqa: F401  (registers the rules of modules)
+from lipdp.bounds import convolution as _convolution  # noqa: F401  (each registers rules)
+from lipdp.bounds import curves as _curves  # noqa: F401
+from lipdp.bounds import functions as _functions  # noqa: F401
+from lipdp.bounds import layers as _layers  # noqa: F401
+from lipdp.bounds import moving as _moving  # noqa: F401
+from lipdp.bounds import pooling as _pooling  # noqa: F401
 from lipdp.bounds.propagate import BoundGraph, ForwardSweep, NodeBound, Step, Sweep, as_tensor
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Local, Number, Rule, least, rule, times

@@ -20,7 +20,7 @@ from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling
 # --- entrywise: f is L-Lipschitz on the line, so on vectors; f(0) ≠ 0 adds √n |f(0)| ---------------------------------
 
 
-def _entrywise(lipschitz: float, *targets: object, at_zero: float = 0.0, cap: float = math.inf) -> None:
+def entrywise(lipschitz: float, *targets: object, at_zero: float = 0.0, cap: float = math.inf) -> None:
     """Register |f(a) − f(b)| ≤ L |a − b|, f(0) and sup |f| for every form of an entrywise function."""
 
     @rule(*targets)
@@ -29,26 +29,18 @@ def _entrywise(lipschitz: float, *targets: object, at_zero: float = 0.0, cap: fl
         return Local(gains=(lipschitz,), offset=root * abs(at_zero), value_cap=root * cap)
 
 
-_entrywise(1.0, nn.ReLU, torch.relu, torch.relu_, F.relu, "relu", "relu_")
-_entrywise(1.0, nn.ReLU6, F.relu6, cap=6.0)
-_entrywise(1.0, nn.Tanh, torch.tanh, F.tanh, "tanh", cap=1.0)
-_entrywise(1.0, torch.abs, "abs", operator.abs)
-_entrywise(1.0, torch.neg, "neg", operator.neg)
-_entrywise(1.0, torch.sin, "sin", cap=1.0)
-_entrywise(1.0, torch.cos, "cos", at_zero=1.0, cap=1.0)
-_entrywise(0.25, nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", at_zero=0.5, cap=1.0)
-_entrywise(1.129, nn.GELU, F.gelu)  # sup of Φ(x) + xφ(x) = 1.12890… at √2; the tanh form peaks at 1.12899…
-_entrywise(1.0999, nn.SiLU, F.silu)  # sup of s(x)(1 + x(1 − s(x))) = 1.09983… at x = 2.3994
-_entrywise(1.0889, nn.Mish, F.mish)  # sup of the derivative = 1.08850…
-_entrywise(1.0, nn.Softsign, F.softsign, cap=1.0)
-
-
-@rule(nn.Hardtanh)
-def _hardtanh(call: Call) -> Local:
-    """Clamping is 1-Lipschitz; the clamp of 0 may be another number."""
-    low, high = float(call.module.min_val), float(call.module.max_val)  # type: ignore[union-attr, arg-type]
-    root = math.sqrt(call.x.numel)
-    return Local(offset=root * abs(min(max(0.0, low), high)), value_cap=root * max(abs(low), abs(high)))
+entrywise(1.0, nn.ReLU, torch.relu, torch.relu_, F.relu, "relu", "relu_")
+entrywise(1.0, nn.ReLU6, F.relu6, cap=6.0)
+entrywise(1.0, nn.Tanh, torch.tanh, F.tanh, "tanh", cap=1.0)
+entrywise(1.0, torch.abs, "abs", operator.abs)
+entrywise(1.0, torch.neg, "neg", operator.neg)
+entrywise(1.0, torch.sin, "sin", cap=1.0)
+entrywise(1.0, torch.cos, "cos", at_zero=1.0, cap=1.0)
+entrywise(0.25, nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", at_zero=0.5, cap=1.0)
+entrywise(1.129, nn.GELU, F.gelu)  # sup of Φ(x) + xφ(x) = 1.12890… at √2; the tanh form peaks at 1.12899…
+entrywise(1.0999, nn.SiLU, F.silu)  # sup of s(x)(1 + x(1 − s(x))) = 1.09983… at x = 2.3994
+entrywise(1.0889, nn.Mish, F.mish)  # sup of the derivative = 1.08850…
+entrywise(1.0, nn.Softsign, F.softsign, cap=1.0)
 
 
 @rule(nn.Softplus, F.softplus)
@@ -58,12 +50,6 @@ def _softplus(call: Call) -> Local:
     if not threshold >= 20:
         raise UnsupportedLayerError(f"'{call.name}': softplus with threshold={threshold} jumps; leave it at 20")
     return Local(offset=math.sqrt(call.x.numel) * math.log(2) / abs(beta))
-
-
-@rule(nn.ELU, F.elu)
-def _elu(call: Call) -> Local:
-    """x or α(eˣ − 1): slope at most max(1, α)."""
-    return Local(gains=(max(1.0, abs(float(call.setting(1, "alpha", 1.0)))),))
 
 
 @rule(nn.LeakyReLU, F.leaky_relu)

@@ -1,24 +1,19 @@
-"""The rules of modules with parameters or windows; section by section the table of the README's mathematics."""
+"""The rules of modules with parameters, convolutions aside: dense layers, gates, normalisation, residuals."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from deel import torchlip
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lipdp.bounds.rules import Call, Local, Number, own_axes, rule, times
-from lipdp.constraints import Constraint, Spectral, certified_norm, vector_norm
+from lipdp.constraints import Constraint, Spectral, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
-from lipdp.nn import conv as lconv
-from lipdp.nn import gates, linear, normalization, pooling
+from lipdp.nn import gates, linear, normalization
 from lipdp.nn.normalization import check_centering_axes
 
 # --- dense -----------------------------------------------------------------------------------------------------------
@@ -48,58 +43,6 @@ def _linear(call: Call) -> Local:
     return _dense(call, call.module, Spectral(), 1.0)  # type: ignore[arg-type]
 
 
-# --- convolution -----------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def axis_overlap(size: int, kernel: int, stride: int, pad_left: int, pad_right: int, *, circular: bool) -> int:
-    """The most windows that any entry of an axis lies in, counted.
-
-    At most ⌈k/s⌉ for zero padding, fewer when the axis has fewer windows. Circular padding wider than the kernel's
-    reach shows an entry twice and exceeds ⌈k/s⌉, which is why it is counted and not assumed.
-    """
-    windows = (size + pad_left + pad_right - kernel) // stride + 1
-    counts: Counter[int] = Counter()
-    for start in range(-pad_left, -pad_left + windows * stride, stride):
-        covered = range(start, start + kernel)
-        counts.update((u % size for u in covered) if circular else (u for u in covered if 0 <= u < size))
-    return max(counts.values(), default=0)
-
-
-def _convolution(call: Call, layer: nn.Conv1d | nn.Conv2d, scale: float) -> Local:
-    """y = α W P: P repeats an entry at most m times, so ‖P‖_F ≤ √m ‖x‖; gain α √m ‖W‖₂; Δ_W = α √m X G.
-
-    With groups W is block-diagonal: the largest of the blocks' norms. A bias is added at H'W' positions: √(H'W').
-    """
-    lconv.check_convolution(layer)
-    axes = len(layer.kernel_size)
-    settings = zip(call.x.shape[-axes:], layer.kernel_size, layer.stride, lconv.padding_of(layer), strict=True)
-    circular = layer.padding_mode == "circular"
-    overlap = math.prod(axis_overlap(n, k, s, *sides, circular=circular) for n, k, s, sides in settings)
-    kernel = call.used(layer.weight * scale)
-    norm = certified_norm(kernel.reshape(layer.groups, layer.out_channels // layer.groups, -1)).max()
-    root = math.sqrt(overlap)
-    parameters: dict[str, Number] = {"weight": scale * root * call.x.value}
-    offset: Number = 0.0
-    positions = math.prod(call.output_shape[-axes:])
-    if layer.bias is not None:
-        parameters["bias"] = math.sqrt(positions)
-        offset = math.sqrt(positions) * vector_norm(call.used(layer.bias))
-    fan_in = max(layer.weight[0].numel(), positions)
-    return Local(gains=(root * norm,), offset=offset, parameters=parameters, fan_in=fan_in)
-
-
-@rule(lconv.SpectralConv1d, lconv.SpectralConv2d)
-def _spectral_convolution(call: Call) -> Local:
-    local = _convolution(call, call.module, call.module.scale)  # type: ignore[arg-type, union-attr]
-    return replace(local, sums_in=torch.float32)
-
-
-@rule(nn.Conv1d, nn.Conv2d)
-def _plain_convolution(call: Call) -> Local:
-    return _convolution(call, call.module, 1.0)  # type: ignore[arg-type]
-
-
 # --- projections and gates -------------------------------------------------------------------------------------------
 
 
@@ -113,80 +56,6 @@ def _value_clip(call: Call) -> Local:
 @rule(gates.GradientGate)
 def _gradient_gate(call: Call) -> Local:
     return Local(cotangent_cap=call.module.bound, fan_in=call.x.numel)  # type: ignore[union-attr, arg-type]
-
-
-# --- pooling ---------------------------------------------------------------------------------------------------------
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _windows(call: Call) -> tuple[int, int]:
-    """n and m of a 2-D pooling: the entries of a window, and the most windows that an entry lies in."""
-    kernel = call.setting(1, "kernel_size")
-    stride, padding = call.setting(2, "stride") or kernel, call.setting(3, "padding", 0)
-    pairs = zip(call.x.shape[-2:], _pair(kernel), _pair(stride), _pair(padding), strict=True)
-    return math.prod(_pair(kernel)), math.prod(axis_overlap(n, k, s, p, p, circular=False) for n, k, s, p in pairs)
-
-
-def _refuse_pooling(call: Call, *unusual: bool) -> None:
-    if any(unusual):
-        raise UnsupportedLayerError(
-            f"'{call.name}': ceil_mode, divisor_override, dilation, return_indices and count_include_pad=False with"
-            " padding change the weights of a window and have no bound here; leave them at their defaults"
-        )
-
-
-@rule(nn.MaxPool2d, F.max_pool2d)
-def _max_pool2d(call: Call) -> Local:
-    """Each window's maximum is 1-Lipschitz in the window; an entry lies in at most m windows: √m."""
-    dilated = any(d != 1 for d in _pair(call.setting(4, "dilation", 1)))
-    _refuse_pooling(call, dilated, call.setting(5, "ceil_mode", False), call.setting(6, "return_indices", False))
-    return Local(gains=(math.sqrt(_windows(call)[1]),), exact=True)
-
-
-@rule(nn.AvgPool2d, F.avg_pool2d)
-def _avg_pool2d(call: Call) -> Local:
-    """⟨1/n, window⟩ has norm 1/√n in the window of n entries; an entry lies in at most m windows: √(m/n)."""
-    left_out = any(_pair(call.setting(3, "padding", 0))) and not call.setting(5, "count_include_pad", True)
-    weighted = call.setting(6, "divisor_override") is not None
-    _refuse_pooling(call, left_out, weighted, call.setting(4, "ceil_mode", False))
-    entries, overlap = _windows(call)
-    return Local(gains=(math.sqrt(overlap / entries),), fan_in=entries)
-
-
-@rule(torchlip.ScaledAvgPool2d, pooling.ScaledAvgPool2d)
-def _scaled_avg_pool2d(call: Call) -> Local:
-    """Average pooling times k √n over disjoint windows: k."""
-    layer: torchlip.ScaledAvgPool2d = call.module
-    plain = _avg_pool2d(call)
-    return replace(plain, gains=(plain.gains[0] * layer.scalingFactor * abs(layer._coefficient_lip),))
-
-
-@rule(nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d)
-def _adaptive_avg_pool2d(call: Call) -> Local:
-    """Equal disjoint windows of n entries: 1/√n. Unequal windows are refused."""
-    (height, width), (rows, columns) = call.x.shape[-2:], call.output_shape[-2:]
-    if height % rows or width % columns:
-        raise UnsupportedLayerError(
-            f"'{call.name}': adaptive average pooling from {height}x{width} to {rows}x{columns} has windows that"
-            " overlap or differ; choose an output size that divides the input size"
-        )
-    entries = (height // rows) * (width // columns)
-    return Local(gains=(1 / math.sqrt(entries),), fan_in=entries)
-
-
-@rule(torchlip.ScaledAdaptiveAvgPool2d)
-def _scaled_adaptive_avg_pool2d(call: Call) -> Local:
-    entries = math.prod(call.x.shape[-2:])
-    return Local(gains=(abs(call.module._coefficient_lip),), fan_in=entries)  # type: ignore[union-attr, arg-type]
-
-
-@rule(pooling.ScaledL2NormPool2d)
-def _l2_norm_pool2d(call: Call) -> Local:
-    """The norm of a window is 1-Lipschitz in the window; the windows are disjoint."""
-    return Local(fan_in=math.prod(call.module.kernel_size))  # type: ignore[union-attr, arg-type]
 
 
 # --- centering and normalisation -------------------------------------------------------------------------------------
@@ -232,9 +101,6 @@ def _sample_norm(call: Call) -> Local:
         value_cap=entries * largest + offset,
         fan_in=call.x.numel,
     )
-
-
-_HARMLESS_ROUNDING = 2.0**-6
 
 
 _HARMLESS = 2.0**-6

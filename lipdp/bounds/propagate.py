@@ -170,10 +170,10 @@ class BoundGraph:
     def _trace(self, model: nn.Module) -> None:
         gathered = unsharded(model)
         check_modules(gathered)
-        self.module, other = trace(gathered)
-        self._by_mode = {model.training: self.module, not model.training: other}
         x = probe_input(gathered, self.input_shape)
         with untouched(gathered):
+            self.module, other = trace(gathered, x)
+            self._by_mode = {model.training: self.module, not model.training: other}
             self._info = inspect_nodes(self.module, x)
         output = self._find_output()
         self._modules = dict(self.module.named_modules())

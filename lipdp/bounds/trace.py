@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +15,12 @@ from deel import torchlip
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from lipdp.bounds.branches import Question, answer, kinds_of
 from lipdp.bounds.rules import find_module_rule
 from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.compiled import original
 
 _SHAPE_QUERIES = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", len, torch.numel}
-_OF_SHAPES = {operator.getitem, len}  # what they give of a shape is the sample's where two batch sizes agree
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
 
 
@@ -27,6 +28,30 @@ class _Tracer(fx.Tracer):
     """Stops at every module that has a rule; looks inside the others, torch's leaves excepted."""
 
     proxy_buffer_attributes = True  # what is computed from a buffer stays in the graph and follows its value
+
+    def __init__(self, answers: Sequence[bool]) -> None:
+        super().__init__()
+        self._answers = iter(answers)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One input; other arguments have their defaults, as in every call of the model that is private."""
+        parameters = list(inspect.signature(root_fn).parameters.values())[1:]
+        missing = [
+            p.name for p in parameters[1:] if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        if missing:
+            raise UnsupportedOperationError(
+                f"the forward of {type(self.root).__name__} takes more than one input ({', '.join(missing)} have no"
+                " default): a record is one tensor. Put them side by side into one and take it apart in the forward"
+            )
+        name = parameters[0].name if parameters else "x"
+        return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer to the branch; a `Question` where there is none yet."""
+        for known in self._answers:
+            return known
+        raise Question(obj.node)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return find_module_rule(m) is not None or super().is_leaf_module(m, module_qualified_name)
@@ -76,8 +101,11 @@ def check_modules(model: nn.Module) -> None:
             )
 
 
-def trace(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
+def trace(model: nn.Module, x: Tensor | None = None) -> tuple[fx.GraphModule, fx.GraphModule]:
     """The model's graphs, in the mode it is in and in the other; an error where torch.fx cannot follow the code.
+
+    Args:
+        x: a batch, whose shape answers branches on the shape of a sample; without one there may be none.
 
     Raises:
         UnsupportedOperationError: it cannot, or the graphs differ by more than dropout's mode.
@@ -85,9 +113,9 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
     root = model
     if find_module_rule(model) is not None or not list(model.children()):
         root = nn.Sequential(model)  # a single layer is a graph with one leaf
-    traced = _trace(root)
+    traced = _trace(root, x)
     with mode(model, not model.training):
-        other = _trace(root)
+        other = _trace(root, x)
     if _script(traced.graph) != _script(other.graph):
         raise UnsupportedOperationError(
             f"the forward of {type(model).__name__} does something else in training than in evaluation mode, so that a"
@@ -97,10 +125,17 @@ def trace(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
     return traced, other
 
 
-def _trace(root: nn.Module) -> fx.GraphModule:
+def _trace(root: nn.Module, x: Tensor | None) -> fx.GraphModule:
     attributes = set(vars(root))
+    answers: list[bool] = []
     try:
-        return fx.GraphModule(root, _Tracer().trace(root))
+        while True:  # once more for every branch: nothing can be run while the tracer holds torch's modules
+            try:
+                return fx.GraphModule(root, _Tracer(answers).trace(root))
+            except Question as question:
+                if x is None:
+                    raise
+                answers.append(answer(root, question.node, x))
     except LipdpError:
         raise
     except Exception as error:  # torch.fx raises whatever the traced code raises
@@ -191,6 +226,7 @@ def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
         MixesSamplesError: a tensor whose first axis is not the batch, or whose other axes depend on its size.
     """
     many, one = _run(graph, x), _run(graph, x[:1])
+    kinds = kinds_of((n for n in graph.graph.nodes if n.op != "output"), many)
     nodes: dict[fx.Node, NodeInfo] = {}
     for node in graph.graph.nodes:
         if node.op == "output":
@@ -205,10 +241,7 @@ def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
             nodes[node] = NodeInfo("tuple", (sum(math.prod(item.shape) for item in items),))
         else:
             _check_query(node, from_sample)
-            same = type(pair[0]) is type(pair[1]) and pair[0] == pair[1]
-            same = same and (
-                node.target in _OF_SHAPES or not any(_depends_on_batch(nodes[s]) for s in node.all_input_nodes)
-            )
+            same = kinds[node] == "constant" and type(pair[0]) is type(pair[1]) and pair[0] == pair[1]
             nodes[node] = NodeInfo("plain", value=pair[0] if same else None)
     return nodes
 
@@ -249,11 +282,6 @@ def _constant_node(node: fx.Node, pair: tuple[Tensor, Tensor]) -> NodeInfo:
             " bound"
         )
     return NodeInfo("constant", tuple(pair[0].shape))
-
-
-def _depends_on_batch(info: NodeInfo) -> bool:
-    """A number computed from one that differs with the batch size may differ too, though it did not for two sizes."""
-    return info.kind == "plain" and info.value is None
 
 
 def _check_query(node: fx.Node, from_sample: bool) -> None:

@@ -35,7 +35,7 @@ def check_convolution(conv: nn.Conv1d | nn.Conv2d) -> None:
         )
 
 
-def padding_of(conv: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
+def padding_of(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
     """What a convolution adds before and after each axis, in order, whichever way it was asked for.
 
     >>> padding_of(nn.Conv2d(1, 1, (2, 3), padding="same"))

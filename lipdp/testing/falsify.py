@@ -111,7 +111,7 @@ def falsify(
         raise ParameterError("falsify: the samples need an axis; give e.g. input_shape=(1,)")
     copied = copy.deepcopy(model).to(torch.float32 if forward_dtype is not None else dtype)
     graph = BoundGraph(copied, sample_shape(input_shape), dtype=forward_dtype or dtype)
-    criterion = as_lipschitz(loss)
+    criterion = as_lipschitz(loss, graph.num_outputs)
     tried = example_targets(criterion, graph.num_outputs) if targets is None else targets
     generator = torch.Generator().manual_seed(seed)
     effort = Effort(starts, climbs, steps)

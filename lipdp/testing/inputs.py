@@ -91,7 +91,20 @@ def _(loss: losses.TauBCEWithLogits, num_outputs: int) -> Tensor:
 
 
 @example_targets.register
-def _(loss: losses.MeanAbsoluteError, num_outputs: int) -> Tensor:
+def _(loss: losses.SoftMargin, num_outputs: int) -> Tensor:
+    return 2 * _corners(num_outputs) - 1
+
+
+@example_targets.register
+def _(loss: losses.SoftCrossEntropy, num_outputs: int) -> Tensor:
+    corners = _corners(num_outputs)
+    return torch.cat([corners, 100 * corners, -corners, corners / num_outputs])
+
+
+@example_targets.register(losses.MeanAbsoluteError)
+@example_targets.register(losses.Huber)
+@example_targets.register(losses.SmoothL1)
+def _(loss: nn.Module, num_outputs: int) -> Tensor:
     return torch.cat([10 * _corners(num_outputs), -10 * _corners(num_outputs)])
 
 

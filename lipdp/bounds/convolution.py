@@ -1,0 +1,84 @@
+"""The rules of convolutions and of their transposes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import nn
+
+from lipdp.bounds.rules import Call, Local, Number, rule
+from lipdp.bounds.windows import axis_overlap, most_visits
+from lipdp.constraints import certified_norm, vector_norm
+from lipdp.errors import UnsupportedLayerError
+from lipdp.nn import conv as lconv
+
+_Convolution: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
+_Transposed: TypeAlias = "nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d"
+
+
+def _convolution(call: Call, layer: _Convolution, scale: float) -> Local:
+    """y = α W P: P repeats an entry at most m times, so ‖P‖_F ≤ √m ‖x‖; gain α √m ‖W‖₂; Δ_W = α √m X G.
+
+    m is counted for any stride, dilation and padding (`axis_overlap`). With groups W is block-diagonal: the largest of
+    the blocks' norms. A bias is added at H'W' positions: √(H'W').
+    """
+    axes = len(layer.kernel_size)
+    settings = zip(
+        call.x.shape[-axes:], layer.kernel_size, layer.stride, lconv.padding_of(layer), layer.dilation, strict=True
+    )
+    overlap = math.prod(
+        axis_overlap(n, k, s, *padding, mode=layer.padding_mode, dilation=d) for n, k, s, padding, d in settings
+    )
+    kernel = call.used(layer.weight * scale)
+    norm = certified_norm(kernel.reshape(layer.groups, layer.out_channels // layer.groups, -1)).max()
+    return _of_patches(call, layer, norm, overlap, scale, terms=layer.weight[0].numel())
+
+
+def _of_patches(
+    call: Call, layer: _Convolution | _Transposed, norm: Number, overlap: int, scale: float, terms: int
+) -> Local:
+    root = math.sqrt(overlap)
+    parameters: dict[str, Number] = {"weight": scale * root * call.x.value}
+    offset: Number = 0.0
+    positions = math.prod(call.output_shape[-len(layer.kernel_size) :])
+    if layer.bias is not None:
+        parameters["bias"] = math.sqrt(positions)
+        offset = math.sqrt(positions) * vector_norm(call.used(layer.bias))
+    return Local(gains=(root * norm,), offset=offset, parameters=parameters, fan_in=max(terms, positions))
+
+
+@rule(lconv.SpectralConv1d, lconv.SpectralConv2d)
+def _spectral_convolution(call: Call) -> Local:
+    lconv.check_convolution(call.module)  # type: ignore[arg-type]
+    local = _convolution(call, call.module, call.module.scale)  # type: ignore[arg-type, union-attr]
+    return replace(local, sums_in=torch.float32)
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _plain_convolution(call: Call) -> Local:
+    return _convolution(call, call.module, 1.0)  # type: ignore[arg-type]
+
+
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def _transposed_convolution(call: Call) -> Local:
+    """The adjoint of y ↦ W P(y), which maps outputs to inputs: the same norm √m ‖W‖₂, m counted over the outputs.
+
+    From ⟨g, Wᵀ⋆x⟩ = ⟨W P(g), x⟩ = ⟨W, x P(g)ᵀ⟩ also ‖∇_W‖_F ≤ ‖P(g)‖_F ‖x‖ ≤ √m X G. A bias: √(H'W') as in a
+    convolution.
+    """
+    layer: _Transposed = call.module  # type: ignore[assignment]
+    if layer.padding_mode != "zeros":
+        raise UnsupportedLayerError(f"'{call.name}': a transposed convolution has a bound with padding_mode='zeros'")
+    axes = len(layer.kernel_size)
+    settings = zip(
+        *(call.x.shape[-axes:], layer.kernel_size, layer.stride, layer.padding, call.output_shape[-axes:]),
+        layer.dilation,
+        strict=True,
+    )
+    overlap = math.prod(most_visits(n, k, s, int(p), size, "zeros", d) for n, k, s, p, size, d in settings)
+    kernel = call.used(layer.weight)
+    norm = certified_norm(kernel.reshape(layer.groups, layer.in_channels // layer.groups, -1)).max()
+    return _of_patches(call, layer, norm, overlap, 1.0, terms=max(kernel[0].numel(), kernel[:, 0].numel()))

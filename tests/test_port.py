@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -155,6 +156,36 @@ def test_a_ported_net_trains_privately(net):
     assert layers
     assert all(m.constraint.contains(m.weight_matrix()) for m in layers)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_ported_net_is_exported_and_pickled_as_any_other(net):
+    model, shape = net
+    ported = lnn.from_torch(model, input_shape=shape).double()
+    x = torch.rand(3, *shape, dtype=torch.float64)
+    torch.testing.assert_close(lnn.to_torch(ported)(x), ported(x), atol=1e-4, rtol=0)
+    assert torch.equal(pickle.loads(pickle.dumps(ported))(x), ported(x))
+
+
+class Reshaped(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.conv, self.fc = how, nn.Conv2d(1, 2, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.fc(self.how(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda x: x.view(-1, 8), lambda x: x.view(x.shape[0], -1), lambda x: x.reshape(x.size()[0], 8),
+        lambda x: torch.flatten(x, 1), lambda x: x.flatten(start_dim=1), lambda x: torch.reshape(x, (x.size(0), -1)),
+    ],
+)  # fmt: skip
+def test_every_way_to_flatten_takes_an_empty_batch_then(how):
+    ported = lnn.from_torch(Reshaped(how), input_shape=(1, 4, 4))
+    assert [type(m).__name__ for m in ported][2] == "Flatten"
+    assert ported(torch.rand(0, 1, 4, 4)).shape == (0, 3)
 
 
 def test_weights_are_the_nearest_ones_and_names_stay():

@@ -143,10 +143,11 @@ class Port:
 
     def _layer(self, node: fx.Node, label: str) -> None:
         layer = self.layers[label]
-        if is_own(layer) or isinstance(layer, self.keep):
-            new = replaced(layer, SPECTRAL, label, {})
-            self.module.add_submodule(label, new)
-            self._note(node, label, type(new).__name__, "yours, or constrained already")
+        if isinstance(layer, self.keep):
+            self._note(node, label, "kept", "as you said; its rule bounds it")
+        elif is_own(layer):
+            self.module.add_submodule(label, replaced(layer, SPECTRAL, label, {}))
+            self._note(node, label, "kept", "constrained already")
         elif label in self.placed and isinstance(layer, _WEIGHTS):
             node.target = self.placed[label][0]
         else:

@@ -31,14 +31,19 @@ def checked_shape(input_shape: object) -> tuple[int, ...]:
 
 
 class _Tracer(fx.Tracer):
-    """Stops at layers of torch, deel-torchlip and lipdp and at what is kept; looks into all other modules."""
+    """Stops at layers of torch, deel-torchlip and lipdp and at what is kept; looks into all other modules.
 
-    def __init__(self, keep: tuple[type[nn.Module], ...]) -> None:
+    Without `keep` it stops at every module: unpickling a graph traces its calls again.
+    """
+
+    def __init__(self, keep: tuple[type[nn.Module], ...] | None = None) -> None:
         super().__init__()
         self.keep = keep
         self.inside: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self.keep is None:
+            return True
         own = is_own(m) and not isinstance(m, nn.Sequential)
         return own or isinstance(m, self.keep) or super().is_leaf_module(m, module_qualified_name)
 

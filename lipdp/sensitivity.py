@@ -17,6 +17,11 @@ from lipdp.constraints import is_positive
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.losses import as_lipschitz
 
+HOW_TO_BOUND = (
+    "Port a plain model with lipdp.nn.from_torch(model, input_shape=...) or lipdp.nn.constrain(model); one of lipdp's"
+    " layers begins with lipdp.nn.InputBound(c), c public"
+)
+
 
 @dataclass(frozen=True)
 class Sensitivity(Mapping[str, float]):
@@ -74,7 +79,7 @@ def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensit
     if unbounded:
         raise UnboundedError(
             f"no finite sensitivity for {', '.join(unbounded)}: nothing bounds the values in front of them or the loss."
-            " Begin the model with lipdp.nn.InputBound(c), c public, or put lipdp.nn.ValueClip or GradientGate there"
+            f" {HOW_TO_BOUND}, or put lipdp.nn.ValueClip or GradientGate there"
         )
     nodes = tuple(
         NodeBound(row.name, row.kind, rest[2 * i], rest[2 * i + 1], row.parameters) for i, row in enumerate(sweep.rows)
@@ -125,7 +130,7 @@ def sensitivity(
     if not min(start, gate) < math.inf:
         raise UnboundedError(
             f"{type(loss).__name__} has no finite constant here: its gradient grows with the logits, whose norm is"
-            " unbounded. Begin the model with lipdp.nn.InputBound(c)"
+            f" unbounded. {HOW_TO_BOUND}"
         )
     start = min(start, gate)
     return read_sweep(graph.sweep(start), start, Relation(relation))

@@ -18,6 +18,7 @@ from torch import nn
 
 from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.nn.gates import default_input_bound
 
 from .cnn import cnn
 from .families import Family, Lipschitz, Plain
@@ -25,7 +26,7 @@ from .linear import linear
 from .mixer import mixer
 from .mlp import mlp
 from .resnet import resnet
-from .stages import Joints, Stages, chain, count, default_input_bound
+from .stages import Joints, Stages, chain, count
 from .tabular import tabular
 from .vgg import vgg
 

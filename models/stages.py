@@ -1,8 +1,7 @@
-"""What the models share: the chain of stages with its joints, the default input bound, and checks of sizes."""
+"""What the models share: the chain of stages with its joints, and checks of sizes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -17,24 +16,6 @@ Stages: TypeAlias = "list[list[nn.Module]]"
 
 Joints: TypeAlias = "float | Sequence[float | None] | None"
 """Bounds at the joints of a model: none, the same at every joint, or one (or None) per joint."""
-
-
-def default_input_bound(input_shape: tuple[int, ...]) -> float:
-    """The radius a model projects its inputs on, from their format alone.
-
-    n entries in [0, 1] have ‖x‖ ≤ √n, which no natural image comes near: an MNIST digit has a norm of about 0.33 √n, an
-    8x8 digit 0.42 √n, a CIFAR-10 photograph 0.53 √n. Images get √n/4, so that nearly all of them lie *on* the sphere
-    and the bound is tight (what is lost is an overall factor, that is the exposure); tables, where the norm may carry
-    information, get √n/2. Neither looks at the data.
-
-    Args:
-        input_shape: of one sample; three axes are an image.
-
-    >>> default_input_bound((1, 28, 28)), default_input_bound((64,))
-    (7.0, 4.0)
-    """
-    root = math.sqrt(math.prod(input_shape))
-    return root / 4 if len(input_shape) == 3 else root / 2
 
 
 def chain(family: Family, stages: Stages, *, input_bound: float, clips: Joints, gates: Joints) -> nn.Sequential:

@@ -126,6 +126,7 @@ COVERS = {
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
     " models/stages models/starts models/tabular models/vgg",
     "test_planning": "planning/pictures planning/tan planning/workers",
+    "test_port": "nn/rewrite nn/tracing nn/walk",
     "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"
     " report/tensorboard",
     "test_rooms": "lazy",

@@ -16,6 +16,7 @@ from lipdp.certify.moduli import Lipschitz, Modulus, Projection, sample_norms
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.nn.gates import GradientGate, ValueClip
 from lipdp.nn.linear import SpectralLinear
+from lipdp.sensitivity import HOW_TO_BOUND
 
 CONVOLUTIONS = ("fourier", "reshaped")
 _UPWARDS = 1.0 + 1e-9  # covers the float64 rounding of the formulas here
@@ -176,7 +177,7 @@ class Network(BoundGraph):
         if any(math.isinf(n) for n in numbers) or bool(head.pair_norms.isinf().any()):
             raise UnboundedError(
                 "the network has no finite Lipschitz constant, so no radius can be certified: it multiplies values that"
-                " nothing bounds, or a weight is infinite. Begin the model with lipdp.nn.InputBound(c)"
+                f" nothing bounds, or a weight is infinite. {HOW_TO_BOUND}"
             )
 
 

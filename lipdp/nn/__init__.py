@@ -15,6 +15,7 @@ from lipdp.nn.pooling import (
     ScaledAvgPool2d,
     ScaledL2NormPool2d,
 )
+from lipdp.nn.port import constrain, from_torch, porting_table
 from lipdp.nn.residual import Concat, LipResidual, Residual
 
 __all__ = [
@@ -44,7 +45,10 @@ __all__ = [
     "SpectralConv2d",
     "SpectralLinear",
     "ValueClip",
+    "constrain",
+    "from_torch",
     "from_torchlip",
+    "porting_table",
     "project_",
     "to_torch",
 ]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from deel import torchlip
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lipdp.constraints import Constraint, Frobenius, Orthogonal, Spectral
-from lipdp.errors import MixesSamplesError, UnsupportedLayerError
+from lipdp.errors import MixesSamplesError
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d, window_overlap
 from lipdp.nn.gates import GradientGate
@@ -30,9 +29,7 @@ from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
 from lipdp.nn.normalization import GroupNorm, LayerCentering, LayerNorm
 from lipdp.nn.plain import Scale, SortPairs
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling, ScaledAvgPool2d, ScaledL2NormPool2d
-
-Converter: TypeAlias = Callable[[str, Any], nn.Module]
-Table: TypeAlias = Mapping[type[nn.Module], Converter]
+from lipdp.nn.walk import Converter, Table, fill, placed, refuse, replaced, settings
 
 
 def from_torchlip(model: nn.Module) -> nn.Module:
@@ -72,11 +69,11 @@ def from_torchlip(model: nn.Module) -> nn.Module:
     """
     for name, module in model.named_modules():
         if isinstance(module, torchlip.ScaledLipschitzModule) and module.factory is not None:
-            _refuse(name, module, "its scale is shared by a SharedLipFactory; bounds are computed layer by layer")
-    converted = _replaced(copy.deepcopy(model), _FROM_TORCHLIP, "", {})
+            refuse(name, module, "its scale is shared by a SharedLipFactory; bounds are computed layer by layer")
+    converted = replaced(copy.deepcopy(model), _FROM_TORCHLIP, "", {})
     for name, module in converted.named_modules():
         if parametrize.is_parametrized(module):
-            _refuse(
+            refuse(
                 name,
                 module,
                 "it is reparametrised and not a layer of deel-torchlip; the gradient of the raw weight has no bound."
@@ -107,60 +104,7 @@ def to_torch(model: nn.Module) -> nn.Module:
       (1): LPPool2d(norm_type=2, kernel_size=(2, 2), stride=None, ceil_mode=False)
     )
     """
-    return _replaced(copy.deepcopy(model), _TO_TORCH, "", {})
-
-
-# --- the walk --------------------------------------------------------------------------------------------------------
-
-
-def _replaced(module: nn.Module, table: Table, name: str, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module, or its replacement, with everything below replaced. `done`: what was met under another name."""
-    if module in done:
-        return done[module]
-    new = module
-    converter = _find(module, table)
-    if converter is not None:
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            _refuse(name, module, "it carries hooks, which its replacement would lose; remove them first")
-        new = converter(name, module)
-        new.training = module.training
-    done[module] = new
-    for key, child in new._modules.items():
-        if child is not None:
-            new._modules[key] = _replaced(child, table, f"{name}.{key}" if name else key, done)
-    return new
-
-
-def _find(module: nn.Module, table: Table) -> Converter | None:
-    """The converter of the module's class, or of the base class whose `forward` it inherits unchanged."""
-    for base in type(module).__mro__:
-        if base in table:
-            return table[base] if base.forward is type(module).forward else None  # type: ignore[attr-defined]
-    return None
-
-
-def _refuse(name: str, module: nn.Module, reason: str) -> None:
-    raise UnsupportedLayerError(f"'{name or 'the model'}' ({type(module).__name__}): {reason}")
-
-
-@torch.no_grad()
-def _fill(new: nn.Module, old: Any, weight: Tensor) -> nn.Module:
-    """Give a new layer this weight and the old one's bias, both trainable where they were."""
-    raw = old.parametrizations.weight.original if parametrize.is_parametrized(old, "weight") else old.weight
-    for name, value, trainable in (("weight", weight, raw.requires_grad), ("bias", old.bias, None)):
-        if value is not None:
-            parameter = getattr(new, name)
-            parameter.copy_(value)
-            parameter.requires_grad_(value.requires_grad if trainable is None else trainable)
-    return new
-
-
-def _placed(weight: Tensor) -> dict[str, Any]:
-    return {"device": weight.device, "dtype": weight.dtype}
-
-
-def _sequential(name: str, old: nn.Sequential) -> nn.Module:
-    return nn.Sequential(OrderedDict(old._modules))
+    return replaced(copy.deepcopy(model), _TO_TORCH, "", {})
 
 
 # --- deel-torchlip → lipdp -------------------------------------------------------------------------------------------
@@ -180,6 +124,10 @@ def _scale(layer: nn.Module) -> float:
         elif isinstance(step, _LConvNorm):
             scale *= float(step.lconv_coefficient)
     return scale
+
+
+def _sequential(name: str, old: nn.Sequential) -> nn.Module:
+    return nn.Sequential(OrderedDict(old._modules))
 
 
 def _constraint(layer: nn.Module, outputs: int, groups: int = 1) -> Constraint:
@@ -208,30 +156,22 @@ def _dense(name: str, old: torchlip.SpectralLinear | torchlip.FrobeniusLinear) -
         constraint=constraint,
         k_coef_lip=scale,
         bias_radius=_bias_radius(old),
-        **_placed(weight),
+        **placed(weight),
     )
-    return _fill(new, old, weight / scale)
+    return fill(new, old, weight / scale)
 
 
 def _check_convolution(name: str, old: torchlip.PadConv1d | torchlip.PadConv2d) -> None:
     """`old_padding_mode` is what was asked for: symmetric padding hides as a module and padding_mode='zeros'."""
     if old.old_padding_mode not in ("zeros", "circular"):
-        _refuse(
+        refuse(
             name,
             old,
             f"padding_mode={old.old_padding_mode!r} repeats border entries, which raises the layer's norm beyond the"
             " bound; use 'zeros' or 'circular'",
         )
     if any(d != 1 for d in old.dilation):
-        _refuse(name, old, f"dilation={old.dilation}: the overlap of its windows has no bound here; use dilation=1")
-
-
-def _settings(old: nn.Conv1d | nn.Conv2d) -> tuple[Any, ...]:
-    """The positional arguments of a convolution, as torch.nn and lipdp.nn order them."""
-    return (
-        *(old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation),
-        *(old.groups, old.bias is not None, old.padding_mode),
-    )
+        refuse(name, old, f"dilation={old.dilation}: the overlap of its windows has no bound here; use dilation=1")
 
 
 @torch.no_grad()
@@ -242,24 +182,24 @@ def _convolution(name: str, old: torchlip.SpectralConv1d | torchlip.SpectralConv
     overlap = math.prod(map(window_overlap, old.kernel_size, old.stride))
     kind = SpectralConv1d if isinstance(old, nn.Conv1d) else SpectralConv2d
     new = kind(
-        *_settings(old),
+        *settings(old),
         constraint=_constraint(old, old.out_channels, old.groups),
         k_coef_lip=scale * math.sqrt(overlap),
         bias_radius=_bias_radius(old),
-        **_placed(weight),
+        **placed(weight),
     )
-    return _fill(new, old, weight / new.scale)
+    return fill(new, old, weight / new.scale)
 
 
 def _plain_convolution(name: str, old: torchlip.PadConv1d | torchlip.PadConv2d) -> nn.Module:
     _check_convolution(name, old)
     kind = nn.Conv1d if isinstance(old, nn.Conv1d) else nn.Conv2d
-    return _fill(kind(*_settings(old), **_placed(old.weight)), old, old.weight)
+    return fill(kind(*settings(old), **placed(old.weight)), old, old.weight)
 
 
 def _check_pooling(name: str, old: nn.Module) -> None:
     if getattr(old, "ceil_mode", False) or getattr(old, "divisor_override", None) is not None:
-        _refuse(name, old, "ceil_mode and divisor_override change the weights of a window and break the constant")
+        refuse(name, old, "ceil_mode and divisor_override change the weights of a window and break the constant")
 
 
 def _average_pooling(name: str, old: torchlip.ScaledAvgPool2d) -> nn.Module:
@@ -316,11 +256,10 @@ def _batch_statistics(name: str, old: nn.Module) -> nn.Module:
 
 
 def _refused(reason: str) -> Converter:
-    def refuse(name: str, old: nn.Module) -> nn.Module:
-        _refuse(name, old, reason)
-        return old
+    def convert(name: str, old: nn.Module) -> nn.Module:
+        refuse(name, old, reason)
 
-    return refuse
+    return convert
 
 
 _FROM_TORCHLIP: Table = {
@@ -359,14 +298,14 @@ _FROM_TORCHLIP: Table = {
 
 @torch.no_grad()
 def _to_linear(name: str, old: SpectralLinear) -> nn.Module:
-    new = nn.Linear(old.in_features, old.out_features, old.bias is not None, **_placed(old.weight))
-    return _fill(new, old, old.weight * old.scale)
+    new = nn.Linear(old.in_features, old.out_features, old.bias is not None, **placed(old.weight))
+    return fill(new, old, old.weight * old.scale)
 
 
 @torch.no_grad()
 def _to_convolution(name: str, old: SpectralConv1d | SpectralConv2d) -> nn.Module:
     kind = nn.Conv1d if isinstance(old, nn.Conv1d) else nn.Conv2d
-    return _fill(kind(*_settings(old), **_placed(old.weight)), old, old.weight * old.scale)
+    return fill(kind(*settings(old), **placed(old.weight)), old, old.weight * old.scale)
 
 
 def _to_average_pooling(name: str, old: ScaledAvgPool2d) -> nn.Module:
@@ -380,7 +319,7 @@ def _to_average_pooling(name: str, old: ScaledAvgPool2d) -> nn.Module:
 
 def _to_prelu(name: str, old: torchlip.LPReLU) -> nn.Module:
     k = old._coefficient_lip
-    new = nn.PReLU(old.num_parameters, **_placed(old.weight))
+    new = nn.PReLU(old.num_parameters, **placed(old.weight))
     new.weight.data.copy_(old.weight.detach().clamp(-k, k))
     return new.requires_grad_(old.weight.requires_grad)
 

@@ -1,7 +1,12 @@
 """Fixtures shared by test files."""
 
+import os
+
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from lipdp.errors import CheckpointError, ResumeError
 from lipdp.training import Trainer, configure
 from lipdp.training.checkpoint import RunFolder
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes that are killed: other threads sum in another order
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the killed processes: other threads sum in another order
 
 NET = ["--model", "mlp", "--model-option", "depth=1", "--model-option", "width=8", "--batch-size", "128"]
 HOW = ["--optimizer", "adam", "--schedule", "cosine", "--gate-quantile", "0.5", "--accountant", "rdp", "--threads", "1"]

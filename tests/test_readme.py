@@ -76,4 +76,4 @@ def test_every_file_exists(path):
 
 def test_the_two_commands_are_there():
     assert "\npip install -e . && lipdp train\n" in README
-    assert '\npip install -e ".[dev]" && pytest\n' in README
+    assert '\npip install -e ".[dev]" && pytest -n auto --dist loadfile\n' in README

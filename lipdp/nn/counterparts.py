@@ -1,7 +1,7 @@
 """What each layer of torch.nn becomes in a constrained model: one entry a class, with the reason.
 
-Every counterpart is 1-Lipschitz. A function (`F.relu`, `x.mean((2, 3))`) is written as the module it is short for, so that
-this table is the only one.
+Every counterpart is 1-Lipschitz. A function (`F.relu`, `x.mean((2, 3))`) is written as the module it is short for, so
+that this table is the only one.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _pair(value: Any, axes: int) -> tuple[int, ...]:
 
 
 def _norm_pool(window: tuple[int, ...], site: Site, why: str) -> Choice:
-    """Norm pooling over the last axes, and the mean over the channels off: it is large, and the same for all classes."""
+    """Norm pooling over the last axes, less the mean over the channels: large, and the same for all classes."""
     channels = len(site.shape) - len(window)
     if channels > 1:
         raise NoCounterpartError(f"pooling of a sample of {len(site.shape)} axes")
@@ -178,7 +178,7 @@ def _adaptive(site: Site) -> Choice:
     return _norm_pool(tuple(n // m for n, m in sizes), site, "norm pooling keeps the norm")
 
 
-# --- normalisation, and what is left out or kept -----------------------------------------------------------------------
+# --- normalisation, and what is left out or kept ---------------------------------------------------------------------
 
 
 def _centering(site: Site, axes: tuple[int, ...]) -> Choice:

@@ -25,7 +25,8 @@ def from_torch(
 ) -> nn.Module:
     """A constrained model of a plain torch model's architecture, for clipless private training.
 
-    torch.fx traces the forward pass, modules of your own included, and every operation gets its 1-Lipschitz counterpart:
+    torch.fx traces the forward pass, modules of your own included, and every operation gets its 1-Lipschitz
+    counterpart:
 
     - dense layers and convolutions become `SpectralLinear`, `SpectralConv1d`, `SpectralConv2d`, with the nearest
       orthogonal weights and, by default, no biases (a bias is bounded at every position, so it costs noise);
@@ -36,11 +37,11 @@ def from_torch(
     - sums a ± b become (a ± b)/2, concatenations of n tensors are divided by √n;
     - in front stands ``InputBound(c, radius=1)``, x ↦ x/c projected on the unit ball.
 
-    Guarantees: every Δ is finite, and the network's Lipschitz constant is at most 1/c up to rounding, unless the forward
-    pass multiplies by numbers above 1 or multiplies activations (the table says so), keeps modules (`keep`), or the
-    model has an `InputBound` already, which stays. It is another function than the model's, to be trained. Names of
-    layers are kept, the model given is not changed. A chain of layers comes back as an `nn.Sequential` (names with "_"
-    for "."), anything else as a `torch.fx.GraphModule`.
+    Guarantees: every Δ is finite, and the network's Lipschitz constant is at most 1/c up to rounding, unless the
+    forward pass multiplies by numbers above 1 or multiplies activations (the table says so), keeps modules (`keep`),
+    or the model has an `InputBound` already, which stays. It is another function than the model's, to be trained.
+    Names of layers are kept, the model given is not changed. A chain of layers comes back as an `nn.Sequential` (names
+    with "_" for "."), anything else as a `torch.fx.GraphModule`.
 
     Args:
         model: any module torch.fx can trace, with one input and the logits as its output.
@@ -76,7 +77,8 @@ def porting_table(model: nn.Module, input_shape: tuple[int, ...], **options: Any
 
     Args: as `from_torch`.
 
-    >>> print(lipdp.nn.porting_table(torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.ReLU()), (8,), input_bound=2.0))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.ReLU())
+    >>> print(lipdp.nn.porting_table(net, (8,), input_bound=2.0))
     layer        was     becomes         why
     input_bound  -       InputBound      every record counts with norm at most 2, scaled to 1
     0            Linear  SpectralLinear  the nearest orthogonal weights; no bias, which costs noise

@@ -102,8 +102,8 @@ class Port:
         if self.missing:
             listed = "\n".join(f"  {line}" for line in self.missing)
             raise UnsupportedOperationError(
-                f"from_torch finds no counterpart for\n{listed}\nReplace them, or put them into a module, register a rule"
-                " for its class (lipdp.bounds.rule) and pass keep=[the class]"
+                f"from_torch finds no counterpart for\n{listed}\nReplace them, or put them into a module, register a"
+                " rule for its class (lipdp.bounds.rule) and pass keep=[the class]"
             )
         for node, row in self.sorts.items():
             self._thin(node, row)
@@ -190,7 +190,7 @@ class Port:
         del self.above[node]
 
     def _thin(self, node: fx.Node, row: int) -> None:
-        """Leave out an activation beside a norm pooling: a window's norm is a non-linearity, and keeps more norm alone."""
+        """Leave out an activation beside a norm pooling: a window's norm is not linear and keeps more norm alone."""
 
         def pool_from(start: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> bool:
             found = list(step(start))

@@ -58,7 +58,8 @@ def traced(model: nn.Module, keep: tuple[type[nn.Module], ...]) -> fx.GraphModul
     """The graph of a copy of the model.
 
     Raises:
-        UnsupportedLayerError: hooks, or a reparametrised weight. UnsupportedOperationError: torch.fx can't follow the code.
+        UnsupportedLayerError: hooks, or a reparametrised weight. UnsupportedOperationError: torch.fx can't follow the
+            code.
     """
     for name, module in model.named_modules():
         check_hooks(name, module)
@@ -73,8 +74,8 @@ def traced(model: nn.Module, keep: tuple[type[nn.Module], ...]) -> fx.GraphModul
     except Exception as error:  # torch.fx raises whatever the traced code raises
         where = tracer.inside[-1] if tracer.inside else type(model).__name__
         raise UnsupportedOperationError(
-            f"torch.fx cannot trace {where}: {error}. Avoid Python branches on tensor values, or register a rule for its"
-            f" class (lipdp.bounds.rule) and pass from_torch(..., keep=[the class])"
+            f"torch.fx cannot trace {where}: {error}. Avoid Python branches on tensor values, or register a rule for"
+            " its class (lipdp.bounds.rule) and pass from_torch(..., keep=[the class])"
         ) from error
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lipdp.batches.samplers import PoissonSampler
 from lipdp.bounds import BoundGraph, Sweep
-from lipdp.bounds import layers as rules
+from lipdp.bounds import convolution as rules
 from lipdp.bounds.rules import Local
 from lipdp.losses import LipschitzLoss
 from lipdp.noise.gaussian import GaussianNoise

@@ -16,7 +16,7 @@ from lipdp import audit, losses
 from lipdp import nn as lnn
 from lipdp.batches.samplers import PoissonSampler
 from lipdp.bounds import BoundGraph
-from lipdp.bounds import layers as rules
+from lipdp.bounds import convolution as rules
 from lipdp.errors import BoundViolation, EngineError, LossError
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.hooks import StepHooks

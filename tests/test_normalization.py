@@ -222,6 +222,10 @@ IN_LOW_PRECISION = {
     nn.Linear: lambda: nn.Linear(6, 6),
     nn.Conv1d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 1, 1)),
     nn.Conv2d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 1)), nn.Conv2d(1, 1, 1)),
+    nn.Conv3d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 1, 1)), nn.Conv3d(1, 1, 1)),
+    nn.ConvTranspose1d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.ConvTranspose1d(1, 1, 1)),
+    nn.ConvTranspose2d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 1)), nn.ConvTranspose2d(1, 1, 1)),
+    nn.ConvTranspose3d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 1, 1)), nn.ConvTranspose3d(1, 1, 1)),
     nn.PReLU: nn.PReLU,
     torchlip.LPReLU: lnn.LPReLU,
     torchlip.HouseHolder: lambda: lnn.HouseHolder(6),
@@ -252,7 +256,7 @@ def scaled(sums_in):
 def test_every_rule_with_parameters_is_below():
     """A rule added for a module with parameters must be put into one of the tables."""
     known = {kind for kind in (*IN_LOW_PRECISION, *IN_FLOAT32, *REFUSED) if isinstance(kind, type)}
-    words = ("parameters", "_dense", "_convolution")
+    words = ("parameters", "_dense", "_convolution", "_of_patches")
     found = {
         kind
         for kind, found in _RULES.items()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lipdp.batches.owners import EveryNth, Owners, Part, flattened_views
+from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
 from lipdp.batches.records import finite_inputs, pattern, read_mapped
 from lipdp.batches.rows import BatchTensor, Rows
 from lipdp.batches.samplers import Sampler
@@ -116,7 +116,7 @@ class BatchLoader:
         dataset: Dataset[Any],
         sampler: Sampler,
         *,
-        part: Part | None = None,
+        part: Partition | None = None,
         owners: Owners | None = None,
         views: int = 1,
         records: int | None = None,
@@ -132,7 +132,7 @@ class BatchLoader:
             raise ParameterError(f"num_workers is {num_workers}; it must be 0 or more")
         self.dataset = dataset
         self.sampler = sampler
-        self.part: Part = part or EveryNth()
+        self.part: Partition = part or EveryNth()
         self.owners, self.views = owners, views
         self.drawn: Draw | None = None
         self._listener, self._clock = listener or Listener(), clock or Clock()

@@ -17,7 +17,7 @@ from lipdp.errors import ParameterError
 Indices = npt.NDArray[np.int64]
 
 
-class Part(Protocol):
+class Partition(Protocol):
     """Which of the units drawn by all processes are this one's. Every unit drawn is one process's, and of one only."""
 
     def take(self, drawn: Indices) -> Indices:
@@ -37,7 +37,7 @@ class EveryNth:
     size: int = 1
 
     def take(self, drawn: Indices) -> Indices:
-        """See `Part`."""
+        """See `Partition`."""
         return drawn[self.rank :: self.size]
 
 
@@ -55,7 +55,7 @@ class Shard:
     stop: int
 
     def take(self, drawn: Indices) -> Indices:
-        """See `Part`."""
+        """See `Partition`."""
         low, high = np.searchsorted(drawn, [self.start, self.stop])
         return drawn[low:high] - self.start
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
-from lipdp.batches.owners import EveryNth, Owners, Part, Shard
+from lipdp.batches.owners import EveryNth, Owners, Partition, Shard
 from lipdp.batches.records import look, looked_at, read_mapped
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError, ParameterError
@@ -33,7 +33,7 @@ class Population:
 
     present: int
     records: int
-    part: Part
+    part: Partition
     owners: Owners | None = None
 
     @classmethod
@@ -67,7 +67,7 @@ class Population:
                 " processes)"
             )
         counts = world.gather(records)
-        part: Part
+        part: Partition
         if shards:
             start = sum(counts[: world.rank])
             present, part = sum(counts), Shard(start, start + records)

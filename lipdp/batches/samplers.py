@@ -99,7 +99,7 @@ class _IndependentBatches(ABC):
         Fisher–Yates shuffle beyond, so time and memory are O(size): no list of all records for a small batch."""
         return generator.choice(self.population, size, replace=False, shuffle=False)
 
-    def _facts(self) -> dict[str, int | float | str]:
+    def _settings(self) -> dict[str, int | float | str]:
         return {
             "sampler": type(self).__name__,
             "population": self.population,
@@ -108,8 +108,8 @@ class _IndependentBatches(ABC):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, the key and the facts they belong to. Secret while the run goes on: see `Ratchet`."""
-        return {**self._facts(), "position": self.position, "ratchet": self._ratchet.state_dict()}
+        """The position, the key and the settings they belong to. Secret while the run goes on: see `Ratchet`."""
+        return {**self._settings(), "position": self.position, "ratchet": self._ratchet.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue bit-identically.
@@ -118,9 +118,9 @@ class _IndependentBatches(ABC):
             ResumeError: the state is of another kind of sampler, population, rate or number of steps.
             CheckpointError: the state is damaged.
         """
-        for fact, value in self._facts().items():
-            if state.get(fact) != value:
-                raise ResumeError(f"{fact} was {state.get(fact)!r} in the saved sampler and is {value!r} now")
+        for name, value in self._settings().items():
+            if state.get(name) != value:
+                raise ResumeError(f"{name} was {state.get(name)!r} in the saved sampler and is {value!r} now")
         position, ratchet = state.get("position"), state.get("ratchet")
         if not isinstance(position, int) or not 0 <= position <= self.steps or not isinstance(ratchet, dict):
             raise CheckpointError(

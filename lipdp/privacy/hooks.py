@@ -36,7 +36,7 @@ from lipdp.privacy.snapshot import Snapshot
 from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.timing import Clock
 
-_STEPS = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
+STEPS_TAKEN = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
 
 
 class StepHooks:
@@ -264,7 +264,7 @@ class StepHooks:
 
     def _stamp(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimiser's state says how many noisy steps it has behind it, for `_check_account` after a resume."""
-        optimizer.param_groups[0][_STEPS] = self.ledger.steps
+        optimizer.param_groups[0][STEPS_TAKEN] = self.ledger.steps
 
     # -- what is checked at every step ---------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class StepHooks:
 
     def _check_account(self, optimizer: torch.optim.Optimizer) -> None:
         """A restored optimiser comes with the account of the steps that it took."""
-        taken = optimizer.param_groups[0].get(_STEPS, 0)
+        taken = optimizer.param_groups[0].get(STEPS_TAKEN, 0)
         if taken > self.ledger.steps:
             raise EngineError(
                 f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε"
@@ -362,7 +362,7 @@ class StepHooks:
     def detach(self) -> None:
         if self.step_in_progress.without_noise:
             self._drop_gradients()
-        self.optimizer.param_groups[0].pop(_STEPS, None)
+        self.optimizer.param_groups[0].pop(STEPS_TAKEN, None)
         for handle in self._handles:
             handle.remove()
         self._forward.remove()

@@ -147,7 +147,7 @@ class Snapshot:
             if name not in before or name not in after:
                 self._refuse(f"{cell.where}: {name} was {'removed' if name in before else 'added'}")
             if not _same(before[name], after[name]):
-                was, is_now = _brief(before[name]), _brief(after[name])
+                was, is_now = _shown(before[name]), _shown(after[name])
                 self._refuse(f"{cell.where}: {name} " + (f"was {was}, is now {is_now}" if was else "is another object"))
 
     def _refuse(self, difference: str) -> None:
@@ -191,6 +191,6 @@ def _same(old: Any, new: Any) -> bool:
     return isinstance(old, (*_PLAIN, Constraint)) and old == new
 
 
-def _brief(value: Any) -> str:
+def _shown(value: Any) -> str:
     """A value as messages show it; nothing where it is no value."""
     return f"{value!r:.80}" if isinstance(value, (*_PLAIN, tuple, Constraint)) else ""

@@ -17,6 +17,7 @@ import torch
 from lipdp.accounting.digest import check_digest
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.files import write_bytes, write_json, written_whole
+from lipdp.privacy.hooks import STEPS_TAKEN
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -252,7 +253,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     optimizer.load_state_dict(dict(state))
 
 
-_MOVING = {"lr": 0.0, "lipdp_steps": 0}  # with a schedule; with every step
+_MOVING = {"lr": 0.0, STEPS_TAKEN: 0}  # with a schedule; with every step
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

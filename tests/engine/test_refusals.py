@@ -181,7 +181,7 @@ def test_a_loss_that_couples_samples_is_refused(loss):
         ({"gate": -1.0}, ParameterError, "gate"),
         ({"allocation": "per_block"}, UnknownNameError, "per_layer"),
         ({"sampling": "shuffle"}, UnknownNameError, "poisson"),
-        ({"criterion": nn.NLLLoss()}, LossError, "NLLLoss"),
+        ({"criterion": nn.PoissonNLLLoss()}, LossError, "PoissonNLLLoss"),
         ({"model": nn.Linear(20, 5)}, UnboundedError, "InputBound"),
         ({"dataset": [torch.zeros(20) for _ in range(64)]}, EngineError, "pairs"),
     ],

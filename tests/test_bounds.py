@@ -679,13 +679,23 @@ def test_the_decorator_registers(monkeypatch):
         del _RULES[Halve]
 
 
-def test_a_subclass_that_changes_the_forward_pass_has_no_rule():
+def test_a_subclass_that_changes_the_forward_pass_has_not_the_rule_of_its_base():
     class Standardised(nn.Conv2d):
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, 100 * weight, bias)
 
-    with pytest.raises(UnsupportedOperationError):
-        lipdp.lipschitz_constant(Standardised(1, 1, 3), (1, 4, 4))
+    class Other(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, torch.exp(weight), bias)
+
+    torch.manual_seed(0)
+    layer, plain = Standardised(1, 1, 3), nn.Conv2d(1, 1, 3)
+    plain.load_state_dict(layer.state_dict())
+    sweeps = [BoundGraph(m, (1, 4, 4), input_bound=1.0).sweep(1.0) for m in (layer, plain)]
+    assert float(sweeps[0].lipschitz) == pytest.approx(100 * float(sweeps[1].lipschitz), rel=1e-3)
+    assert float(sweeps[0].parameters["weight"]) == pytest.approx(100 * float(sweeps[1].parameters["weight"]), rel=1e-3)
+    with pytest.raises(UnsupportedOperationError, match="before they meet the input"):
+        lipdp.lipschitz_constant(Other(1, 1, 3), (1, 4, 4))
 
 
 def test_a_rule_with_the_wrong_number_of_gains(monkeypatch):

@@ -4,8 +4,10 @@ from lipdp.bounds import convolution as _convolution  # noqa: F401  (each regist
 from lipdp.bounds import curves as _curves  # noqa: F401
 from lipdp.bounds import functions as _functions  # noqa: F401
 from lipdp.bounds import layers as _layers  # noqa: F401
+from lipdp.bounds import lookups as _lookups  # noqa: F401
 from lipdp.bounds import moving as _moving  # noqa: F401
 from lipdp.bounds import pooling as _pooling  # noqa: F401
+from lipdp.bounds import products as _products  # noqa: F401
 from lipdp.bounds.propagate import BoundGraph, ForwardSweep, NodeBound, Step, Sweep, as_tensor
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Local, Number, Rule, least, rule, times

@@ -13,6 +13,8 @@ from lipdp.errors import UnsupportedOperationError
 
 _Kind = Literal["constant", "sample", "varying", "shape", "batch"]
 _OF_ONE_SAMPLE = {"dim", "ndimension", "is_floating_point", "get_device"}
+REPEATS = frozenset({"expand", "expand_as", "repeat"})
+"""What may repeat a tensor of the model for every sample: a class token."""
 _ATTRIBUTES_OF_ONE = {"ndim", "dtype", "device", "is_cuda"}
 
 
@@ -98,18 +100,24 @@ def _kind(node: fx.Node, kinds: Mapping[fx.Node, _Kind], values: Mapping[fx.Node
         return _of_axes(node.args[1], len(values[node.args[0]]))  # type: ignore[index]
     value = values[node]
     tensors = value if isinstance(value, (tuple, list)) and value else [value]
-    if not sources & {"sample", "varying"} or not all(isinstance(t, Tensor) for t in tensors):
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return "batch"
+    if not sources & {"sample", "varying"} and not (node.target in REPEATS and _keeps_batch(node, kinds)):
         return "batch"
     return "sample" if sources <= {"constant", "sample"} or _keeps_batch(node, kinds) else "varying"
 
 
 def _keeps_batch(node: fx.Node, kinds: Mapping[fx.Node, _Kind]) -> bool:
-    """Whether it is x.view(n, …) of a sample, or the like, n the number of samples and the rest constant."""
-    if node.target not in {"view", "reshape", "expand", torch.reshape}:
+    """Whether it is x.view(n, …) of a sample, or the like, n the number of samples and the rest constant.
+
+    Or n copies of a constant: `c.expand(n, …)`.
+    """
+    if node.target not in {"view", "reshape", torch.reshape} | REPEATS:
         return False
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple) else node.args[1:]
     given = [kinds[s] if isinstance(s, fx.Node) else "constant" for s in (node.args[0], *sizes)]
-    return given[:2] == ["sample", "batch"] and set(given[2:]) <= {"constant"}
+    whole = given[0] == "sample" or (given[0] == "constant" and node.target in REPEATS)
+    return whole and given[1:2] == ["batch"] and set(given[2:]) <= {"constant"}
 
 
 def _of_axes(index: Any, rank: int) -> _Kind:

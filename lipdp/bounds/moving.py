@@ -57,6 +57,13 @@ def _pad(call: Call) -> Local:
     return _padded(call, call.argument(1, "pad"), call.argument(2, "mode", "constant"), 0.0 if value is None else value)
 
 
+@rule("expand", "expand_as", "repeat")
+def _repeated(call: Call) -> Local:
+    """Every entry k times in a sample: √k. A constant (a class token) is repeated for every sample besides."""
+    copies = math.prod(call.output_shape) // call.x.numel
+    return Local(gains=(math.sqrt(copies), *[0.0] * (len(call.inputs) - 1)), fan_in=max(copies, 1))
+
+
 @lru_cache(maxsize=1024)
 def _nearest_copies(size: int, out: int, shift: float) -> int:
     """The most copies of an entry: torch floors (i + shift) · size/out in float32 or float64, which may miss by one."""

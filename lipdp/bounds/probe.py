@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lipdp.bounds.trace import mode
 from lipdp.constraints import is_size
@@ -24,12 +27,47 @@ def sample_shape(input_shape: object) -> tuple[int, ...]:
     return tuple(input_shape)
 
 
-def probe_input(model: nn.Module, input_shape: tuple[int, ...], *, batch: int = _BATCH) -> Tensor:
-    """A batch of random samples in the dtype and on the device of the model's parameters."""
+def probe_input(
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int = _BATCH, vocabulary: int | None = None
+) -> Tensor:
+    """A batch of random samples on the device of the model's parameters: in their dtype, or of `vocabulary` tokens."""
     reference = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
+    if vocabulary is not None:
+        return torch.randint(vocabulary, (batch, *input_shape), generator=generator).to(reference.device)
     x = torch.randn(batch, *input_shape, generator=generator)
     return x.to(device=reference.device, dtype=reference.dtype)
+
+
+class _Lookups(TorchFunctionMode):
+    """Notes the number of rows of every embedding that is asked for a float, and answers with row 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.embedding, F.embedding_bag) and args and args[0].is_floating_point():
+            weight = args[1] if len(args) > 1 else (kwargs or {})["weight"]
+            self.rows.append(len(weight))
+            args = (torch.zeros_like(args[0], dtype=torch.int64), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def vocabulary_of(model: nn.Module, x: Tensor) -> int | None:
+    """How many tokens the model knows, if it looks its inputs up in embeddings; None where they are numbers.
+
+    Args:
+        x: `probe_input` of numbers.
+    """
+    lookups = _Lookups()
+    try:
+        with untouched(model), lookups:
+            model(x)
+    except Exception:  # whatever is wrong with the model is found, and named, when it is inspected
+        pass
+    return min(lookups.rows, default=None)
 
 
 @contextmanager
@@ -56,7 +94,7 @@ def _outputs_and_gradients(
     torch.default_generator.manual_seed(0x11D9)  # the same dropout every time
     if x.is_cuda:
         torch.cuda.manual_seed_all(0x11D9)
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
     with torch.enable_grad():
         out = forward(x)
         rows = out.reshape(len(out), -1)
@@ -66,12 +104,16 @@ def _outputs_and_gradients(
         total = (rows * cotangents).sum()
     if not total.requires_grad:
         return out.detach(), torch.zeros_like(x), [None] * len(parameters)
-    grads = torch.autograd.grad(total, [x, *parameters], allow_unused=True)
-    return out.detach(), torch.zeros_like(x) if grads[0] is None else grads[0], list(grads[1:])
+    own = [x] if x.requires_grad else []
+    grads = torch.autograd.grad(total, [*own, *parameters], allow_unused=True) if own or parameters else ()
+    by_input = grads[0] if own else None
+    return out.detach(), torch.zeros_like(x) if by_input is None else by_input, list(grads[len(own) :])
 
 
 def _close(first: Tensor, second: Tensor) -> bool:
     """Equal up to the rounding of the dtype, relative to the largest entry (whatever the scale of the model)."""
+    if not first.is_floating_point():
+        return torch.equal(first, second)
     scale = float(first.abs().nan_to_num().amax()) if first.numel() else 0.0
     tolerance = 1e3 * torch.finfo(first.dtype).eps
     return torch.allclose(first, second, rtol=0.0, atol=tolerance * scale, equal_nan=True)
@@ -108,7 +150,7 @@ def check_samples_apart(model: nn.Module, x: Tensor) -> None:
     """
     state = {name: b.detach().clone() for name, b in model.named_buffers()}
     moved = x.clone()
-    moved[0] = 2 * moved[0].flip(-1) + 1.0
+    moved[0] = 2 * moved[0].flip(-1) + 1.0 if x.is_floating_point() else x.amax() - moved[0]
     with untouched(model):
         for training in (True, False):
             with mode(model, training):

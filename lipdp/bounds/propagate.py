@@ -16,10 +16,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input, untouched
+from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input, untouched, vocabulary_of
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, least, module_rule, times
 from lipdp.bounds.trace import NodeInfo, check_modules, inspect_nodes, trace
+from lipdp.bounds.weights import gains_of, most_alike
 from lipdp.constraints import vector_norm
 from lipdp.errors import UnboundedError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.compiled import eager, original
@@ -119,12 +120,14 @@ class ForwardSweep:
         rounding: slack of the forward pass's dtype.
         values, lipschitz: X and K of every node, by index.
         calls: per step the call, its rule's answer, and the slack for rounding.
+        constants: the values of the nodes that do not depend on the sample.
     """
 
     rounding: Rounding
     values: list[Number]
     lipschitz: list[Number]
     calls: list[tuple[Step, Call, Local, Number]]
+    constants: Mapping[fx.Node, Tensor]
 
 
 class BoundGraph:
@@ -139,6 +142,9 @@ class BoundGraph:
         input_bound: a public bound on the input norm, for a model without `InputBound`.
         gated: whether gates inside the model bound the cotangents. They do for one sample of full weight; where a unit
             is several samples of weights w_i, a gate lets c through for each, not w_i c, and the bound must not use it.
+
+    Attributes:
+        vocabulary: how many tokens it knows, where it looks its inputs up (`nn.Embedding`); None for numbers.
 
     Raises:
         UnsupportedOperationError, UnsupportedLayerError: an operation without a sound rule.
@@ -170,7 +176,8 @@ class BoundGraph:
     def _trace(self, model: nn.Module) -> None:
         gathered = unsharded(model)
         check_modules(gathered)
-        x = probe_input(gathered, self.input_shape)
+        self.vocabulary = vocabulary_of(gathered, probe_input(gathered, self.input_shape))
+        x = self.probe(gathered)
         with untouched(gathered):
             self.module, other = trace(gathered, x)
             self._by_mode = {model.training: self.module, not model.training: other}
@@ -188,6 +195,11 @@ class BoundGraph:
         if gathered is not model:  # free the gathered parameters
             for parameter in gathered.parameters():
                 parameter.data = parameter.data.new_empty(0)
+
+    def probe(self, model: nn.Module | None = None, *, batch: int | None = None) -> Tensor:
+        """A batch of random inputs of the kind that the model takes: numbers in its dtype, or tokens."""
+        options = {} if batch is None else {"batch": batch}
+        return probe_input(model or self.model, self.input_shape, vocabulary=self.vocabulary, **options)
 
     def _find_output(self) -> fx.Node:
         outputs = [n.args[0] for n in self.module.graph.nodes if n.op == "output"]
@@ -241,7 +253,7 @@ class BoundGraph:
     def _check_coverage(self, trained: set[str]) -> None:
         """Every parameter that gets a gradient must be met by a rule."""
         names = self._names()
-        met = {names.get(id(self._attribute(n))) for n in self.constants if n.op == "get_attr"}
+        met = {names.get(id(p)) for n in self.constants for p in self._held(n)}
         for step in self.steps:
             met |= {names.get(id(p)) for p in step.module.parameters()} if step.module is not None else set()
         if trained - met:
@@ -283,29 +295,49 @@ class BoundGraph:
                 return value
         raise UnsupportedOperationError(f"the model has lost its tensor '{node.target}' since it was traced")
 
-    def _constant(self, node: fx.Node) -> Tensor:
-        """The value of a node that does not depend on the sample."""
+    def _held(self, node: fx.Node) -> list[Tensor]:
+        """The model's own tensors in a node that does not depend on the sample."""
         if node.op == "get_attr":
-            return full_tensor(self._attribute(node))
-
-        def load(argument: fx.Node) -> Any:
-            info = self._info[argument]
-            return self._constant(argument).detach() if info.kind == "constant" else info.value
-
+            return [self._attribute(node)]
         path = str(node.target)
-        module = unsharded(self._own(path, self._modules[path])) if node.op == "call_module" else None
-        sources = [self._constant(s) for s in node.all_input_nodes if self._info[s].kind == "constant"]
-        if any(t.requires_grad for t in (*sources, *(module.parameters() if module is not None else ()))):
-            raise UnsupportedOperationError(
-                f"node '{node.name}' computes with trainable parameters before they meet the input; no rule bounds"
-                " their gradients through that. Store the result as the parameter, or register a rule for the module"
-                " around it"
-            )
-        args, kwargs = fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+        return list(self._own(path, self._modules[path]).parameters()) if node.op == "call_module" else []
+
+    def _constant(self, node: fx.Node, known: Mapping[fx.Node, Tensor]) -> Tensor:
+        """The value of a node that does not depend on the sample; `known` are those in front of it."""
+        if node.op == "get_attr":
+            return full_tensor(self._attribute(node)).detach()
+        args, kwargs = self._loaded(node, known)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        path = str(node.target)
+        module = unsharded(self._own(path, self._modules[path])) if node.op == "call_module" else None
         target: Any = module or node.target
         return target(*args, **kwargs)
+
+    def _loaded(self, node: fx.Node, known: Mapping[fx.Node, Tensor]) -> tuple[Any, dict[str, Any]]:
+        def load(argument: fx.Node) -> Any:
+            info = self._info[argument]
+            return known[argument] if info.kind == "constant" else info.value
+
+        return fx.map_arg(node.args, load), fx.map_arg(node.kwargs, load)
+
+    def _weight_gains(
+        self, node: fx.Node, known: Mapping[fx.Node, Tensor], trained: set[fx.Node], names: Mapping[int, str]
+    ) -> dict[Any, Number]:
+        """What is trained in front of a constant node → the gain of the node in it: nodes, or a parameter's name."""
+        held = {id(p): names[id(p)] for p in self._held(node) if id(p) in names}
+        sources = [s for s in node.all_input_nodes if s in known]
+        if node.op == "get_attr" or not (held or trained.intersection(sources)):
+            return {name: 1.0 for name in held.values()}
+        args, kwargs = self._loaded(node, known)
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(module) is nn.Embedding and not module.scale_grad_by_freq and not module.sparse and not kwargs:
+            return {name: most_alike(args[0]).sqrt() for name in held.values()}
+        order = [argument for argument in node.args if argument in sources]
+        found: dict[Any, Number] = {}
+        for source, gain in zip(order, gains_of(node, args, known[node]), strict=True):
+            found[source] = found.get(source, 0.0) + gain
+        return found
 
     # -- the sweeps ----------------------------------------------------------------------------------------------------
 
@@ -316,10 +348,11 @@ class BoundGraph:
         values: list[Number] = [self.input_bound] * len(self.index)
         lipschitz: list[Number] = [1.0] * len(self.index)
         constants: dict[int, Tensor] = {}
+        known: dict[fx.Node, Tensor] = {}
         for node in self.constants:
             i = self.index[node]
-            constants[i] = self._constant(node)
-            values[i], lipschitz[i] = vector_norm(constants[i].detach()), 0.0
+            constants[i] = known[node] = self._constant(node, known)
+            values[i], lipschitz[i] = vector_norm(constants[i]), 0.0
         calls: list[tuple[Step, Call, Local, Number]] = []
         for step in self.steps:
             inputs = tuple(
@@ -335,7 +368,7 @@ class BoundGraph:
             values[step.index] = times(least(norms + local.offset, local.value_cap), slack)
             lipschitz[step.index] = times(step.combine(local, [lipschitz[i] for i in step.sources]), slack)
             calls.append((step, call if module is step.module else replace(call, module=step.module), local, slack))
-        return ForwardSweep(rounding, values, lipschitz, calls)
+        return ForwardSweep(rounding, values, lipschitz, calls, known)
 
     def lipschitz(self) -> Tensor:
         """The network's Lipschitz constant in its input, as a float64 tensor."""
@@ -371,14 +404,31 @@ class BoundGraph:
             for key, name in own.items():
                 deltas[name] = deltas[name] + times(local.parameters[key], inner)
             rows.append(NodeBound(step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
-        for node in self.constants:
-            own_name = names.get(id(self._attribute(node))) if node.op == "get_attr" else None
-            if own_name is not None:
-                _check_sums(own_name, "a parameter met outside a layer", forward.rounding.dtype)
-                deltas[own_name] = deltas[own_name] + cotangents[self.index[node]]
+        self._pull_to_weights(forward, cotangents, deltas, names)
         lipschitz = as_tensor(forward.lipschitz[end], device)
         bounds = {name: as_tensor(delta, device) for name, delta in deltas.items()}
         return Sweep(bounds, lipschitz, output, tuple(reversed(rows)))
+
+    def _pull_to_weights(
+        self, forward: ForwardSweep, cotangents: list[Number], deltas: dict[str, Number], names: Mapping[int, str]
+    ) -> None:
+        """The cotangents of constants, on to the parameters that they are computed from: Δ_θ += L G."""
+        trained: set[fx.Node] = set()
+        gains: dict[fx.Node, dict[Any, Number]] = {}
+        for node in self.constants:
+            gains[node] = self._weight_gains(node, forward.constants, trained, names)
+            if gains[node]:
+                trained.add(node)
+        for node in reversed(self.constants):
+            width = max(forward.constants[node].shape, default=1)
+            g = cotangents[self.index[node]]
+            for source, gain in gains[node].items():
+                if isinstance(source, str):
+                    _check_sums(source, "a parameter met outside a layer", forward.rounding.dtype)
+                    deltas[source] = deltas[source] + times(gain, g)
+                    continue
+                through = times(times(gain, g), forward.rounding.slack(2 * width))
+                cotangents[self.index[source]] = cotangents[self.index[source]] + through
 
 
 def _check_sums(name: str, kind: str, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from deel import torchlip
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from lipdp.bounds.branches import Question, answer, kinds_of
+from lipdp.bounds.branches import REPEATS, Question, answer, kinds_of
 from lipdp.bounds.rules import find_module_rule
 from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.compiled import original
@@ -235,7 +235,9 @@ def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
         sources = [nodes[s].kind for s in node.all_input_nodes]
         from_sample = node.op == "placeholder" or "sample" in sources or "tuple" in sources
         if isinstance(pair[0], Tensor):
-            nodes[node] = _sample_node(node, pair, len(x)) if from_sample else _constant_node(node, pair)
+            repeated = node.target in REPEATS and tuple(pair[1].shape) == (1, *pair[0].shape[1:])
+            by_sample = from_sample or (repeated and len(pair[0]) == len(x))
+            nodes[node] = _sample_node(node, pair, len(x)) if by_sample else _constant_node(node, pair)
         elif _is_tuple(pair[0]):
             items = [_sample_node(node, p, len(x)) for p in zip(*pair, strict=True)]
             nodes[node] = NodeInfo("tuple", (sum(math.prod(item.shape) for item in items),))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.bounds import BoundGraph
-from lipdp.bounds.probe import probe_input, untouched
+from lipdp.bounds.probe import untouched
 from lipdp.errors import BoundViolation, ConstraintError, EngineError, NonFiniteError, ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.nn.compiled import eager, is_compiled, original
@@ -288,7 +288,7 @@ class GradientCheck:
 
     def _inputs(self, x: Tensor) -> Tensor:
         """The records as the model takes them; random ones where the loop must have turned them into another shape."""
-        like = probe_input(self._model, self._graph.input_shape, batch=len(x))
+        like = self._graph.probe(batch=len(x))
         return x.to(like).reshape(like.shape) if x.numel() == like.numel() else like
 
     def _norms(self, x: Tensor, y: Tensor, limit: Tensor, parameters: list[nn.Parameter]) -> Tensor:

@@ -1,7 +1,7 @@
 """lipdp: differentially private training of Lipschitz networks, without per-sample gradient clipping."""
 
+from lipdp.bounds.sensitivity import sensitivity as sensitivity  # eager: the module has the function's name
 from lipdp.lazy import facade
-from lipdp.sensitivity import sensitivity as sensitivity  # eager: the module has the function's name
 
 __version__ = "0.1.0"
 
@@ -12,11 +12,11 @@ _ROOMS = (
 _NAMES = {
     "PrivacyEngine": "lipdp.privacy.engine",
     "Relation": "lipdp.accounting.relation",
-    "Sensitivity": "lipdp.sensitivity",
+    "Sensitivity": "lipdp.bounds.sensitivity",
     "calibrate": "lipdp.accounting.calibration",
     "epsilon": "lipdp.accounting.accountants",
-    "lipschitz_constant": "lipdp.sensitivity",
-    "sensitivity": "lipdp.sensitivity",
+    "lipschitz_constant": "lipdp.bounds.sensitivity",
+    "sensitivity": "lipdp.bounds.sensitivity",
 } | {room: f".{room}" for room in _ROOMS.split()}
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

@@ -13,7 +13,7 @@ import lipdp
 ROOT = Path(__file__).parents[1]
 ORDER = (
     "lazy errors files timing processes", "accounting", "noise", "constraints", "nn", "losses", "bounds",
-    "sensitivity", "distributed", "batches", "privacy", "models", "testing", "data features", "training", "estimators",
+    "distributed", "batches", "privacy", "models", "testing", "data features", "training", "estimators",
     "audit certify planning", "comparison", "report integrations", "commands cli __main__ __init__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
@@ -111,7 +111,7 @@ COVERS = {
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
-    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/trace sensitivity",
+    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/trace",
     "test_certify": "certify/certificate certify/network commands/robustness",
     "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/tables commands/train",
     "test_compare": "comparison/plots",

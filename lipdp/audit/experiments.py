@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
+from lipdp.bounds.sensitivity import sensitivity
 from lipdp.data import bound_inputs, default_bounding, load
 from lipdp.errors import ParameterError
 from lipdp.losses import LipschitzLoss, MeanAbsoluteError, TauCrossEntropy
 from lipdp.models import build
 from lipdp.nn.gates import InputBound, clip_norm, per_sample_norm
-from lipdp.sensitivity import sensitivity
 
 _FAR = 1e6  # a target out of reach: the absolute error's gradient is then ±1/C whatever the weights
 _MOST_CANARIES = 2**18

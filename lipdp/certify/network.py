@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from lipdp.bounds import BoundGraph, Call, ForwardSweep, Local, Rounding, Step
+from lipdp.bounds.sensitivity import HOW_TO_BOUND
 from lipdp.certify.convolution import is_convolution, scale_of, tightened
 from lipdp.certify.moduli import Lipschitz, Modulus, Projection, sample_norms
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.nn.gates import GradientGate, ValueClip
 from lipdp.nn.linear import SpectralLinear
-from lipdp.sensitivity import HOW_TO_BOUND
 
 CONVOLUTIONS = ("fourier", "reshaped")
 _UPWARDS = 1.0 + 1e-9  # covers the float64 rounding of the formulas here

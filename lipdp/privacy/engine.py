@@ -18,6 +18,7 @@ from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, check_records, first_records
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.bounds import BoundGraph
+from lipdp.bounds.sensitivity import Sensitivity
 from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import check_alike, own_reduction, plan_together, warm_up_shards
 from lipdp.errors import EngineError, ParameterError
@@ -32,7 +33,6 @@ from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.loss_check import check_loss
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
-from lipdp.sensitivity import Sensitivity
 from lipdp.timing import Clock, Timer
 
 

@@ -18,6 +18,7 @@ from lipdp.batches.loader import BatchLoader
 from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
+from lipdp.bounds.sensitivity import Sensitivity, read_sweep
 from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, ResumeError, UnknownNameError
 from lipdp.nn import project_
@@ -33,7 +34,6 @@ from lipdp.privacy.gate import GateState
 from lipdp.privacy.optimizers import guard_parameters, matched_parameters, refuse_unsuitable
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.snapshot import Snapshot
-from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.timing import Clock
 
 STEPS_TAKEN = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved

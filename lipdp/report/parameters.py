@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lipdp.bounds import NodeBound
 from lipdp.errors import LipdpError
-from lipdp.sensitivity import NodeBound
 from lipdp.training.checkpoint import RunFolder
 
 if TYPE_CHECKING:

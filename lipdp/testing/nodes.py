@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from lipdp.bounds import BoundGraph
+from lipdp.bounds.sensitivity import Sensitivity
 from lipdp.bounds.trace import mode
-from lipdp.sensitivity import Sensitivity
 from lipdp.testing.report import Finding, largest, worst_of
 
 

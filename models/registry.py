@@ -1,6 +1,6 @@
 """The model zoo: models built from an input shape and a number of classes, by name, each with an unconstrained twin.
 
-Every model is an `nn.Sequential` that torch.fx can trace. It begins with `InputBound(c)`; its first layer is
+Every model is an `nn.Sequential` that torch.fx can trace. `tabular` apart, it begins with `InputBound(c)`; its first layer is
 1/c-Lipschitz, so that all values behind it have norm at most 1, and the other layers are 1-Lipschitz: the network's
 constant is 1/c. One module a model; `families` holds the two kinds of layers, `stages` what the models share.
 """
@@ -36,9 +36,10 @@ _REGISTRY: dict[str, Callable[..., Stages]] = {
     "mixer": mixer,
     "mlp": mlp,
     "resnet": resnet,
-    "tabular": tabular,
     "vgg": vgg,
 }
+_OWN: dict[str, Callable[..., nn.Module]] = {"tabular": tabular}
+"""Models that are not made of stages and take none of what the zoo has in common."""
 _SUPPLIED = {"layers", "input_shape", "num_classes", "gain"}  # by `build`, to every model of the zoo
 
 
@@ -48,7 +49,7 @@ def names() -> list[str]:
     >>> lipdp.models.names()
     ['cnn', 'linear', 'mixer', 'mlp', 'resnet', 'tabular', 'vgg']
     """
-    return sorted(_REGISTRY)
+    return sorted((*_REGISTRY, *_OWN))
 
 
 def build(
@@ -103,14 +104,25 @@ def build(
         common = {"input_bound": input_bound, "clips": clips, "gates": gates, "bias": bias, "twin": twin}
         given = {key: value for key, value in common.items() if value is not None and value is not False}
         return _build_own(name, shape, num_classes, {**given, **options})
+    if name in _OWN:
+        _check_options(name, _OWN[name], set(options), {"input_shape", "num_classes"})
+        _refuse_common(name, input_bound=input_bound, clips=clips, gates=gates, bias=bias or None)
+        return _OWN[name](shape, num_classes, **options)
     if name not in _REGISTRY:
-        raise UnknownNameError("model", name, [*_REGISTRY, "module:function"])
+        raise UnknownNameError("model", name, [*names(), "module:function"])
     builder = _REGISTRY[name]
     _check_options(name, builder, set(options), _SUPPLIED)
     radius = default_input_bound(shape) if input_bound is None else check_positive("input_bound", input_bound)
     family: Family = Plain(bias) if twin else Lipschitz(bias)
     stages = builder(family, shape, num_classes, 1 / radius, **options)
     return chain(family, stages, input_bound=radius, clips=clips, gates=gates)
+
+
+def _refuse_common(name: str, **given: Any) -> None:
+    """Refuse what a model without joints and input bound does not take."""
+    useless = [option for option, value in given.items() if value is not None]
+    if useless:
+        raise ParameterError(f"{name} takes no {', '.join(useless)}: its features bound themselves; leave it out")
 
 
 def _check_options(name: str, function: Callable[..., Any], given: set[str], supplied: set[str]) -> None:

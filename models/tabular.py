@@ -1,27 +1,36 @@
-"""The multi-layer perceptron at the size tables want."""
+"""Random Fourier features of a table's columns and one dense layer."""
 
 from __future__ import annotations
 
-from .families import Family
-from .mlp import mlp
-from .stages import Stages
+import torch
+from torch import nn
+
+from lipdp.errors import ParameterError
+from lipdp.nn.table import TableFeatures, unit_norm
 
 
-def tabular(
-    layers: Family, input_shape: tuple[int, ...], num_classes: int, gain: float, *, width: int = 64, depth: int = 1
-) -> Stages:
-    """`mlp` with one hidden layer of 64: a table has few columns, and every weight costs noise.
+def tabular(input_shape: tuple[int, ...], num_classes: int, *, waves: int = 200) -> nn.Sequential:
+    """Features of norm 1 and one dense layer without a bias, from W = 0: the tightest private model of a table.
 
-    Use `num_classes=1` (a single logit, `losses.TauBCEWithLogits`) or 2 for a yes-or-no table. Joints: `depth`.
+    The features bound themselves, so no `InputBound` stands in front: `TableFeatures`, then a projection to norm 1,
+    then ‖∇_W ℓ‖ = ‖φ‖ ‖∂ℓ/∂z‖ ≤ G for a gate at G. Inputs are taken to lie in [−1, 1] until the features' map is set:
+    by `lipdp train`, or by `TableFeatures.set_`. Use `num_classes=1` for a yes-or-no table.
 
     Args:
-        width: neurons of a hidden layer, even.
-        depth: hidden layers.
+        waves: frequencies, an even number.
 
-    Parameters: w (n + (depth − 1) w + C); 704 on 10 columns with a single logit.
+    Parameters: (1 + n + 2 waves) C; 411 on 10 columns with a single logit.
 
     >>> model = lipdp.models.build("tabular", input_shape=(10,), num_classes=1)
     >>> sum(p.numel() for p in model.parameters())
-    704
+    411
+
+    Source: Rahimi & Recht (2007).
     """
-    return mlp(layers, input_shape, num_classes, gain, width=width, depth=depth)
+    if len(input_shape) != 1:
+        raise ParameterError(f"tabular takes tables, input_shape=(columns,), got {input_shape}; for images use 'cnn'")
+    features = TableFeatures(input_shape[0], waves=waves)
+    dense = nn.Linear(features.out_features, num_classes, bias=False)
+    with torch.no_grad():
+        dense.weight.zero_()
+    return nn.Sequential(features, unit_norm(), dense)

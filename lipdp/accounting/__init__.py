@@ -7,6 +7,7 @@ _NAMES = {
     "EpsilonCurve": "lipdp.accounting.calibration",
     "Event": "lipdp.accounting.events",
     "Ledger": "lipdp.accounting.events",
+    "Measurement": "lipdp.accounting.plan",
     "PLDAccountant": "lipdp.accounting.accountants",
     "PRVAccountant": "lipdp.accounting.accountants",
     "PrivacyPlan": "lipdp.accounting.plan",

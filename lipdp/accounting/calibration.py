@@ -83,12 +83,12 @@ def calibrate(
         except AccountingError:
             return math.inf
 
-    mu = _gaussian_mu(target_epsilon, delta)
+    mu = gaussian_mu(target_epsilon, delta)
     guess = math.log1p((mu / sampling_rate) ** 2 / steps) ** -0.5
     return smallest_noise_multiplier(cost, guess, target_epsilon)
 
 
-def _gaussian_mu(epsilon: float, delta: float) -> float:
+def gaussian_mu(epsilon: float, delta: float) -> float:
     """The μ of the Gaussian mechanism with `Φ(μ/2 − ε/μ) − e^ε·Φ(−μ/2 − ε/μ) = δ` (Balle & Wang 2018)."""
 
     def excess(mu: float) -> float:

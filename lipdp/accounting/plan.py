@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
 
 from lipdp.accounting.accountants import Spent, get_accountant
-from lipdp.accounting.calibration import calibrate
+from lipdp.accounting.calibration import calibrate, gaussian_mu
 from lipdp.accounting.events import Event
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError, ResumeError, UnknownNameError
@@ -90,8 +90,10 @@ class Subsampling:
         """All T steps, as accountants take them."""
         return Event(noise_multiplier, self.sampling_rate, self.steps, self.relation)
 
-    def noise_multiplier(self, *, epsilon: float, delta: float, accountant: str = "prv") -> float:
-        """The least σ with ε(σ) ≤ `epsilon` at δ, see `calibrate`."""
+    def noise_multiplier(
+        self, *, epsilon: float, delta: float, accountant: str = "prv", beside: Sequence[Event] = ()
+    ) -> float:
+        """The least σ with ε(σ) ≤ `epsilon` at δ, with the events `beside` the steps; see `calibrate`."""
         return calibrate(
             target_epsilon=epsilon,
             sampling_rate=self.sampling_rate,
@@ -99,7 +101,37 @@ class Subsampling:
             delta=delta,
             accountant=accountant,
             relation=self.relation,
+            extra_events=beside,
         )
+
+    def mu(self, noise_multiplier: float) -> float:
+        """About the μ of the Gaussian mechanism that all steps together are like; √T/σ exactly for q = 1.
+
+        Source: Bu et al. (2020), the central limit: `q √(T (e^{1/σ²} − 1))`.
+        """
+        if self.sampling_rate == 1:
+            return math.sqrt(self.steps) / noise_multiplier
+        return self.sampling_rate * math.sqrt(self.steps * math.expm1(min(noise_multiplier**-2, 500.0)))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A sum over all records that is released once, beside the steps, with Gaussian noise.
+
+    Attributes:
+        name: what is measured.
+        noise_multiplier: its σ > 0, relative to the sensitivity of the sum under the plan's relation.
+
+    >>> Measurement("histogram", 20.0).event(Relation.ADD_OR_REMOVE_ONE).steps
+    1
+    """
+
+    name: str
+    noise_multiplier: float
+
+    def event(self, relation: Relation) -> Event:
+        """As accountants take it: one step that every record takes part in."""
+        return Event(self.noise_multiplier, 1.0, 1, relation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +146,7 @@ class PrivacyPlan:
         expected_batch_size: B = q N, the divisor of the noisy sum.
         steps: T, the most steps the run may take.
         noise_multiplier: the joint σ of everything one step releases.
+        measurements: what is released once beside the steps, of all units; part of the same ε.
         sampling: "poisson" or "fixed_size", which decides the relation.
         unit: what one step draws and ε protects: a "record", or an "owner" with all records.
         accountant: whose ε is reported: "prv", "pld" or "rdp".
@@ -136,6 +169,7 @@ class PrivacyPlan:
     expected_batch_size: int
     steps: int
     noise_multiplier: float
+    measurements: tuple[Measurement, ...] = ()
     sampling: str = "poisson"
     unit: str = "record"
     accountant: str = "prv"
@@ -150,8 +184,12 @@ class PrivacyPlan:
         if self.unit not in UNITS:
             raise UnknownNameError("unit", self.unit, UNITS)
         get_accountant(self.accountant)
+        if len({m.name for m in self.measurements}) < len(self.measurements):
+            raise ParameterError("two measurements have one name; give each a name of its own")
         event = self.subsampling.event(self.noise_multiplier)
         plain = {"dataset_size": int(self.dataset_size), "expected_batch_size": int(self.expected_batch_size)}
+        for measurement in self.measurements:
+            measurement.event(event.relation)  # refuses a σ out of range
         for name, value in {**plain, "steps": event.steps, "noise_multiplier": event.noise_multiplier}.items():
             object.__setattr__(self, name, value)
 
@@ -169,23 +207,40 @@ class PrivacyPlan:
         target_epsilon: float | None = None,
         target_delta: float | None = None,
         accountant: str = "prv",
+        shares: Mapping[str, float] | None = None,
     ) -> PrivacyPlan:
         """Decide T from the number of passes over the data, and σ from the target, where they are not given.
+
+        Args:
+            shares: measurements by name, and the share of the budget of each, as a share of μ²: Gaussian mechanisms
+                compose as μ² = Σ μ_i². The steps have the rest.
 
         Raises:
             CalibrationError: no σ reaches the target.
             ParameterError: neither σ nor a target with its δ, both or none of steps and epochs, a value out of range.
         """
         drawn = Subsampling.of(dataset_size, expected_batch_size, steps=steps, epochs=epochs, sampling=sampling)
-        if noise_multiplier is None:
-            if target_epsilon is None or target_delta is None:
-                raise ParameterError("neither a noise multiplier nor a target ε at a δ was given; give one of them")
-            noise_multiplier = drawn.noise_multiplier(epsilon=target_epsilon, delta=target_delta, accountant=accountant)
+        shares = shares or {}
+        measurements: tuple[Measurement, ...] = ()
+        left, given = 1 - _all_of(shares), noise_multiplier
+        if target_epsilon is not None and target_delta is not None:
+            if shares:
+                measurements = _measured(shares, gaussian_mu(target_epsilon, target_delta))
+            beside = [m.event(drawn.relation) for m in measurements]
+            target = {"epsilon": target_epsilon, "delta": target_delta}
+            sigma = given or drawn.noise_multiplier(**target, accountant=accountant, beside=beside)
+        elif given is not None:
+            sigma = given
+            if shares:
+                measurements = _measured(shares, drawn.mu(sigma) / math.sqrt(left))
+        else:
+            raise ParameterError("neither a noise multiplier nor a target ε at a δ was given; give one of them")
         return cls(
             dataset_size=dataset_size,
             expected_batch_size=expected_batch_size,
             steps=drawn.steps,
-            noise_multiplier=noise_multiplier,
+            noise_multiplier=sigma,
+            measurements=measurements,
             sampling=sampling,
             unit=unit,
             accountant=accountant,
@@ -218,6 +273,11 @@ class PrivacyPlan:
         """The account of all T steps."""
         return self.subsampling.event(self.noise_multiplier)
 
+    @property
+    def events(self) -> list[Event]:
+        """The account of the whole run: the measurements, which come first, and the steps."""
+        return [*(m.event(self.relation) for m in self.measurements), self.event]
+
     @cached_property
     def step_event(self) -> Event:
         """The account of one step."""
@@ -225,14 +285,14 @@ class PrivacyPlan:
 
     @cached_property
     def predicted(self) -> Spent:
-        """ε of all T steps at the target's δ.
+        """ε of the whole run at the target's δ.
 
         Raises:
             ParameterError: no δ was given.
         """
         if self.target_delta is None:
             raise ParameterError("this plan has no δ: give target_delta, at which ε is to be predicted")
-        return get_accountant(self.accountant).epsilon([self.event], self.target_delta)
+        return get_accountant(self.accountant).epsilon(self.events, self.target_delta)
 
     def __str__(self) -> str:
         """In one line, for people."""
@@ -244,7 +304,8 @@ class PrivacyPlan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints; those that follow too."""
-        return {**asdict(self), "sampling_rate": self.sampling_rate, "relation": self.relation.value}
+        measured = [asdict(m) for m in self.measurements]
+        return {**asdict(self), "measurements": measured, "sampling_rate": self.sampling_rate, "relation": self.relation.value}
 
     def check_same(self, saved: Any) -> None:
         """Refuse a resume under another plan.
@@ -264,6 +325,19 @@ class PrivacyPlan:
                 f"the run to resume has another privacy plan ({listed or 'unknown fields'}); ε would be wrong. Resume"
                 " with the same settings, or start a new run"
             )
+
+
+def _measured(shares: Mapping[str, float], mu: float) -> tuple[Measurement, ...]:
+    """Each with its share of μ²."""
+    return tuple(Measurement(name, 1 / (mu * math.sqrt(share))) for name, share in shares.items())
+
+
+def _all_of(shares: Mapping[str, float]) -> float:
+    """What all shares take together; ParameterError where they leave nothing."""
+    total = sum(shares.values())
+    if not all(share > 0 for share in shares.values()) or not total < 1:
+        raise ParameterError(f"shares={dict(shares)}: numbers > 0 with a sum below 1 are needed")
+    return total
 
 
 def whole(name: str, value: Any) -> int:

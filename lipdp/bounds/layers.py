@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lipdp.bounds.rules import Call, Local, Number, own_axes, rule, times
 from lipdp.constraints import Constraint, Spectral, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
-from lipdp.nn import gates, linear, normalization
+from lipdp.nn import gates, linear, normalization, table
 from lipdp.nn.normalization import check_centering_axes
 
 # --- dense -----------------------------------------------------------------------------------------------------------
@@ -56,6 +56,17 @@ def _value_clip(call: Call) -> Local:
 @rule(gates.GradientGate)
 def _gradient_gate(call: Call) -> Local:
     return Local(cotangent_cap=call.module.bound, fan_in=call.x.numel)  # type: ignore[union-attr, arg-type]
+
+
+@rule(table.TableFeatures)
+def _table_features(call: Call) -> Local:
+    """Its own constant, and a bound on its values that holds whatever the input.
+
+    What it sums: k products in a frequency's argument, and few operations around them, in place of which 64 are taken.
+    """
+    features: table.TableFeatures = call.module  # type: ignore[assignment]
+    bound = features.value_bound()
+    return Local(gains=(features.lipschitz(),), offset=bound, value_cap=bound, fan_in=features.columns + 64)
 
 
 # --- centering and normalisation -------------------------------------------------------------------------------------

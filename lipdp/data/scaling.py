@@ -178,6 +178,14 @@ class SignedLog:
         squashed = torch.log1p(x.abs() / self.scale) / math.log1p(1 / self.scale)
         return torch.copysign(squashed.clamp(max=self.limit), x)
 
+    def inverse(self, y: Tensor) -> Tensor:
+        """The input that is mapped to `y`, where |y| ≤ limit.
+
+        >>> SignedLog().inverse(torch.tensor([0.0, 1.0, -1.0])).round(decimals=5).tolist()
+        [0.0, 1.0, -1.0]
+        """
+        return torch.copysign(self.scale * torch.expm1(y.abs() * math.log1p(1 / self.scale)), y)
+
 
 @dataclass(frozen=True)
 class Standardise:

@@ -17,6 +17,7 @@ from lipdp.nn.pooling import (
 )
 from lipdp.nn.port import constrain, from_torch, porting_table
 from lipdp.nn.residual import Concat, LipResidual, Residual
+from lipdp.nn.table import TableFeatures
 
 __all__ = [
     "Concat",
@@ -44,6 +45,7 @@ __all__ = [
     "SpectralConv1d",
     "SpectralConv2d",
     "SpectralLinear",
+    "TableFeatures",
     "ValueClip",
     "constrain",
     "from_torch",

@@ -92,6 +92,7 @@ class PrivacyEngine:
         self._world = world
         self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
         self.ledger = Ledger()
+        self._measured: list[str] = []
         self._hooks: StepHooks | None = None
 
     # -- entry ---------------------------------------------------------------------------------------------------------
@@ -271,6 +272,7 @@ class PrivacyEngine:
                 allocation=get_allocation(allocation),
                 noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
                 ledger=self.ledger,
+                measured=self._measured,
                 check_every=self.check_every,
                 deferred=self.deferred,
                 world=world,
@@ -356,6 +358,30 @@ class PrivacyEngine:
                 total = total + value.detach()
         return total
 
+    def measure_(self, name: str, total: Tensor, *, sensitivity: float) -> float:
+        r"""Release a sum over all records once, as the plan says: an event of the same account, with the run's noise.
+
+        If neighbours move the sum by ``Δ`` at most (by 2Δ where a record is replaced), ``total + N(0, s² I)`` with
+        ``s = σ Δ`` (2σΔ) is the Gaussian mechanism with the noise multiplier σ of that measurement.
+
+        Args:
+            name: of a measurement of the plan; each can be taken once.
+            total: any shape, on the engine's device; noise is added in place, and all processes get the first one's.
+            sensitivity: Δ > 0, a bound on the Euclidean norm of what one unit adds. It is yours to prove.
+
+        Returns:
+            s.
+
+        Raises:
+            UnknownNameError: the plan has no such measurement. EngineError: it was taken, or the sum is not finite.
+        """
+        return self._current().measure_(name, total, sensitivity)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What was released beside the steps so far."""
+        return tuple(self._measured)
+
     def skip_batch(self) -> int:
         """Give up the batches drawn since the last step: each counts as a step of the account, nothing is released.
 
@@ -388,8 +414,8 @@ class PrivacyEngine:
 
     @property
     def steps_taken(self) -> int:
-        """Noisy steps so far."""
-        return self.ledger.steps
+        """Noisy steps so far; measurements are none."""
+        return self.ledger.steps - len(self._measured)
 
     @property
     def steps_left(self) -> int:

@@ -19,7 +19,7 @@ from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
 from lipdp.distributed.collectives import World
-from lipdp.errors import CheckpointError, EngineError, ResumeError
+from lipdp.errors import CheckpointError, EngineError, ResumeError, UnknownNameError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
@@ -46,6 +46,7 @@ class StepHooks:
         module: as it was written. outer: as the script calls it.
         optimizer: over its trainable parameters.
         criterion, graph, gate, step, loader, noise, ledger: what the run is made of.
+        measured: names of what was released beside the steps.
         plan: what ε depends on.
         allocation: of the noise.
         check_every, deferred: of the checks.
@@ -69,6 +70,7 @@ class StepHooks:
         allocation: Allocation,
         noise: GaussianNoise,
         ledger: Ledger,
+        measured: list[str],
         check_every: int | None,
         deferred: bool | None,
         world: World,
@@ -78,6 +80,7 @@ class StepHooks:
         self.module, self.criterion, self.loader = original(module), criterion, loader
         self.optimizer, self.step_in_progress = optimizer, step
         self.plan, self.allocation, self.noise, self.ledger = plan, allocation, noise, ledger
+        self.measured = measured
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
         refuse_unsuitable(self.module, optimizer, StepHooks._before_step)
@@ -163,6 +166,24 @@ class StepHooks:
             value = closure()
         self._add_noise(optimizer)
         return (args[0], Evaluated(value)), {}  # args[0] is the optimiser
+
+    @torch.no_grad()
+    def measure_(self, name: str, total: Tensor, sensitivity: float) -> float:
+        """Account and noise of one measurement of the plan; see `PrivacyEngine.measure_`."""
+        planned = {m.name: m for m in self.plan.measurements}
+        if name not in planned:
+            raise UnknownNameError("measurement of the plan", name, planned)
+        if name in self.measured:
+            raise EngineError(f"{name} was measured already; a second release would exceed ε")
+        if not (sensitivity > 0 and bool(total.isfinite().all())):
+            raise EngineError(f"{name} has sensitivity {sensitivity}, or entries that are not finite; bound its records")
+        self.ledger.append(planned[name].event(self.plan.relation))  # before the draw: never under-counted
+        self.before += 1
+        self.measured.append(name)
+        std = planned[name].noise_multiplier * self.factor * sensitivity
+        self.noise.add_([total], torch.tensor([std], dtype=torch.float64))
+        self.world.broadcast_([total])
+        return std
 
     @torch.no_grad()
     def _add_noise(self, optimizer: torch.optim.Optimizer) -> None:
@@ -374,6 +395,7 @@ class StepHooks:
             "plan": self.plan.as_dict(),
             "ledger": self.ledger.state_dict(),
             "before": self.before,
+            "measured": list(self.measured),
             "loader": self.loader.state_dict(),
             "noise": self.noise.state_dict(),
             "gate": self.gate.state_dict(),
@@ -381,7 +403,7 @@ class StepHooks:
         return with_digest(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = {"plan", "ledger", "before", "loader", "noise", "gate", "digest"} - set(state)
+        missing = {"plan", "ledger", "before", "measured", "loader", "noise", "gate", "digest"} - set(state)
         if missing:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
         self.plan.check_same(state["plan"])
@@ -398,5 +420,6 @@ class StepHooks:
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])
+        self.measured[:] = state["measured"]
         self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
         self._taken_at = self.loader.position

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights: post-processing of what was released, so it costs no privacy."""
+"""Averages of the weights after steps: post-processing of what was released, so it costs no privacy."""
 
 from __future__ import annotations
 
@@ -58,6 +58,10 @@ class Ema:
         share = 1.0 - self.decay**self.updates
         return {n: (self._sums[n] / share).to(p.dtype) for n, p in self._parameters.items()}
 
+    def apply(self) -> None:
+        """Give the model the averaged weights."""
+        self._write(self.weights())
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model with the averaged weights, for evaluation; the raw ones come back, bit for bit."""
@@ -87,3 +91,43 @@ class Ema:
         for name, total in self._sums.items():
             total.copy_(sums[name])
         self.updates = int(state["updates"])
+
+
+class TailAverage(Ema):
+    """Mean of the weights after each of the last K of T steps; the weights themselves before.
+
+    Args:
+        model: its trainable parameters are averaged.
+        last: K, 1 … T.
+        steps: T.
+
+    >>> model = torch.nn.Linear(1, 1, bias=False)
+    >>> average = TailAverage(model, last=2, steps=3)
+    >>> for value in (9.0, 3.0, 6.0):
+    ...     _ = model.weight.data.fill_(value)
+    ...     average.update()
+    >>> average.weights()["weight"].item()
+    4.5
+
+    Source: Polyak & Juditsky (1992).
+    """
+
+    def __init__(self, model: nn.Module, *, last: int, steps: int) -> None:
+        if not 1 <= last <= steps:
+            raise ParameterError(f"tail={last}: a whole number from 1 to the {steps} steps is needed")
+        super().__init__(model, 0.0)
+        self._before = steps - last
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are, where the step is among the last."""
+        self.updates += 1
+        if self.updates > self._before:
+            torch._foreach_add_(list(self._sums.values()), [p.to(torch.float32) for p in self._parameters.values()])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameter name → mean."""
+        count = self.updates - self._before
+        if count < 1:
+            return {n: p.detach().clone() for n, p in self._parameters.items()}
+        return {n: (self._sums[n] / count).to(p.dtype) for n, p in self._parameters.items()}

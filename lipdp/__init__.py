@@ -6,7 +6,7 @@ from lipdp.lazy import facade
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "accounting audit batches bounds certify comparison constraints data distributed errors features integrations"
+    "accounting audit batches bounds certify comparison constraints data distributed errors estimators features integrations"
     " losses models nn noise planning privacy report testing training"
 )
 _NAMES = {

@@ -89,6 +89,14 @@ class RecordError(DataError):
     """One record cannot be read; a run takes the zero record in its place, for stopping would tell that it is there."""
 
 
+class RefusedMethodError(LipdpError, AttributeError):
+    """A method that an interface expects and that would break the guarantee; the message says why."""
+
+
+class PrivacyLeakWarning(UserWarning):
+    """Something was read off the private data outside the mechanism, so no ε covers it."""
+
+
 class BudgetSpentWarning(UserWarning):
     """A loader is iterated after the last batch of its budget: nothing comes."""
 

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.data.scaling import Bounding, Rescale
 from lipdp.errors import DataError, ParameterError
+from lipdp.losses import LipschitzLoss
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training import tables
@@ -122,18 +123,48 @@ def fit_table(
     if labels.shape != (len(table),) or labels.is_floating_point() or not len(table):
         raise DataError(f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers")
     bounding = _bounding(bounds)
-    inputs, name = bounding(table), "bce" if num_classes == 2 else "cross-entropy"
+    name = "bce" if num_classes == 2 else "cross-entropy"
     loss, outs = make_loss(name, num_classes, _weighted(num_classes, class_weight))
-    model: Any = build("tabular", input_shape=tuple(table.shape[1:]), num_classes=outs, waves=waves)
+    fitted = fit_head(
+        bounding(table), labels.long(), loss, bounding=bounding, outputs=outs, epsilon=epsilon, delta=delta, steps=steps,
+        gate=gate, waves=waves, accountant=accountant, seed=seed, secure=secure, check_every=check_every,
+    )  # fmt: skip
+    return TableModel(bounding=bounding, num_classes=num_classes, delta=delta, **fitted)
+
+
+def fit_head(
+    inputs: Tensor,
+    targets: Tensor,
+    loss: LipschitzLoss,
+    *,
+    bounding: Bounding,
+    outputs: int,
+    epsilon: float,
+    delta: float,
+    steps: int = tables.STEPS,
+    gate: float = tables.GATE,
+    waves: int = 200,
+    accountant: str = "prv",
+    seed: int | None = None,
+    secure: bool = False,
+    check_every: int | None = None,
+) -> dict[str, Any]:
+    """`fit_table` for any loss: the module, the plan, the ε spent and the sensitivities, as `TableModel` names them.
+
+    Args:
+        inputs: (N, k) float32, mapped by `bounding`. targets: (N,), as the loss takes them.
+        outputs: of the model. The others: see `fit_table`.
+    """
+    model: Any = build("tabular", input_shape=tuple(inputs.shape[1:]), num_classes=outputs, waves=waves)
     tables.set_public_map(model[0], bounding)
     plan = PrivacyPlan.of(
-        dataset_size=len(table), expected_batch_size=len(table), steps=steps, target_epsilon=epsilon,
+        dataset_size=len(inputs), expected_batch_size=len(inputs), steps=steps, target_epsilon=epsilon,
         target_delta=delta, accountant=accountant, shares=tables.measured_shares(bounding),
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
     _, _, loader, criterion = engine.make_private_with_plan(
-        plan, module=model, optimizer=optimizer, criterion=loss, dataset=TensorDataset(inputs, labels.long()), gate=gate
+        plan, module=model, optimizer=optimizer, criterion=loss, dataset=TensorDataset(inputs, targets), gate=gate
     )
     preconditioner = tables.Preconditioner(optimizer, model[2].weight)
 
@@ -147,11 +178,10 @@ def fit_table(
         engine.backward(*batch, microbatch=_BATCH)
         optimizer.step()
         average.update()
-    deltas, spent = dict(engine.sensitivity()), engine.get_epsilon(delta)
-    plan = engine.plan
+    fitted = {"sensitivity": dict(engine.sensitivity()), "epsilon": engine.get_epsilon(delta), "plan": engine.plan}
     engine.detach()
     average.apply()
-    return TableModel(model.eval(), bounding, num_classes, plan, spent, delta, deltas)
+    return {"module": model.eval(), **fitted}
 
 
 def _table(x: Array) -> Tensor:

@@ -1,0 +1,166 @@
+"""A private classifier of tables, with scikit-learn's habits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lipdp.batches.records import NO_LABEL
+from lipdp.certify.certificate import certify
+from lipdp.errors import ParameterError
+from lipdp.estimators.base import PrivateEstimator, public_list
+from lipdp.estimators.recipe import TableRecipe
+from lipdp.estimators.scikit import ClassifierMixin, check_classification_targets, column_or_1d
+from lipdp.losses import TauBCEWithLogits, TauCrossEntropy
+
+
+class PrivateClassifier(ClassifierMixin, PrivateEstimator):
+    r"""A differentially private classifier of tables: a linear or small net on bounded, one-hot columns.
+
+    Columns are mapped to [−1, 1] by public bounds and to one-hot columns by public lists. A Lipschitz network is trained
+    on them with noise on the sum of the gradients, whose norms its layers bound.
+
+    Guarantees: the fitted model, and whatever is computed from it, is (ε, δ)-DP for each record, input and label
+    together: (`epsilon_`, `delta_`). The number of records, the columns and the set of labels are taken as public. Not so
+    where `bounds` is None, since they are then read off the data (`PrivacyLeakWarning`, `epsilon_` is infinite), nor with
+    a `random_state`, whose noise anybody can draw again (`is_private_` is False). Each fit costs ε again: `cross_val_score`
+    with k folds costs up to kε, and a grid search that times the size of the grid; their scores are not covered at all.
+
+    Args:
+        epsilon, delta: the budget; delta None takes 1e-5, or the power of ten below 1/N if that is smaller.
+        bounds: public: b for [−b, b], a pair (low, high) for all columns, one pair a column, or a mapping from columns (by
+            name or number) to either. What lies outside is clipped.
+        categories: public: column → list of its values. Others count as none of them.
+        classes: public: the labels; records with another one count as records without. By default those in y.
+        missing: what a missing number is: "middle" of its bounds, or "indicator", the same with a column that says so.
+        hidden: neurons of the hidden layers, e.g. 64 or (64, 32); 0 for a linear model, None for the recipe's.
+        recipe: how it is trained.
+        random_state: repeats the fit exactly, for tests: NOT private.
+
+    Attributes:
+        classes_, n_features_in_, feature_names_in_: as scikit-learn has them.
+        epsilon_, delta_, is_private_, leaks_, privacy_: the account; `report()` says it in words.
+        bounds_, categories_, weights_: the rule and the weights.
+
+    Raises:
+        ParameterError: an argument out of range. CalibrationError: no noise reaches ε.
+
+    >>> X = np.random.default_rng(0).uniform(size=(500, 2))
+    >>> clf = PrivateClassifier(epsilon=1.0, bounds=(0, 1), random_state=0).fit(X, X[:, 0] > 0.5)
+    >>> clf.epsilon_ <= 1, clf.score(X, X[:, 0] > 0.5) > 0.8
+    (True, True)
+
+    Source: Béthune et al. (2024), "DP-SGD without clipping".
+    """
+
+    def __init__(
+        self,
+        epsilon: float = 1.0,
+        delta: float | None = None,
+        *,
+        bounds: Any = None,
+        categories: Any = None,
+        classes: Sequence[Any] | None = None,
+        missing: str = "middle",
+        hidden: int | Sequence[int] | None = None,
+        recipe: TableRecipe | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.epsilon = epsilon
+        self.delta = delta
+        self.bounds = bounds
+        self.categories = categories
+        self.classes = classes
+        self.missing = missing
+        self.hidden = hidden
+        self.recipe = recipe
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.poor_score = True  # ε = 1 on the hundred records of a check leaves little but noise
+        return tags
+
+    def fit(self, X: Any, y: Any) -> PrivateClassifier:
+        """Learn from records `X` (N, columns), an array or a frame, and labels `y` (N,)."""
+        x = self._read(X, reset=True)
+        labels = self._labels(y, len(x))
+        rule = self._learn_columns(x)
+        outputs = 1 if len(self.classes_) == 2 else len(self.classes_)
+        tau = self._chosen().tau
+        loss = TauBCEWithLogits(tau) if outputs == 1 else TauCrossEntropy(tau)
+        self.tau_ = tau
+        y_in = torch.from_numpy(labels)
+        if outputs == 1:
+            y_in = torch.where(y_in == NO_LABEL, torch.nan, y_in.double()).float()
+        self._learn(rule(x), y_in, loss, outputs, rule.norm_bound)
+        return self
+
+    def _labels(self, y: Any, count: int) -> npt.NDArray[np.int64]:
+        """(N,) places in `classes_`; `NO_LABEL` for what is not among the public ones."""
+        if y is None:
+            raise ParameterError("requires y to be passed, but the target y is None: one label a record")
+        public = public_list("classes", self.classes)
+        if public is None:
+            check_classification_targets(y)
+        y = column_or_1d(y, warn=True)
+        if len(y) != count:
+            raise ParameterError(f"{count} records have {len(y)} labels; give one a record")
+        self.classes_ = np.unique(y) if public is None else public
+        if len(self.classes_) < 2:
+            raise ParameterError(
+                f"y holds 1 class, {self.classes_.tolist()}: name the public labels in classes, of which there are two or more"
+            )
+        place = {label: i for i, label in enumerate(self.classes_.tolist())}
+        return np.array([place.get(label, NO_LABEL) for label in y.tolist()], dtype=np.int64)
+
+    def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
+        """Log-odds of the second of two classes (N,), or logits (N, classes); at the temperature of the loss."""
+        scores = self._outputs(X) * self.tau_
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
+        """Probabilities (N, classes): σ or softmax of `decision_function`."""
+        scores = torch.from_numpy(self.decision_function(X))
+        if scores.dim() == 2:
+            return scores.softmax(1).numpy()
+        return torch.stack([(-scores).sigmoid(), scores.sigmoid()], 1).numpy()
+
+    def predict(self, X: Any) -> npt.NDArray[Any]:
+        """The most likely label of every record (N,)."""
+        scores = self.decision_function(X)
+        chosen: npt.NDArray[Any] = self.classes_[_argmax(scores)]
+        return chosen
+
+    def certified_radius(self, X: Any) -> npt.NDArray[np.float64]:
+        """(N,) radii r: no change of a record's columns of total size at most r changes its predicted label.
+
+        The size is √Σ d², where d is the change of a number in units of half its bounds' range (a change from bound to
+        bound is 2), and √2 for a change from one category to another.
+
+        Guarantee: as `lipdp.certify.certify`, deterministic, rounding included.
+
+        >>> X = np.random.default_rng(0).uniform(size=(500, 2))
+        >>> clf = PrivateClassifier(bounds=(0, 1), random_state=0).fit(X, X[:, 0] > 0.5)
+        >>> near, far = clf.certified_radius([[0.45, 0.5], [0.0, 0.5]])
+        >>> bool(near < far <= 1.2)
+        True
+        """
+        rows = self._rows(X)
+        network = self._network()
+        with torch.no_grad():
+            logits = network(rows)
+        said = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+        radii: npt.NDArray[np.float64] = certify(network, rows, said).radii.numpy()
+        return radii
+
+    def _public(self) -> str:
+        return f"{super()._public()}, the labels"
+
+
+def _argmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    return (scores > 0).astype(np.int64) if scores.ndim == 1 else scores.argmax(1)

@@ -1,0 +1,197 @@
+"""From raw columns to bounded numbers, by a rule that is public: bounds, category lists, and what a missing value is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
+
+Floats = npt.NDArray[np.float64]
+MISSING = ("middle", "indicator")
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class ColumnRule:
+    """The public rule of a table: each record is mapped by itself, and every record has an answer.
+
+    A number x of a column with bounds [a, b] becomes 2 (clip(x, a, b) − a)/(b − a) − 1 in [−1, 1]. A missing one, and one
+    that is none, becomes 0, the middle; with `missing="indicator"` a further column says so by 1. A category becomes one
+    column for each in the public list, 1 for its own; what is not in the list is 0 in all. The last column is 1, for the
+    intercept.
+
+    Guarantees: nothing is learnt. A record changes its own row alone and raises no error. Rows have norm at most `norm_bound`.
+
+    Args:
+        bounds: column → (a, b), for the columns that hold numbers. categories: column → the list, for the others.
+        missing: "middle" or "indicator".
+
+    >>> rule = ColumnRule({0: (0.0, 10.0)}, {1: ("no", "yes")})
+    >>> rule(np.array([[2.5, "yes"], [None, "?"]], dtype=object)).tolist()
+    [[-0.5, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
+    """
+
+    bounds: Mapping[int, tuple[float, float]]
+    categories: Mapping[int, Sequence[Any]]
+    missing: str = "middle"
+
+    @property
+    def width(self) -> int:
+        """The columns that come out."""
+        indicators = len(self.bounds) if self.missing == "indicator" else 0
+        return len(self.bounds) + indicators + sum(map(len, self.categories.values())) + 1
+
+    @property
+    def norm_bound(self) -> float:
+        """A bound on the norm of a row: 1 for each column that goes in, and for the intercept.
+
+        A missing number is 0 and its indicator 1, so the two of them have norm at most 1 as well.
+        """
+        return math.sqrt(len(self.bounds) + len(self.categories) + 1)
+
+    def __call__(self, x: Any) -> npt.NDArray[np.float32]:
+        """Map a table (N, columns) to (N, width)."""
+        parts = []
+        for j, (low, high) in self.bounds.items():
+            values = as_numbers(x[:, j])
+            parts.append(np.nan_to_num(scaled(values, low, high), nan=0.0))
+            if self.missing == "indicator":
+                parts.append(np.isnan(values).astype(np.float64))
+        for j, known in self.categories.items():
+            parts += [_equal(x[:, j], value) for value in known]
+        return np.stack([*parts, np.ones(len(x))], axis=1).astype(np.float32)
+
+
+def scaled(values: Floats, low: float, high: float) -> Floats:
+    """[low, high] onto [−1, 1], what lies outside clipped; NaN stays NaN.
+
+    >>> scaled(np.array([0.0, 30.0, np.inf]), 0.0, 120.0).tolist()
+    [-1.0, -0.5, 1.0]
+    """
+    return 2 * (np.clip(values, low, high) - low) / (high - low) - 1
+
+
+def as_numbers(column: Any) -> Floats:
+    """A column as float64; an entry that is no number is NaN.
+
+    >>> as_numbers(np.array(["2", None, "many", True], dtype=object)).tolist()
+    [2.0, nan, nan, 1.0]
+    """
+    try:
+        return np.asarray(column, dtype=np.float64)
+    except (TypeError, ValueError):
+        return np.array([_number(value) for value in column], dtype=np.float64)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _equal(column: Any, value: Any) -> Floats:
+    return np.array([_is(entry, value) for entry in column], dtype=np.float64)
+
+
+def _is(entry: Any, value: Any) -> bool:
+    try:
+        return bool(entry == value)
+    except (TypeError, ValueError):  # pandas.NA, or an array in a cell
+        return False
+
+
+def read_bounds(bounds: Any, columns: Sequence[int], names: Sequence[Any] | None, count: int) -> dict[int, tuple[float, float]]:
+    """The public bounds as they may be given, for the columns that hold numbers.
+
+    Args:
+        bounds: b for [−b, b]; a pair for all columns; a pair for each, (count, 2); a mapping from columns to either.
+        columns: those that need bounds. names: of all columns, if they have any. count: of all columns.
+
+    Raises:
+        ParameterError: not low < high, or a column without bounds.
+
+    >>> read_bounds({"age": (0, 120), "score": 3}, [0, 1], ["age", "score"], 2)
+    {0: (0.0, 120.0), 1: (-3.0, 3.0)}
+    """
+    if isinstance(bounds, Mapping):
+        given = {index_of(key, names, count): value for key, value in bounds.items()}
+        absent = [label_of(j, names) for j in columns if j not in given]
+        if absent:
+            raise ParameterError(f"bounds: the columns {absent} have none; give a public (low, high) for each")
+        return {j: _pair(given[j], label_of(j, names)) for j in columns}
+    if isinstance(bounds, Real):
+        return dict.fromkeys(columns, _pair(bounds, "all columns"))
+    try:
+        table = np.asarray(bounds, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.zeros(0)
+    if table.shape == (2,):
+        return dict.fromkeys(columns, _pair(table, "all columns"))
+    if table.shape == (count, 2):
+        return {j: _pair(table[j], label_of(j, names)) for j in columns}
+    raise ParameterError(
+        f"bounds={bounds!r} for {count} columns: give a number, a pair (low, high), one pair a column, or a mapping"
+    )
+
+
+def _pair(value: Any, column: Any) -> tuple[float, float]:
+    pair = (-value, value) if isinstance(value, Real) else tuple(value)
+    if len(pair) != 2 or not -_LARGEST <= pair[0] < pair[1] <= _LARGEST:
+        raise ParameterError(f"bounds of {column}: finite low < high are needed, got {value!r}")
+    return float(pair[0]), float(pair[1])
+
+
+def bounds_of_data(x: Any, columns: Sequence[int], what: str) -> dict[int, tuple[float, float]]:
+    """The data's own range, which no ε covers: a warning says so."""
+    warnings.warn(
+        f"{what} were not given and are taken from the data: this fit is NOT covered by ε. Give public ones",
+        PrivacyLeakWarning,
+        stacklevel=4,
+    )
+    return {j: _range(as_numbers(x[:, j])) for j in columns}
+
+
+def _range(values: Floats) -> tuple[float, float]:
+    kept = np.clip(values[np.isfinite(values)], -_LARGEST / 4, _LARGEST / 4)
+    low, high = (float(kept.min()), float(kept.max())) if len(kept) else (0.0, 1.0)
+    return low, high if high > low else low + max(1.0, abs(low))
+
+
+def read_categories(categories: Any, names: Sequence[Any] | None, count: int) -> dict[int, tuple[Any, ...]]:
+    """The public lists by column.
+
+    Raises:
+        ParameterError: no mapping, an empty list, or one that names a category twice.
+    """
+    if not isinstance(categories or {}, Mapping):
+        raise ParameterError(f"categories={categories!r}: a mapping from columns to their public lists is needed")
+    found = {}
+    for key, values in (categories or {}).items():
+        known = tuple(values)
+        if not known or any(a == b for i, a in enumerate(known) for b in known[:i]):
+            raise ParameterError(f"categories of {key!r}: a list of different values is needed, got {known!r}")
+        found[index_of(key, names, count)] = known
+    return dict(sorted(found.items()))
+
+
+def index_of(key: Any, names: Sequence[Any] | None, count: int) -> int:
+    """The place of a column, by its name or its number."""
+    if names is not None and key in names:
+        return list(names).index(key)
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool) and 0 <= key < count:
+        return int(key)
+    raise UnknownNameError("column", key, map(str, names if names is not None else range(count)))
+
+
+def label_of(j: int, names: Sequence[Any] | None) -> Any:
+    """A column's name, or its number."""
+    return j if names is None else names[j]

@@ -22,6 +22,7 @@ from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
 from lipdp.errors import DataError, ParameterError, UnknownNameError
+from lipdp.features.pictures import Handwriting, Objects, Pictures
 from lipdp.features.scattering import Scattering
 from lipdp.files import written_whole
 
@@ -105,9 +106,14 @@ def _dct_matrix(size: int, rows: int) -> Tensor:
     return matrix
 
 
-FEATURES: dict[str, type[Scattering] | type[Dct]] = {"scattering": Scattering, "dct": Dct}
+FEATURES: dict[str, Callable[..., FeatureMap]] = {
+    "photographs": Pictures, "objects": Objects, "handwriting": Handwriting, "scattering": Scattering, "dct": Dct
+}  # fmt: skip
 
-_DEFAULTS: dict[str, dict[str, Any]] = {"scattering": {"group_norm": 27, "unit_norm": True}}
+_OF_PICTURES = {"unit_norm": True, "dtype": "float16"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "scattering": {"group_norm": 27, "unit_norm": True}, **dict.fromkeys(("photographs", "objects", "handwriting"), _OF_PICTURES)
+}  # fmt: skip
 
 
 _NORMALISATION = ("group_norm", "unit_norm", "eps", "dtype")
@@ -194,8 +200,17 @@ class FeatureSpec:
             z = F.group_norm(z, self.group_norm, eps=self.eps)
         z = z.flatten(1)
         if self.unit_norm:
-            z = F.normalize(z, dim=1, eps=NORM_FLOOR)
+            z = F.normalize(z.double(), dim=1, eps=NORM_FLOOR) * (1 - self._margin())
         return z.to(getattr(torch, self.dtype))
+
+    def _margin(self) -> float:
+        """What a unit vector is shortened by, so that rounding to `dtype` never brings its norm above 1.
+
+        Rounding moves an entry by at most half the spacing, ε/2 of itself, and numbers below the smallest normal one
+        by a quarter of ε times that: (1 − ε)(1 + ε/2) + √d · 2⁻²⁵ ≤ 1 in float16 for d < 10⁸. In float32 2⁻²⁰ also
+        covers a norm that is summed in float32.
+        """
+        return max(float(torch.finfo(getattr(torch, self.dtype)).eps), 2.0**-20)
 
 
 def features(name: str, **options: Any) -> FeatureSpec:

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 _ROOMS = (
     "accounting audit batches bounds certify comparison constraints data distributed errors estimators features integrations"
-    " losses models nn noise planning privacy report testing training"
+    " losses models nn noise planning privacy report suggestion testing training"
 )
 _NAMES = {
     "PrivacyEngine": "lipdp.privacy.engine",
@@ -17,6 +17,7 @@ _NAMES = {
     "epsilon": "lipdp.accounting.accountants",
     "lipschitz_constant": "lipdp.bounds.sensitivity",
     "sensitivity": "lipdp.bounds.sensitivity",
+    "suggest": "lipdp.suggestion.choose",
 } | {room: f".{room}" for room in _ROOMS.split()}
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

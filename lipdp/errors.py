@@ -101,6 +101,10 @@ class BudgetSpentWarning(UserWarning):
     """A loader is iterated after the last batch of its budget: nothing comes."""
 
 
+class CannotLearnWarning(UserWarning):
+    """The noise of a run is larger than anything that its gradients can add up to, or Δ has grown far beyond the first."""
+
+
 class CheckpointError(LipdpError):
     """A checkpoint cannot be read or written."""
 

@@ -13,7 +13,7 @@ import lipdp
 ROOT = Path(__file__).parents[1]
 ORDER = (
     "lazy errors files timing processes", "accounting", "noise", "constraints", "nn", "losses", "bounds",
-    "distributed", "batches", "privacy", "models", "testing", "data features", "training",
+    "distributed", "batches", "suggestion", "privacy", "models", "testing", "data features", "training",
     "audit certify planning", "estimators", "comparison", "report integrations", "commands cli __main__ __init__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}

@@ -1,0 +1,177 @@
+"""From public facts to settings: N, shapes, the architecture, ε, δ and a budget of passes; no record is read."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lipdp.accounting.plan import PrivacyPlan
+from lipdp.distributed.collectives import Alone, World
+from lipdp.distributed.wrappers import plan_together
+from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_lipschitz
+from lipdp.noise.allocation import Allocation, get_allocation
+from lipdp.sensitivity import Sensitivity, sensitivity
+from lipdp.suggestion.joints import Joint, joint_layers, place_joints
+from lipdp.suggestion.learning import signal_over_noise
+from lipdp.suggestion.probe import gradient_norms, output_count, public_inputs, typical
+from lipdp.suggestion.settings import BlockSetting, Settings
+
+TAU = 32.0
+GATE = 0.3 / math.sqrt(2)  # of the loss's constant
+CLIP_AT = 0.7  # of the typical norm of values
+GATE_AT = 0.03  # of the typical norm of cotangents
+NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights
+MOMENTUM = 0.9
+PASSES = 5.0
+
+
+def suggest(
+    model: nn.Module,
+    *,
+    input_shape: tuple[int, ...],
+    dataset_size: int,
+    target_epsilon: float | None = None,
+    target_delta: float | None = None,
+    noise_multiplier: float | None = None,
+    expected_batch_size: int | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    sampling: str = "poisson",
+    unit: str = "record",
+    accountant: str = "prv",
+    criterion: nn.Module | None = None,
+    gate: float | None = None,
+    allocation: str | Allocation = "min_variance",
+    joints: tuple[Joint, ...] | None = None,
+    public: Tensor | None = None,
+    world: World | None = None,
+) -> Settings:
+    r"""Settings for a private run, from public facts alone: what is given stays, what is not is chosen.
+
+    - *Passes, B and T*: see `budget`.
+    - *Criterion*: `TauCrossEntropy`(τ = 32), `TauBCEWithLogits` for one output. A large τ keeps gradients long while a
+      network of constant 1 can't make its logits large. The gate at the logits is a fifth of the loss's constant, so
+      that it shortens nearly all cotangents at the beginning and Δ is tight.
+    - *Joints*: a pass of `public` inputs through the model as it is gives typical norms X and G in front of each layer
+      with weights; there a clip at 0.7 X and a gate at 0.03 G are placed, so that bounds are those of typical samples
+      and not of the worst.
+    - *Learning rates*: T steps at a rate that falls linearly from lr, with momentum β, move an m x n weight by noise of
+      spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 0.8 of the weight's own.
+
+    Args:
+        model: constrained; it is left as it is.
+        input_shape: of one sample.
+        dataset_size: N, a public constant.
+        target_epsilon, target_delta: the budget; or `noise_multiplier`.
+        expected_batch_size, steps, epochs, sampling, unit, accountant, criterion, gate, allocation: as for
+            `PrivacyEngine.make_private`.
+        joints: clips and gates; () places none.
+        public: (n, *input_shape) samples that no record has a part in, of a public data set say; by default 1/f noise
+            for images and normal rows for tables.
+        world: the processes that train together; the first one decides.
+
+    Raises:
+        ParameterError, CalibrationError: a number out of range, no σ. UnboundedError, …: no bound exists.
+
+    >>> model = lipdp.nn.from_torch(torch.nn.Sequential(torch.nn.Linear(8, 3)), (8,))
+    >>> settings = lipdp.suggest(
+    ...     model, input_shape=(8,), dataset_size=50_000, target_epsilon=1.0, target_delta=1e-5, epochs=2)
+    >>> settings.criterion, settings.plan.steps * settings.plan.sampling_rate
+    (TauCrossEntropy(tau=32.0), 2.0)
+
+    Source: ours; the spectral norm of a Gaussian matrix as in Davidson & Szarek (2001).
+    """
+    world = world or Alone()
+    batch, epochs = budget(dataset_size, expected_batch_size, steps=steps, epochs=epochs)
+    plan = plan_together(
+        world,
+        dataset_size=dataset_size,
+        expected_batch_size=batch,
+        steps=steps,
+        epochs=epochs,
+        sampling=sampling,
+        unit=unit,
+        noise_multiplier=noise_multiplier,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+    )
+    x = public_inputs(input_shape) if public is None else public
+    outputs = output_count(model, x)
+    loss = _criterion(outputs) if criterion is None else as_lipschitz(criterion, outputs)
+    if gate is None and loss.lipschitz < math.inf:
+        gate = GATE * loss.lipschitz
+    start = min(math.inf if gate is None else gate, loss.lipschitz)
+    if joints is None:
+        joints = _joints(model, x, 1.0 if start == math.inf else start)
+    trial = copy.deepcopy(model)
+    place_joints(trial, joints)
+    bounds = sensitivity(trial, loss, input_shape, gate=math.inf if gate is None else gate)
+    settings = Settings(
+        plan=plan,
+        criterion=loss,
+        gate=gate,
+        allocation=allocation,
+        joints=joints,
+        blocks=_blocks(trial, x, bounds, plan, get_allocation(allocation)),
+        momentum=MOMENTUM,
+    )
+    return world.broadcast(settings)
+
+
+def budget(
+    dataset_size: int, expected_batch_size: int | None = None, *, steps: int | None, epochs: float | None
+) -> tuple[int, float | None]:
+    """B, and how many passes over the data, where they are not given.
+
+    >>> budget(60_000, steps=None, epochs=None)
+    (2048, 5.0)
+    """
+    batch = expected_batch_size or min(dataset_size, 2048)
+    if steps is None and epochs is None:
+        epochs = PASSES
+    return batch, epochs
+
+
+def _criterion(outputs: int) -> LipschitzLoss:
+    return TauBCEWithLogits(TAU) if outputs == 1 else TauCrossEntropy(TAU)
+
+
+def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
+    """Clips and gates at shares of what is typical; none where nothing flows."""
+    found = typical(model, x, joint_layers(model), start)
+    return tuple(
+        Joint(name, clip=CLIP_AT * seen.value, gate=GATE_AT * seen.cotangent)
+        for name, seen in found.items()
+        if seen.value > 0 and seen.cotangent > 0
+    )
+
+
+def _blocks(
+    model: nn.Module, x: Tensor, bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation
+) -> tuple[BlockSetting, ...]:
+    """A learning rate per parameter, and what its signal is over its noise."""
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    deltas = torch.tensor([bounds[n] for n in named], dtype=torch.float64) * plan.relation.sensitivity_factor
+    sizes = torch.tensor([p.numel() for p in named.values()])
+    stds = dict(zip(named, allocation.stds(deltas, sizes, plan.noise_multiplier).tolist(), strict=True))
+    norms = gradient_norms(model, x, bounds.loss_constant)
+    blocks = []
+    for name, parameter in named.items():
+        rows = parameter.shape[0] if parameter.dim() > 1 else 1
+        matrix = parameter.detach().reshape(rows, -1)
+        radius = float(torch.linalg.matrix_norm(matrix.double(), 2)) or 1.0
+        noise = math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size * sum(map(math.sqrt, matrix.shape))
+        signal = signal_over_noise(
+            norm=norms[name],
+            std=stds[name],
+            size=parameter.numel(),
+            batch_size=plan.expected_batch_size,
+            steps=plan.steps,
+        )
+        rate = NOISE * radius * (1 - MOMENTUM) / noise if noise else 1.0
+        blocks.append(BlockSetting(name, rate, signal))
+    return tuple(blocks)

@@ -1,0 +1,125 @@
+"""Clips and gates between the layers of a model: where they can stand, and how they get there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from lipdp.errors import ParameterError
+from lipdp.nn.gates import GradientGate, InputBound, ValueClip
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A `ValueClip` and a `GradientGate` in front of a layer.
+
+    Attributes:
+        layer: its name in the model.
+        clip: the radius that values are projected on.
+        gate: the norm that cotangents are shortened to on their way to the layers in front.
+    """
+
+    layer: str
+    clip: float
+    gate: float
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What stands there, by name."""
+        name = self.layer.rpartition(".")[2]
+        return {f"{name}_clip": ValueClip(self.clip), f"{name}_gate": GradientGate(self.gate)}
+
+
+def joint_layers(model: nn.Module) -> list[str]:
+    """The layers in front of which a joint can stand: those with weights, in a chain or a traced graph, but the first.
+
+    None where the model has clips or gates of its own.
+
+    >>> joint_layers(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))
+    ['2']
+    """
+    if any(isinstance(m, (ValueClip, GradientGate)) and not isinstance(m, InputBound) for m in model.modules()):
+        return []
+    if isinstance(model, fx.GraphModule):
+        nodes = [n for n in model.graph.nodes if n.op == "call_module" and _has_weight(model, str(n.target))]
+        sources: dict[fx.Node, str] = {}
+        for node in nodes[1:]:
+            if len(node.all_input_nodes) == 1 and node.all_input_nodes[0] not in nodes[0].all_input_nodes:
+                sources.setdefault(node.all_input_nodes[0], str(node.target))
+        return list(sources.values())
+    paths = [name for name, _ in model.named_modules() if _has_weight(model, name)]
+    chained = [name for name in paths[1:] if type(model.get_submodule(name.rpartition(".")[0])) is nn.Sequential]
+    return [name for name in chained if _is_single(model, name)]
+
+
+def place_joints(model: nn.Module, joints: Iterable[Joint]) -> None:
+    """Put joints in front of their layers, in place; the names of all parameters stay as they are.
+
+    Raises:
+        ParameterError: no such layer, or one that is neither in an `nn.Sequential` nor in a traced graph.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    >>> place_joints(model, [Joint("1", clip=0.5, gate=0.1)])
+    >>> list(dict(model.named_children()))
+    ['0', '1_clip', '1_gate', '1']
+    """
+    for joint in joints:
+        if isinstance(model, fx.GraphModule):
+            _place_in_graph(model, joint)
+        else:
+            _place_in_chain(model, joint)
+
+
+def _has_weight(model: nn.Module, name: str) -> bool:
+    layer = model.get_submodule(name)
+    weight = vars(layer).get("_parameters", {}).get("weight")
+    return weight is not None and weight.dim() > 1
+
+
+def _is_single(model: nn.Module, name: str) -> bool:
+    """Whether the layer, and the chain it is in, are in one place only."""
+    layer, chain = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    places = [module for _, module in model.named_modules(remove_duplicate=False)]
+    return sum(m is layer for m in places) == 1 and sum(m is chain for m in places) == 1
+
+
+def _place_in_chain(model: nn.Module, joint: Joint) -> None:
+    owner, _, name = joint.layer.rpartition(".")
+    try:
+        chain = model.get_submodule(owner)
+    except AttributeError as error:
+        raise _no_place(model, joint) from error
+    if type(chain) is not nn.Sequential or name not in chain._modules:
+        raise _no_place(model, joint)
+    layers = OrderedDict(chain._modules)
+    chain._modules.clear()
+    for key, layer in layers.items():
+        if key == name:
+            chain._modules.update(joint.modules())
+        chain._modules[key] = layer
+
+
+def _place_in_graph(model: fx.GraphModule, joint: Joint) -> None:
+    node = next((n for n in model.graph.nodes if n.op == "call_module" and n.target == joint.layer), None)
+    if node is None or len(node.all_input_nodes) != 1:
+        raise _no_place(model, joint)
+    source = last = node.all_input_nodes[0]
+    prefix, added = joint.layer.replace(".", "_"), []
+    for module in joint.modules().values():
+        name = f"{prefix}_{'clip' if isinstance(module, ValueClip) else 'gate'}"
+        model.add_submodule(name, module)
+        with model.graph.inserting_after(last):
+            last = model.graph.call_module(name, (last,))
+        added.append(last)
+    source.replace_all_uses_with(last, delete_user_cb=lambda user: user is not added[0])
+    model.graph.lint()
+    model.recompile()
+
+
+def _no_place(model: nn.Module, joint: Joint) -> ParameterError:
+    return ParameterError(
+        f"no joint can be placed in front of {joint.layer!r} of {type(model).__name__}: name a layer of an"
+        " nn.Sequential, or of what lipdp.nn.from_torch returned"
+    )

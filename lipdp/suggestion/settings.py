@@ -1,0 +1,101 @@
+"""What was suggested for a run: frozen, printed as a table, and passed on as arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipdp.accounting.plan import PrivacyPlan
+from lipdp.losses import LipschitzLoss
+from lipdp.suggestion.decay import decaying
+from lipdp.suggestion.joints import Joint
+
+
+@dataclass(frozen=True)
+class BlockSetting:
+    """What is chosen for a parameter, and how well it can learn.
+
+    Attributes:
+        name: of the parameter.
+        learning_rate: at the first step.
+        signal: the most that all steps can add up to over their noise (`lipdp.suggestion.learning`).
+    """
+
+    name: str
+    learning_rate: float
+    signal: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything a private run needs that its user did not choose; computed by `lipdp.suggest` from public facts.
+
+    Attributes:
+        plan: N, B, T, σ.
+        criterion: the loss.
+        gate: at the logits; None: none.
+        allocation: of the noise over the parameters.
+        joints: clips and gates between layers.
+        blocks: the learning rate of every parameter.
+        momentum: of SGD, whose learning rates fall linearly to 0.
+
+    >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
+    >>> facts = dict(input_shape=(4,), dataset_size=1000, target_epsilon=3.0, target_delta=1e-5)
+    >>> settings = lipdp.suggest(model, **facts)
+    >>> engine, data = lipdp.PrivacyEngine(), torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.zeros(1000).long())
+    >>> _ = engine.make_private(module=model, dataset=data, **settings.arguments(model))
+    >>> engine.plan.steps == settings.plan.steps
+    True
+    """
+
+    plan: PrivacyPlan
+    criterion: LipschitzLoss
+    gate: float | None
+    allocation: str
+    joints: tuple[Joint, ...]
+    blocks: tuple[BlockSetting, ...]
+    momentum: float
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD over the model's trainable parameters, a group each, whose learning rates fall linearly to 0 at step T."""
+        parameters = dict(model.named_parameters())
+        groups = [{"params": [parameters[b.name]], "lr": b.learning_rate} for b in self.blocks]
+        return decaying(torch.optim.SGD(groups, lr=1.0, momentum=self.momentum), steps=self.plan.steps)
+
+    def arguments(self, model: nn.Module) -> dict[str, Any]:
+        """The settings as arguments of `PrivacyEngine.make_private`, with a new optimiser over the model."""
+        return {
+            "optimizer": self.optimizer(model),
+            "criterion": self.criterion,
+            "expected_batch_size": self.plan.expected_batch_size,
+            "steps": self.plan.steps,
+            "noise_multiplier": self.plan.noise_multiplier,
+            "sampling": self.plan.sampling,
+            "dataset_size": self.plan.dataset_size,
+            "target_epsilon": self.plan.target_epsilon,
+            "target_delta": self.plan.target_delta,
+            "gate": self.gate,
+            "allocation": self.allocation,
+            "joints": self.joints,
+        }
+
+    def __str__(self) -> str:
+        """The table."""
+        plan = self.plan
+        passes = plan.steps * plan.sampling_rate
+        rows = [
+            ("expected_batch_size", f"{plan.expected_batch_size} of {plan.dataset_size:,} {plan.unit}s"),
+            ("steps", f"{plan.steps} ({passes:.3g} passes over the data)"),
+            ("noise_multiplier", f"{plan.noise_multiplier:.4g}"),
+            ("criterion", str(self.criterion)),
+            ("gate", "none" if self.gate is None else f"{self.gate:.3g} at the logits"),
+            ("allocation", self.allocation),
+            ("optimizer", f"SGD, momentum {self.momentum:g}, learning rates falling linearly to 0"),
+            *((f"  lr of {b.name}", f"{b.learning_rate:.3g}  (signal over noise {b.signal:.3g})") for b in self.blocks),
+            *((f"joint before {j.layer}", f"ValueClip({j.clip:.3g}), GradientGate({j.gate:.3g})") for j in self.joints),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)

@@ -783,7 +783,7 @@ def test_what_mixes_samples_is_refused(name):
 
 
 UNSUPPORTED = {
-    "times the batch size": (lambda m, x: m.a(x * x.size(0)), "size of the batch"),
+    "times the batch size": (lambda m, x: m.a(x * x.size(0)), "number of samples of a batch"),
     "over the batch size": (lambda m, x: m.a(x / len(x)), "divides|trace|len"),
     "divided by itself": (lambda m, x: m.a(x / x), "divides"),
     "divided by zero": (lambda m, x: m.a(x / 0), "divides"),

@@ -112,10 +112,31 @@ def test_a_second_input_without_a_default_is_named():
         BoundGraph(Two(), (4,))
 
 
-def test_a_number_of_the_batch_size_is_no_constant_though_it_is_the_same_for_small_batches():
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        lambda h, n: h * (1 + n // 50),
+        lambda h, n: h.view(n - n // 1000 * 500, -1).view(n, -1),
+        lambda h, n: h - torch.cat((h[n // 1000 :], h[: n // 1000])),
+        lambda h, n: h.roll(n // 1000, 0),
+        lambda h, n: h.unflatten(0, (-1, 1 + n // 1000)).flatten(0, 1),
+    ],
+)
+def test_what_is_computed_with_the_batch_size_is_refused_though_small_batches_show_nothing(hidden):
+    """At 1,000 records each of these scales all gradients or mixes records; at the trial's sizes it does nothing."""
+
     class Jumps(Model):
         def forward(self, x):
-            return self.b(self.a(self.bound(x))) * (1 + x.shape[0] // 50)
+            return self.b(hidden(self.a(self.bound(x)), x.shape[0]))
 
-    with pytest.raises(UnsupportedOperationError, match="size of the batch"):
+    with pytest.raises(UnsupportedOperationError, match="number of samples of a batch"):
         BoundGraph(Jumps(), (4,))
+
+
+def test_the_batch_size_may_be_the_first_size_of_a_view():
+    class Views(Model):
+        def forward(self, x):
+            h = self.bound(x).reshape(x.shape[:1] + (2, 2)).view(x.size(0), -1)
+            return self.b(self.a(h.view(x.shape)))
+
+    BoundGraph(Views(), (4,))

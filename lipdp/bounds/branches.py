@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lipdp.errors import UnsupportedOperationError
 
-_Kind = Literal["constant", "sample", "varying", "shape", "batch"]
+_Kind = Literal["constant", "sample", "varying", "shape", "count", "batch"]
 _OF_ONE_SAMPLE = {"dim", "ndimension", "is_floating_point", "get_device"}
 REPEATS = frozenset({"expand", "expand_as", "repeat"})
 """What may repeat a tensor of the model for every sample: a class token."""
@@ -70,9 +70,9 @@ def kinds_of(nodes: Iterable[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx
     """What the nodes depend on, in the order of the graph.
 
     Returns:
-        "constant": nothing that varies; "sample": a tensor of samples; "varying": one whose other axes the number of
-        samples may change; "shape": a shape with the number of samples in front; "batch": a value that this number may
-        change.
+        "constant": nothing that varies; "sample": a tensor of samples; "varying": one that the number of samples may
+        change otherwise; "shape": a shape with the number of samples in front; "count": this number; "batch": another
+        value that it may change.
     """
     kinds: dict[fx.Node, _Kind] = {}
     for node in nodes:
@@ -98,6 +98,8 @@ def _kind(node: fx.Node, kinds: Mapping[fx.Node, _Kind], values: Mapping[fx.Node
         return "constant"
     if first == "shape" and node.target is operator.getitem:
         return _of_axes(node.args[1], len(values[node.args[0]]))  # type: ignore[index]
+    if first == "shape" and node.target is operator.add and sources == {"shape"}:
+        return "shape"  # x.shape[:1] + (3,)
     value = values[node]
     tensors = value if isinstance(value, (tuple, list)) and value else [value]
     if not all(isinstance(t, Tensor) for t in tensors):
@@ -117,13 +119,15 @@ def _keeps_batch(node: fx.Node, kinds: Mapping[fx.Node, _Kind]) -> bool:
     sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple) else node.args[1:]
     given = [kinds[s] if isinstance(s, fx.Node) else "constant" for s in (node.args[0], *sizes)]
     whole = given[0] == "sample" or (given[0] == "constant" and node.target in REPEATS)
-    return whole and given[1:2] == ["batch"] and set(given[2:]) <= {"constant"}
+    if given[1:2] == ["sample"] and node.target == "expand_as":
+        return whole
+    return whole and given[1:2] in (["count"], ["shape"]) and set(given[2:]) <= {"constant"}
 
 
 def _of_axes(index: Any, rank: int) -> _Kind:
     """One size of a shape with the batch in front, or a slice of it."""
     if isinstance(index, int):
-        return "constant" if index % rank else "batch"
+        return "constant" if index % rank else "count"
     if isinstance(index, slice) and all(i is None or isinstance(i, int) for i in (index.start, index.stop, index.step)):
         axes = range(*index.indices(rank))
         if 0 not in axes:

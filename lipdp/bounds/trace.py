@@ -234,6 +234,11 @@ def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
         pair = many[node], one[node]
         sources = [nodes[s].kind for s in node.all_input_nodes]
         from_sample = node.op == "placeholder" or "sample" in sources or "tuple" in sources
+        if kinds[node] == "varying":
+            raise UnsupportedOperationError(
+                f"node '{node.name}' computes with the number of samples of a batch, which one record changes. It"
+                " may be the first size of a view only, as in x.view(x.shape[0], -1)"
+            )
         if isinstance(pair[0], Tensor):
             repeated = node.target in REPEATS and tuple(pair[1].shape) == (1, *pair[0].shape[1:])
             by_sample = from_sample or (repeated and len(pair[0]) == len(x))

@@ -13,7 +13,7 @@ from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
 from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_lipschitz
 from lipdp.noise.allocation import Allocation, get_allocation
-from lipdp.sensitivity import Sensitivity, sensitivity
+from lipdp.bounds.sensitivity import Sensitivity, sensitivity
 from lipdp.suggestion.joints import Joint, joint_layers, place_joints
 from lipdp.suggestion.learning import signal_over_noise
 from lipdp.suggestion.probe import gradient_norms, output_count, public_inputs, typical

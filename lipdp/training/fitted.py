@@ -121,7 +121,9 @@ def fit_table(
     if type(num_classes) is not int or num_classes < 2:
         raise ParameterError(f"num_classes={num_classes!r}: a whole number of at least 2 is needed")
     if labels.shape != (len(table),) or labels.is_floating_point() or not len(table):
-        raise DataError(f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers")
+        raise DataError(
+            f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers"
+        )
     bounding = _bounding(bounds)
     name = "bce" if num_classes == 2 else "cross-entropy"
     loss, outs = make_loss(name, num_classes, _weighted(num_classes, class_weight))
@@ -209,8 +211,9 @@ def _weighted(num_classes: int, class_weight: Sequence[float] | None) -> dict[st
     if class_weight is None:
         return {}
     if len(class_weight) != num_classes or not all(w > 0 for w in class_weight):
-        raise ParameterError(f"class_weight={class_weight!r}: give {num_classes} public numbers > 0, one for each class")
+        raise ParameterError(
+            f"class_weight={class_weight!r}: give {num_classes} public numbers > 0, one for each class"
+        )
     if num_classes == 2:
         return {"pos_weight": class_weight[1] / class_weight[0]}
     return {"weight": list(class_weight)}
-

@@ -1,4 +1,4 @@
-"""The estimators keep scikit-learn's conventions, read nothing off the data in silence, and keep nothing of the training."""
+"""The estimators keep scikit-learn's conventions, read no data in silence, and keep nothing of the training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lipdp.estimators import PrivacyLeakWarning, PrivateClassifier, PrivateRegre
 from lipdp.estimators.columns import ColumnRule, read_bounds
 
 EXPECTED = {
-    "check_supervised_y_no_nan": "an infinite target counts as the bound, NaN as none: an error would tell that the record"
-    " is there",
+    "check_supervised_y_no_nan": "an infinite target counts as the bound, NaN as none: an error would tell that the"
+    " record is there",
 }
 """The checks of scikit-learn that fail, and why they should."""
 

@@ -59,8 +59,8 @@ class PrivateEstimator(BaseEstimator):
     def partial_fit(self) -> NoReturn:
         """Refused: a second look at records costs ε again, and the account of one fit can't know of it."""
         raise RefusedMethodError(
-            f"{type(self).__name__} has no partial_fit: every call would spend ε again on the records of the one
-            before."
+            f"{type(self).__name__} has no partial_fit: every call would spend ε again on the records of the"
+            " one before."
             " Call fit once with all records, or use lipdp.PrivacyEngine and its account"
         )
 

@@ -119,8 +119,8 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         self.classes_ = np.unique(y) if public is None else public
         if len(self.classes_) < 2:
             raise ParameterError(
-                f"y holds 1 class, {self.classes_.tolist()}: name the public labels in classes, of which there are two
-                or more"
+                f"y holds 1 class, {self.classes_.tolist()}: name the public labels in classes, of which there"
+                " are two or more"
             )
         place = {label: i for i, label in enumerate(self.classes_.tolist())}
         return np.array([place.get(label, NO_LABEL) for label in y.tolist()], dtype=np.int64)

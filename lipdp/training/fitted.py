@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.data.scaling import Bounding, Rescale
+from lipdp.data import Bounding, Rescale, Split
+from lipdp.data import bounding as named_bounding
 from lipdp.errors import DataError, ParameterError
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training import tables
 from lipdp.training.choices import make_loss
-from lipdp.training.ema import TailAverage
+from lipdp.training.ema import average_of
 from lipdp.training.evaluation import outputs
+from lipdp.training.recipes import recipe
 
 Array = npt.NDArray[Any] | Tensor
-_BATCH = 4096
+_RECIPE = recipe("", "tabular")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class TableModel:
 
     def logits(self, x: Array) -> Tensor:
         """(n, 1) or (n, C) float64. `x`: (n, k) raw."""
-        return outputs(self.module, (self.bounding(part) for part in _table(x).split(_BATCH)))
+        return outputs(self.module, (self.bounding(part) for part in _table(x).split(tables.BATCH)))
 
     def probabilities(self, x: Array) -> Tensor:
         """(n, C) float64."""
@@ -80,8 +81,8 @@ def fit_table(
     num_classes: int,
     bounds: tuple[float | Sequence[float], float | Sequence[float]] | Bounding | None = None,
     class_weight: Sequence[float] | None = None,
-    steps: int = tables.STEPS,
-    gate: float = tables.GATE,
+    steps: int = _RECIPE["steps"],
+    gate: float = _RECIPE["gate"],
     waves: int = 200,
     accountant: str = "prv",
     seed: int | None = None,
@@ -122,7 +123,8 @@ def fit_table(
     if labels.shape != (len(table),) or labels.is_floating_point() or not len(table):
         raise DataError(f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers")
     bounding = _bounding(bounds)
-    inputs, name = bounding(table), "bce" if num_classes == 2 else "cross-entropy"
+    inputs, targets, name = bounding(table), labels.long(), "bce" if num_classes == 2 else "cross-entropy"
+    split = Split("arrays", inputs, targets, inputs[:0], targets[:0], num_classes, "multiclass")
     loss, outs = make_loss(name, num_classes, _weighted(num_classes, class_weight))
     model: Any = build("tabular", input_shape=tuple(table.shape[1:]), num_classes=outs, waves=waves)
     tables.set_public_map(model[0], bounding)
@@ -130,21 +132,17 @@ def fit_table(
         dataset_size=len(table), expected_batch_size=len(table), steps=steps, target_epsilon=epsilon,
         target_delta=delta, accountant=accountant, shares=tables.measured_shares(bounding),
     )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=_RECIPE["lr"], momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
     _, _, loader, criterion = engine.make_private_with_plan(
-        plan, module=model, optimizer=optimizer, criterion=loss, dataset=TensorDataset(inputs, labels.long()), gate=gate
+        plan, module=model, optimizer=optimizer, criterion=loss, dataset=split.training_dataset(), gate=gate
     )
     preconditioner = tables.Preconditioner(optimizer, model[2].weight)
-
-    def rows() -> Iterator[tuple[Tensor, None]]:
-        yield from ((part, None) for part in inputs.split(_BATCH))
-
-    tables.prepare_table(engine, model, preconditioner, bounding, rows, gate)
-    average = TailAverage(model, last=min(tables.TAIL, steps), steps=steps)
+    tables.TableRun(model, preconditioner, bounding, tables.rows_of(split), min(gate, loss.lipschitz)).measure(engine)
+    average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
     for batch in loader:
         optimizer.zero_grad()
-        engine.backward(*batch, microbatch=_BATCH)
+        engine.backward(*batch, microbatch=tables.BATCH)
         optimizer.step()
         average.update()
     deltas, spent = dict(engine.sensitivity()), engine.get_epsilon(delta)
@@ -164,7 +162,7 @@ def _table(x: Array) -> Tensor:
 
 def _bounding(bounds: Any) -> Bounding:
     if bounds is None:
-        return tables.COLUMNS
+        return named_bounding(_RECIPE["bounding"], **_RECIPE["bounding_options"])
     if callable(bounds):
         made: Bounding = bounds
         return made

@@ -186,7 +186,9 @@ def assemble(
     table = None
     if parts is not None and plan.measurements:
         preconditioner = Preconditioner(optimizer, parts[2])
-        table = TableRun(model, preconditioner, bounding, rows_of(split, device), min(config.gate or 1.0, loss.lipschitz))
+        table = TableRun(
+            model, preconditioner, bounding, rows_of(split, device), min(config.gate or 1.0, loss.lipschitz)
+        )
     return Assembly(
         device=device,
         model=model,

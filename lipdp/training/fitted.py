@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.data import Bounding, Rescale, Split
@@ -121,7 +122,9 @@ def fit_table(
     if type(num_classes) is not int or num_classes < 2:
         raise ParameterError(f"num_classes={num_classes!r}: a whole number of at least 2 is needed")
     if labels.shape != (len(table),) or labels.is_floating_point() or not len(table):
-        raise DataError(f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers")
+        raise DataError(
+            f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers"
+        )
     bounding = _bounding(bounds)
     inputs, targets, name = bounding(table), labels.long(), "bce" if num_classes == 2 else "cross-entropy"
     split = Split("arrays", inputs, targets, inputs[:0], targets[:0], num_classes, "multiclass")
@@ -134,11 +137,14 @@ def fit_table(
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=_RECIPE["lr"], momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
-    _, _, loader, criterion = engine.make_private_with_plan(
-        plan, module=model, optimizer=optimizer, criterion=loss, dataset=split.training_dataset(), gate=gate
+    phi = torch.zeros(len(table), model[0].out_features)  # filled once the map is measured: computed once, not T times
+    _, _, loader, _ = engine.make_private_with_plan(
+        plan, module=model[1:], optimizer=optimizer, criterion=loss, dataset=TensorDataset(phi, targets), gate=gate
     )
     preconditioner = tables.Preconditioner(optimizer, model[2].weight)
     tables.TableRun(model, preconditioner, bounding, tables.rows_of(split), min(gate, loss.lipschitz)).measure(engine)
+    with torch.no_grad():
+        torch.cat([model[0](part) for part in inputs.split(tables.BATCH)], out=phi)
     average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
     for batch in loader:
         optimizer.zero_grad()
@@ -177,8 +183,9 @@ def _weighted(num_classes: int, class_weight: Sequence[float] | None) -> dict[st
     if class_weight is None:
         return {}
     if len(class_weight) != num_classes or not all(w > 0 for w in class_weight):
-        raise ParameterError(f"class_weight={class_weight!r}: give {num_classes} public numbers > 0, one for each class")
+        raise ParameterError(
+            f"class_weight={class_weight!r}: give {num_classes} public numbers > 0, one for each class"
+        )
     if num_classes == 2:
         return {"pos_weight": class_weight[1] / class_weight[0]}
     return {"weight": list(class_weight)}
-

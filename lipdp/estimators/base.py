@@ -22,10 +22,9 @@ from lipdp.estimators.columns import (
     read_bounds,
     read_categories,
 )
-from lipdp.estimators.recipe import BOUNDED, Budget, choose
+from lipdp.estimators.recipe import BOUNDED, COLUMNS, Budget, choose
 from lipdp.estimators.scikit import BaseEstimator, check_array, check_is_fitted, check_random_state, validate_data
 from lipdp.training.config import default_delta
-from lipdp.training.tables import COLUMNS
 
 FROM_DATA = "data"
 _SEEDS = 2**31 - 1

@@ -16,18 +16,23 @@ from torch.utils.data import TensorDataset
 from lipdp import nn as lnn
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.constraints import Spectral
-from lipdp.data import Bounding, Clip
+from lipdp.data import Bounding, Clip, bounding
 from lipdp.errors import ParameterError
 from lipdp.losses import Huber, LipschitzLoss, TauBCEWithLogits, TauCrossEntropy
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training.ema import Ema
 from lipdp.training.fitted import fit_head
+from lipdp.training.recipes import recipe
 from lipdp.training.runtime import own_random_state
-from lipdp.training.tables import STEPS
+
+_TABLE = recipe("", "tabular")
 
 BOUNDED = Clip(-1.0, 1.0)
-"""In front of the model where the columns have bounds; else there is `COLUMNS`, for ranges that are unknown."""
+"""In front of the model where the columns have bounds."""
+
+COLUMNS = bounding(_TABLE["bounding"], **_TABLE["bounding_options"])
+"""In front of the model where they have none; their ranges are measured privately."""
 
 _HUBER = 0.5  # in units of half the targets' range: errors beyond it count by their size, not its square
 _BATCH = 4096
@@ -98,7 +103,7 @@ class TableRecipe:
         """As `fit_head`."""
         found = fit_head(
             front(rows), y, _loss(self.tau, y, outputs), bounding=front, outputs=outputs, epsilon=budget.epsilon,
-            delta=budget.delta, seed=budget.seed, waves=self.waves, steps=self.steps or STEPS,
+            delta=budget.delta, seed=budget.seed, waves=self.waves, steps=self.steps or _TABLE["steps"],
         )  # fmt: skip
         spent = {"epsilon": found["epsilon"], "delta": budget.delta}
         return Learnt(_arrays(found["module"].state_dict()), {**found["plan"].as_dict(), **spent})

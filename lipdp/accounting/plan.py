@@ -305,7 +305,12 @@ class PrivacyPlan:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and checkpoints; those that follow too."""
         measured = [asdict(m) for m in self.measurements]
-        return {**asdict(self), "measurements": measured, "sampling_rate": self.sampling_rate, "relation": self.relation.value}
+        return {
+            **asdict(self),
+            "measurements": measured,
+            "sampling_rate": self.sampling_rate,
+            "relation": self.relation.value,
+        }
 
     def check_same(self, saved: Any) -> None:
         """Refuse a resume under another plan.

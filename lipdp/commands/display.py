@@ -20,8 +20,10 @@ from rich.table import Table
 
 from lipdp import __version__
 from lipdp.commands.tables import LEGEND, number, parameter_table
+from lipdp.data import SignedLog
 from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer
+from lipdp.training.assembly import bounding_of
 from lipdp.training.monitor import Monitor, Result
 
 _SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}
@@ -117,9 +119,11 @@ def show_plan(console: Console, trainer: Trainer) -> None:
     features = f" on {config.features} features" if config.features else ""
     lines = {
         f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}, {weights:,} weights, {trainer.device}",
+        "inputs": _inputs(trainer),
         "protects": f"each of {plan.dataset_size:,} {plan.unit}s ({plan.relation.words} {plan.unit})",
         "batches": f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}"
         f" ({_SAMPLINGS[plan.sampling]})",
+        **_measurements(trainer),
         "noise": f"σ = {plan.noise_multiplier:.4g} ({plan.allocation}); {trainer.criterion.loss}, {_gate(trainer)}",
         "budget": f"ε = {trainer.planned.epsilon:.4g} at δ = {trainer.delta:g} after all steps"
         f" ({trainer.planned.accountant})",
@@ -133,6 +137,21 @@ def show_plan(console: Console, trainer: Trainer) -> None:
     console.print(f"[dim]{LEGEND}[/dim]\n", highlight=False)
     if trainer.step:
         console.print(f"resumed after step {trainer.step}", highlight=False)
+
+
+def _inputs(trainer: Trainer) -> str:
+    """The public map of the inputs, and what would be better where the columns' ranges are not known."""
+    split, bounding = trainer.split, bounding_of(trainer.config, trainer.split)
+    text = f"{'×'.join(map(str, split.input_shape))}, mapped by {bounding}"
+    if isinstance(bounding, SignedLog):
+        text += "; if you know the columns' ranges: --bounding rescale --bounding-option lower=... upper=..."
+    return text
+
+
+def _measurements(trainer: Trainer) -> dict[str, str]:
+    """What is released beside the steps, if anything is."""
+    measured = ", ".join(f"{m.name} at σ = {m.noise_multiplier:.4g}" for m in trainer.engine.plan.measurements)
+    return {"measures": f"{measured}, of all records, in the same ε"} if measured else {}
 
 
 def _gate(trainer: Trainer) -> str:

@@ -9,7 +9,7 @@ What a set is to training is in `split`, sets that stay on disk in `stored` and 
 
 from lipdp.data.augment import Augmented, augment
 from lipdp.data.folders import Columns
-from lipdp.data.opening import bound_inputs, default_bounding, load, open_split, split_validation
+from lipdp.data.opening import bound_inputs, default_bounding, is_table, load, open_split, split_validation
 from lipdp.data.scaling import (
     BOUNDINGS,
     Bounding,
@@ -45,6 +45,7 @@ __all__ = [
     "bounding",
     "clip_features",
     "default_bounding",
+    "is_table",
     "load",
     "number_of_units",
     "open_split",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -287,6 +287,30 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
     if len(body) != declared:
         raise DataError(f"{path}: {key} declares {declared} bytes and holds {len(body)}; {REMEDY}")
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def npz_axes(path: Path, key: str) -> int | None:
+    """How many axes an array of an npz archive has, by its header alone; None where that cannot be told."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
+            return _axes(stream)
+    except Exception:  # of any file; reading it in full says what is wrong
+        return None
+
+
+def npy_axes(path: Path) -> int | None:
+    """How many axes the array of an npy file has, by its header alone; None where that cannot be told."""
+    try:
+        with path.open("rb") as stream:
+            return _axes(stream)
+    except Exception:  # of any file; reading it in full says what is wrong
+        return None
+
+
+def _axes(stream: IO[bytes]) -> int:
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return len(header(stream)[0])
 
 
 def read_npz(

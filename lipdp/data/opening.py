@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from lipdp.data.download import cache_root
+from lipdp.data.files import npy_axes, npz_axes
 from lipdp.data.folders import Columns
 from lipdp.data.scaling import (
     Bounding,
@@ -79,6 +80,25 @@ def open_split(
     """
     split = _read(name, data_dir, download, columns or Columns())
     return split if image_size is None else split.resized(image_size)
+
+
+def is_table(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
+    """Whether a file or folder of `.npy` files is known to hold a table, by the header of its inputs alone.
+
+    >>> is_table("digits")
+    False
+    """
+    if not isinstance(name, str):
+        return False
+    given = data_dir or os.environ.get("LIPDP_DATA")
+    roots = [Path(), *([Path(given).expanduser()] if isinstance(given, (str, os.PathLike)) else [])]
+    paths = [root / Path(name).expanduser() for root in roots]
+    found = next((path for path in paths if path.exists()), None)
+    if found is None:
+        return False
+    if found.suffix == ".npz":
+        return npz_axes(found, "X") == 2
+    return npy_axes(found / "train_x.npy") == 2
 
 
 def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, columns: Columns) -> DataSplit:

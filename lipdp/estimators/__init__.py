@@ -3,7 +3,8 @@
     clf = PrivateClassifier(epsilon=1.0, delta=1e-5, bounds=(0.0, 1.0)).fit(X, y)
     clf.predict_proba(X), clf.epsilon_, clf.certified_radius(X), print(clf.report())
 
-`columns` holds the public rule from raw columns to bounded numbers, `recipe` how a table is learnt. Needs scikit-learn 1.6
+`columns` holds the public rule from raw columns to bounded numbers, `recipe` how a table is learnt. Needs scikit-learn
+1.6
 (`pip install "lipdp[estimators]"`).
 """
 
@@ -15,7 +16,6 @@ _NAMES = {
     "PrivateClassifier": "lipdp.estimators.classifier",
     "PrivateRegressor": "lipdp.estimators.regressor",
     "PublicScaler": "lipdp.estimators.scaler",
-    "TableRecipe": "lipdp.estimators.recipe",
 }
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

@@ -1,10 +1,10 @@
-"""What the private estimators share: reading tables by the public rule, the fit, the account, and what is kept of it."""
+"""What the private estimators share: reading tables by the public rule, the fit, the account, and what is kept of
+it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lipdp.data import Bounding
 from lipdp.errors import ParameterError, RefusedMethodError
 from lipdp.estimators.columns import (
     MISSING,
@@ -21,18 +22,19 @@ from lipdp.estimators.columns import (
     read_bounds,
     read_categories,
 )
-from lipdp.estimators.recipe import TableRecipe, read_hidden
+from lipdp.estimators.recipe import BOUNDED, COLUMNS, Budget, choose
 from lipdp.estimators.scikit import BaseEstimator, check_array, check_is_fitted, check_random_state, validate_data
-from lipdp.losses import LipschitzLoss
 from lipdp.training.config import default_delta
 
+FROM_DATA = "data"
 _SEEDS = 2**31 - 1
 
 
 class PrivateEstimator(BaseEstimator):
     """The fit of a private model of a table, for `PrivateClassifier` and `PrivateRegressor`.
 
-    What a fit keeps is plain: arrays of weights, the public rule, the account. No generator, key, optimiser or record is
+    What a fit keeps is plain: arrays of weights, the public rule, the account. No generator, key, optimiser or record
+    is
     among it, so a pickle of a fitted estimator holds what ε covers and nothing else.
     """
 
@@ -42,10 +44,8 @@ class PrivateEstimator(BaseEstimator):
     categories: Any
     missing: str
     hidden: Any
-    recipe: TableRecipe | None
+    steps: int | None
     random_state: Any
-
-    _recipe = TableRecipe()
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -58,7 +58,8 @@ class PrivateEstimator(BaseEstimator):
     def partial_fit(self) -> NoReturn:
         """Refused: a second look at records costs ε again, and the account of one fit can't know of it."""
         raise RefusedMethodError(
-            f"{type(self).__name__} has no partial_fit: every call would spend ε again on the records of the one before."
+            f"{type(self).__name__} has no partial_fit: every call would spend ε again on the records of the"
+            " one before."
             " Call fit once with all records, or use lipdp.PrivacyEngine and its account"
         )
 
@@ -81,43 +82,49 @@ class PrivateEstimator(BaseEstimator):
             )
         return check_array(X, dtype=np.float64, ensure_all_finite=False)
 
-    def _learn_columns(self, x: Any) -> ColumnRule:
-        """Decide the public rule, and keep it as plain values."""
+    def _learn_columns(self, x: Any) -> None:
+        """Decide the public rule, and keep it as plain values: `bounds_` is None where the columns' map is measured."""
         if self.missing not in MISSING:
             raise ParameterError(f"missing={self.missing!r}: one of {', '.join(MISSING)} is needed")
         names, count = getattr(self, "feature_names_in_", None), x.shape[1]
-        categories = read_categories(self.categories, names, count)
-        numeric = [j for j in range(count) if j not in categories]
-        self.leaks_ = []
-        if self.bounds is None and numeric:
-            bounds = bounds_of_data(x, numeric, "bounds of the columns")
+        self.categories_ = read_categories(self.categories, names, count)
+        self.numeric_ = [j for j in range(count) if j not in self.categories_]
+        self.leaks_, recipe = [], choose(self.hidden, self.steps)
+        self.bounds_: dict[int, tuple[float, float]] | None
+        if not self.numeric_:
+            self.bounds_ = {}
+        elif isinstance(self.bounds, str) or (self.bounds is None and recipe.needs_bounds):
+            if self.bounds not in (None, FROM_DATA):
+                raise ParameterError(f"bounds={self.bounds!r}: numbers, None, or {FROM_DATA!r} is needed")
+            self.bounds_ = bounds_of_data(x, self.numeric_, "bounds of the columns")
             self.leaks_.append("the bounds of the columns were taken from the data")
+        elif self.bounds is None:
+            self.bounds_ = None
         else:
-            bounds = read_bounds(self.bounds, numeric, names, count) if numeric else {}
-        self.bounds_, self.categories_ = bounds, categories
-        return self._rule()
+            self.bounds_ = read_bounds(self.bounds, self.numeric_, names, count)
 
     def _rule(self) -> ColumnRule:
-        return ColumnRule(self.bounds_, self.categories_, self.missing)
+        bounds = dict.fromkeys(self.numeric_) if self.bounds_ is None else self.bounds_
+        intercept = choose(self.hidden_, None).needs_bounds
+        return ColumnRule(bounds, self.categories_, self.missing, intercept)
 
-    def _chosen(self) -> TableRecipe:
-        """The recipe, with the hidden layers that were asked for."""
-        recipe = self._recipe if self.recipe is None else self.recipe
-        return recipe if self.hidden is None else replace(recipe, hidden=read_hidden(self.hidden))
+    @property
+    def _front(self) -> Bounding:
+        """The public map of rows in front of the network."""
+        return COLUMNS if self.bounds_ is None else BOUNDED
 
-    def _learn(self, rows: npt.NDArray[np.float32], y: Tensor, loss: LipschitzLoss, outputs: int, norm: float) -> None:
-        recipe, seed = self._chosen(), None
+    def _learn(self, x: Any, y: Tensor, outputs: int) -> None:
+        """Train on the rows of `x` and the targets, and keep what came of it."""
+        self.hidden_, self.n_outputs_ = self.hidden, outputs
+        recipe, rule, seed = choose(self.hidden, self.steps), self._rule(), None
         if self.random_state is not None:
             seed = int(check_random_state(self.random_state).randint(_SEEDS))
-        delta = default_delta(len(rows)) if self.delta is None else self.delta
-        with torch.random.fork_rng(devices=[]):
-            if seed is not None:
-                torch.manual_seed(seed)
-            network = recipe.network(rows.shape[1], outputs, norm)
-        plan = recipe.plan(len(rows), epsilon=self.epsilon, delta=delta)
-        learnt = recipe.learn(network, plan, torch.from_numpy(rows), y, loss, seed=seed)
+        delta = default_delta(len(x)) if self.delta is None else self.delta
+        learnt = recipe.learn(
+            torch.from_numpy(rule(x)), y, front=self._front, outputs=outputs, norm_bound=rule.norm_bound,
+            budget=Budget(self.epsilon, delta, seed),
+        )  # fmt: skip
         self.weights_, self.privacy_ = dict(learnt.weights), dict(learnt.privacy)
-        self.hidden_, self.radius_, self.n_outputs_ = recipe.hidden, recipe.radius, outputs
         self.epsilon_ = math.inf if self.leaks_ else self.privacy_["epsilon"]
         self.delta_ = self.privacy_["delta"]
         self.is_private_ = not self.leaks_ and seed is None
@@ -127,8 +134,7 @@ class PrivateEstimator(BaseEstimator):
     def _network(self) -> nn.Module:
         """The fitted network in float64: what it says of a record does not depend on the records beside it."""
         rule = self._rule()
-        recipe = TableRecipe(hidden=self.hidden_, radius=self.radius_)
-        network = recipe.network(rule.width, self.n_outputs_, rule.norm_bound)
+        network = choose(self.hidden_, None).network(rule.width, self.n_outputs_, rule.norm_bound)
         network.load_state_dict({name: torch.from_numpy(value) for name, value in self.weights_.items()})
         return network.double().eval()
 
@@ -140,7 +146,7 @@ class PrivateEstimator(BaseEstimator):
         """(N, outputs)."""
         rows = self._rows(X)
         with torch.no_grad():
-            found: npt.NDArray[np.float64] = self._network()(rows).numpy()
+            found: npt.NDArray[np.float64] = self._network()(self._front(rows)).numpy()
         return found
 
     def report(self) -> str:
@@ -172,7 +178,8 @@ class PrivateEstimator(BaseEstimator):
     def _public(self) -> str:
         """What else was taken as public, in words."""
         named = [str(label_of(j, getattr(self, "feature_names_in_", None))) for j in self.categories_]
-        return ", their bounds" + (f", the categories of {', '.join(named)}" if named else "")
+        bounds = "" if self.bounds_ is None else ", their bounds"
+        return bounds + (f", the categories of {', '.join(named)}" if named else "")
 
 
 def _is_frame(X: Any) -> bool:

@@ -13,32 +13,42 @@ from lipdp.batches.records import NO_LABEL
 from lipdp.certify.certificate import certify
 from lipdp.errors import ParameterError
 from lipdp.estimators.base import PrivateEstimator, public_list
-from lipdp.estimators.recipe import TableRecipe
+from lipdp.estimators.recipe import choose
 from lipdp.estimators.scikit import ClassifierMixin, check_classification_targets, column_or_1d
-from lipdp.losses import TauBCEWithLogits, TauCrossEntropy
 
 
 class PrivateClassifier(ClassifierMixin, PrivateEstimator):
-    r"""A differentially private classifier of tables: a linear or small net on bounded, one-hot columns.
+    """A differentially private classifier of tables: the recipe for tables, or a linear or small Lipschitz net.
 
-    Columns are mapped to [−1, 1] by public bounds and to one-hot columns by public lists. A Lipschitz network is trained
-    on them with noise on the sum of the gradients, whose norms its layers bound.
+    Numbers are mapped to [−1, 1] by public bounds, categories to one-hot columns by public lists. Then random Fourier
+    features with a linear head (`lipdp.training.fit_table`), or with `hidden` a net, are trained with noise on the sum
+    of
+    the gradients, whose norms the layers bound.
 
-    Guarantees: the fitted model, and whatever is computed from it, is (ε, δ)-DP for each record, input and label
-    together: (`epsilon_`, `delta_`). The number of records, the columns and the set of labels are taken as public. Not so
-    where `bounds` is None, since they are then read off the data (`PrivacyLeakWarning`, `epsilon_` is infinite), nor with
-    a `random_state`, whose noise anybody can draw again (`is_private_` is False). Each fit costs ε again: `cross_val_score`
-    with k folds costs up to kε, and a grid search that times the size of the grid; their scores are not covered at all.
+    Guarantees: the fitted model, and whatever is computed from it, is (`epsilon_`, `delta_`)-DP for each record, input
+    and
+    label together. The number of records, the columns and the set of labels are taken as public. Where `bounds` is
+    None the
+    columns' ranges are measured privately, within the same ε. Where they are read off the data (bounds="data", or None
+    for
+    a net), a `PrivacyLeakWarning` says that the fit is not covered, and `epsilon_` is infinite. With a `random_state`
+    anybody
+    can draw the noise again: `is_private_` is False. Each fit costs ε again: `cross_val_score` with k folds costs up
+    to kε,
+    and a grid search that times the size of the grid; their scores are not covered at all.
 
     Args:
         epsilon, delta: the budget; delta None takes 1e-5, or the power of ten below 1/N if that is smaller.
-        bounds: public: b for [−b, b], a pair (low, high) for all columns, one pair a column, or a mapping from columns (by
-            name or number) to either. What lies outside is clipped.
+        bounds: public: b for [−b, b], a pair (low, high) for all columns, one pair a column, or a mapping from columns
+        (by
+            name or number) to either. What lies outside is clipped. None measures the ranges privately.
         categories: public: column → list of its values. Others count as none of them.
         classes: public: the labels; records with another one count as records without. By default those in y.
         missing: what a missing number is: "middle" of its bounds, or "indicator", the same with a column that says so.
-        hidden: neurons of the hidden layers, e.g. 64 or (64, 32); 0 for a linear model, None for the recipe's.
-        recipe: how it is trained.
+        hidden: neurons of the hidden layers of a net, e.g. 64 or (64, 32), or 0 for a linear model; None takes the
+        recipe
+            for tables, which is better nearly everywhere.
+        steps: noisy steps; None takes the recipe's.
         random_state: repeats the fit exactly, for tests: NOT private.
 
     Attributes:
@@ -67,7 +77,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         classes: Sequence[Any] | None = None,
         missing: str = "middle",
         hidden: int | Sequence[int] | None = None,
-        recipe: TableRecipe | None = None,
+        steps: int | None = None,
         random_state: Any = None,
     ) -> None:
         self.epsilon = epsilon
@@ -77,7 +87,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         self.classes = classes
         self.missing = missing
         self.hidden = hidden
-        self.recipe = recipe
+        self.steps = steps
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -89,15 +99,9 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         """Learn from records `X` (N, columns), an array or a frame, and labels `y` (N,)."""
         x = self._read(X, reset=True)
         labels = self._labels(y, len(x))
-        rule = self._learn_columns(x)
-        outputs = 1 if len(self.classes_) == 2 else len(self.classes_)
-        tau = self._chosen().tau
-        loss = TauBCEWithLogits(tau) if outputs == 1 else TauCrossEntropy(tau)
-        self.tau_ = tau
-        y_in = torch.from_numpy(labels)
-        if outputs == 1:
-            y_in = torch.where(y_in == NO_LABEL, torch.nan, y_in.double()).float()
-        self._learn(rule(x), y_in, loss, outputs, rule.norm_bound)
+        self._learn_columns(x)
+        self.tau_ = choose(self.hidden, self.steps).tau
+        self._learn(x, torch.from_numpy(labels), 1 if len(self.classes_) == 2 else len(self.classes_))
         return self
 
     def _labels(self, y: Any, count: int) -> npt.NDArray[np.int64]:
@@ -105,15 +109,18 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         if y is None:
             raise ParameterError("requires y to be passed, but the target y is None: one label a record")
         public = public_list("classes", self.classes)
-        if public is None:
-            check_classification_targets(y)
         y = column_or_1d(y, warn=True)
+        if public is None:
+            if y.dtype.kind == "f" and not np.isfinite(y).all():
+                raise ParameterError("Input y contains infinity or NaN: name the public labels in classes")
+            check_classification_targets(y)
         if len(y) != count:
             raise ParameterError(f"{count} records have {len(y)} labels; give one a record")
         self.classes_ = np.unique(y) if public is None else public
         if len(self.classes_) < 2:
             raise ParameterError(
-                f"y holds 1 class, {self.classes_.tolist()}: name the public labels in classes, of which there are two or more"
+                f"y holds 1 class, {self.classes_.tolist()}: name the public labels in classes, of which there"
+                " are two or more"
             )
         place = {label: i for i, label in enumerate(self.classes_.tolist())}
         return np.array([place.get(label, NO_LABEL) for label in y.tolist()], dtype=np.int64)
@@ -153,9 +160,9 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         rows = self._rows(X)
         network = self._network()
         with torch.no_grad():
-            logits = network(rows)
+            logits = network(self._front(rows))
         said = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-        radii: npt.NDArray[np.float64] = certify(network, rows, said).radii.numpy()
+        radii: npt.NDArray[np.float64] = certify(network, rows, said, maps=[self._front]).radii.numpy()
         return radii
 
     def _public(self) -> str:

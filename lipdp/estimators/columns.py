@@ -1,4 +1,5 @@
-"""From raw columns to bounded numbers, by a rule that is public: bounds, category lists, and what a missing value is."""
+"""From raw columns to bounded numbers, by a rule that is public: bounds, category lists, and what a missing value
+is."""
 
 from __future__ import annotations
 
@@ -23,51 +24,59 @@ _LARGEST = float(np.finfo(np.float32).max)
 class ColumnRule:
     """The public rule of a table: each record is mapped by itself, and every record has an answer.
 
-    A number x of a column with bounds [a, b] becomes 2 (clip(x, a, b) − a)/(b − a) − 1 in [−1, 1]. A missing one, and one
-    that is none, becomes 0, the middle; with `missing="indicator"` a further column says so by 1. A category becomes one
-    column for each in the public list, 1 for its own; what is not in the list is 0 in all. The last column is 1, for the
-    intercept.
+    A number x of a column with bounds [a, b] becomes 2 (clip(x, a, b) − a)/(b − a) − 1 in [−1, 1]; without bounds it
+    stays
+    as it is. A missing one, and one that is none, becomes 0, the middle; with `missing="indicator"` a further column
+    says
+    so by 1. A category becomes one column for each in the public list, 1 for its own; what is not in the list is 0 in
+    all.
 
-    Guarantees: nothing is learnt. A record changes its own row alone and raises no error. Rows have norm at most `norm_bound`.
+    Guarantees: nothing is learnt. A record changes its own row alone and raises no error. With bounds, entries lie in
+    [−1, 1] and rows have norm at most `norm_bound`.
 
     Args:
-        bounds: column → (a, b), for the columns that hold numbers. categories: column → the list, for the others.
+        bounds: column → (a, b) or None, for the columns that hold numbers. categories: column → list, for the others.
         missing: "middle" or "indicator".
+        intercept: add a last column, 1.
 
     >>> rule = ColumnRule({0: (0.0, 10.0)}, {1: ("no", "yes")})
     >>> rule(np.array([[2.5, "yes"], [None, "?"]], dtype=object)).tolist()
-    [[-0.5, 0.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
+    [[-0.5, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """
 
-    bounds: Mapping[int, tuple[float, float]]
+    bounds: Mapping[int, tuple[float, float] | None]
     categories: Mapping[int, Sequence[Any]]
     missing: str = "middle"
+    intercept: bool = False
 
     @property
     def width(self) -> int:
         """The columns that come out."""
         indicators = len(self.bounds) if self.missing == "indicator" else 0
-        return len(self.bounds) + indicators + sum(map(len, self.categories.values())) + 1
+        return len(self.bounds) + indicators + sum(map(len, self.categories.values())) + self.intercept
 
     @property
     def norm_bound(self) -> float:
-        """A bound on the norm of a row: 1 for each column that goes in, and for the intercept.
+        """A bound on the norm of a row, where all numbers have bounds: 1 for each column that goes in, and the
+        intercept.
 
         A missing number is 0 and its indicator 1, so the two of them have norm at most 1 as well.
         """
-        return math.sqrt(len(self.bounds) + len(self.categories) + 1)
+        return math.sqrt(len(self.bounds) + len(self.categories) + self.intercept)
 
     def __call__(self, x: Any) -> npt.NDArray[np.float32]:
         """Map a table (N, columns) to (N, width)."""
         parts = []
-        for j, (low, high) in self.bounds.items():
+        for j, pair in self.bounds.items():
             values = as_numbers(x[:, j])
-            parts.append(np.nan_to_num(scaled(values, low, high), nan=0.0))
+            bounded = values.clip(-_LARGEST, _LARGEST) if pair is None else scaled(values, *pair)
+            parts.append(np.nan_to_num(bounded, nan=0.0))
             if self.missing == "indicator":
                 parts.append(np.isnan(values).astype(np.float64))
         for j, known in self.categories.items():
             parts += [_equal(x[:, j], value) for value in known]
-        return np.stack([*parts, np.ones(len(x))], axis=1).astype(np.float32)
+        parts += [np.ones(len(x))] if self.intercept else []
+        return np.stack(parts, axis=1).astype(np.float32)
 
 
 def scaled(values: Floats, low: float, high: float) -> Floats:
@@ -109,7 +118,9 @@ def _is(entry: Any, value: Any) -> bool:
         return False
 
 
-def read_bounds(bounds: Any, columns: Sequence[int], names: Sequence[Any] | None, count: int) -> dict[int, tuple[float, float]]:
+def read_bounds(
+    bounds: Any, columns: Sequence[int], names: Sequence[Any] | None, count: int
+) -> dict[int, tuple[float, float]]:
     """The public bounds as they may be given, for the columns that hold numbers.
 
     Args:

@@ -1,11 +1,11 @@
-"""How a table is learnt privately: a linear or small net, its loss, its steps. The one place that decides it."""
+"""How a table is learnt privately. The one place that decides it: the recipe for tables, or a linear or small net."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,105 +16,174 @@ from torch.utils.data import TensorDataset
 from lipdp import nn as lnn
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.constraints import Spectral
+from lipdp.data import Bounding, Clip, bounding
 from lipdp.errors import ParameterError
-from lipdp.losses import LipschitzLoss
+from lipdp.losses import Huber, LipschitzLoss, TauBCEWithLogits, TauCrossEntropy
+from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training.ema import Ema
+from lipdp.training.fitted import fit_head
+from lipdp.training.recipes import recipe
 from lipdp.training.runtime import own_random_state
 
-Weights = Mapping[str, npt.NDArray[Any]]
+_TABLE = recipe("", "tabular")
+
+BOUNDED = Clip(-1.0, 1.0)
+"""In front of the model where the columns have bounds."""
+
+COLUMNS = bounding(_TABLE["bounding"], **_TABLE["bounding_options"])
+"""In front of the model where they have none; their ranges are measured privately."""
+
+_HUBER = 0.5  # in units of half the targets' range: errors beyond it count by their size, not its square
+_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Budget:
+    """ε, δ, and the seed of a fit that is not private."""
+
+    epsilon: float
+    delta: float
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class Learnt:
     """What was learnt: plain arrays, nothing of the training. `privacy`: the plan as plain values, with ε and δ."""
 
-    weights: Weights
+    weights: Mapping[str, npt.NDArray[Any]]
     privacy: Mapping[str, Any]
+
+
+class Recipe(Protocol):
+    """A way to learn from the rows that `ColumnRule` makes."""
+
+    @property
+    def needs_bounds(self) -> bool:
+        """Whether every number needs public bounds."""
+        ...
+
+    @property
+    def tau(self) -> float:
+        """Temperature of the loss of labels: probabilities are those of τ z."""
+        ...
+
+    def network(self, width: int, outputs: int, norm_bound: float) -> nn.Module:
+        """The untrained model, of rows (N, width) mapped by `front`."""
+        ...
+
+    def learn(
+        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, budget: Budget
+    ) -> Learnt:
+        """Learn; y (N,) int64 labels, or float32 targets in [−1, 1]."""
+        ...
 
 
 @dataclass(frozen=True)
 class TableRecipe:
-    """Full batches while the table is small, Poisson batches of at most 4096 beyond; the average of the weights.
+    """The recipe of `lipdp.training.fit_table`: random Fourier features, a private preconditioner, full batches.
 
-    Every step of a full batch has the same σ per √T, so few large steps lose little; with subsampling more steps pay.
+    Attributes:
+        steps, waves: T, and the number of frequencies.
+    """
+
+    steps: int | None = None
+    waves: int = 200
+
+    needs_bounds = False
+    tau = 1.0
+
+    def network(self, width: int, outputs: int, norm_bound: float) -> nn.Module:
+        """The model; its features have norm 1 whatever the rows'."""
+        return build("tabular", input_shape=(width,), num_classes=outputs, waves=self.waves)
+
+    def learn(
+        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, budget: Budget
+    ) -> Learnt:
+        """As `fit_head`."""
+        found = fit_head(
+            front(rows), y, _loss(self.tau, y, outputs), bounding=front, outputs=outputs, epsilon=budget.epsilon,
+            delta=budget.delta, seed=budget.seed, waves=self.waves, steps=self.steps or _TABLE["steps"],
+        )  # fmt: skip
+        spent = {"epsilon": found["epsilon"], "delta": budget.delta}
+        return Learnt(_arrays(found["module"].state_dict()), {**found["plan"].as_dict(), **spent})
+
+
+@dataclass(frozen=True)
+class NetRecipe:
+    """A linear model or a small Lipschitz net; Poisson batches of 4096, or all records; the average of the weights.
 
     Attributes:
         hidden: neurons of each hidden layer; none is a linear model.
-        batch_size, steps: B and T; None decides them from the public N.
-        lr, momentum, ema: of SGD and of the averaged weights.
-        radius: of the head's weights, on inputs of norm 1. It bounds what the model can say; Δ does not depend on it.
-        tau: temperature of the loss. gate: bound on every record's gradient at the logits.
+        steps: T.
     """
 
     hidden: tuple[int, ...] = ()
-    batch_size: int | None = None
     steps: int | None = None
-    lr: float = 1.0
-    momentum: float = 0.9
-    ema: float = 0.95
-    radius: float = 1.0
-    tau: float = 16.0
-    gate: float | None = 0.3
 
-    def network(self, width: int, outputs: int, input_bound: float) -> nn.Module:
-        """The model of rows of norm at most `input_bound`, which are scaled to norm 1."""
-        layers: list[nn.Module] = [lnn.InputBound(input_bound)]
-        size, gain = width, 1 / input_bound
+    needs_bounds = True
+    tau = 16.0
+    _radius = 8.0  # of the head's weights on inputs of norm 1: what the model can say; Δ does not depend on it
+
+    def network(self, width: int, outputs: int, norm_bound: float) -> nn.Module:
+        """The model, of rows of norm at most `norm_bound`, which are scaled to norm 1."""
+        layers: list[nn.Module] = [lnn.InputBound(norm_bound)]
+        size, gain = width, 1 / norm_bound
         for neurons in self.hidden:
-            layers += [lnn.SpectralLinear(size, neurons, bias=False, k_coef_lip=gain), lnn.GroupSort2()]
+            layers += [lnn.SpectralLinear(size, neurons, k_coef_lip=gain), lnn.GroupSort2()]
             size, gain = neurons, 1.0
-        head = lnn.SpectralLinear(size, outputs, bias=False, k_coef_lip=gain, constraint=Spectral(self.radius))
+        head = lnn.SpectralLinear(size, outputs, k_coef_lip=gain, constraint=Spectral(self._radius))
         with torch.no_grad():
             head.weight.zero_()
         return nn.Sequential(*layers, head)
 
-    def plan(self, records: int, *, epsilon: float, delta: float) -> PrivacyPlan:
-        """q, T and σ, from the public number of records."""
-        batch = min(records, self.batch_size or 4096)
-        steps = self.steps or (100 if batch == records else 300)
-        return PrivacyPlan.of(
-            dataset_size=records, expected_batch_size=batch, steps=steps, target_epsilon=epsilon, target_delta=delta
-        )
-
     def learn(
-        self, network: nn.Module, plan: PrivacyPlan, x: Tensor, y: Tensor, loss: LipschitzLoss, *, seed: int | None
+        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, budget: Budget
     ) -> Learnt:
-        """Train on rows `x` (N, width) and targets `y` (N,).
-
-        Guarantee: the weights are (ε, δ)-DP for the records, as `PrivacyEngine` accounts them; with a seed the draws can
-        be repeated, and the run is not private.
-        """
+        """Train with `PrivacyEngine`."""
+        batch, regression = min(len(rows), _BATCH), y.is_floating_point()
+        plan = PrivacyPlan.of(
+            dataset_size=len(rows), expected_batch_size=batch, target_epsilon=budget.epsilon,
+            target_delta=budget.delta, steps=self.steps or (100 if batch == len(rows) else 300),
+        )  # fmt: skip
         with own_random_state(torch.device("cpu")):
-            torch.manual_seed(secrets.randbits(63) if seed is None else seed)
-            optimizer = torch.optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum)
-            engine = PrivacyEngine(plan.accountant, seed=seed)
+            torch.manual_seed(secrets.randbits(63) if budget.seed is None else budget.seed)
+            network = self.network(rows.shape[1], outputs, norm_bound)
+            optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
+            engine = PrivacyEngine(plan.accountant, seed=budget.seed)
             _, _, loader, criterion = engine.make_private_with_plan(
-                plan, module=network, optimizer=optimizer, criterion=loss, dataset=TensorDataset(x, y), gate=self.gate,
-                allocation="min_variance",
+                plan, module=network, optimizer=optimizer, criterion=_loss(self.tau, y, outputs),
+                dataset=TensorDataset(front(rows), y), gate=None if regression else 0.3, allocation="min_variance",
             )  # fmt: skip
-            average = Ema(network, self.ema)
+            average = Ema(network, 0.95)
             for xb, yb in loader:
                 optimizer.zero_grad()
-                if len(xb):
-                    criterion(network(xb), yb).backward()
+                criterion(network(xb), yb).backward()
                 optimizer.step()
                 average.update()
-        weights = {name: value.numpy().astype(np.float32) for name, value in average.weights().items()}
-        delta = plan.target_delta
-        if delta is None:
-            raise ParameterError("the plan has no δ")
-        spent = {"epsilon": engine.get_epsilon(delta), "delta": delta}
-        return Learnt(weights, {**engine.plan.as_dict(), **spent})
+        spent = {"epsilon": engine.get_epsilon(budget.delta), "delta": budget.delta}
+        return Learnt(_arrays(average.weights()), {**engine.plan.as_dict(), **spent})
 
 
-def read_hidden(hidden: int | Sequence[int] | None) -> tuple[int, ...]:
-    """`hidden` as it may be given: None or 0 for a linear model, a number for one layer, a sequence for several.
+def choose(hidden: int | Sequence[int] | None, steps: int | None) -> Recipe:
+    """The recipe for `hidden` as it may be given: None takes that for tables, 0 a linear model, else a net.
 
-    >>> read_hidden(None), read_hidden(64), read_hidden([32, 16])
-    ((), (64,), (32, 16))
+    >>> choose(None, None), choose(0, 5), choose((32, 16), None).hidden
+    (TableRecipe(steps=None, waves=200), NetRecipe(hidden=(), steps=5), (32, 16))
     """
-    layers = () if hidden is None or hidden == 0 else (hidden,) if isinstance(hidden, int) else tuple(hidden)
+    if hidden is None:
+        return TableRecipe(steps)
+    layers = () if hidden == 0 else (hidden,) if isinstance(hidden, int) else tuple(hidden)
     if not all(isinstance(size, int) and size > 0 and size % 2 == 0 for size in layers):
         raise ParameterError(f"hidden={hidden!r}: even numbers of neurons are needed, e.g. 64 or (64, 32), or None")
-    return layers
+    return NetRecipe(layers, steps)
+
+
+def _loss(tau: float, y: Tensor, outputs: int) -> LipschitzLoss:
+    if y.is_floating_point():
+        return Huber(_HUBER)
+    return TauBCEWithLogits(tau) if outputs == 1 else TauCrossEntropy(tau)
+
+
+def _arrays(state: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    return {name: np.array(value.cpu().numpy()) for name, value in state.items()}

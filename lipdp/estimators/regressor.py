@@ -12,31 +12,27 @@ import torch
 from lipdp.errors import ParameterError
 from lipdp.estimators.base import PrivateEstimator
 from lipdp.estimators.columns import as_numbers, bounds_of_data, read_bounds, scaled
-from lipdp.estimators.recipe import TableRecipe
 from lipdp.estimators.scikit import RegressorMixin, column_or_1d
-from lipdp.losses import Huber
 
 
 class PrivateRegressor(RegressorMixin, PrivateEstimator):
     """A differentially private regressor of tables, for targets in a public interval.
 
-    As `PrivateClassifier`, with targets clipped to `target_bounds` and mapped to [−1, 1], and Huber's loss, whose slope is
+    As `PrivateClassifier`, with targets clipped to `target_bounds` and mapped to [−1, 1], and Huber's loss, whose
+    slope is
     bounded whatever the target. Predictions lie in the bounds.
 
     Guarantees: as `PrivateClassifier`; the targets' bounds count as public too, and are read off the data if None.
 
     Args:
         target_bounds: public (low, high) of y.
-        epsilon, delta, bounds, categories, missing, hidden, recipe, random_state: as for `PrivateClassifier`. The recipe's
-            `tau` plays no part.
+        epsilon, delta, bounds, categories, missing, hidden, steps, random_state: as for `PrivateClassifier`.
 
     >>> X = np.random.default_rng(0).uniform(size=(2000, 2))
     >>> reg = PrivateRegressor(bounds=(0, 1), target_bounds=(0, 2), random_state=0).fit(X, X[:, 0] + X[:, 1])
     >>> reg.score(X, X[:, 0] + X[:, 1]) > 0.7
     True
     """
-
-    _recipe = TableRecipe(radius=8.0, gate=None)
 
     def __init__(
         self,
@@ -48,7 +44,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
         categories: Any = None,
         missing: str = "middle",
         hidden: int | Sequence[int] | None = None,
-        recipe: TableRecipe | None = None,
+        steps: int | None = None,
         random_state: Any = None,
     ) -> None:
         self.epsilon = epsilon
@@ -58,7 +54,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
         self.categories = categories
         self.missing = missing
         self.hidden = hidden
-        self.recipe = recipe
+        self.steps = steps
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -67,14 +63,15 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
         return tags
 
     def fit(self, X: Any, y: Any) -> PrivateRegressor:
-        """Learn from records `X` (N, columns), an array or a frame, and numbers `y` (N,); NaN is a record without one."""
+        """Learn from records `X` (N, columns), an array or a frame, and numbers `y` (N,); NaN is a record without
+        one."""
         x = self._read(X, reset=True)
         if y is None:
             raise ParameterError("requires y to be passed, but the target y is None: one number a record")
         targets = as_numbers(column_or_1d(y, warn=True))
         if len(targets) != len(x):
             raise ParameterError(f"{len(x)} records have {len(targets)} targets; give one a record")
-        rule = self._learn_columns(x)
+        self._learn_columns(x)
         if self.target_bounds is None:
             (found,) = bounds_of_data(targets[:, None], [0], "target_bounds").values()
             self.leaks_.append("the bounds of the targets were taken from the data")
@@ -82,7 +79,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
             (found,) = read_bounds(self.target_bounds, [0], ["y"], 1).values()
         self.target_bounds_ = found
         y_in = torch.from_numpy(scaled(targets, *found).astype(np.float32))
-        self._learn(rule(x), y_in, Huber(_SLOPE), 1, rule.norm_bound)
+        self._learn(x, y_in, 1)
         return self
 
     def predict(self, X: Any) -> npt.NDArray[np.float64]:
@@ -93,7 +90,3 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
 
     def _public(self) -> str:
         return f"{super()._public()}, the bounds of the targets"
-
-
-_SLOPE = 0.5
-"""Of Huber's loss, in units of half the targets' range: errors beyond it count by their size, not its square."""

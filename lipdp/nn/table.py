@@ -52,7 +52,9 @@ class TableFeatures(nn.Module):
     def __init__(self, columns: int, *, waves: int = 200, limit: float = 1.0, seed: int = 0) -> None:
         super().__init__()
         if not (is_size(columns) and is_size(waves) and waves % 2 == 0):
-            raise ParameterError(f"columns={columns!r}, waves={waves!r}: whole numbers are needed, an even one of waves")
+            raise ParameterError(
+                f"columns={columns!r}, waves={waves!r}: whole numbers are needed, an even one of waves"
+            )
         self.columns, self.waves = columns, waves
         self.register_buffer("limit", torch.tensor(check_positive("limit", limit)))
         self.register_buffer("values", torch.empty(columns, BINS + 1))
@@ -72,7 +74,9 @@ class TableFeatures(nn.Module):
             ParameterError: not such values.
         """
         if values.shape != self.values.shape or not bool(values.isfinite().all()):
-            raise ParameterError(f"values of shape {tuple(values.shape)}: finite ones {tuple(self.values.shape)} are needed")
+            raise ParameterError(
+                f"values of shape {tuple(values.shape)}: finite ones {tuple(self.values.shape)} are needed"
+            )
         self.limit.fill_(check_positive("limit", limit))
         self.values.copy_(values)
 

@@ -176,7 +176,9 @@ class StepHooks:
         if name in self.measured:
             raise EngineError(f"{name} was measured already; a second release would exceed ε")
         if not (sensitivity > 0 and bool(total.isfinite().all())):
-            raise EngineError(f"{name} has sensitivity {sensitivity}, or entries that are not finite; bound its records")
+            raise EngineError(
+                f"{name} has sensitivity {sensitivity}, or entries that are not finite; bound its records"
+            )
         self.ledger.append(planned[name].event(self.plan.relation))  # before the draw: never under-counted
         self.before += 1
         self.measured.append(name)

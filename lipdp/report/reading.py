@@ -30,6 +30,14 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A sum over all records that was released once beside the steps, and its σ."""
+
+    name: str
+    noise_multiplier: Positive
+
+
+@dataclass(frozen=True)
 class Account:
     """`privacy.json`.
 
@@ -41,6 +49,7 @@ class Account:
         sensitivity: parameter → Δ, at the weights as they are.
         noise_stds: parameter → s, as the last step drew it; empty before the first.
         seeded: the noise can be repeated. secure: it comes from a cipher.
+        measurements: what was released beside the steps, in the same ε.
         unit: what is protected, a "record" or an "owner" with all records.
         digest: of the file. intact: whether it agrees, found when read (None: there is none).
     """
@@ -65,6 +74,7 @@ class Account:
     seeded: bool
     secure: bool
     unit: Literal["record", "owner"]
+    measurements: tuple[Measured, ...] = ()
     digest: str | None = None
     intact: bool | None = None
 

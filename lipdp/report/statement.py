@@ -115,10 +115,11 @@ def paragraphs(account: Account) -> tuple[str, ...]:
 
 
 def recomputed_epsilon(account: Account) -> float | None:
-    """ε from σ, q, T and δ alone; None where they give none."""
+    """ε from the measurements, σ, q, T and δ alone; None where they give none."""
     try:
         event = Event(account.noise_multiplier, account.sampling_rate, account.steps, account.relation)
-        return get_accountant(account.accountant).epsilon([event], account.delta).epsilon
+        once = [Event(m.noise_multiplier, 1.0, 1, account.relation) for m in account.measurements]
+        return get_accountant(account.accountant).epsilon([*once, event], account.delta).epsilon
     except LipdpError:
         return None
 

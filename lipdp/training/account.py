@@ -44,9 +44,9 @@ class Account:
         return self._engine.steps_taken - self._progress.step
 
     def epsilon_at(self, step: int) -> float:
-        """An upper bound on ε after `step` steps of this run; at the end, what `engine.get_epsilon` says."""
+        """An upper bound on ε after the measurements and `step` steps of this run; at the end, what `engine.get_epsilon` says."""
         if step not in self._epsilons:
-            self._epsilons[step] = self._curve(step + self.again)
+            self._epsilons[step] = self._curve(len(self._engine.plan.measurements) + step + self.again)
         return self._epsilons[step]
 
     def plan_again(self) -> None:
@@ -55,7 +55,7 @@ class Account:
             return
         plan = replace(self._engine.plan, steps=self._steps + self.again)
         self.planned = plan.predicted
-        self._curve = EpsilonCurve([plan.event], self._delta, plan.accountant)
+        self._curve = EpsilonCurve(plan.events, self._delta, plan.accountant)
         self._epsilons = {self._steps: self.planned.epsilon}
         _log.warning(
             "%d steps were released and lost with their checkpoint: they are counted again, and ε after all steps is"

@@ -27,9 +27,11 @@ from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
 from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig
-from lipdp.training.ema import Ema
+from lipdp.training.ema import Ema, average_of
 from lipdp.training.forward import Forward, precision
+from lipdp.training.recipes import TABLES
 from lipdp.training.runtime import choose_device, own_random_state, random_state
+from lipdp.training.tables import Preconditioner, TableRun, measured_shares, rows_of, set_public_map, table_model
 
 
 def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | None = None) -> DataSplit:
@@ -95,6 +97,7 @@ def plan_of(
         target_epsilon=config.epsilon,
         target_delta=config.delta,
         accountant=config.accountant,
+        shares=measured_shares(bounding_of(config, split)) if config.model in TABLES else None,
     )
 
 
@@ -106,7 +109,8 @@ def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dat
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a run consists of. `random`: torch's generators after the model was drawn; `planned`: ε after all steps."""
+    """What a run consists of. `random`: torch's generators after the model was drawn; `planned`: ε after all steps; `table`:
+    what is measured before the first, of a table."""
 
     device: torch.device
     model: nn.Module
@@ -120,6 +124,7 @@ class Assembly:
     planned: Spent
     curve: EpsilonCurve
     random: dict[str, Tensor]
+    table: TableRun | None = None
 
 
 def assemble(
@@ -152,6 +157,9 @@ def assemble(
         torch.manual_seed(config.seed if config.seed is not None else secrets.randbits(63))
         model = make_model(config.model, split.input_shape, outputs, options).to(device)
         random = random_state(device)
+    bounding, parts = bounding_of(config, split), table_model(model)
+    if parts is not None:
+        set_public_map(parts[0], bounding)
     forward = Forward(
         model, autocast=precision(config.autocast), channels_last=config.channels_last, compiled=config.compile
     )
@@ -175,19 +183,26 @@ def assemble(
         pin_memory=config.pin_memory,
         forward_dtype=precision(config.autocast),
     )
+    table = None
+    if parts is not None and plan.measurements:
+        preconditioner = Preconditioner(optimizer, parts[2])
+        table = TableRun(
+            model, preconditioner, bounding, rows_of(split, device), min(config.gate or 1.0, loss.lipschitz)
+        )
     return Assembly(
         device=device,
         model=model,
         forward=forward,
         optimizer=optimizer,
         scheduler=make_scheduler(config.schedule, optimizer, steps=plan.steps),
-        ema=Ema(model, config.ema),
+        ema=average_of(model, config.ema, tail=config.tail, steps=plan.steps),
         engine=engine,
         loader=loader,
         criterion=criterion,
         planned=plan.predicted,
-        curve=EpsilonCurve([plan.event], decided(plan.target_delta), plan.accountant),
+        curve=EpsilonCurve(plan.events, decided(plan.target_delta), plan.accountant),
         random=random,
+        table=table,
     )
 
 

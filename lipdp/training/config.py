@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lipdp.accounting.plan import Subsampling
-from lipdp.data import BOUNDINGS, DATASETS
+from lipdp.data import BOUNDINGS, DATASETS, is_table
 from lipdp.data.augment import AUGMENTS
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 from lipdp.features.maps import FEATURES
@@ -104,6 +104,7 @@ class TrainConfig:
     momentum: float = _optimisation(number(1, zero=True), METHOD, "momentum; Adam's first β", 0.9)
     schedule: str = _optimisation(NAME, METHOD, "of the learning rate", "constant", choices=SCHEDULES)
     ema: float = _optimisation(number(1, zero=True), METHOD, "decay of the averaged weights", 0.95)
+    tail: int | None = _optimisation(whole(), METHOD, "average the weights of the last so many steps, instead of ema")
     microbatch: int | None = _optimisation(
         whole(), MACHINE, "samples per forward pass, to save memory (one noise draw all the same)",
         words="512 on a CPU, else the batch",
@@ -144,7 +145,7 @@ class TrainConfig:
         >>> config.steps, config.delta, config.loss
         (29, 1e-05, 'cross-entropy')
         """
-        batch = self.batch_size or min(records, 4096, max(256, records // 20))
+        batch = self.batch_size or recipes.default_batch(self.model, records)
         if batch > records:
             raise ParameterError(f"batch_size={batch}, but there are {records} training records")
         steps = self.steps or Subsampling.of(records, batch, epochs=self.epochs or 1.0).steps
@@ -233,8 +234,15 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
             raise UnknownNameError("setting", name, SETTINGS)
         SETTINGS[name].check(value)
     features = given.get("features")
-    given.setdefault("model", recipes.default_model(dataset, features))
+    table = "model" not in given and is_table(dataset, given.get("data_dir"))
+    given.setdefault("model", recipes.default_model(dataset, features, table=table))
     settings = dict(recipes.recipe(dataset, given["model"], features))
+    if "bounding" in given:
+        settings.pop("bounding_options", None)  # they belong to the recipe's map
+    if "epochs" in given:
+        settings.pop("steps", None)
+    if "ema" in given:
+        settings.pop("tail", None)
     if given.get("loss") not in (None, *recipes.TEMPERED):
         settings["loss_options"] = {}  # they belong to the recipe's loss
     if given.get("optimizer") not in (TrainConfig.optimizer, None):

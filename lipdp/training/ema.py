@@ -131,3 +131,8 @@ class TailAverage(Ema):
         if count < 1:
             return {n: p.detach().clone() for n, p in self._parameters.items()}
         return {n: (self._sums[n] / count).to(p.dtype) for n, p in self._parameters.items()}
+
+
+def average_of(model: nn.Module, decay: float, *, tail: int | None, steps: int) -> Ema:
+    """The average that a run keeps: of its last `tail` steps, all of them where it has fewer, or with a decay."""
+    return Ema(model, decay) if tail is None else TailAverage(model, last=min(tail, steps), steps=steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.data.scaling import Bounding, Rescale
+from lipdp.data import Bounding, Rescale, Split
+from lipdp.data import bounding as named_bounding
 from lipdp.errors import DataError, ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training import tables
 from lipdp.training.choices import make_loss
-from lipdp.training.ema import TailAverage
+from lipdp.training.ema import average_of
 from lipdp.training.evaluation import outputs
+from lipdp.training.recipes import recipe
 
 Array = npt.NDArray[Any] | Tensor
-_BATCH = 4096
+_RECIPE = recipe("", "tabular")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class TableModel:
 
     def logits(self, x: Array) -> Tensor:
         """(n, 1) or (n, C) float64. `x`: (n, k) raw."""
-        return outputs(self.module, (self.bounding(part) for part in _table(x).split(_BATCH)))
+        return outputs(self.module, (self.bounding(part) for part in _table(x).split(tables.BATCH)))
 
     def probabilities(self, x: Array) -> Tensor:
         """(n, C) float64."""
@@ -81,8 +83,8 @@ def fit_table(
     num_classes: int,
     bounds: tuple[float | Sequence[float], float | Sequence[float]] | Bounding | None = None,
     class_weight: Sequence[float] | None = None,
-    steps: int = tables.STEPS,
-    gate: float = tables.GATE,
+    steps: int = _RECIPE["steps"],
+    gate: float = _RECIPE["gate"],
     waves: int = 200,
     accountant: str = "prv",
     seed: int | None = None,
@@ -121,10 +123,13 @@ def fit_table(
     if type(num_classes) is not int or num_classes < 2:
         raise ParameterError(f"num_classes={num_classes!r}: a whole number of at least 2 is needed")
     if labels.shape != (len(table),) or labels.is_floating_point() or not len(table):
-        raise DataError(f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers")
+        raise DataError(
+            f"y has shape {tuple(labels.shape)} and {labels.dtype} for {len(table)} rows; give (N,) integers"
+        )
     bounding = _bounding(bounds)
-    name = "bce" if num_classes == 2 else "cross-entropy"
-    loss, outs = make_loss(name, num_classes, _weighted(num_classes, class_weight))
+    loss, outs = make_loss(
+        "bce" if num_classes == 2 else "cross-entropy", num_classes, _weighted(num_classes, class_weight)
+    )
     fitted = fit_head(
         bounding(table), labels.long(), loss, bounding=bounding, outputs=outs, epsilon=epsilon, delta=delta, steps=steps,
         gate=gate, waves=waves, accountant=accountant, seed=seed, secure=secure, check_every=check_every,
@@ -141,8 +146,8 @@ def fit_head(
     outputs: int,
     epsilon: float,
     delta: float,
-    steps: int = tables.STEPS,
-    gate: float = tables.GATE,
+    steps: int = _RECIPE["steps"],
+    gate: float = _RECIPE["gate"],
     waves: int = 200,
     accountant: str = "prv",
     seed: int | None = None,
@@ -155,27 +160,27 @@ def fit_head(
         inputs: (N, k) float32, mapped by `bounding`. targets: (N,), as the loss takes them.
         outputs: of the model. The others: see `fit_table`.
     """
+    split = Split("arrays", inputs, targets, inputs[:0], targets[:0], max(outputs, 2), "multiclass")
     model: Any = build("tabular", input_shape=tuple(inputs.shape[1:]), num_classes=outputs, waves=waves)
     tables.set_public_map(model[0], bounding)
     plan = PrivacyPlan.of(
         dataset_size=len(inputs), expected_batch_size=len(inputs), steps=steps, target_epsilon=epsilon,
         target_delta=delta, accountant=accountant, shares=tables.measured_shares(bounding),
     )  # fmt: skip
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=_RECIPE["lr"], momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
-    _, _, loader, criterion = engine.make_private_with_plan(
-        plan, module=model, optimizer=optimizer, criterion=loss, dataset=TensorDataset(inputs, targets), gate=gate
+    phi = torch.zeros(len(inputs), model[0].out_features)  # filled once the map is measured: computed once, not T times
+    _, _, loader, _ = engine.make_private_with_plan(
+        plan, module=model[1:], optimizer=optimizer, criterion=loss, dataset=TensorDataset(phi, targets), gate=gate
     )
     preconditioner = tables.Preconditioner(optimizer, model[2].weight)
-
-    def rows() -> Iterator[tuple[Tensor, None]]:
-        yield from ((part, None) for part in inputs.split(_BATCH))
-
-    tables.prepare_table(engine, model, preconditioner, bounding, rows, gate)
-    average = TailAverage(model, last=min(tables.TAIL, steps), steps=steps)
+    tables.TableRun(model, preconditioner, bounding, tables.rows_of(split), min(gate, loss.lipschitz)).measure(engine)
+    with torch.no_grad():
+        torch.cat([model[0](part) for part in inputs.split(tables.BATCH)], out=phi)
+    average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
     for batch in loader:
         optimizer.zero_grad()
-        engine.backward(*batch, microbatch=_BATCH)
+        engine.backward(*batch, microbatch=tables.BATCH)
         optimizer.step()
         average.update()
     fitted = {"sensitivity": dict(engine.sensitivity()), "epsilon": engine.get_epsilon(delta), "plan": engine.plan}
@@ -194,7 +199,7 @@ def _table(x: Array) -> Tensor:
 
 def _bounding(bounds: Any) -> Bounding:
     if bounds is None:
-        return tables.COLUMNS
+        return named_bounding(_RECIPE["bounding"], **_RECIPE["bounding_options"])
     if callable(bounds):
         made: Bounding = bounds
         return made
@@ -209,8 +214,9 @@ def _weighted(num_classes: int, class_weight: Sequence[float] | None) -> dict[st
     if class_weight is None:
         return {}
     if len(class_weight) != num_classes or not all(w > 0 for w in class_weight):
-        raise ParameterError(f"class_weight={class_weight!r}: give {num_classes} public numbers > 0, one for each class")
+        raise ParameterError(
+            f"class_weight={class_weight!r}: give {num_classes} public numbers > 0, one for each class"
+        )
     if num_classes == 2:
         return {"pos_weight": class_weight[1] / class_weight[0]}
     return {"weight": list(class_weight)}
-

@@ -5,6 +5,7 @@ The settings were chosen on public benchmarks. Choosing them by looking at priva
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +60,15 @@ _RECIPES: dict[tuple[str | None, str | None, str | None], Mapping[str, Any]] = {
         "gate": 0.3,
     },
     (None, "linear", "scattering"): _SCATTERING,
-    (None, "tabular", None): {"loss_options": {"tau": 16.0}},
+    (None, "tabular", None): {  # `lipdp.training.tables`: every step takes all records, q = 1
+        "steps": 100,
+        "epochs": None,
+        "bounding": "signed-log",
+        "bounding_options": {"scale": 0.01, "limit": 16 / math.log1p(100)},
+        "lr": 1.0,
+        "gate": 0.5,
+        "tail": 25,
+    },
     (None, None, None): {"loss_options": {"tau": 32.0}, "gate": 0.3},
 }
 
@@ -81,14 +90,31 @@ def recipe(dataset: str, model: str, features: str | None = None) -> Mapping[str
     return next((_RECIPES[key] for key in keys if key in _RECIPES), _RECIPES[None, None, None])
 
 
-def default_model(dataset: str, features: str | None = None) -> str:
-    """The model where none is named: a linear head on features, a convolution net on images, an MLP elsewhere.
+TABLES = frozenset({"tabular"})
+"""The models that are prepared by private measurements, and whose steps take all records where no B is given."""
+
+
+def default_batch(model: str, records: int) -> int:
+    """B where none is given: a twentieth of the records, 256 to 4,096; all of them for a model of `TABLES`.
+
+    >>> default_batch("cnn", 60_000), default_batch("tabular", 60_000)
+    (3000, 60000)
+    """
+    return records if model in TABLES else min(records, 4096, max(256, records // 20))
+
+
+def default_model(dataset: str, features: str | None = None, *, table: bool = False) -> str:
+    """The model where none is named: a linear head on features, `tabular` for a table, a convolution net on images, an
+    MLP elsewhere.
+
+    Args:
+        table: whether the inputs are known to be a table.
 
     >>> default_model("digits"), default_model("mnist"), default_model("mnist", "dct"), default_model("adbench/donors")
     ('mlp', 'cnn', 'linear', 'tabular')
     """
     if features is not None:
         return "linear"
-    if dataset.startswith("adbench/"):
+    if table or dataset.startswith("adbench/"):
         return "tabular"
     return "cnn" if dataset in ("mnist", "fashion-mnist", "cifar10") else "mlp"

@@ -26,6 +26,7 @@ def saved_state(parts: Assembly, progress: Progress) -> dict[str, Any]:
         "scheduler": parts.scheduler.state_dict(),
         "ema": parts.ema.state_dict(),
         "engine": parts.engine.state_dict(),
+        "table": None if parts.table is None else parts.table.preconditioner.state_dict(),
         "random": random_state(parts.device),
         "records": progress.records,
         "noise_stds": progress.noise_stds(parts.engine),
@@ -95,6 +96,8 @@ def restore(
         load_optimizer(parts.optimizer, state["optimizer"])
         parts.scheduler.load_state_dict(state["scheduler"])
         parts.ema.load_state_dict(state["ema"])
+        if parts.table is not None:
+            parts.table.preconditioner.load_state_dict(state["table"])
         random: Mapping[str, Tensor] = state["random"]
         with own_random_state(parts.device, random):
             pass

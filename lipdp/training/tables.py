@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.data import DataSplit
 from lipdp.data.scaling import Bounding, Clip, Rescale, SignedLog, Tanh
 from lipdp.errors import CheckpointError, ParameterError
 from lipdp.nn.table import BINS, TableFeatures
@@ -24,10 +27,7 @@ Rows: TypeAlias = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
 """All training records in batches: inputs (n, k), and what each counts, (n,); None: 1."""
 
 HISTOGRAM, GRAM = "histogram", "gram"
-GATE, STEPS, TAIL = 0.5, 100, 25
-COLUMNS = SignedLog(scale=0.01, limit=16 / math.log1p(100))
-"""The map in front of the histograms, where the columns' ranges are unknown: clip(±log(1 + |x|/0.01), ±16), scaled."""
-
+BATCH = 4096
 _HISTOGRAM_SHARE, _GRAM_SHARE = 0.03, 0.097
 _CUTOFF, _PRIOR, _TRUST = 1.5, 6.0, 20.0  # in noise stds of a bin: what counts as empty; the prior's mass; in ranks
 _UNKNOWN_RANGE = 5.0  # of columns that were standardised by public constants
@@ -61,7 +61,9 @@ def set_public_map(features: TableFeatures, bounding: Bounding) -> None:
     limit = _range_of(bounding)
     features.set_(limit or _UNKNOWN_RANGE, features.values)
     edges = features.edges()
-    features.set_(limit or _UNKNOWN_RANGE, (edges * (math.sqrt(3) / limit if limit else 1)).expand(features.columns, -1))
+    features.set_(
+        limit or _UNKNOWN_RANGE, (edges * (math.sqrt(3) / limit if limit else 1)).expand(features.columns, -1)
+    )
 
 
 def _range_of(bounding: Bounding) -> float | None:
@@ -131,7 +133,7 @@ def measure_gram(engine: PrivacyEngine, features: nn.Module, rows: Rows) -> tupl
     Returns:
         (d, d) float64, and the std of the noise off the diagonal.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     for x, weight in rows():
         phi = features(x).double()
         scaled = phi if weight is None else phi * weight.to(phi)[:, None]
@@ -196,25 +198,55 @@ def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, nn.Para
     return model[0], model[:2], model[2].weight
 
 
-def prepare_table(
-    engine: PrivacyEngine, model: nn.Module, preconditioner: Preconditioner, bounding: Bounding, rows: Rows, gate: float
-) -> None:
-    """Take the measurements of the plan, those that are left, and set the model's map and the preconditioner.
+@dataclass(frozen=True)
+class TableRun:
+    """What a run of the recipe has beside model and optimiser.
 
-    Args:
-        engine: after `make_private`.
+    Attributes:
         model: `models.build("tabular", …)`, with its public map set.
         preconditioner: of its head.
         bounding: what the rows were mapped by.
         rows: all training records.
         gate: c, the bound on the cotangents at the logits.
     """
-    parts = table_model(model)
-    if parts is None:
-        raise ParameterError("the model is not tabular: build it with lipdp.models.build('tabular', ...)")
-    features, unit, _ = parts
-    left = {m.name for m in engine.plan.measurements} - set(engine.measured)
-    if HISTOGRAM in left and isinstance(bounding, SignedLog):
-        fit_map(engine, features, bounding, rows)
-    if GRAM in left:
-        preconditioner.set_(*measure_gram(engine, unit, rows), engine.plan, gate)
+
+    model: nn.Module
+    preconditioner: Preconditioner
+    bounding: Bounding
+    rows: Rows
+    gate: float
+
+    def measure(self, engine: PrivacyEngine) -> None:
+        """Take the measurements of the plan, those that are left, and set the model's map and the preconditioner.
+
+        Args:
+            engine: after `make_private`.
+        """
+        parts = table_model(self.model)
+        if parts is None:
+            raise ParameterError("the model is not tabular: build it with lipdp.models.build('tabular', ...)")
+        features, unit, _ = parts
+        left = {m.name for m in engine.plan.measurements} - set(engine.measured)
+        if HISTOGRAM in left and isinstance(self.bounding, SignedLog):
+            fit_map(engine, features, self.bounding, self.rows)
+        if GRAM in left:
+            self.preconditioner.set_(*measure_gram(engine, unit, self.rows), engine.plan, self.gate)
+
+
+def rows_of(split: DataSplit, device: torch.device | str = "cpu") -> Rows:
+    """The training records of a split; those of an owner count 1 together."""
+    weights = None
+    if split.train_owner is not None:
+        _, owner, counts = split.train_owner.unique(return_inverse=True, return_counts=True)
+        weights = 1.0 / counts[owner].double()
+
+    def rows() -> Iterator[tuple[Tensor, Tensor | None]]:
+        dataset = split.training_dataset(device)
+        plain = isinstance(dataset, TensorDataset)
+        inputs = dataset.tensors[0].split(BATCH) if plain else (x for x, _ in DataLoader(dataset, batch_size=BATCH))
+        start = 0
+        for x in inputs:
+            yield x.to(device), None if weights is None else weights[start : start + len(x)]
+            start += len(x)
+
+    return rows

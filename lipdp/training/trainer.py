@@ -217,6 +217,8 @@ class Trainer:
             self.model.train()
             if self._release.saved_at is None:
                 self._check_test_part()
+                if self._parts.table is not None:
+                    self._parts.table.measure(self.engine)
                 self._release.save(self.folder)
             else:
                 self._release.restate(self.folder)

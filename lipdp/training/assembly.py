@@ -109,8 +109,13 @@ def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dat
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a run consists of. `random`: torch's generators after the model was drawn; `planned`: ε after all steps; `table`:
-    what is measured before the first, of a table."""
+    """What a run consists of.
+
+    Attributes:
+        planned: ε after all steps.
+        random: torch's generators after the model was drawn.
+        table: what is measured before the first step, of a table.
+    """
 
     device: torch.device
     model: nn.Module

@@ -22,6 +22,7 @@ from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
 from lipdp.errors import DataError, ParameterError, UnknownNameError
+from lipdp.features import synthetic
 from lipdp.features.pictures import Handwriting, Objects, Pictures
 from lipdp.features.scattering import Scattering
 from lipdp.files import written_whole
@@ -112,8 +113,9 @@ FEATURES: dict[str, Callable[..., FeatureMap]] = {
 
 _OF_PICTURES = {"unit_norm": True, "dtype": "float16"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "scattering": {"group_norm": 27, "unit_norm": True}, **dict.fromkeys(("photographs", "objects", "handwriting"), _OF_PICTURES)
-}  # fmt: skip
+    "scattering": {"group_norm": 27, "unit_norm": True},
+    **dict.fromkeys(synthetic.PICTURES, _OF_PICTURES),
+}
 
 
 _NORMALISATION = ("group_norm", "unit_norm", "eps", "dtype")

@@ -142,9 +142,7 @@ def _check(count: int, shape: Sequence[int]) -> None:
         )
 
 
-def _in_batches(
-    count: int, shape: Sequence[int], seed: int, canvas: Callable[[Draws, int, int, int], Tensor]
-) -> Pair:
+def _in_batches(count: int, shape: Sequence[int], seed: int, canvas: Callable[[Draws, int, int, int], Tensor]) -> Pair:
     _check(count, shape)
     draws, (channels, height, width) = Draws(seed), shape
     side = math.ceil(1.5 * max(height, width))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lipdp.data import Split, load
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 from lipdp.features import Dct, FeatureSpec, apply, features
-from lipdp.features import maps as features_module
+from lipdp.features import cache as features_module
 from lipdp.features.scattering import Scattering, _kymatio, _padding, frame_bound, padded_bound
 
 pytest.importorskip("kymatio", reason='the scattering tests need kymatio: pip install "lipdp[scattering]"')
@@ -212,7 +212,9 @@ def test_bad_options(name, options, says):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UnknownNameError, match=r"did you mean 'scattering'\? Known: dct, scattering"):
+    with pytest.raises(
+        UnknownNameError, match=r"did you mean 'scattering'\? Known: dct, handwriting, objects, photographs, scattering"
+    ):
         features("scatering")
 
 
@@ -356,16 +358,29 @@ def test_damaged_cache_is_computed_again(digits, tmp_path, damage):
     assert torch.equal(again.test_x, expected[1])
 
 
-def test_interrupted_computation_leaves_nothing(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(features_module, "_BATCH", 16)
+def test_interrupted_computation_goes_on_where_it_was(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "_BATCH", 8)
+    whole = apply(digits, features("dct"), cache_dir=tmp_path / "whole").train_x.clone()
 
     def stop(done: int, total: int) -> None:
         if done > 16:
             raise KeyboardInterrupt
 
+    folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        apply(digits, features("dct"), cache_dir=tmp_path, progress=stop)
-    assert list(tmp_path.iterdir()) == []
+        apply(digits, features("dct"), cache_dir=folder, progress=stop)
+    left = sorted(folder.iterdir())
+    assert [path.suffix for path in left] == [".part0", ".part1", ".part2"]
+    assert all(file.stat().st_mode & 0o077 == 0 for file in left)
+    _flip(left[0])
+    left[1].write_bytes(left[1].read_bytes()[:-3])
+    computed = []
+    original = FeatureSpec.__call__
+    monkeypatch.setattr(FeatureSpec, "__call__", lambda self, x: computed.append(len(x)) or original(self, x))
+    again = apply(digits, features("dct"), cache_dir=folder)
+    assert torch.equal(again.train_x, whole)
+    assert computed == [8, 8, 8, 8, 8, 1]  # two damaged parts and two that were missing; then the test part
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".npy", ".npy"]
 
 
 def test_bad_inputs_and_folders(digits, tmp_path):

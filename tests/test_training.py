@@ -416,7 +416,12 @@ def test_recipes_fill_in_what_was_not_given():
     assert configure().model == "mlp"
     assert configure().epsilon == 3.0
     assert configure(noise_multiplier=1.0).epsilon is None
-    assert configure(dataset="mnist", features="scattering").batch_size == 4096
+    assert configure(dataset="mnist").features == "handwriting"
+    assert configure(dataset="cifar10").model == "linear"
+    assert configure(dataset="cifar10", model="cnn").features is None
+    assert configure(dataset="cifar10", augment="flip").model == "cnn"
+    assert configure(dataset="mnist", features="scattering").resolve(60_000).batch_size == 60_000
+    assert configure(dataset="mnist", epochs=3).resolve(60_000).steps == 3
     assert configure(dataset="mnist", features="scattering", tau=9.0).loss_options == {"tau": 9.0}
     assert configure(gate="off").gate is None
     assert configure(tau=3.0).loss_options == {"tau": 3.0}
@@ -427,8 +432,8 @@ def test_recipes_fill_in_what_was_not_given():
     assert configure(steps=5).resolve(1437).steps == 5
     assert recipe("digits", "linear") == recipe("nowhere", "linear")
     assert recipe("mnist", "linear", "scattering") != recipe("mnist", "linear")
-    for dataset, model, features in _RECIPES:
-        config = configure(dataset=dataset or "digits", model=model, features=features).resolve(60_000)
+    for dataset, model in _RECIPES:
+        config = configure(dataset=dataset or "digits", model=model).resolve(60_000)
         make_loss(config.loss, 10, config.loss_options)
         assert config.model in lipdp.models.names()
     assert default_model("my.npz") in lipdp.models.names()

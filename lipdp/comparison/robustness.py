@@ -27,9 +27,10 @@ from lipdp.errors import (
     UnsupportedLayerError,
     UnsupportedOperationError,
 )
-from lipdp.training.assembly import plan_of, prepare
+from lipdp.training.assembly import learning_rate, plan_of, prepare
 from lipdp.training.config import TrainConfig, configure
 from lipdp.training.evaluation import outputs
+from lipdp.training.recipes import default_model
 
 Progress = Callable[[Cell], None]
 _MARKERS = "os^Dv"
@@ -83,7 +84,9 @@ class RobustnessConfig:
     def train_config(self) -> TrainConfig:
         """The recipe, with what was given."""
         names = ("data_dir", "model", "features", "model_options", "delta", "epsilon", "batch_size", "epochs", "lr")
-        return configure(dataset=self.dataset, **{name: getattr(self, name) for name in names})
+        given = {name: getattr(self, name) for name in names}
+        given["model"] = self.model or default_model(self.dataset, self.features)
+        return configure(dataset=self.dataset, **given)
 
 
 @dataclass(frozen=True)
@@ -163,15 +166,16 @@ def _bench(config: RobustnessConfig) -> _Bench:
 
 def _cell(bench: _Bench, contender: Contender, tau: float, seed: int) -> Cell:
     begin = time.perf_counter()
-    config, train, plan = bench.config, bench.train, bench.plan
+    config, train, plan, setup = bench.config, bench.train, bench.plan, bench.setup(tau)
+    rate = learning_rate(train, plan, setup.loss_for(contender), bench.input_bound)
     session = trained(
         contender,
         _configured(contender.trainer, bench),
-        bench.setup(tau),
+        setup,
         train,
         bench.split,
         plan=plan,
-        lr=config.twin_lr if contender.plain else train.lr,
+        lr=config.twin_lr if contender.plain else rate,
         seed=seed,
     )
     private = session.event is not None

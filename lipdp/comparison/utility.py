@@ -26,6 +26,7 @@ from lipdp.errors import NonFiniteError, ParameterError
 from lipdp.training.assembly import plan_of, prepare
 from lipdp.training.config import TrainConfig, config_from_dict, configure
 from lipdp.training.evaluation import evaluate
+from lipdp.training.recipes import default_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class UtilityConfig:
         """The recipe for one of the data sets, with what was given."""
         names = ("data_dir", "model", "features", "model_options", "delta", "batch_size", "epochs", "optimizer")
         given = {name: getattr(self, name) for name in (*names, "momentum", "schedule")}
+        given["model"] = self.model or default_model(dataset, self.features)
         return configure(dataset=dataset, epsilon=1.0, **given)
 
 

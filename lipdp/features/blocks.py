@@ -14,6 +14,7 @@ from torch import Tensor
 from lipdp.features.scattering import Scattering
 from lipdp.features.synthetic import Draws
 
+_SHIFT = 2
 _PATCHES_OF_EACH = 8
 _CONTRAST = 10.0
 """Added to the variance of a patch of pixels in 0..255."""
@@ -38,8 +39,9 @@ class ScatteringBlock:
     """Scattering (J = 2, L = 8, order 2) of opponent channels, averaged over positions, half of it where flips count.
 
     The opponent channels are `(R + G + B)/3`, `.7 (R − G)` and `.7 (B − (R + G)/2)`. The mirror image turns the angle
-    l into (6 − l) mod 8 and reverses the columns (nearly: the samples of the low pass lie off the axis of symmetry);
-    with `flips` the sum over both is kept, `(z + z')/√2`, once for each pair.
+    l into (6 − l) mod 8 and reverses the columns; with `flips` the sum over both is kept, `(z + z')/√2`, once for each
+    pair. The transform is sampled every 4 pixels from pixel 0 on, hence off the axis of symmetry: with `flips` images
+    are padded, so that it is sampled from pixel 2 on and a flip changes it little (the axis lies half a pixel away).
 
     Attributes:
         grid: positions per axis that are kept, at most as many as there are.
@@ -56,7 +58,11 @@ class ScatteringBlock:
     def __call__(self, x: Tensor, fitted: Arrays) -> Tensor:
         """(n, C, H, W) to (n, C · 81 · grid²), or about half of that."""
         scattering = Scattering()
-        z = scattering(opponent(x))
+        x = opponent(x)
+        if self.flips:
+            z = scattering(F.pad(x, (_SHIFT,) * 4, mode="reflect"))[:, :, 1:, 1:]
+        else:
+            z = scattering(x)
         if max(z.shape[2:]) > self.grid:
             z = F.adaptive_avg_pool2d(z, [min(side, self.grid) for side in z.shape[2:]])
         if not self.flips:
@@ -89,8 +95,8 @@ def mirrored_paths(scattering: Scattering) -> Tensor:
     [0, 7, 6, 5, 4, 3, 2, 1, 8]
     """
     scales, angles = range(scattering.J), range(scattering.L)
-    first: list[tuple[int, ...]] = [(j, l) for j in scales for l in angles]
-    second = [(j, l, k, m) for j in scales for l in angles for k in scales if k > j for m in angles]
+    first: list[tuple[int, ...]] = [(j, a) for j in scales for a in angles]
+    second = [(j, a, k, b) for j in scales for a in angles for k in scales if k > j for b in angles]
     paths = [(), *first, *(second if scattering.order == 2 else [])]
     turned = [tuple(v if i % 2 == 0 else (scattering.L - 2 - v) % scattering.L for i, v in enumerate(p)) for p in paths]
     return torch.tensor([paths.index(path) for path in turned])

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lipdp.batches.records import finite
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.errors import DataError, ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.features import synthetic
+from lipdp.features.cache import kept
 from lipdp.features.pictures import Handwriting, Objects, Pictures
 from lipdp.features.scattering import Scattering
-from lipdp.files import written_whole
 
 Progress = Callable[[int, int], object]
 """Called as progress(records done, records in all)."""
-
-_FORMAT = 1  # of the cache; raise it when the same spec would give other numbers
-_BATCH = 512
 
 
 class FeatureMap(Protocol):
@@ -112,8 +105,9 @@ FEATURES: dict[str, Callable[..., FeatureMap]] = {
 
 _OF_PICTURES = {"unit_norm": True, "dtype": "float16"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "scattering": {"group_norm": 27, "unit_norm": True}, **dict.fromkeys(("photographs", "objects", "handwriting"), _OF_PICTURES)
-}  # fmt: skip
+    "scattering": {"group_norm": 27, "unit_norm": True},
+    **dict.fromkeys(synthetic.PICTURES, _OF_PICTURES),
+}
 
 
 _NORMALISATION = ("group_norm", "unit_norm", "eps", "dtype")
@@ -161,6 +155,11 @@ class FeatureSpec:
         """
         options = {key: getattr(self, key) for key in _NORMALISATION}
         return {"name": self.map.name, **asdict(self.map), **options}  # type: ignore[call-overload]
+
+    @property
+    def key(self) -> tuple[str, dict[str, Any]]:
+        """What the cache keeps features by: the map's name; the spec, and what computes it."""
+        return self.map.name, {"spec": self.to_json(), "by": self.map.version()}
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int]:
         """`(d,)`: the number of features of one input of shape (C, H, W); ParameterError if it does not fit."""
@@ -256,7 +255,8 @@ def apply(
     """Replace the images of a split by their features, computed batch by batch once and then read from disk.
 
     The result is memory-mapped: it takes disk, and memory only as it is read. A cached file is used only if its
-    checksum, shape and key agree; else it is computed again. The key is a digest of the images' bytes and shape, of
+    checksum, shape and key agree; else it is computed again, from the last batch on that an interrupted computation
+    left. The key is a digest of the images' bytes and shape, of
     the spec and of the version of what computes the map. The cache holds features of private records: protect it as
     you protect the data (files are created readable by their owner alone).
 
@@ -280,76 +280,6 @@ def apply(
         if progress is not None:
             progress(done, total)
 
-    train_x = _cached(split.train_x, spec, folder, report)
-    test_x = _cached(split.test_x, spec, folder, lambda done: report(len(train_x) + done))
+    train_x = kept(split.train_x, spec, folder, report)
+    test_x = kept(split.test_x, spec, folder, lambda done: report(len(train_x) + done))
     return replace(split, train_x=train_x, test_x=test_x)
-
-
-# ------------------------------------------------------------------------------------------------------------ cache
-
-
-def _cached(x: Tensor, spec: FeatureSpec, folder: Path, report: Callable[[int], None]) -> Tensor:
-    """The features of `x`, read from `folder` if a complete file is there, else computed and left there."""
-    shape = (len(x), *spec.output_shape(x.shape[1:]))
-    key = {"format": _FORMAT, "spec": spec.to_json(), "by": spec.map.version(), "input": [str(x.dtype), *x.shape]}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
-    digest.update(_raw(x))
-    path = folder / f"{spec.map.name}-{digest.hexdigest()[:32]}.npy"
-    record = path.with_suffix(".json")
-    try:
-        if not _is_intact(path, record):
-            checksum = _write(path, x, spec, shape, report)
-            with written_whole(record) as stream:
-                stream.write(json.dumps({**key, "sha256": checksum}, indent=1).encode())
-        stored = np.load(path, mmap_mode="c", allow_pickle=False)
-    except OSError as error:
-        raise DataError(
-            f"the features cannot be kept in {folder} ({error}); free some space there, or set LIPDP_CACHE"
-            " (cache_dir=...)"
-        ) from error
-    report(len(x))
-    return torch.from_numpy(stored)
-
-
-def _is_intact(path: Path, record: Path) -> bool:
-    """Whether the file is the one whose checksum was recorded when it was written."""
-    try:
-        recorded: Any = json.loads(record.read_bytes())
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    except (FileNotFoundError, ValueError):
-        return False
-    return isinstance(recorded, Mapping) and recorded.get("sha256") == digest.hexdigest()
-
-
-@torch.no_grad()
-def _write(path: Path, x: Tensor, spec: FeatureSpec, shape: tuple[int, ...], report: Callable[[int], None]) -> str:
-    """Compute the features batch by batch into an npy file, whole or not at all; return its checksum."""
-    digest = hashlib.sha256()
-    with written_whole(path) as stream:
-
-        def put(content: bytes | memoryview) -> None:
-            digest.update(content)
-            stream.write(content)
-
-        put(_npy_header(spec.dtype, shape))
-        for start in range(0, len(x), _BATCH):
-            z = finite(spec(finite(x[start : start + _BATCH])))
-            put(_raw(z))
-            report(start + len(z))
-    return digest.hexdigest()
-
-
-def _raw(x: Tensor) -> memoryview:
-    """The bytes of a tensor, row by row."""
-    array: Any = x.detach().cpu().contiguous().numpy()
-    return memoryview(array).cast("B")
-
-
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    description = np.lib.format.dtype_to_descr(np.dtype(dtype))
-    np.lib.format.write_array_header_1_0(header, {"descr": description, "fortran_order": False, "shape": shape})
-    return header.getvalue()

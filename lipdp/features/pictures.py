@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -183,17 +182,17 @@ def _statistics(pictures: Pictures, shape: tuple[int, ...]) -> dict[str, Tensor]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_root() / "features" / f"statistics-{pictures.name}-{digest}.npz"
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return {name: torch.from_numpy(stored[name]) for name in stored.files}
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         _log.warning("%s is damaged; it is computed again", path)
     _log.info("statistics of synthetic pictures for %s features: a few minutes, once", pictures.name)
     found = _fit(pictures, shape)
     try:
-        with written_whole(Path(path)) as stream:
-            np.savez(stream, allow_pickle=False, **{name: value.numpy() for name, value in found.items()})
+        with written_whole(path) as kept:
+            np.savez(kept, allow_pickle=False, **{name: value.numpy() for name, value in found.items()})
     except OSError as error:
         raise DataError(f"the statistics cannot be kept in {path.parent} ({error}); set LIPDP_CACHE") from error
     return found

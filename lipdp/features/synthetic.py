@@ -19,7 +19,7 @@ VERSION = 1
 """Of the pictures; raise it when the same seed would give others."""
 
 _BATCH = 250
-_LEAVES = 150
+_LEAVES = 100
 _TEXTURES = 64
 
 Pair = tuple[Tensor, Tensor]
@@ -142,9 +142,7 @@ def _check(count: int, shape: Sequence[int]) -> None:
         )
 
 
-def _in_batches(
-    count: int, shape: Sequence[int], seed: int, canvas: Callable[[Draws, int, int, int], Tensor]
-) -> Pair:
+def _in_batches(count: int, shape: Sequence[int], seed: int, canvas: Callable[[Draws, int, int, int], Tensor]) -> Pair:
     _check(count, shape)
     draws, (channels, height, width) = Draws(seed), shape
     side = math.ceil(1.5 * max(height, width))

@@ -8,7 +8,7 @@ from typing import Any
 
 from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.digest import with_digest
-from lipdp.training.assembly import Assembly, decided
+from lipdp.training.assembly import Assembly, decided, stated_features
 from lipdp.training.config import TrainConfig
 from lipdp.training.progress import Progress
 
@@ -33,7 +33,7 @@ class Account:
     """
 
     def __init__(self, config: TrainConfig, parts: Assembly, progress: Progress) -> None:
-        self._engine, self._progress = parts.engine, progress
+        self._engine, self._progress, self._features = parts.engine, progress, stated_features(config)
         self._steps, self._delta = parts.engine.plan.steps, decided(parts.engine.plan.target_delta)
         self.planned, self._curve = parts.planned, parts.curve
         self._epsilons = {self._steps: self.planned.epsilon}
@@ -80,6 +80,7 @@ class Account:
             "accountant_note": self.planned.note,
             "sensitivity": dict(self._engine.sensitivity()),
             "noise_stds": self._progress.noise_stds(self._engine),
+            "features": self._features,
             "protects": _PROTECTED[plan.unit].format(plan.dataset_size),
             "not_covered": NOT_COVERED,
         }

@@ -29,7 +29,7 @@ from lipdp.training.choices import make_loss, make_model, make_optimizer, make_s
 from lipdp.training.config import TrainConfig
 from lipdp.training.ema import Ema, average_of
 from lipdp.training.forward import Forward, precision
-from lipdp.training.recipes import TABLES
+from lipdp.training.recipes import TABLES, head_rate
 from lipdp.training.runtime import choose_device, own_random_state, random_state
 from lipdp.training.tables import Preconditioner, TableRun, measured_shares, rows_of, set_public_map, table_model
 
@@ -70,6 +70,14 @@ def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[D
     spec = features(config.features, **config.feature_options)
     bound = spec.norm_bound(split.input_shape)
     return apply(split.in_memory(), spec, progress=progress), bound
+
+
+def stated_features(config: TrainConfig) -> dict[str, Any] | None:
+    """The spec of the features of a run, and what computes them; no record has a part in it."""
+    if config.features is None:
+        return None
+    spec = features(config.features, **config.feature_options)
+    return {**spec.to_json(), "computed_by": spec.map.version(), "learned_from_records": False}
 
 
 def plan_of(
@@ -168,8 +176,9 @@ def assemble(
     forward = Forward(
         model, autocast=precision(config.autocast), channels_last=config.channels_last, compiled=config.compile
     )
-    optimizer = make_optimizer(config.optimizer, model.parameters(), lr=config.lr, momentum=config.momentum)
     plan = plan_of(config, split, noise_multiplier=noise_multiplier, world=world)
+    rate = learning_rate(config, plan, loss, input_bound)
+    optimizer = make_optimizer(config.optimizer, model.parameters(), lr=rate, momentum=config.momentum)
     engine = PrivacyEngine(
         config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
     )
@@ -208,6 +217,23 @@ def assemble(
         curve=EpsilonCurve(plan.events, decided(plan.target_delta), plan.accountant),
         random=random,
         table=table,
+    )
+
+
+def learning_rate(
+    config: TrainConfig, plan: PrivacyPlan, loss: LipschitzLoss, input_bound: float | None = None
+) -> float:
+    """As configured; where that leaves it to the account, `recipes.head_rate`."""
+    if config.lr is not None:
+        return config.lr
+    return head_rate(
+        noise_multiplier=plan.noise_multiplier,
+        steps=plan.steps,
+        batch_size=plan.expected_batch_size,
+        momentum=config.momentum,
+        gate=min(config.gate or loss.lipschitz, loss.lipschitz),
+        bound=config.model_options.get("input_bound", input_bound or 1.0),
+        tau=getattr(loss, "tau", 1.0),
     )
 
 

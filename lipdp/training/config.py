@@ -100,7 +100,10 @@ class TrainConfig:
     )
     steps: int | None = _optimisation(whole(), ACCOUNT, "T, instead of epochs")
     optimizer: str = _optimisation(NAME, METHOD, "the optimiser", "sgd", choices=OPTIMIZERS)
-    lr: float = _optimisation(number(), METHOD, "learning rate", recipes.LEARNING_RATES["sgd"])
+    lr: float | None = _optimisation(
+        number(), METHOD, "learning rate; of a head on features from σ, T and B", recipes.LEARNING_RATES["sgd"],
+        required=False,
+    )  # fmt: skip
     momentum: float = _optimisation(number(1, zero=True), METHOD, "momentum; Adam's first β", 0.9)
     schedule: str = _optimisation(NAME, METHOD, "of the learning rate", "constant", choices=SCHEDULES)
     ema: float = _optimisation(number(1, zero=True), METHOD, "decay of the averaged weights", 0.95)
@@ -145,7 +148,7 @@ class TrainConfig:
         >>> config.steps, config.delta, config.loss
         (29, 1e-05, 'cross-entropy')
         """
-        batch = self.batch_size or recipes.default_batch(self.model, records)
+        batch = self.batch_size or recipes.default_batch(self.model, records, self.features)
         if batch > records:
             raise ParameterError(f"batch_size={batch}, but there are {records} training records")
         steps = self.steps or Subsampling.of(records, batch, epochs=self.epochs or 1.0).steps
@@ -233,6 +236,8 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
         if name not in SETTINGS:
             raise UnknownNameError("setting", name, SETTINGS)
         SETTINGS[name].check(value)
+    if "model" not in given and "augment" not in given and dataset in recipes.PICTURES:
+        given.setdefault("features", recipes.PICTURES[dataset])
     features = given.get("features")
     table = "model" not in given and is_table(dataset, given.get("data_dir"))
     given.setdefault("model", recipes.default_model(dataset, features, table=table))
@@ -251,6 +256,8 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
         if "epochs" in given:
             raise ParameterError("steps and epochs were both given: one follows from the other; give one")
         settings["epochs"] = None
+    elif "epochs" in given:
+        settings["steps"] = None
     if "tau" in given:
         given["loss_options"] = {**given.get("loss_options", {}), "tau": given.pop("tau")}
     for name in ("loss_options", "model_options", "feature_options"):

@@ -71,6 +71,8 @@ def typical(model: nn.Module, x: Tensor, layers: Sequence[str], start: float) ->
     >>> typical(torch.nn.Sequential(linear), torch.ones(5, 4), ["0"], 0.3)["0"].value
     2.0
     """
+    if not layers:
+        return {}
     seen: dict[str, Tensor] = {}
     with _ready(model), _watched(model, layers, seen):
         out = model(_as_input(model, x).requires_grad_())

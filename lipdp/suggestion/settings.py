@@ -10,6 +10,7 @@ from torch import nn
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.losses import LipschitzLoss
+from lipdp.noise.allocation import Allocation
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import Joint
 
@@ -54,7 +55,7 @@ class Settings:
     plan: PrivacyPlan
     criterion: LipschitzLoss
     gate: float | None
-    allocation: str
+    allocation: str | Allocation
     joints: tuple[Joint, ...]
     blocks: tuple[BlockSetting, ...]
     momentum: float
@@ -92,7 +93,7 @@ class Settings:
             ("noise_multiplier", f"{plan.noise_multiplier:.4g}"),
             ("criterion", str(self.criterion)),
             ("gate", "none" if self.gate is None else f"{self.gate:.3g} at the logits"),
-            ("allocation", self.allocation),
+            ("allocation", str(self.allocation)),
             ("optimizer", f"SGD, momentum {self.momentum:g}, learning rates falling linearly to 0"),
             *((f"  lr of {b.name}", f"{b.learning_rate:.3g}  (signal over noise {b.signal:.3g})") for b in self.blocks),
             *((f"joint before {j.layer}", f"ValueClip({j.clip:.3g}), GradientGate({j.gate:.3g})") for j in self.joints),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
-from lipdp.errors import ParameterError
+from lipdp.errors import CannotLearnWarning, ParameterError
 from lipdp.losses import as_lipschitz
 from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import Allocation, get_allocation
@@ -31,7 +32,7 @@ from lipdp.privacy.loss_check import check_loss
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
 from lipdp.suggestion.joints import Joint, place_joints
-from lipdp.suggestion.learning import signals, warn_if_drowned
+from lipdp.suggestion.learning import drowned, signals
 from lipdp.suggestion.probe import gradient_norms, public_inputs
 from lipdp.timing import Clock
 
@@ -193,7 +194,8 @@ def _hooked(
         clock=clock,
     )
     run.signals = signals(run.noise_stds(), typical, dict(inner.named_parameters()), plan)
-    warn_if_drowned(run.signals)
+    if told := drowned(run.signals):
+        warnings.warn(told, CannotLearnWarning, stacklevel=4)
     return run
 
 

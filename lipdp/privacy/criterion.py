@@ -106,9 +106,7 @@ class PrivateCriterion(nn.Module):
             return found
 
         inputs = [logits] if call.sharded else call.inputs
-        result: Tensor = _Release.apply(
-            _mean(value.detach(), logits, weights), call, release, gated, *inputs
-        )
+        result: Tensor = _Release.apply(_mean(value.detach(), logits, weights), call, release, gated, *inputs)
         return result
 
     def _value(self, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:

@@ -16,17 +16,17 @@ from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, first_records
 from lipdp.distributed.collectives import World, current_world
-from lipdp.distributed.wrappers import own_reduction, plan_together
+from lipdp.distributed.wrappers import own_reduction
 from lipdp.errors import EngineError, ParameterError
 from lipdp.noise.allocation import Allocation
 from lipdp.privacy.attach import Draws, Request, attach
+from lipdp.privacy.complete import complete
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.foreign import records_of, refuse_unknown
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.saved import read_state, write_state
 from lipdp.sensitivity import Sensitivity
-from lipdp.suggestion.choose import budget, default_criterion, suggest
 from lipdp.suggestion.joints import Joint
 from lipdp.suggestion.settings import Settings
 from lipdp.timing import Timer
@@ -126,8 +126,8 @@ class PrivacyEngine:
 
         Without an optimiser everything that is not given is chosen together, by `lipdp.suggest`, from public facts: the
         optimiser with a learning rate for each parameter, criterion, B, passes, gate, allocation, and clips and gates
-        that are placed in the model. `settings` says what. With an optimiser of your own the learning rate is yours, and
-        only a missing criterion, B and number of passes are chosen.
+        that are placed in the model. `settings` says what. With an optimiser of your own the learning rate is yours,
+        and only a missing criterion, B and number of passes are chosen.
 
         Args:
             expected_batch_size: B, the divisor of the noisy sum.
@@ -159,40 +159,31 @@ class PrivacyEngine:
             "target_delta": target_delta,
             "accountant": self.accountant.name,
         }
-        inner = own_reduction(module, world)
         if input_shape is None:
             input_shape = tuple(first_records(dataset, world, shards=shards)[0].shape[1 if multiplicity == 1 else 2 :])
-        settings = None
-        if optimizer is None:
-            settings = suggest(
-                inner,
-                input_shape=input_shape,
-                expected_batch_size=expected_batch_size,
-                steps=steps,
-                epochs=epochs,
-                criterion=criterion,
-                gate=gate.start().bound if isinstance(gate, (FixedGate, QuantileGate)) else gate,
-                allocation=allocation,
-                joints=joints,
-                world=world,
-                **account,
-            )
-            plan, optimizer, criterion = settings.plan, settings.optimizer(inner), settings.criterion
-            allocation, joints = settings.allocation, settings.joints
-            gate = settings.gate if gate is None else gate
-        else:
-            batch, passes = budget(account["dataset_size"], expected_batch_size, steps=steps, epochs=epochs)
-            plan = plan_together(world, expected_batch_size=batch, steps=steps, epochs=passes, **account)
-            criterion = default_criterion(inner, input_shape) if criterion is None else criterion
-        made = self.make_private_with_plan(
-            plan,
-            module=module,
-            optimizer=optimizer,
+        chosen = complete(
+            own_reduction(module, world),
+            optimizer,
+            input_shape=input_shape,
+            expected_batch_size=expected_batch_size,
+            steps=steps,
+            epochs=epochs,
             criterion=criterion,
-            dataset=dataset,
-            allocation="per_layer" if allocation is None else allocation,
             gate=gate,
-            joints=joints or (),
+            allocation=allocation,
+            joints=joints,
+            world=world,
+            **account,
+        )
+        made = self.make_private_with_plan(
+            chosen.plan,
+            module=module,
+            optimizer=chosen.optimizer,
+            criterion=chosen.criterion,
+            dataset=dataset,
+            allocation=chosen.allocation,
+            gate=chosen.gate,
+            joints=chosen.joints,
             input_shape=input_shape,
             forward_dtype=forward_dtype,
             group=group,
@@ -202,7 +193,7 @@ class PrivacyEngine:
             num_workers=num_workers,
             pin_memory=pin_memory,
         )
-        self._settings = settings
+        self._settings = chosen.settings
         return made
 
     def make_private_with_epsilon(

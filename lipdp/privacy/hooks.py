@@ -185,7 +185,8 @@ class StepHooks:
             deltas, stds = self._shared(self.world.all_reduce_max(self._deltas(sweep)))
         gradients = self._summed_gradients()
         with self.clock("checks"):
-            self._growth.look(deltas)
+            if not self.gate.moves:
+                self._growth.look(deltas)
             self._check_records(sweep)
             units = self.step_in_progress.drawn.units if self.step_in_progress.drawn is not None else 0
             sound = self._step_check.look(

@@ -25,6 +25,7 @@ GATE_AT = 0.03  # of the typical norm of cotangents
 NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights
 MOMENTUM = 0.9
 PASSES = 5.0
+BATCH = 1024
 
 
 def suggest(
@@ -128,9 +129,9 @@ def budget(
     """B, and how many passes over the data, where they are not given.
 
     >>> budget(60_000, steps=None, epochs=None)
-    (2048, 5.0)
+    (1024, 5.0)
     """
-    batch = expected_batch_size or min(dataset_size, 2048)
+    batch = min(dataset_size, BATCH) if expected_batch_size is None else expected_batch_size
     if steps is None and epochs is None:
         epochs = PASSES
     return batch, epochs

@@ -77,7 +77,7 @@ def without_joints(model: nn.Module) -> nn.Module:
     """A copy in which joints that were placed are the identity."""
     copied = copy.deepcopy(model)
     for path, module in list(copied.named_modules()):
-        layer, _, kind = path.rpartition("_")
+        kind = path.rpartition("_")[2]
         placed = {"clip": ValueClip, "gate": GradientGate}.get(kind)
         if placed is not None and type(module) is placed:
             owner, _, name = path.rpartition(".")

@@ -51,19 +51,21 @@ def signals(
     }
 
 
-def warn_if_drowned(signals: Mapping[str, float]) -> None:
-    """Say in plain words that the noise drowns the signal of most blocks, and which lever there is."""
+def drowned(signals: Mapping[str, float]) -> str:
+    """In plain words that the noise drowns the signal of most parameters, and which levers there are; "" if it doesn't.
+
+    >>> drowned({"weight": 20.0})
+    ''
+    """
     weak = {name: value for name, value in signals.items() if value < LEAST}
-    if not signals or 2 * len(weak) < len(signals):
-        return
+    if not weak or 2 * len(weak) < len(signals):
+        return ""
     worst = min(weak, key=lambda name: weak[name])
-    warnings.warn(
+    return (
         f"this run can hardly learn: for {len(weak)} of {len(signals)} parameters the noise of all steps is larger than"
         f" anything that the gradients can add up to ({worst!r}: signal over noise {weak[worst]:.2g}). Take a larger"
         " batch or a larger ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), or"
-        " a gate at the logits",
-        CannotLearnWarning,
-        stacklevel=4,
+        " a gate at the logits"
     )
 
 

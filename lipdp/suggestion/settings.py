@@ -46,7 +46,8 @@ class Settings:
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
     >>> facts = dict(input_shape=(4,), dataset_size=1000, target_epsilon=3.0, target_delta=1e-5)
     >>> settings = lipdp.suggest(model, **facts)
-    >>> engine, data = lipdp.PrivacyEngine(), torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.zeros(1000).long())
+    >>> data = torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.randint(3, (1000,)))
+    >>> engine = lipdp.PrivacyEngine()
     >>> _ = engine.make_private(module=model, dataset=data, **settings.arguments(model))
     >>> engine.plan.steps == settings.plan.steps
     True
@@ -61,7 +62,7 @@ class Settings:
     momentum: float
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD over the model's trainable parameters, a group each, whose learning rates fall linearly to 0 at step T."""
+        """SGD over the model's trainable parameters, a group each, whose rates fall linearly to 0 at step T."""
         parameters = dict(model.named_parameters())
         groups = [{"params": [parameters[b.name]], "lr": b.learning_rate} for b in self.blocks]
         return decaying(torch.optim.SGD(groups, lr=1.0, momentum=self.momentum), steps=self.plan.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import warnings
@@ -61,7 +62,7 @@ class BatchLoader:
     """Feeds a dataset's records to the training loop in the batches that a sampler draws.
 
     Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
-    each batch not yet consumed, as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch
+    each batch not yet consumed (with `passes`, to the end of a pass), as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch
     comes as tensors of shape `(0, *features)`. Resuming, breaking out and iterating again all continue after the last
     batch that was *yielded*; after `steps` batches nothing more comes, for `steps` is the privacy budget
     (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one is an error, since it would
@@ -92,6 +93,8 @@ class BatchLoader:
         pin_memory: page-locked batches, where CUDA is available and they are not there already.
         listener: is told of every batch that is handed out.
         clock: names the part of a step in which batches are drawn.
+        passes: one iteration ends after about steps/passes batches, a pass over the data, so that a loop over epochs
+            works; by default it is the whole training.
 
     Attributes:
         drawn: the batch handed out last; None before the first.
@@ -125,6 +128,7 @@ class BatchLoader:
         pin_memory: bool = False,
         listener: Listener | None = None,
         clock: Clock | None = None,
+        passes: float | None = None,
     ) -> None:
         expected = owners.total if owners is not None else sampler.population
         _require_map_style(dataset, expected if records is None else records)
@@ -144,10 +148,19 @@ class BatchLoader:
         on_device = type(dataset) is TensorDataset and not all(tensor.is_cpu for tensor in dataset.tensors)
         self._pin_memory = pin_memory and torch.cuda.is_available() and not on_device
         self._consumed = sampler.state_dict()
-        self._iteration = 0
+        self._iteration, self._said_spent = 0, False
+        self._per_pass = float(sampler.steps) if passes is None else sampler.steps / passes
 
     def __len__(self) -> int:
-        return self.sampler.steps
+        """Batches of a pass, the longest; of the whole training where there is one pass."""
+        return min(math.ceil(self._per_pass), self.sampler.steps)
+
+    def _end_of_pass(self) -> int:
+        """The position at which the pass that goes on, or begins, ends: ends lie evenly, and the last one is T."""
+        number = 1
+        while (end := min(round(number * self._per_pass), self.sampler.steps)) <= self.position < self.sampler.steps:
+            number += 1
+        return end
 
     @property
     def position(self) -> int:
@@ -157,10 +170,13 @@ class BatchLoader:
     def __iter__(self) -> Generator[Any, None, None]:
         self._iteration += 1
         iteration = self._iteration
-        if self.position == len(self):
+        end = self._end_of_pass()
+        if self.position == self.sampler.steps and not self._said_spent:
+            self._said_spent = True
             warnings.warn(
-                f"all {len(self)} batches of this loader's budget were yielded, so iterating it again gives none: one"
-                " iteration is the whole training. For more epochs give make_private more steps (epochs times N/B)",
+                f"all {self.sampler.steps} batches of this loader's budget were yielded, so iterating it again gives"
+                " none. For a loop over epochs give make_private epochs= (without it one iteration is the whole"
+                " training), for a longer run more steps or epochs",
                 BudgetSpentWarning,
                 stacklevel=2,
             )
@@ -169,7 +185,7 @@ class BatchLoader:
         batches = DataLoader(
             self._records,
             batch_size=None,
-            sampler=self._draws(iteration, ahead),
+            sampler=self._draws(iteration, ahead, end - self.position),
             num_workers=self._num_workers,
             collate_fn=_unchanged,
             pin_memory=self._pin_memory,
@@ -203,10 +219,10 @@ class BatchLoader:
         drawn.batch = _labelled(parts, Rows(drawn, 0, drawn.rows))
         return drawn
 
-    def _draws(self, iteration: int, ahead: deque[_Ahead]) -> Iterator[Drawn]:
-        """The records of each batch; notes its size and the state after it for when the batch will be consumed."""
+    def _draws(self, iteration: int, ahead: deque[_Ahead], count: int) -> Iterator[Drawn]:
+        """The records of `count` batches; notes sizes and the states after them for when they will be consumed."""
         draws = iter(self.sampler)
-        while True:
+        for _ in range(count):
             self._require_newest(iteration)
             with self._clock("sampler"):
                 indices = next(draws, None)

@@ -104,7 +104,9 @@ def _einsum(call: Call) -> Local:
     (one, two), out = _labels(call, equation)
     for labels, source in ((one, operands[0]), (two, operands[1])):
         if source.constant is None and (labels[0] != out[0]):
-            raise UnsupportedOperationError(f"node '{call.name}': the batch comes first in {equation!r}, and stays first")
+            raise UnsupportedOperationError(
+                f"node '{call.name}': the batch comes first in {equation!r}, and stays first"
+            )
         repeated = len(set(labels)) < len(labels)
         summed = set(labels) - set(out) - (set(one) & set(two))
         shared = source.constant is not None and out[0] in labels
@@ -137,7 +139,9 @@ def _labels(call: Call, equation: str) -> tuple[tuple[str, str], str]:
     if not arrow or len(parts) != 2:
         raise UnsupportedOperationError(f"node '{call.name}': write the einsum {equation!r} as 'a,b->c'")
     spare = [letter for letter in ascii_letters if letter not in equation]
-    sizes = [len(s.shape) + (s.constant is None) - len(p.replace("...", "")) for s, p in zip(call.inputs, parts, strict=True)]
+    sizes = [
+        len(s.shape) + (s.constant is None) - len(p.replace("...", "")) for s, p in zip(call.inputs, parts, strict=True)
+    ]
     widest = max([size for size, part in zip(sizes, parts, strict=True) if "..." in part], default=0)
     dots = "".join(spare[:widest])
     one, two = (p.replace("...", dots[widest - size :]) for p, size in zip(parts, sizes, strict=True))
@@ -147,7 +151,9 @@ def _labels(call: Call, equation: str) -> tuple[tuple[str, str], str]:
 @rule(torch.maximum, torch.minimum, "maximum", "minimum")
 def _extreme(call: Call) -> Local:
     """|max(a, b)|² ≤ a² + b² entry by entry; the cotangent goes to one of both, or half to each."""
-    if len(call.inputs) != 2 or any(len(t.shape) + (t.constant is None) != len(call.output_shape) + 1 for t in call.inputs):
+    if len(call.inputs) != 2 or any(
+        len(t.shape) + (t.constant is None) != len(call.output_shape) + 1 for t in call.inputs
+    ):
         raise UnsupportedOperationError(f"node '{call.name}' takes two tensors with the same number of axes")
     gains = tuple(math.sqrt(math.prod(call.output_shape) / t.numel) for t in call.inputs)
     repeats = max(math.prod(call.output_shape) // t.numel for t in call.inputs)
@@ -161,5 +167,3 @@ def _square(call: Call) -> Local:
     if isinstance(named, Input) or named != 2:
         raise UnsupportedOperationError(f"node '{call.name}' takes the power {named!r}; there is a bound for squares")
     return Local(gains=(times(2.0, call.x.value),), value_cap=times(call.x.value, call.x.value))
-
-

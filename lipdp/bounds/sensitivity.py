@@ -27,6 +27,8 @@ HOW_TO_BOUND = (
 class Sensitivity(Mapping[str, float]):
     """Δ per trainable parameter: ‖∇_θ ℓ(x, y)‖ ≤ Δ_θ for every record, at the weights it was computed from.
 
+    `print(sensitivity)` shows the table.
+
     Attributes:
         parameters: parameter name → Δ, a float; also by indexing.
         lipschitz: the network's Lipschitz constant in its input.
@@ -56,6 +58,20 @@ class Sensitivity(Mapping[str, float]):
     def total(self) -> float:
         """√Σ Δ²: bound on the norm of the whole per-sample gradient."""
         return math.sqrt(sum(delta**2 for delta in self.parameters.values()))
+
+    def __str__(self) -> str:
+        """The table: per parameter Δ, its share of the total, and X and G at its layer's output."""
+        rows: list[tuple[str, ...]] = [("parameter", "X", "G", "Δ", "share")]
+        for name, delta in self.parameters.items():
+            uses = [node for node in self.nodes if name in node.parameters]
+            value = max((node.value for node in uses), default=math.nan)
+            cotangent = max((node.cotangent for node in uses), default=math.nan)
+            share = (delta / self.total) ** 2 if self.total else 0.0
+            rows.append((name, f"{value:.3g}", f"{cotangent:.3g}", f"{delta:.3g}", f"{share:.0%}"))
+        rows.append(("total", "", "", f"{self.total:.3g}", ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+        return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensitivity:

@@ -22,6 +22,7 @@ from lipdp import __version__
 from lipdp.commands.tables import LEGEND, number, parameter_table
 from lipdp.data import SignedLog
 from lipdp.report.parameters import parameter_rows
+from lipdp.suggestion.learning import drowned
 from lipdp.training import Trainer
 from lipdp.training.assembly import bounding_of
 from lipdp.training.monitor import Monitor, Result
@@ -128,8 +129,13 @@ def show_plan(console: Console, trainer: Trainer) -> None:
         "budget": f"ε = {trainer.planned.epsilon:.4g} at δ = {trainer.delta:g} after all steps"
         f" ({trainer.planned.accountant})",
     }
+    if signals := trainer.engine.signals:
+        weakest = min(signals, key=lambda name: signals[name])
+        lines["learning"] = f"all steps' signal over their noise: {number(signals[weakest])} or more ({weakest})"
     for name, text in lines.items():
         console.print(f"[bold]{name:<11}[/bold] {text}", highlight=False)
+    if told := drowned(signals):
+        console.print(f"[yellow]{told}[/yellow]", highlight=False)
     if plan.seeded:
         console.print("[yellow]seeded: the noise can be repeated, so this run is NOT private[/yellow]")
     console.print()

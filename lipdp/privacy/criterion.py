@@ -44,14 +44,15 @@ class _Release(torch.autograd.Function):
 
 
 class PrivateCriterion(nn.Module):
-    r"""`criterion(model(x), target)`: Σ_i ℓ(z_i, y_i), whose gradients are the engine's own.
+    r"""`criterion(model(x), target)`: reads as the mean of ℓ(z_i, y_i); its gradients are the engine's own, of the sum.
 
-    A sum, because the noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
+    The value is for people and is not private. `backward()` adds up Σ_i ∇ℓ_i, whatever the value reads, because the
+    noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
     cotangent of every sample is computed here and shortened to the gate; when the value is back-propagated, the engine
     pulls them back to the parameters (`lipdp.privacy.passes` proves what that guarantees).
 
-    Where records are grouped by owner, `criterion(model(x), target, weight)` is Σ_i w_i ℓ_i and row i is gated at w_i
-    times the constant; the weights used are the loader's own. The weights of an owner add up to 1 at most, so ‖Σ_i w_i
+    Where records are grouped by owner, `criterion(model(x), target, weight)` is the mean with these
+    weights, its gradient that of Σ_i w_i ℓ_i, and row i is gated at w_i times the constant; the weights used are the loader's own. The weights of an owner add up to 1 at most, so ‖Σ_i w_i
     ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for the owner. Of K views of a record each counts as a row of
     its own; the engine divides their sum by K.
 
@@ -72,7 +73,7 @@ class PrivateCriterion(nn.Module):
         rows = known_rows(target)
         weights, target = self._weights(logits, weight), plain(target)
         if not (torch.is_grad_enabled() and logits.requires_grad):
-            return self._value(logits, target, weights)
+            return _mean(self._value(logits, target, weights), logits, weights)
         return self._private(logits, target, weights, rows)
 
     @_disable_dynamo
@@ -105,10 +106,11 @@ class PrivateCriterion(nn.Module):
             return found
 
         inputs = [logits] if call.sharded else call.inputs
-        result: Tensor = _Release.apply(value.detach(), call, release, gated, *inputs)
+        result: Tensor = _Release.apply(_mean(value.detach(), logits, weights), call, release, gated, *inputs)
         return result
 
     def _value(self, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        """Their sum, of which the cotangents are taken."""
         values = self.loss(logits, target)
         if values.shape != (len(logits),):
             raise LossError(
@@ -163,6 +165,13 @@ class PrivateCriterion(nn.Module):
                 f"the forward pass runs in {lowest} but the bounds were computed for {self._graph.dtype}: pass"
                 f" forward_dtype={lowest} to make_private, so that the bounds include its rounding"
             )
+
+
+def _mean(total: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
+    """The value for people: per row, or per unit of weight; 0 for an empty batch."""
+    if weights is None:
+        return total / max(len(logits), 1)
+    return total / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 _HALF = frozenset({torch.bfloat16, torch.float16})

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
-from lipdp.batches.population import Group, Population, check_records, first_records
-from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
-from lipdp.bounds import BoundGraph
+from lipdp.batches.population import Group, Population, first_records
 from lipdp.bounds.sensitivity import Sensitivity
 from lipdp.distributed.collectives import World, current_world
-from lipdp.distributed.wrappers import check_alike, own_reduction, plan_together, warm_up_shards
+from lipdp.distributed.wrappers import own_reduction
 from lipdp.errors import EngineError, ParameterError
-from lipdp.losses import as_lipschitz
-from lipdp.nn.sharded import is_sharded, local_tensor
-from lipdp.noise.allocation import Allocation, get_allocation
-from lipdp.noise.gaussian import GaussianNoise
-from lipdp.noise.secure import SecureGaussianNoise
+from lipdp.noise.allocation import Allocation
+from lipdp.privacy.attach import Draws, Request, attach
+from lipdp.privacy.complete import complete
 from lipdp.privacy.criterion import PrivateCriterion
+from lipdp.privacy.foreign import records_of, refuse_unknown
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
-from lipdp.privacy.loss_check import check_loss
-from lipdp.privacy.passes import StepInProgress
-from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
-from lipdp.timing import Clock, Timer
+from lipdp.privacy.saved import read_state, write_state
+from lipdp.suggestion.joints import Joint
+from lipdp.suggestion.settings import Settings
+from lipdp.timing import Timer
 
 
 class PrivacyEngine:
@@ -87,13 +83,16 @@ class PrivacyEngine:
         check_every: int | None = None,
         deferred: bool | None = None,
         world: World | None = None,
+        **unknown: Any,
     ) -> None:
+        refuse_unknown("PrivacyEngine", unknown)
         self.accountant = get_accountant(accountant)
         self._world = world
         self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
         self.ledger = Ledger()
         self._measured: list[str] = []
         self._hooks: StepHooks | None = None
+        self._settings: Settings | None = None
 
     # -- entry ---------------------------------------------------------------------------------------------------------
 
@@ -101,74 +100,170 @@ class PrivacyEngine:
         self,
         *,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        criterion: nn.Module,
-        dataset: Dataset[Any],
-        expected_batch_size: int,
-        steps: int,
+        dataset: Dataset[Any] | DataLoader[Any],
         noise_multiplier: float | None,
+        optimizer: torch.optim.Optimizer | None = None,
+        criterion: nn.Module | None = None,
+        expected_batch_size: int | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
         sampling: str = "poisson",
         dataset_size: int | None = None,
-        group: Group | None = None,
-        shards: bool = False,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
-        **options: Any,
+        allocation: str | Allocation | None = None,
+        gate: float | FixedGate | QuantileGate | None = None,
+        joints: tuple[Joint, ...] | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        forward_dtype: torch.dtype | None = None,
+        group: Group | None = None,
+        multiplicity: int = 1,
+        shards: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        **unknown: Any,
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
-        """`make_private_with_plan`, of the plan that these numbers make.
+        """`make_private_with_plan`, of the plan that these numbers make; what is left out is chosen.
+
+        Without an optimiser everything that is not given is chosen together, by `lipdp.suggest`, from public facts: the
+        optimiser with a learning rate for each parameter, criterion, B, passes, gate, allocation, and clips and gates
+        that are placed in the model. `settings` says what. With an optimiser of your own the learning rate is yours,
+        and only a missing criterion, B and number of passes are chosen.
 
         Args:
             expected_batch_size: B, the divisor of the noisy sum.
-            steps: T, how many batches the loader will yield; a step more is refused.
+            steps: T, how many batches the loader will yield in one iteration; a step more is refused.
+            epochs: T as a number of passes over the data, T = epochs N/B, of which one iteration of the loader is one.
             noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
-            module, optimizer, criterion, dataset, group, shards and the other options: see `make_private_with_plan`.
+            dataset: of a torch `DataLoader` its data set is taken, and nothing else.
+            unknown: refused, with what stands for an argument of Opacus.
+            module, optimizer, criterion, group, shards and the other options: see `make_private_with_plan`.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.
         """
+        refuse_unknown("make_private", unknown)
+        self._refuse_second()
         world = self._world or current_world()
+        dataset = records_of(dataset)
         population = Population.of(dataset, world, group=group, shards=shards)
-        plan = plan_together(
-            world,
-            dataset_size=population.present if dataset_size is None else dataset_size,
+        account: dict[str, Any] = {
+            "dataset_size": population.present if dataset_size is None else dataset_size,
+            "sampling": sampling,
+            "unit": population.unit,
+            "noise_multiplier": noise_multiplier,
+            "target_epsilon": target_epsilon,
+            "target_delta": target_delta,
+            "accountant": self.accountant.name,
+        }
+        if input_shape is None:
+            input_shape = tuple(first_records(dataset, world, shards=shards)[0].shape[1 if multiplicity == 1 else 2 :])
+        chosen = complete(
+            own_reduction(module, world),
+            optimizer,
+            input_shape=input_shape,
             expected_batch_size=expected_batch_size,
             steps=steps,
-            sampling=sampling,
-            unit=population.unit,
-            noise_multiplier=noise_multiplier,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            accountant=self.accountant.name,
-        )
-        return self.make_private_with_plan(
-            plan,
-            module=module,
-            optimizer=optimizer,
+            epochs=epochs,
             criterion=criterion,
-            dataset=dataset,
-            group=group,
-            shards=shards,
-            **options,
+            gate=gate,
+            allocation=allocation,
+            joints=joints,
+            world=world,
+            **account,
         )
+        made = self.make_private_with_plan(
+            chosen.plan,
+            module=module,
+            optimizer=chosen.optimizer,
+            criterion=chosen.criterion,
+            dataset=dataset,
+            allocation=chosen.allocation,
+            gate=chosen.gate,
+            joints=chosen.joints,
+            input_shape=input_shape,
+            forward_dtype=forward_dtype,
+            group=group,
+            multiplicity=multiplicity,
+            shards=shards,
+            passes=epochs,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+        self._settings = chosen.settings
+        return made
 
     def make_private_with_epsilon(
-        self, *, target_epsilon: float, target_delta: float, **options: Any
+        self,
+        *,
+        module: nn.Module,
+        dataset: Dataset[Any] | DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        optimizer: torch.optim.Optimizer | None = None,
+        criterion: nn.Module | None = None,
+        expected_batch_size: int | None = None,
+        steps: int | None = None,
+        epochs: float | None = None,
+        sampling: str = "poisson",
+        dataset_size: int | None = None,
+        allocation: str | Allocation | None = None,
+        gate: float | FixedGate | QuantileGate | None = None,
+        joints: tuple[Joint, ...] | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        forward_dtype: torch.dtype | None = None,
+        group: Group | None = None,
+        multiplicity: int = 1,
+        shards: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        **unknown: Any,
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
         """`make_private` with the smallest σ whose ε after all steps is at most the target.
 
         Args:
             target_epsilon, target_delta: the budget.
-            options: all but the noise multiplier that `make_private` takes.
+            module, dataset and the other options: see `make_private`.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private` raises.
+
+        >>> x, y = torch.randn(500, 8), torch.randint(3, (500,))
+        >>> model = lipdp.nn.from_torch(torch.nn.Sequential(torch.nn.Linear(8, 3)), input_shape=(8,))
+        >>> engine = lipdp.PrivacyEngine()
+        >>> model, optimizer, loader, criterion = engine.make_private_with_epsilon(
+        ...     module=model, dataset=torch.utils.data.TensorDataset(x, y), target_epsilon=3.0, target_delta=1e-4)
+        >>> criterion.loss
+        TauCrossEntropy(tau=32.0)
         """
+        refuse_unknown("make_private_with_epsilon", unknown)
         return self.make_private(
-            noise_multiplier=None, target_epsilon=target_epsilon, target_delta=target_delta, **options
+            module=module,
+            dataset=dataset,
+            noise_multiplier=None,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            optimizer=optimizer,
+            criterion=criterion,
+            expected_batch_size=expected_batch_size,
+            steps=steps,
+            epochs=epochs,
+            sampling=sampling,
+            dataset_size=dataset_size,
+            allocation=allocation,
+            gate=gate,
+            joints=joints,
+            input_shape=input_shape,
+            forward_dtype=forward_dtype,
+            group=group,
+            multiplicity=multiplicity,
+            shards=shards,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
         )
 
     def make_private_with_plan(
@@ -178,14 +273,16 @@ class PrivacyEngine:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         criterion: nn.Module,
-        dataset: Dataset[Any],
+        dataset: Dataset[Any] | DataLoader[Any],
         allocation: str | Allocation = "per_layer",
         gate: float | FixedGate | QuantileGate | None = None,
+        joints: tuple[Joint, ...] = (),
         input_shape: tuple[int, ...] | None = None,
         forward_dtype: torch.dtype | None = None,
         group: Group | None = None,
         multiplicity: int = 1,
         shards: bool = False,
+        passes: float | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
@@ -198,6 +295,7 @@ class PrivacyEngine:
             dataset: map-style, of (input, target) records.
             allocation: "per_layer", "global" or "min_variance", or an object with `stds`.
             gate: a lower cotangent gate at the logits: a number, or a `QuantileGate`.
+            joints: clips and gates to be placed in front of layers of the model, which then has them.
             group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of
                 whose gradients an owner contributes the mean, and ε protects the owner (`Owners`). The loader yields
                 (x, y, weight), for criterion(model(x), y, weight).
@@ -205,6 +303,7 @@ class PrivacyEngine:
                 of their gradients, at the same Δ. The loader yields the views as K rows.
             shards: where several processes train together: each has records that no other has. By default each has
                 the whole dataset, and reads its part of every batch.
+            passes: how many iterations of the loader the T steps are spread over; by default one.
             input_shape: of one sample; by default that of record 0.
             forward_dtype: `torch.bfloat16` if the forward pass will run under autocast.
             num_workers, pin_memory: of the loader.
@@ -214,97 +313,42 @@ class PrivacyEngine:
             exactly over the model's trainable parameters. LossError, UnboundedError, UnsupportedOperationError, …: no
             bound exists.
         """
+        self._refuse_second()
+        request = Request(
+            module=module,
+            optimizer=optimizer,
+            criterion=criterion,
+            dataset=records_of(dataset),
+            allocation=allocation,
+            gate=gate,
+            joints=tuple(joints),
+            input_shape=input_shape,
+            forward_dtype=forward_dtype,
+            group=group,
+            multiplicity=multiplicity,
+            shards=shards,
+            passes=passes,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+        draws = Draws(
+            accountant=self.accountant.name,
+            seed=self.seed,
+            secure=self.secure,
+            check_every=self.check_every,
+            deferred=self.deferred,
+            ledger=self.ledger,
+            measured=self._measured,
+        )
+        run = attach(request, plan, draws, self._world or current_world())
+        self._hooks, self._settings = run, None
+        return module, optimizer, run.loader, run.criterion
+
+    def _refuse_second(self) -> None:
         if self._hooks is not None:
             raise EngineError(
                 "this engine already made a model private; use one PrivacyEngine per run, or detach() first"
             )
-        if type(multiplicity) is not int or multiplicity < 1:
-            raise ParameterError(f"multiplicity={multiplicity!r}: how many views of a record are averaged, 1 or more")
-        world = self._world or current_world()
-        population = Population.of(dataset, world, group=group, shards=shards)
-        self._check_fits(plan, population)
-        gate = gate if isinstance(gate, (FixedGate, QuantileGate)) else FixedGate(math.inf if gate is None else gate)
-        plan = replace(
-            plan,
-            allocation=getattr(get_allocation(allocation), "name", type(allocation).__name__),
-            gate=repr(gate),
-            seeded=self.seed is not None,
-            secure=self.secure,
-        )
-        check_alike(world, plan, multiplicity=multiplicity)
-        x, targets = first_records(dataset, world, shards=shards)
-        check_records(dataset, world, shards=shards)
-        inner = own_reduction(module, world)
-        world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
-        with world.fail_together():
-            shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
-            warm_up_shards(inner, shape)
-            graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
-            loss = as_lipschitz(criterion, graph.num_outputs)
-            check_loss(loss, targets.to(graph.device), graph.num_outputs)
-            state, clock = gate.start(), Clock()
-            step = StepInProgress(_gradients(inner, optimizer), grouped=group is not None, forgotten=state.forget)
-            loader = BatchLoader(
-                dataset,
-                self._sampler(plan, population.present),
-                part=population.part,
-                owners=population.owners,
-                views=multiplicity,
-                records=population.records,
-                empty=[x[:1], targets[:1]],
-                num_workers=num_workers,
-                pin_memory=pin_memory,
-                listener=step,
-                clock=clock,
-            )
-            private = PrivateCriterion(loss, graph, state, step)
-            run = StepHooks(
-                inner,
-                optimizer,
-                outer=module,
-                criterion=private,
-                graph=graph,
-                gate=state,
-                gate_multiplier=gate.noise_multiplier,
-                step=step,
-                loader=loader,
-                plan=plan,
-                allocation=get_allocation(allocation),
-                noise=(SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=graph.device),
-                ledger=self.ledger,
-                measured=self._measured,
-                check_every=self.check_every,
-                deferred=self.deferred,
-                world=world,
-                clock=clock,
-            )
-        run.share_keys()
-        self._hooks = run
-        return module, optimizer, loader, private
-
-    def _check_fits(self, plan: PrivacyPlan, population: Population) -> None:
-        """Refuse a plan made for other units, or for another account."""
-        if plan.unit != population.unit:
-            raise ParameterError(
-                f"the plan protects each {plan.unit} and the batches would be drawn of {population.unit}s: pass group="
-                " with a plan for owners, and only then"
-            )
-        if plan.accountant != self.accountant.name:
-            raise ParameterError(
-                f"the plan is by the accountant {plan.accountant!r} and the engine has {self.accountant.name!r}: take"
-                " one"
-            )
-        if plan.sampling == "fixed_size" and plan.dataset_size != population.present:
-            raise ParameterError(
-                f"dataset_size={plan.dataset_size} but the dataset has {population.present} {plan.unit}s: with batches"
-                " of a fixed size q = B/N is exact, and N is public; leave dataset_size out"
-            )
-
-    def _sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
-        options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
-        if plan.sampling == "poisson":
-            return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
-        return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)
 
     # -- during and after training -------------------------------------------------------------------------------------
 
@@ -334,7 +378,7 @@ class PrivacyEngine:
             microbatch: at most so many rows at a time; by default all at once.
 
         Returns:
-            () the summed loss of the batch, which ε does not cover.
+            () the mean loss of the batch, which ε does not cover.
 
         >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
         >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
@@ -355,8 +399,8 @@ class PrivacyEngine:
                 inputs, *others = (part.to(run.graph.device, non_blocking=True) for part in piece)
                 value = run.criterion(run.module(inputs), *others)
                 value.backward()
-                total = total + value.detach()
-        return total
+                total = total + value.detach() * (len(others[0]) if len(others) == 1 else others[1].sum())
+        return total / (max(len(x), 1) if weight is None else weight.sum().clamp_min(1e-30))
 
     def measure_(self, name: str, total: Tensor, *, sensitivity: float) -> float:
         r"""Release a sum over all records once, as the plan says: an event of the same account, with the run's noise.
@@ -413,6 +457,17 @@ class PrivacyEngine:
         return self._current().plan
 
     @property
+    def settings(self) -> Settings | None:
+        """What was chosen for the run, to be printed as a table; None where the optimiser was given."""
+        self._current()
+        return self._settings
+
+    @property
+    def signals(self) -> dict[str, float]:
+        """By parameter, the most that all steps can add up to over the noise that they add up: public, of the start."""
+        return self._current().signals
+
+    @property
     def steps_taken(self) -> int:
         """Noisy steps so far; measurements are none."""
         return self.ledger.steps - len(self._measured)
@@ -466,7 +521,7 @@ class PrivacyEngine:
     def detach(self) -> None:
         """Remove the hooks: what remains is the plain torch model and optimiser."""
         self._current().detach()
-        self._hooks = None
+        self._hooks = self._settings = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs besides model and optimiser: plain values, for `torch.load(weights_only=True)`."""
@@ -482,14 +537,39 @@ class PrivacyEngine:
         run.load_state_dict(state)
         self.ledger = run.ledger
 
+    def save_checkpoint(self, path: str | os.PathLike[str], *, extra: dict[str, Any] | None = None) -> None:
+        """Write model, optimiser and account to one file, whole or not at all.
+
+        It holds the noise to come: keep it as secret as the data, and continue it once.
+
+        Args:
+            path: of the file.
+            extra: plain values and tensors of your own, such as the state of a scheduler.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        run = self._current()
+        state = {"model": run.module.state_dict(), "optimizer": run.optimizer.state_dict(), "engine": self.state_dict()}
+        write_state(path, {**state, "extra": extra or {}})
+
+    def load_checkpoint(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Continue from a file of `save_checkpoint`, after the same `make_private`.
+
+        Returns:
+            what was given as `extra`.
+
+        Raises:
+            CheckpointError: no such file, or another one. ResumeError: the plan differs.
+        """
+        run, state = self._current(), read_state(path)
+        self.load_state_dict(state["engine"])
+        run.module.load_state_dict(state["model"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        extra: dict[str, Any] = state["extra"]
+        return extra
+
     def _current(self) -> StepHooks:
         if self._hooks is None:
             raise EngineError("call make_private or make_private_with_epsilon first")
         return self._hooks
-
-
-def _gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
-    """How the sum of a step is formed: by the engine, or under `fully_shard` by the pass itself."""
-    if is_sharded(module):
-        return SealedGradients(lambda: (p for group in optimizer.param_groups for p in group["params"]))
-    return OwnGradients()

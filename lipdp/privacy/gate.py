@@ -94,6 +94,11 @@ class GateState:
         self._rule = quantile
         self._count: Tensor | None = None
 
+    @property
+    def moves(self) -> bool:
+        """Whether the bound changes from step to step."""
+        return self._rule is not None
+
     def limit(self, cotangent: Tensor, constant: float | Tensor, weights: Tensor | None) -> Tensor:
         """Every row of the cotangent at min(bound, the loss's constant) at most; times w_i with `weights` (n,)."""
         if self._rule is not None and not isinstance(self.bound, Tensor):

@@ -34,6 +34,7 @@ from lipdp.privacy.gate import GateState
 from lipdp.privacy.optimizers import guard_parameters, matched_parameters, refuse_unsuitable
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.snapshot import Snapshot
+from lipdp.suggestion.learning import GrowthWatch
 from lipdp.timing import Clock
 
 STEPS_TAKEN = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
@@ -52,6 +53,9 @@ class StepHooks:
         check_every, deferred: of the checks.
         world: the processes.
         clock: names the parts of a step.
+
+    Attributes:
+        signals: the most that all steps can add up to over their noise, by parameter, at the first weights.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class StepHooks:
         self.measured = measured
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
+        self.signals: dict[str, float] = {}
+        self._growth = GrowthWatch()
         refuse_unsuitable(self.module, optimizer, StepHooks._before_step)
         refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
@@ -202,6 +208,8 @@ class StepHooks:
             deltas, stds = self._shared(self.world.all_reduce_max(self._deltas(sweep)))
         gradients = self._summed_gradients()
         with self.clock("checks"):
+            if not self.gate.moves:
+                self._growth.look(deltas)
             self._check_records(sweep)
             units = self.step_in_progress.drawn.units if self.step_in_progress.drawn is not None else 0
             sound = self._step_check.look(

@@ -1,4 +1,4 @@
-"""What a user can't guess, chosen from public facts: batch, steps, loss, gates, clips, learning rates; and what fails."""
+"""What a user can't guess, chosen from public facts: batch, steps, loss, gates, clips and learning rates."""
 
 from lipdp.lazy import facade
 

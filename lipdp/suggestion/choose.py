@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
 from torch import Tensor, nn
 
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.bounds.sensitivity import Sensitivity, sensitivity
 from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
 from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_lipschitz
 from lipdp.noise.allocation import Allocation, get_allocation
-from lipdp.bounds.sensitivity import Sensitivity, sensitivity
-from lipdp.suggestion.joints import Joint, joint_layers, place_joints
-from lipdp.suggestion.learning import signal_over_noise
+from lipdp.suggestion.joints import Joint, joint_layers, place_joints, without_joints
+from lipdp.suggestion.learning import signals
 from lipdp.suggestion.probe import gradient_norms, output_count, public_inputs, typical
 from lipdp.suggestion.settings import BlockSetting, Settings
 
@@ -26,6 +25,7 @@ GATE_AT = 0.03  # of the typical norm of cotangents
 NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights
 MOMENTUM = 0.9
 PASSES = 5.0
+BATCH = 1024
 
 
 def suggest(
@@ -44,7 +44,7 @@ def suggest(
     accountant: str = "prv",
     criterion: nn.Module | None = None,
     gate: float | None = None,
-    allocation: str | Allocation = "min_variance",
+    allocation: str | Allocation | None = None,
     joints: tuple[Joint, ...] | None = None,
     public: Tensor | None = None,
     world: World | None = None,
@@ -79,8 +79,8 @@ def suggest(
     >>> model = lipdp.nn.from_torch(torch.nn.Sequential(torch.nn.Linear(8, 3)), (8,))
     >>> settings = lipdp.suggest(
     ...     model, input_shape=(8,), dataset_size=50_000, target_epsilon=1.0, target_delta=1e-5, epochs=2)
-    >>> settings.criterion, settings.plan.steps * settings.plan.sampling_rate
-    (TauCrossEntropy(tau=32.0), 2.0)
+    >>> settings.criterion, settings.plan.steps
+    (TauCrossEntropy(tau=32.0), 49)
 
     Source: ours; the spectral norm of a Gaussian matrix as in Davidson & Szarek (2001).
     """
@@ -100,15 +100,16 @@ def suggest(
         accountant=accountant,
     )
     x = public_inputs(input_shape) if public is None else public
-    outputs = output_count(model, x)
+    trial = without_joints(model)
+    outputs = output_count(trial, x)
     loss = _criterion(outputs) if criterion is None else as_lipschitz(criterion, outputs)
     if gate is None and loss.lipschitz < math.inf:
         gate = GATE * loss.lipschitz
     start = min(math.inf if gate is None else gate, loss.lipschitz)
     if joints is None:
-        joints = _joints(model, x, 1.0 if start == math.inf else start)
-    trial = copy.deepcopy(model)
+        joints = _joints(trial, x, 1.0 if start == math.inf else start)
     place_joints(trial, joints)
+    allocation = "min_variance" if allocation is None else allocation
     bounds = sensitivity(trial, loss, input_shape, gate=math.inf if gate is None else gate)
     settings = Settings(
         plan=plan,
@@ -128,12 +129,17 @@ def budget(
     """B, and how many passes over the data, where they are not given.
 
     >>> budget(60_000, steps=None, epochs=None)
-    (2048, 5.0)
+    (1024, 5.0)
     """
-    batch = expected_batch_size or min(dataset_size, 2048)
+    batch = min(dataset_size, BATCH) if expected_batch_size is None else expected_batch_size
     if steps is None and epochs is None:
         epochs = PASSES
     return batch, epochs
+
+
+def default_criterion(model: nn.Module, input_shape: tuple[int, ...]) -> LipschitzLoss:
+    """The loss where none is given, by the number of the model's outputs."""
+    return _criterion(output_count(model, public_inputs(input_shape)))
 
 
 def _criterion(outputs: int) -> LipschitzLoss:
@@ -158,20 +164,13 @@ def _blocks(
     deltas = torch.tensor([bounds[n] for n in named], dtype=torch.float64) * plan.relation.sensitivity_factor
     sizes = torch.tensor([p.numel() for p in named.values()])
     stds = dict(zip(named, allocation.stds(deltas, sizes, plan.noise_multiplier).tolist(), strict=True))
-    norms = gradient_norms(model, x, bounds.loss_constant)
+    strengths = signals(stds, gradient_norms(model, x, bounds.loss_constant), named, plan)
     blocks = []
     for name, parameter in named.items():
         rows = parameter.shape[0] if parameter.dim() > 1 else 1
         matrix = parameter.detach().reshape(rows, -1)
         radius = float(torch.linalg.matrix_norm(matrix.double(), 2)) or 1.0
         noise = math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size * sum(map(math.sqrt, matrix.shape))
-        signal = signal_over_noise(
-            norm=norms[name],
-            std=stds[name],
-            size=parameter.numel(),
-            batch_size=plan.expected_batch_size,
-            steps=plan.steps,
-        )
         rate = NOISE * radius * (1 - MOMENTUM) / noise if noise else 1.0
-        blocks.append(BlockSetting(name, rate, signal))
+        blocks.append(BlockSetting(name, rate, strengths[name]))
     return tuple(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,6 +73,18 @@ def place_joints(model: nn.Module, joints: Iterable[Joint]) -> None:
             _place_in_chain(model, joint)
 
 
+def without_joints(model: nn.Module) -> nn.Module:
+    """A copy in which joints that were placed are the identity."""
+    copied = copy.deepcopy(model)
+    for path, module in list(copied.named_modules()):
+        kind = path.rpartition("_")[2]
+        placed = {"clip": ValueClip, "gate": GradientGate}.get(kind)
+        if placed is not None and type(module) is placed:
+            owner, _, name = path.rpartition(".")
+            setattr(copied.get_submodule(owner), name, nn.Identity())
+    return copied
+
+
 def _has_weight(model: nn.Module, name: str) -> bool:
     layer = model.get_submodule(name)
     weight = vars(layer).get("_parameters", {}).get("weight")
@@ -97,7 +110,7 @@ def _place_in_chain(model: nn.Module, joint: Joint) -> None:
     chain._modules.clear()
     for key, layer in layers.items():
         if key == name:
-            chain._modules.update(joint.modules())
+            chain._modules.update(joint.modules())  # a joint that is there already keeps its place
         chain._modules[key] = layer
 
 
@@ -106,14 +119,18 @@ def _place_in_graph(model: fx.GraphModule, joint: Joint) -> None:
     if node is None or len(node.all_input_nodes) != 1:
         raise _no_place(model, joint)
     source = last = node.all_input_nodes[0]
-    prefix, added = joint.layer.replace(".", "_"), []
-    for module in joint.modules().values():
-        name = f"{prefix}_{'clip' if isinstance(module, ValueClip) else 'gate'}"
+    added: list[fx.Node] = []
+    for kind, module in zip(("clip", "gate"), joint.modules().values(), strict=True):
+        name = f"{joint.layer.replace('.', '_')}_{kind}"
+        there = name in dict(model.named_children())
         model.add_submodule(name, module)
+        if there:
+            continue
         with model.graph.inserting_after(last):
             last = model.graph.call_module(name, (last,))
         added.append(last)
-    source.replace_all_uses_with(last, delete_user_cb=lambda user: user is not added[0])
+    if added:
+        source.replace_all_uses_with(last, delete_user_cb=lambda user: user is not added[0])
     model.graph.lint()
     model.recompile()
 

@@ -6,7 +6,13 @@ import math
 import warnings
 from collections.abc import Mapping
 
+from torch import Tensor
+
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.errors import CannotLearnWarning
+
+GROWTH = 10.0
+"""How much larger Δ may become during a run before it is said."""
 
 LEAST = 1.0
 """Signal over noise below which a block learns nothing that the noise does not drown."""
@@ -28,17 +34,69 @@ def signal_over_noise(*, norm: float, std: float, size: int, batch_size: int, st
     return math.sqrt(steps) * batch_size * norm / (std * math.sqrt(size))
 
 
-def warn_if_drowned(signals: Mapping[str, float]) -> None:
-    """Say in plain words that the noise drowns the signal of most blocks, and which lever there is."""
+def signals(
+    stds: Mapping[str, float], norms: Mapping[str, float], parameters: Mapping[str, Tensor], plan: PrivacyPlan
+) -> dict[str, float]:
+    """`signal_over_noise` of every parameter whose typical gradient is known."""
+    return {
+        name: signal_over_noise(
+            norm=norms[name],
+            std=std,
+            size=parameters[name].numel(),
+            batch_size=plan.expected_batch_size,
+            steps=plan.steps,
+        )
+        for name, std in stds.items()
+        if name in norms
+    }
+
+
+def drowned(signals: Mapping[str, float]) -> str:
+    """In plain words that the noise drowns the signal of most parameters, and which levers there are; "" if it doesn't.
+
+    >>> drowned({"weight": 20.0})
+    ''
+    """
     weak = {name: value for name, value in signals.items() if value < LEAST}
-    if not signals or 2 * len(weak) < len(signals):
-        return
+    if not weak or 2 * len(weak) < len(signals):
+        return ""
     worst = min(weak, key=lambda name: weak[name])
-    warnings.warn(
+    return (
         f"this run can hardly learn: for {len(weak)} of {len(signals)} parameters the noise of all steps is larger than"
         f" anything that the gradients can add up to ({worst!r}: signal over noise {weak[worst]:.2g}). Take a larger"
         " batch or a larger ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), or"
-        " a gate at the logits",
-        CannotLearnWarning,
-        stacklevel=4,
+        " a gate at the logits"
     )
+
+
+class GrowthWatch:
+    """Warns once when Δ has grown tenfold since the first step: weights that nothing constrains have grown.
+
+    Looks at the first step and then at every power of two, so that a device is seldom waited for.
+    """
+
+    def __init__(self) -> None:
+        self._looks, self._next, self._first, self._said = 0, 1, 0.0, False
+
+    def look(self, deltas: Tensor) -> None:
+        """Take notice of the Δ_l of a step.
+
+        >>> watch = GrowthWatch()
+        >>> watch.look(torch.tensor([1.0, 2.0]))
+        """
+        self._looks += 1
+        if self._said or self._looks < self._next:
+            return
+        self._next *= 2
+        total = float(deltas.square().sum().sqrt())
+        if self._looks == 1:
+            self._first = total
+        elif total > GROWTH * self._first > 0:
+            self._said = True
+            warnings.warn(
+                f"the sensitivity, and with it the noise, has grown {total / self._first:.3g} times since the first"
+                " step: the norms of weights that nothing constrains multiply into the bounds of other layers. Take"
+                " constrained layers (lipdp.nn.from_torch or lipdp.nn.constrain), or a smaller learning rate",
+                CannotLearnWarning,
+                stacklevel=3,
+            )

@@ -71,13 +71,13 @@ def typical(model: nn.Module, x: Tensor, layers: Sequence[str], start: float) ->
     >>> typical(torch.nn.Sequential(linear), torch.ones(5, 4), ["0"], 0.3)["0"].value
     2.0
     """
+    if not layers:
+        return {}
     seen: dict[str, Tensor] = {}
     with _ready(model), _watched(model, layers, seen):
         out = model(_as_input(model, x).requires_grad_())
         names = list(seen)
-        found = torch.autograd.grad(
-            (out * _cotangents(out, start)).sum(), [seen[n] for n in names], allow_unused=True
-        )
+        found = torch.autograd.grad((out * _cotangents(out, start)).sum(), [seen[n] for n in names], allow_unused=True)
     return {
         name: Typical(_median(seen[name]), 0.0 if gradient is None else _median(gradient))
         for name, gradient in zip(names, found, strict=True)
@@ -94,6 +94,8 @@ def gradient_norms(model: nn.Module, x: Tensor, start: float) -> dict[str, float
     0.6
     """
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        return {}
     energy = dict.fromkeys(named, 0.0)
     x = x[:_ALONE]
     with _ready(model):

@@ -10,6 +10,7 @@ from torch import nn
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.losses import LipschitzLoss
+from lipdp.noise.allocation import Allocation
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import Joint
 
@@ -45,7 +46,8 @@ class Settings:
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
     >>> facts = dict(input_shape=(4,), dataset_size=1000, target_epsilon=3.0, target_delta=1e-5)
     >>> settings = lipdp.suggest(model, **facts)
-    >>> engine, data = lipdp.PrivacyEngine(), torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.zeros(1000).long())
+    >>> data = torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.randint(3, (1000,)))
+    >>> engine = lipdp.PrivacyEngine()
     >>> _ = engine.make_private(module=model, dataset=data, **settings.arguments(model))
     >>> engine.plan.steps == settings.plan.steps
     True
@@ -54,13 +56,13 @@ class Settings:
     plan: PrivacyPlan
     criterion: LipschitzLoss
     gate: float | None
-    allocation: str
+    allocation: str | Allocation
     joints: tuple[Joint, ...]
     blocks: tuple[BlockSetting, ...]
     momentum: float
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """SGD over the model's trainable parameters, a group each, whose learning rates fall linearly to 0 at step T."""
+        """SGD over the model's trainable parameters, a group each, whose rates fall linearly to 0 at step T."""
         parameters = dict(model.named_parameters())
         groups = [{"params": [parameters[b.name]], "lr": b.learning_rate} for b in self.blocks]
         return decaying(torch.optim.SGD(groups, lr=1.0, momentum=self.momentum), steps=self.plan.steps)
@@ -92,7 +94,7 @@ class Settings:
             ("noise_multiplier", f"{plan.noise_multiplier:.4g}"),
             ("criterion", str(self.criterion)),
             ("gate", "none" if self.gate is None else f"{self.gate:.3g} at the logits"),
-            ("allocation", self.allocation),
+            ("allocation", str(self.allocation)),
             ("optimizer", f"SGD, momentum {self.momentum:g}, learning rates falling linearly to 0"),
             *((f"  lr of {b.name}", f"{b.learning_rate:.3g}  (signal over noise {b.signal:.3g})") for b in self.blocks),
             *((f"joint before {j.layer}", f"ValueClip({j.clip:.3g}), GradientGate({j.gate:.3g})") for j in self.joints),

@@ -274,7 +274,7 @@ class Trainer:
                     logits = self.forward(xb)
                 with self._timer("loss"):
                     loss = self.criterion(logits, *others)
-                    total += loss.detach()
+                    total += loss.detach() * (others[1].sum() if len(others) > 1 else len(xb))
                 with self._timer("backward"):
                     loss.backward()
                 del logits, loss  # with the graph they hold

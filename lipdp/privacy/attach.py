@@ -1,0 +1,215 @@
+"""From what `make_private` was given to a run: model and data checked and bounded, loader, criterion, hooks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lipdp.accounting.events import Ledger
+from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.loader import BatchLoader
+from lipdp.batches.population import Group, Population, check_records, first_records
+from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.bounds import BoundGraph
+from lipdp.distributed.collectives import World
+from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
+from lipdp.errors import CannotLearnWarning, ParameterError
+from lipdp.losses import as_lipschitz
+from lipdp.nn.sharded import is_sharded, local_tensor
+from lipdp.noise.allocation import Allocation, get_allocation
+from lipdp.noise.gaussian import GaussianNoise
+from lipdp.noise.secure import SecureGaussianNoise
+from lipdp.privacy.criterion import PrivateCriterion
+from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.privacy.hooks import StepHooks
+from lipdp.privacy.loss_check import check_loss
+from lipdp.privacy.passes import StepInProgress
+from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
+from lipdp.suggestion.joints import Joint, place_joints
+from lipdp.suggestion.learning import drowned, signals
+from lipdp.suggestion.probe import gradient_norms, public_inputs
+from lipdp.timing import Clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `make_private_with_plan` was given; see there."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    criterion: nn.Module
+    dataset: Dataset[Any]
+    allocation: str | Allocation
+    gate: float | FixedGate | QuantileGate | None
+    joints: tuple[Joint, ...]
+    input_shape: tuple[int, ...] | None
+    forward_dtype: torch.dtype | None
+    group: Group | None
+    multiplicity: int
+    shards: bool
+    passes: float | None
+    num_workers: int
+    pin_memory: bool
+
+    @property
+    def gating(self) -> FixedGate | QuantileGate:
+        """The gate as an object."""
+        if isinstance(self.gate, (FixedGate, QuantileGate)):
+            return self.gate
+        return FixedGate(math.inf if self.gate is None else self.gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How an engine draws and looks: what `PrivacyEngine` was given."""
+
+    accountant: str
+    seed: int | None
+    secure: bool
+    check_every: int | None
+    deferred: bool | None
+    ledger: Ledger
+    measured: list[str]
+
+    def sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
+        """Of the batches."""
+        options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
+        if plan.sampling == "poisson":
+            return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
+        return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)
+
+    def noise(self, device: torch.device) -> GaussianNoise:
+        """Of the steps."""
+        return (SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=device)
+
+
+def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> StepHooks:
+    """Check and bound what is to be private, then put the hooks on the optimiser.
+
+    Raises:
+        LipdpError: see `PrivacyEngine.make_private_with_plan`.
+    """
+    if type(request.multiplicity) is not int or request.multiplicity < 1:
+        raise ParameterError(
+            f"multiplicity={request.multiplicity!r}: how many views of a record are averaged, 1 or more"
+        )
+    population = Population.of(request.dataset, world, group=request.group, shards=request.shards)
+    plan = _completed(plan, request, draws, population)
+    check_alike(world, plan, multiplicity=request.multiplicity)
+    records = first_records(request.dataset, world, shards=request.shards)
+    check_records(request.dataset, world, shards=request.shards)
+    inner = own_reduction(request.module, world)
+    world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
+    with world.fail_together():
+        shape = tuple(request.input_shape or records[0].shape[1 if request.multiplicity == 1 else 2 :])
+        place_joints(inner, request.joints)
+        warm_up_shards(inner, shape)
+        graph = BoundGraph(inner, shape, dtype=request.forward_dtype, gated=request.group is None)
+        run = _hooked(request, plan, draws, world, population, inner, graph, records)
+    run.share_keys()
+    return run
+
+
+def _completed(plan: PrivacyPlan, request: Request, draws: Draws, population: Population) -> PrivacyPlan:
+    """The plan with what the mechanism adds to it; refused if it is of other units, or for another account."""
+    if plan.unit != population.unit:
+        raise ParameterError(
+            f"the plan protects each {plan.unit} and the batches would be drawn of {population.unit}s: pass group="
+            " with a plan for owners, and only then"
+        )
+    if plan.accountant != draws.accountant:
+        raise ParameterError(
+            f"the plan is by the accountant {plan.accountant!r} and the engine has {draws.accountant!r}: take one"
+        )
+    if plan.sampling == "fixed_size" and plan.dataset_size != population.present:
+        raise ParameterError(
+            f"dataset_size={plan.dataset_size} but the dataset has {population.present} {plan.unit}s: with batches"
+            " of a fixed size q = B/N is exact, and N is public; leave dataset_size out"
+        )
+    return replace(
+        plan,
+        allocation=getattr(get_allocation(request.allocation), "name", type(request.allocation).__name__),
+        gate=repr(request.gating),
+        seeded=draws.seed is not None,
+        secure=draws.secure,
+    )
+
+
+def _hooked(
+    request: Request,
+    plan: PrivacyPlan,
+    draws: Draws,
+    world: World,
+    population: Population,
+    inner: nn.Module,
+    graph: BoundGraph,
+    records: tuple[Tensor, Tensor],
+) -> StepHooks:
+    """The loss checked, the loader and the criterion made, the optimiser hooked."""
+    x, targets = records
+    loss = as_lipschitz(request.criterion, graph.num_outputs)
+    check_loss(loss, targets.to(graph.device), graph.num_outputs)
+    state, clock = request.gating.start(), Clock()
+    step = StepInProgress(
+        _gradients(inner, request.optimizer), grouped=request.group is not None, forgotten=state.forget
+    )
+    loader = BatchLoader(
+        request.dataset,
+        draws.sampler(plan, population.present),
+        part=population.part,
+        owners=population.owners,
+        views=request.multiplicity,
+        records=population.records,
+        empty=[x[:1], targets[:1]],
+        num_workers=request.num_workers,
+        pin_memory=request.pin_memory,
+        listener=step,
+        clock=clock,
+        passes=request.passes,
+    )
+    private = PrivateCriterion(loss, graph, state, step)
+    typical = _probed(inner, graph, min(float(private.constant()), float(state.bound)))
+    run = StepHooks(
+        inner,
+        request.optimizer,
+        outer=request.module,
+        criterion=private,
+        graph=graph,
+        gate=state,
+        gate_multiplier=request.gating.noise_multiplier,
+        step=step,
+        loader=loader,
+        plan=plan,
+        allocation=get_allocation(request.allocation),
+        noise=draws.noise(graph.device),
+        ledger=draws.ledger,
+        measured=draws.measured,
+        check_every=draws.check_every,
+        deferred=draws.deferred,
+        world=world,
+        clock=clock,
+    )
+    run.signals = signals(run.noise_stds(), typical, dict(inner.named_parameters()), plan)
+    if told := drowned(run.signals):
+        warnings.warn(told, CannotLearnWarning, stacklevel=4)
+    return run
+
+
+def _probed(model: nn.Module, graph: BoundGraph, start: float) -> dict[str, float]:
+    """Norms of gradients over public inputs, before the hooks; none where processes hold parts of the model."""
+    if is_sharded(model) or not start < math.inf:
+        return {}
+    return gradient_norms(model, public_inputs(graph.input_shape), start)
+
+
+def _gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+    """How the sum of a step is formed: by the engine, or under `fully_shard` by the pass itself."""
+    if is_sharded(module):
+        return SealedGradients(lambda: (p for group in optimizer.param_groups for p in group["params"]))
+    return OwnGradients()

@@ -1,0 +1,86 @@
+"""What a call of `make_private` left out, filled in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipdp.accounting.plan import PrivacyPlan
+from lipdp.distributed.collectives import World
+from lipdp.distributed.wrappers import plan_together
+from lipdp.noise.allocation import Allocation
+from lipdp.privacy.gate import FixedGate, QuantileGate
+from lipdp.suggestion.choose import budget, default_criterion, suggest
+from lipdp.suggestion.joints import Joint
+from lipdp.suggestion.settings import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Complete:
+    """All that `make_private_with_plan` needs. `settings`: what they come from, where they were suggested together."""
+
+    plan: PrivacyPlan
+    optimizer: torch.optim.Optimizer
+    criterion: nn.Module
+    gate: float | FixedGate | QuantileGate | None
+    allocation: str | Allocation
+    joints: tuple[Joint, ...]
+    settings: Settings | None = None
+
+
+def complete(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    input_shape: tuple[int, ...],
+    expected_batch_size: int | None,
+    steps: int | None,
+    epochs: float | None,
+    criterion: nn.Module | None,
+    gate: float | FixedGate | QuantileGate | None,
+    allocation: str | Allocation | None,
+    joints: tuple[Joint, ...] | None,
+    world: World,
+    **account: Any,
+) -> Complete:
+    """What is given, and what is not: suggested together without an optimiser, else only criterion, B and passes.
+
+    Args:
+        model: inside its wrappers.
+        account: N, sampling, unit, σ or (ε, δ), accountant.
+    """
+    if optimizer is None:
+        settings = suggest(
+            model,
+            input_shape=input_shape,
+            expected_batch_size=expected_batch_size,
+            steps=steps,
+            epochs=epochs,
+            criterion=criterion,
+            gate=float(gate.start().bound) if isinstance(gate, (FixedGate, QuantileGate)) else gate,
+            allocation=allocation,
+            joints=joints,
+            world=world,
+            **account,
+        )
+        return Complete(
+            plan=settings.plan,
+            optimizer=settings.optimizer(model),
+            criterion=settings.criterion,
+            gate=settings.gate if gate is None else gate,
+            allocation=settings.allocation,
+            joints=settings.joints,
+            settings=settings,
+        )
+    batch, passes = budget(account["dataset_size"], expected_batch_size, steps=steps, epochs=epochs)
+    return Complete(
+        plan=plan_together(world, expected_batch_size=batch, steps=steps, epochs=passes, **account),
+        optimizer=optimizer,
+        criterion=default_criterion(model, input_shape) if criterion is None else criterion,
+        gate=gate,
+        allocation="per_layer" if allocation is None else allocation,
+        joints=tuple(joints or ()),
+    )

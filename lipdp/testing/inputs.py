@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import singledispatch
 
@@ -58,6 +59,17 @@ def starting_inputs(
     gaussian = torch.randn(shape, generator=generator, dtype=torch.float64)
     points |= {"zero": 0 * ones, "tiny": 1e-9 * radius * gaussian, "huge": 1e6 * radius * gaussian}
     return points
+
+
+def starting_tokens(
+    shape: tuple[int, ...], vocabulary: int, *, random: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Name → tokens: one alone, in which all gradients of a table meet, one after the other, and `random` ones."""
+    count = math.prod(shape)
+    alone = {f"token {t}": torch.full(shape, t) for t in range(min(vocabulary, 8))}
+    orders = {"in turn": torch.arange(count) % vocabulary, "backwards": (-1 - torch.arange(count)) % vocabulary}
+    drawn = {f"random {i}": torch.randint(vocabulary, shape, generator=generator) for i in range(max(random, 1))}
+    return alone | {name: t.reshape(shape) for name, t in orders.items()} | drawn
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------

@@ -239,8 +239,8 @@ class PrivacyEngine:
             shape = tuple(input_shape or x.shape[1 if multiplicity == 1 else 2 :])
             warm_up_shards(inner, shape)
             graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
-            loss = as_lipschitz(criterion, graph.num_outputs)
-            check_loss(loss, targets.to(graph.device), graph.num_outputs)
+            loss = as_lipschitz(criterion, graph.output_shape)
+            check_loss(loss, targets.to(graph.device), graph.output_shape)
             state, clock = gate.start(), Clock()
             step = StepInProgress(_gradients(inner, optimizer), grouped=group is not None, forgotten=state.forget)
             loader = BatchLoader(

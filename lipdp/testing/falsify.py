@@ -26,6 +26,7 @@ from lipdp.testing.inputs import (
     input_radius,
     starting_inputs,
     starting_tokens,
+    targets_for,
     weight_settings,
 )
 from lipdp.testing.nodes import autocast, batch_findings, node_findings, pair_findings
@@ -112,8 +113,8 @@ def falsify(
         raise ParameterError("falsify: the samples need an axis; give e.g. input_shape=(1,)")
     copied = copy.deepcopy(model).to(torch.float32 if forward_dtype is not None else dtype)
     graph = BoundGraph(copied, sample_shape(input_shape), dtype=forward_dtype or dtype)
-    criterion = as_lipschitz(loss, graph.num_outputs)
-    tried = example_targets(criterion, graph.num_outputs) if targets is None else targets
+    criterion = as_lipschitz(loss, graph.output_shape)
+    tried = targets_for(criterion, graph.output_shape) if targets is None else targets
     generator = torch.Generator().manual_seed(seed)
     effort = Effort(starts, climbs, steps)
     weights = weights if any(True for _ in copied.parameters()) else ("given",)

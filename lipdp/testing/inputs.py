@@ -85,6 +85,16 @@ def example_targets(loss: nn.Module, num_outputs: int) -> Tensor:
     return torch.arange(num_outputs)
 
 
+def targets_for(loss: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """`example_targets` for outputs of one sample of this shape: of every position alike, and of all in turn."""
+    if not isinstance(loss, losses.PerPixel):
+        return example_targets(loss, math.prod(shape))
+    labels = example_targets(loss.loss, shape[0])
+    alike = labels.view(-1, *[1] * (len(shape) - 1)).expand(len(labels), *shape[1:])
+    in_turn = labels[torch.arange(loss.positions) % len(labels)].reshape(1, *shape[1:])
+    return torch.cat([alike, in_turn])
+
+
 @example_targets.register
 def _(loss: losses.HKR, num_outputs: int) -> Tensor:
     return torch.arange(len(loss.priors))

@@ -15,30 +15,24 @@ from lipdp.constraints import certified_norm, vector_norm
 from lipdp.errors import UnsupportedOperationError
 
 
-def _product(
-    call: Call, first: Input, second: Input, repeats: tuple[float, float], norms: tuple[Number, Number], fan_in: int
-) -> Local:
-    """Y = A B block by block, A repeated r_A times and B r_B times to fill the blocks.
+def _product(call: Call, repeats: tuple[float, float], norms: tuple[Number, Number], fan_in: int) -> Local:
+    """Y = A B block by block, entries repeated to fill the blocks where an operand has fewer.
 
-    ‖Y‖_F ≤ ‖A‖₂ ‖B‖_F ≤ ‖A‖_F ‖B‖_F, and the cotangents of A are G Bᵀ, summed over its repetitions: by Cauchy–Schwarz
-    ‖∇_A‖ ≤ √r_B ‖B‖ G. Where B is a weight, its largest block norm is in the place of ‖B‖, and √r_A for the repetitions.
+    The cotangent of a block of A is Σ_r G_r B_rᵀ, of norm ≤ ‖G‖ √Σ_r ‖B_r‖² by Cauchy–Schwarz. Where A is repeated, B
+    isn't: activations have Σ_r ‖B_r‖² ≤ ‖B‖_F², and r times the largest ‖B_r‖₂² serves for a weight. In the same way
+    ‖Y‖² ≤ Σ ‖A‖² ‖B‖² over pairs that are there once.
 
     Args:
-        norms: of a block of each operand, where it is a weight; else its value bound.
+        repeats: r of each operand.
+        norms: the largest norm of a block, where the operand is a weight; else its value bound.
     """
-    gains = []
-    for own, other, r_own, r_other, norm in (
-        (first, second, *repeats, norms[1]),
-        (second, first, *repeats[::-1], norms[0]),
-    ):
-        gains.append(times(math.sqrt(r_own if other.constant is not None else r_other), norm))
-    if second.constant is not None:
-        cap = times(gains[0], first.value)
-    elif first.constant is not None:
-        cap = times(gains[1], second.value)
-    else:
-        cap = times(math.sqrt(min(repeats)), times(first.value, second.value))
-    return Local(gains=tuple(gains), value_cap=cap, fan_in=fan_in)
+    (first, second), (one, two) = call.inputs, norms
+    gains = (
+        times(math.sqrt(repeats[0]) if second.constant is not None else 1.0, two),
+        times(math.sqrt(repeats[1]) if first.constant is not None else 1.0, one),
+    )
+    activation = 0 if first.constant is None else 1
+    return Local(gains=gains, value_cap=times(gains[activation], call.inputs[activation].value), fan_in=fan_in)
 
 
 def _norm(call: Call, source: Input, blocks: Tensor | None = None) -> Number:
@@ -80,15 +74,12 @@ def _matmul(call: Call) -> Local:
     if first.constant is None and second.constant is None and rank < 3:
         raise UnsupportedOperationError(f"node '{call.name}' multiplies the samples of a batch with each other")
     blocks = math.prod(call.output_shape[: max(rank - 3, 0)])
-    repeats = []
-    for t in call.inputs:
-        shape = t.shape if t.constant is not None else (1, *t.shape)
-        filled = blocks * math.prod(shape[-2:])
-        repeats.append(max(1.0, filled / t.numel) if t.constant is None else 1.0)
-    inner = (first.shape if first.constant is not None else (1, *first.shape))[-1]
+    shapes = [t.shape if t.constant is not None else (1, *t.shape) for t in call.inputs]
+    repeats = [max(1.0, blocks * math.prod(shape[-2:]) / math.prod(shape)) for shape in shapes]
+    inner = shapes[0][-1]
     norms = _norm(call, first), _norm(call, second)
     sums = max(inner, *(math.prod(call.output_shape) * inner // max(t.numel, 1) for t in call.inputs))
-    return _product(call, first, second, (repeats[0], repeats[1]), norms, sums)
+    return _product(call, (repeats[0], repeats[1]), norms, sums)
 
 
 @rule(torch.einsum)
@@ -115,7 +106,10 @@ def _einsum(call: Call) -> Local:
                 f"node '{call.name}': {equation!r} takes a diagonal, sums over a label of one operand or gives a weight"
                 " a batch axis; there is a bound for products of matrices, block by block"
             )
+    sizes = [dict(zip(o, s.shape if s.constant is not None else (None, *s.shape), strict=True)) for o, s in zip((one, two), operands, strict=True)]
     both = [label for label in one if label in two]
+    if any(sizes[0][label] != sizes[1][label] for label in both):
+        raise UnsupportedOperationError(f"node '{call.name}': a label of {equation!r} has two sizes; expand the smaller one")
     blocks, inner = [label for label in both if label in out], [label for label in both if label not in out]
     norms = []
     for labels, source in ((one, operands[0]), (two, operands[1])):
@@ -129,7 +123,7 @@ def _einsum(call: Call) -> Local:
         parts = [math.prod(sizes[i:j]) for i, j in ((0, len(blocks)), (len(blocks), len(blocks) + len(own)))]
         norms.append(_norm(call, source, ordered.reshape(parts[0], parts[1], -1)))
     x = next(source for source in operands if source.constant is None)
-    return _product(call, *operands, (1.0, 1.0), (norms[0], norms[1]), max(x.numel, math.prod(call.output_shape)))
+    return _product(call, (1.0, 1.0), (norms[0], norms[1]), max(x.numel, math.prod(call.output_shape)))
 
 
 def _labels(call: Call, equation: str) -> tuple[tuple[str, str], str]:

@@ -186,7 +186,8 @@ class BoundGraph:
         self._modules = dict(self.module.named_modules())
         tensors = [n for n, info in self._info.items() if info.kind != "plain"]
         self.index = {node: i for i, node in enumerate(tensors)}
-        self.output_index, self.num_outputs = self.index[output], math.prod(self._info[output].shape)
+        self.output_index, self.output_shape = self.index[output], self._info[output].shape
+        self.num_outputs = math.prod(self.output_shape)
         self.constants = [n for n in tensors if self._info[n].kind == "constant"]
         self.steps = [self._step(n) for n in tensors if self._info[n].kind != "constant" and n.op != "placeholder"]
         self.sweep(1.0)  # every rule once: what they refuse is refused here

@@ -141,7 +141,7 @@ def sensitivity(
     if not (gate == math.inf or is_positive(gate)):
         raise ParameterError(f"a cotangent gate is a positive number, got {gate!r}")
     graph = BoundGraph(model, sample_shape(input_shape), dtype=forward_dtype)
-    constant = as_lipschitz(loss, graph.num_outputs).constant
+    constant = as_lipschitz(loss, graph.output_shape).constant
     start = float(constant(float(graph.output_bound())))
     if not min(start, gate) < math.inf:
         raise UnboundedError(

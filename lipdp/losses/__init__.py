@@ -3,6 +3,7 @@
 CrossEntropyLoss: TauCrossEntropy, with probabilities as targets SoftCrossEntropy. BCEWithLogitsLoss: TauBCEWithLogits.
 NLLLoss: NegativeLogLikelihood. L1Loss: MeanAbsoluteError. MSELoss: MeanSquaredError. HuberLoss: Huber. SmoothL1Loss:
     SmoothL1.
+With labels (N, H, W) for logits (N, C, H, W): PerPixel of these, which stands for them by itself.
 MultiMarginLoss: MultiMargin. SoftMarginLoss, MultiLabelSoftMarginLoss: SoftMargin, TauBCEWithLogits.
 """
 
@@ -11,6 +12,7 @@ from lipdp.losses.columns import Huber, MeanAbsoluteError, MeanSquaredError, Smo
 from lipdp.losses.criteria import as_lipschitz
 from lipdp.losses.labels import CosineSimilarity, NegativeLogLikelihood, SoftCrossEntropy, TauCrossEntropy
 from lipdp.losses.margin import HKR, CategoricalHinge, MulticlassHinge, MultiMargin
+from lipdp.losses.pixels import PerPixel
 
 __all__ = [
     "HKR",
@@ -23,6 +25,7 @@ __all__ = [
     "MultiMargin",
     "MulticlassHinge",
     "NegativeLogLikelihood",
+    "PerPixel",
     "SmoothL1",
     "SoftCrossEntropy",
     "SoftMargin",

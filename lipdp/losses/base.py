@@ -77,12 +77,22 @@ def class_labels(logits: Tensor, target: Tensor, *, at_least: int = 1) -> Tensor
     """One integer label a sample, for logits (N, C); the constants do not hold for soft labels."""
     labels = target.dim() == 1 and not target.is_floating_point()
     if not labels or logits.dim() != 2 or logits.shape[1] < at_least or len(logits) != len(target):
+        logits_shape, shape = (", ".join(["N", *map(str, t.shape[1:])]) for t in (logits, target))
         raise LossError(
-            f"the loss takes logits (N, C) with C ≥ {at_least} and integer labels (N,), got {tuple(logits.shape)} and"
-            f" {tuple(target.shape)} {target.dtype}"
-            + (" (for probabilities there is SoftCrossEntropy)" if target.shape == logits.shape else "")
+            f"the loss takes logits (N, C) with C ≥ {at_least} and integer labels (N,), got ({logits_shape}) and"
+            f" ({shape}) {target.dtype}{_hint(logits, target)}"
         )
     return target.long()
+
+
+def _hint(logits: Tensor, target: Tensor) -> str:
+    if target.dim() == 1 and target.is_floating_point():
+        return ": make them whole numbers, y.long()"
+    if target.shape[1:] == (1,):
+        return ": take the axis of size 1 away, y.squeeze(1)"
+    if target.shape == logits.shape:
+        return ": for probabilities there is SoftCrossEntropy" if target.is_floating_point() else ": take y.argmax(1)"
+    return ""
 
 
 def one_hot_labels(logits: Tensor, target: Tensor, num_classes: int) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from lipdp.errors import LossError
-from lipdp.losses.base import LipschitzLoss
+from lipdp.losses.base import LipschitzLoss, OfLabels
 from lipdp.losses.columns import Huber, MeanAbsoluteError, SmoothL1, SoftMargin, TauBCEWithLogits
 from lipdp.losses.labels import NegativeLogLikelihood, TauCrossEntropy
 from lipdp.losses.margin import MultiMargin
+from lipdp.losses.pixels import PerPixel
 
 _PER_BATCH = (
     "{name} with {what} and reduction='mean' divides by the {count} of the batch, so samples are coupled. Give"
@@ -117,11 +119,14 @@ _WHY_NOT: dict[type[nn.Module], str] = {
 }
 
 
-def as_lipschitz(criterion: nn.Module, num_outputs: int | None = None) -> LipschitzLoss:
+def as_lipschitz(criterion: nn.Module, outputs: int | tuple[int, ...] | None = None) -> LipschitzLoss:
     """The criterion itself, or the lipdp loss that computes the same per sample as a torch criterion.
 
+    A loss of labels of a model with outputs (C, *positions) is `PerPixel` of it.
+
     Args:
-        num_outputs: C of the model, for criteria of torch that are a mean over the outputs; 1 by default.
+        outputs: C of the model, or the shape of its output for one sample: for criteria of torch that are a mean over
+            the outputs; 1 by default.
 
     Raises:
         LossError: no constant is known, or the criterion couples samples (class weights or `ignore_index` with a mean,
@@ -130,6 +135,20 @@ def as_lipschitz(criterion: nn.Module, num_outputs: int | None = None) -> Lipsch
     >>> lipdp.losses.as_lipschitz(torch.nn.CrossEntropyLoss())
     TauCrossEntropy(tau=1.0)
     """
+    shape = outputs if isinstance(outputs, tuple) else ()
+    positions = math.prod(shape[1:])
+    loss = _converted(criterion, math.prod(outputs) if isinstance(outputs, tuple) else outputs)
+    if len(shape) < 2 or not isinstance(loss, OfLabels):
+        return loss
+    if getattr(criterion, "reduction", "mean") != "mean":
+        raise LossError(
+            f"{type(criterion).__name__}(reduction={criterion.reduction!r}) adds up the {positions} positions of a"
+            " sample, where lipdp takes their mean; give reduction='mean', or lipdp.losses.TauCrossEntropy"
+        )
+    return PerPixel(loss, positions)
+
+
+def _converted(criterion: nn.Module, num_outputs: int | None) -> LipschitzLoss:
     if isinstance(criterion, LipschitzLoss):
         return criterion
     name = type(criterion).__name__

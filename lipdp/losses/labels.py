@@ -29,7 +29,7 @@ class TauCrossEntropy(OfLabels):
         label_smoothing: s in [0, 1].
         ignore_index: the label of samples without one: loss 0, gradient 0.
     Shapes:
-        logits (N, C), target (N,) int64.
+        logits (N, C), target (N,) int64; without weights and smoothing also (N, C) probabilities (`SoftCrossEntropy`).
 
     >>> lipdp.losses.TauCrossEntropy(tau=32.0).lipschitz == 2 ** 0.5
     True
@@ -56,6 +56,11 @@ class TauCrossEntropy(OfLabels):
         self.ignore_index = int(ignore_index)
         self.lipschitz = math.sqrt(1 + (1 - self.label_smoothing) ** 2) if self.weight is None else self._of_weights()
 
+    @property
+    def _is_plain(self) -> bool:
+        """Neither weights nor smoothing: the constant holds for probabilities as well."""
+        return self.weight is None and not self.label_smoothing
+
     def _of_weights(self) -> float:
         weight, share = torch.tensor(self.weight, dtype=torch.float64), self.label_smoothing
         a = weight * ((1 - share) * torch.eye(len(weight), dtype=torch.float64) + share / len(weight))
@@ -67,6 +72,8 @@ class TauCrossEntropy(OfLabels):
         return known if target.is_floating_point() or target.dim() != 1 else known | (target == self.ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if target.is_floating_point() and logits.dim() == 2 and target.shape == logits.shape and self._is_plain:
+            return _of_shares(logits, target, self.tau)
         labels = class_labels(logits, target)
         weight = _as_row(self.weight, logits)
         wide = logits if weight is None else logits.to(weight.dtype)
@@ -112,12 +119,16 @@ class SoftCrossEntropy(LipschitzLoss):
                 f"SoftCrossEntropy takes logits and probabilities (N, C), got {tuple(logits.shape)} and"
                 f" {tuple(target.shape)} {target.dtype}; for class labels there is TauCrossEntropy"
             )
-        shares = target.to(logits.dtype).clamp_min(0)
-        shares = shares / shares.sum(1, keepdim=True).clamp_min(1.0)
-        return F.cross_entropy(logits * self.tau, shares, reduction="none") / self.tau
+        return _of_shares(logits, target, self.tau)
 
     def extra_repr(self) -> str:
         return f"tau={self.tau}"
+
+
+def _of_shares(logits: Tensor, target: Tensor, tau: float) -> Tensor:
+    shares = target.to(logits.dtype).clamp_min(0)
+    shares = shares / shares.sum(1, keepdim=True).clamp_min(1.0)
+    return F.cross_entropy(logits * tau, shares, reduction="none") / tau
 
 
 class NegativeLogLikelihood(OfLabels):

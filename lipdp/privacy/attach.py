@@ -153,8 +153,8 @@ def _hooked(
 ) -> StepHooks:
     """The loss checked, the loader and the criterion made, the optimiser hooked."""
     x, targets = records
-    loss = as_lipschitz(request.criterion, graph.num_outputs)
-    check_loss(loss, targets.to(graph.device), graph.num_outputs)
+    loss = as_lipschitz(request.criterion, graph.output_shape)
+    check_loss(loss, targets.to(graph.device), graph.output_shape)
     state, clock = request.gating.start(), Clock()
     step = StepInProgress(
         _gradients(inner, request.optimizer), grouped=request.group is not None, forgotten=state.forget

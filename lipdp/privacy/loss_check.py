@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lipdp.errors import EngineError, LossError
-from lipdp.losses import LipschitzLoss
+from lipdp.losses import LipschitzLoss, PerPixel
 from lipdp.privacy.snapshot import Snapshot
 
 
-def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
+def check_loss(loss: LipschitzLoss, targets: Tensor, outputs: tuple[int, ...]) -> None:
     """Call the loss as training does, with gradients on, and refuse what breaks the bound of one sample.
 
     Change one sample's logits, then leave it out: no other sample's value may change, and no other's gradient. Beside
@@ -24,7 +25,7 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
     Args:
         targets: (n, ...) of the records looked at. One that the loss does not know is mapped to 0
             (`LipschitzLoss.knows`).
-        num_outputs: C.
+        outputs: the shape of the logits of one sample: (C,), (C, H, W), ….
 
     Raises:
         LossError: samples are coupled, there is not one value per sample, the loss trains or changes when it is
@@ -37,21 +38,31 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
             f"{name} has trainable parameters ({', '.join(trained)}), whose gradients get no noise: make them constants"
             " (requires_grad_(False)), or put what is to be learned in the model"
         )
-    logits = torch.linspace(-1.0, 1.0, len(targets) * num_outputs, device=targets.device).reshape(-1, num_outputs)
+    shape = _logits_shape(loss, outputs)
+    logits, classes = _probe(len(targets), shape, targets.device), shape[0]
     if int((~loss.knows(logits, targets)).sum()) > 1:
         raise LossError(
-            f"the targets looked at are none of {name}: for {num_outputs} outputs, class labels are whole numbers in"
-            f" 0 … {num_outputs - 1}, other targets finite numbers"
+            f"the targets looked at are none of {name}: for {classes} outputs, class labels are whole numbers in"
+            f" 0 … {classes - 1}, other targets finite numbers"
         )
-    targets = torch.cat([targets, _others(targets, num_outputs)])
+    targets = torch.cat([targets, _others(targets, classes)])
     with _unchanged(loss), torch.enable_grad():
-        _check_apart(loss, torch.cat([targets, targets]), num_outputs)  # a twin's weight would show a count of classes
+        _check_apart(loss, torch.cat([targets, targets]), shape)  # a twin's weight would show a count of classes
 
 
-def _check_apart(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
+def _logits_shape(loss: LipschitzLoss, outputs: tuple[int, ...]) -> tuple[int, ...]:
+    """The outputs of a sample as the loss is given them here: positions apart for `PerPixel`, else in a row."""
+    return outputs if isinstance(loss, PerPixel) else (math.prod(outputs),)
+
+
+def _probe(count: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.linspace(-1.0, 1.0, count * math.prod(shape), device=device).reshape(count, *shape)
+
+
+def _check_apart(loss: LipschitzLoss, targets: Tensor, shape: tuple[int, ...]) -> None:
     """No sample's value or gradient hangs on another sample."""
     name, count = type(loss).__name__, len(targets)
-    logits = torch.linspace(-1.0, 1.0, count * num_outputs, device=targets.device).reshape(count, num_outputs)
+    logits = _probe(count, shape, targets.device)
     moved = logits.clone()
     moved[0] = moved[0].flip(0) * 3.0 + 1.0
     whole = _called(loss, logits, targets)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipdp.accounting.relation import Relation
 from lipdp.bounds import BoundGraph
-from lipdp.bounds.probe import sample_shape
+from lipdp.bounds.probe import probe_input, sample_shape, vocabulary_of
 from lipdp.bounds.sensitivity import Sensitivity, read_sweep
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.losses import LipschitzLoss, as_lipschitz
@@ -25,6 +25,8 @@ from lipdp.testing.inputs import (
     example_targets,
     input_radius,
     starting_inputs,
+    starting_tokens,
+    targets_for,
     weight_settings,
 )
 from lipdp.testing.nodes import autocast, batch_findings, node_findings, pair_findings
@@ -111,8 +113,8 @@ def falsify(
         raise ParameterError("falsify: the samples need an axis; give e.g. input_shape=(1,)")
     copied = copy.deepcopy(model).to(torch.float32 if forward_dtype is not None else dtype)
     graph = BoundGraph(copied, sample_shape(input_shape), dtype=forward_dtype or dtype)
-    criterion = as_lipschitz(loss, graph.num_outputs)
-    tried = example_targets(criterion, graph.num_outputs) if targets is None else targets
+    criterion = as_lipschitz(loss, graph.output_shape)
+    tried = targets_for(criterion, graph.output_shape) if targets is None else targets
     generator = torch.Generator().manual_seed(seed)
     effort = Effort(starts, climbs, steps)
     weights = weights if any(True for _ in copied.parameters()) else ("given",)
@@ -146,14 +148,15 @@ class _ModelAttack:
     def run(self, weights: str) -> Report:
         """One setting of the weights."""
         declared = self.declared(self.loss)
-        bounds = dict(declared) | {INPUT: declared.lipschitz * declared.loss_constant}
+        tokens = self.graph.vocabulary is not None
+        bounds = dict(declared) | ({} if tokens else {INPUT: declared.lipschitz * declared.loss_constant})
         found, x, y, how, evaluations = self.climb(self.loss, self.targets, bounds, weights)
         with autocast(self.graph.device, self.autocast):
             found |= node_findings(self.graph, self.loss, declared, x, y, how)
             found |= pair_findings(self.graph.model, declared.lipschitz, x, self.radius)
             by_parameter = {q: f for q, f in found.items() if q.startswith("gradient of")}
             found |= batch_findings(self.graph.model, self.loss, declared, by_parameter, x[:8], y[:8])
-        if not isinstance(self.loss, ProbeLoss):
+        if not isinstance(self.loss, ProbeLoss) and not tokens:
             probe = ProbeLoss()
             directions = example_targets(probe, self.graph.num_outputs).to(x.dtype)
             more = self.climb(probe, directions, {INPUT: declared.lipschitz}, weights)
@@ -170,15 +173,20 @@ class _ModelAttack:
         dtype = torch.float64 if self.graph.dtype == torch.float64 else torch.float32
         limits = torch.tensor([b if b > 0 else 1e-300 for b in bounds.values()], dtype=torch.float64)
         ascent = Ascent(objective, limits, self.radius)
-        points = starting_inputs(
-            self.graph.input_shape, self.radius, random=self.effort.starts, generator=self.generator
+        shape, drawn = self.graph.input_shape, {"random": self.effort.starts, "generator": self.generator}
+        tokens = self.graph.vocabulary
+        points = (
+            starting_inputs(shape, self.radius, **drawn) if tokens is None else starting_tokens(shape, tokens, **drawn)
         )
         tried = targets.to(dtype) if targets.is_floating_point() else targets
         tried = tried[torch.randperm(len(tried), generator=self.generator)[: self.effort.targets]]
-        x = torch.stack(list(points.values())).to(dtype).repeat_interleave(len(tried), 0)
+        x = torch.stack(list(points.values())).to(torch.int64 if tokens is not None else dtype)
+        x = x.repeat_interleave(len(tried), 0)
         y = tried.repeat(len(points), *[1] * (tried.dim() - 1))
         how = [f"weights: {weights}, start: {name}" for name in points for _ in range(len(tried))]
         norms = ascent.norms(x, y)
+        if tokens is not None or not bounds:  # nothing to climb along
+            return findings(objective, limits, norms, x, y, how), x, y, how, ascent.evaluations
         climbs = min(self.effort.climbs, len(x))
         ratios = torch.nan_to_num(norms.double() / limits, nan=math.inf)
         best = ratios.topk(climbs, dim=0).indices.T.reshape(-1)  # the best starts of every parameter
@@ -216,7 +224,9 @@ def falsify_layer(
     >>> lipdp.testing.falsify_layer(lipdp.nn.SpectralLinear(4, 3, bias=True), (4,), steps=5).worst <= 1
     True
     """
-    model = nn.Sequential(OrderedDict(bound=InputBound(radius), layer=layer))
+    probe = probe_input(layer, sample_shape(input_shape))
+    front = nn.Identity() if vocabulary_of(layer, probe) is not None else InputBound(radius)
+    model = nn.Sequential(OrderedDict(bound=front, layer=layer))
     return falsify(model, ProbeLoss(), input_shape, raise_on_violation=raise_on_violation, **options)  # type: ignore[arg-type]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import singledispatch
 
@@ -60,6 +61,17 @@ def starting_inputs(
     return points
 
 
+def starting_tokens(
+    shape: tuple[int, ...], vocabulary: int, *, random: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Name → tokens: one alone, in which all gradients of a table meet, one after the other, and `random` ones."""
+    count = math.prod(shape)
+    alone = {f"token {t}": torch.full(shape, t) for t in range(min(vocabulary, 8))}
+    orders = {"in turn": torch.arange(count) % vocabulary, "backwards": (-1 - torch.arange(count)) % vocabulary}
+    drawn = {f"random {i}": torch.randint(vocabulary, shape, generator=generator) for i in range(max(random, 1))}
+    return alone | {name: t.reshape(shape) for name, t in orders.items()} | drawn
+
+
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +83,16 @@ def example_targets(loss: nn.Module, num_outputs: int) -> Tensor:
     tensor([0, 1, 2])
     """
     return torch.arange(num_outputs)
+
+
+def targets_for(loss: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """`example_targets` for outputs of one sample of this shape: of every position alike, and of all in turn."""
+    if not isinstance(loss, losses.PerPixel):
+        return example_targets(loss, math.prod(shape))
+    labels = example_targets(loss.loss, shape[0])
+    alike = labels.view(-1, *[1] * (len(shape) - 1)).expand(len(labels), *shape[1:])
+    in_turn = labels[torch.arange(loss.positions) % len(labels)].reshape(1, *shape[1:])
+    return torch.cat([alike, in_turn])
 
 
 @example_targets.register

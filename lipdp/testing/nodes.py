@@ -47,8 +47,11 @@ def node_findings(
     """The largest value and cotangent of every operation over a batch, beside X and G."""
     observer = _Observer(graph)
     with torch.enable_grad():
-        x = x.detach().clone().requires_grad_()
-        torch.autograd.grad(loss(observer.run(x), y).sum(), [x, *graph.model.parameters()], allow_unused=True)
+        x = x.detach().clone().requires_grad_(x.is_floating_point())
+        wanted = [t for t in (x, *graph.model.parameters()) if t.requires_grad]
+        total = loss(observer.run(x), y).sum()
+        if wanted and total.requires_grad:
+            torch.autograd.grad(total, wanted, allow_unused=True)
     x = x.detach()
     found: list[Finding] = []
     for step, node in zip(graph.steps, declared.nodes, strict=True):
@@ -63,14 +66,20 @@ def node_findings(
 def pair_findings(model: nn.Module, lipschitz: float, x: Tensor, radius: float) -> dict[str, Finding]:
     """‖f(a) − f(b)‖ / ‖a − b‖ over near, far and opposite pairs, beside the Lipschitz constant.
 
-    Below float64 only pairs that are far apart: between near ones there is little but rounding.
+    Below float64 only pairs that are far apart: between near ones there is little but rounding. Tokens are paired with
+    those of other inputs, at one place and at all.
     """
-    near = x + 1e-3 * radius * torch.randn_like(x) / max(x[0].numel(), 1) ** 0.5
-    first, second = torch.cat([x, x, x]), torch.cat([near, x.flip(0), -x])
+    if x.is_floating_point():
+        near = x + 1e-3 * radius * torch.randn_like(x) / max(x[0].numel(), 1) ** 0.5
+        first, second = torch.cat([x, x, x]), torch.cat([near, x.flip(0), -x])
+    else:
+        one = x.clone()
+        one.view(len(x), -1)[:, 0] = one.view(len(x), -1)[:, 0].flip(0)
+        first, second = torch.cat([x, x]), torch.cat([one, x.flip(0)])
     with torch.no_grad(), _without_noise(model, x):
         moved = _norms(model(first) - model(second))
     distance = _norms(first - second)
-    apart = distance > (1e-6 if x.dtype == torch.float64 else 0.5) * radius
+    apart = distance > (0.5 if x.dtype == torch.float32 else 1e-6) * radius
     ratios = torch.where(apart, moved / torch.where(apart, distance, 1.0), 0.0)
     i = largest(ratios)
     quantity = "Lipschitz constant (pairs of inputs)"
@@ -94,7 +103,7 @@ def batch_findings(
 
     def gradients(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         wrt = {name: own[name].detach().requires_grad_() for name in declared}
-        total = loss(functional_call(model, wrt, (x.detach().requires_grad_(),)), y).sum()
+        total = loss(functional_call(model, wrt, (x.detach().requires_grad_(x.is_floating_point()),)), y).sum()
         grads = torch.autograd.grad(total, list(wrt.values()), allow_unused=True)
         return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(wrt.items(), grads, strict=True)}
 
@@ -104,7 +113,7 @@ def batch_findings(
             copies = torch.cat([x, *[sample.unsqueeze(0)] * 57]), torch.cat([y, *[target.unsqueeze(0)] * 57])
             with_all, without = gradients(*copies), gradients(copies[0][:-1], copies[1][:-1])
         for name, bound in declared.items():
-            rounding = 1e2 * torch.finfo(x.dtype).eps * float(with_all[name].norm())
+            rounding = 1e2 * torch.finfo(with_all[name].dtype).eps * float(with_all[name].norm())
             difference = max(float((with_all[name] - without[name]).norm()) - rounding, 0.0)
             quantity = f"batch gradient of {name} with and without one sample"
             found.append(Finding(quantity, difference, bound, how, sample, target))

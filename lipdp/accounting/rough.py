@@ -42,11 +42,17 @@ def _sum(events: Sequence[Event], cells: NDArray[np.float64]) -> tuple[NDArray[n
     mesh = cells[1] - cells[0]
     edges = np.append(cells, -cells[0]) - mesh / 2.0
     total, shift, log_finite = np.ones(_POINTS // 2 + 1, dtype=np.complex128), 0.0, 0.0
+    mean, variance = 0.0, 0.0
     for event in events:
         loss = DIRECTIONS[event.relation][0](event)
         below = loss.cdf(edges)
         masses = np.diff(below)
+        center = loss.mean()
+        mean += event.steps * center
+        variance += event.steps * float(masses @ (cells - center) ** 2)
         total *= rfft(ifftshift(masses)) ** event.steps
-        shift += event.steps * min(max(loss.mean() - float(masses @ cells), -mesh / 2.0), mesh / 2.0)
+        shift += event.steps * min(max(center - float(masses @ cells), -mesh / 2.0), mesh / 2.0)
         log_finite += event.steps * math.log(max(float(below[-1]), 1e-300))
+    if not mean + 8.0 * math.sqrt(variance) < -cells[0]:  # it would come in again on the other side
+        log_finite = -math.inf
     return fftshift(irfft(total, _POINTS)), shift, log_finite

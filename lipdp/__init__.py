@@ -1,6 +1,5 @@
 """lipdp: differentially private training of Lipschitz networks, without per-sample gradient clipping."""
 
-from lipdp.bounds.sensitivity import sensitivity as sensitivity  # eager: the module has the function's name
 from lipdp.lazy import facade
 
 __version__ = "0.1.0"

@@ -9,33 +9,32 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands import account, audit, certify, compare, plan, report, sensitivity, train
-from lipdp.commands.options import Command
+from lipdp.commands.lazily import Entry, lazily
 from lipdp.errors import LipdpError, PeerError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
+_COMMANDS = lazily(
+    train=Entry("train", "train", "Train a model with differential privacy; report ε and the test accuracy."),
+    sensitivity=Entry("sensitivity", "sensitivity", "What each parameter of a model costs: Δ, its noise, its share."),
+    epsilon=Entry("account", "epsilon", "ε of a run, from its noise, by every accountant.", "EPSILON_EPILOG"),
+    calibrate=Entry("account", "calibrate", "The least noise for a target ε, by every accountant.", "CALIBRATE_EPILOG"),
+    plan=Entry("plan", "app", "Plan a private run: batch size, noise and steps for a budget, and what they cost."),
+    compare=Entry("compare", "app", "The same models under clipping-based DP-SGD: speed, memory, utility, robustness."),
+    certify=Entry("certify", "certify", "Certified L2 robustness of a run's model: a radius per test record."),
+    audit=Entry("audit", "audit", "Attack the engine as it is installed here, and bound ε from below."),
+    report=Entry("report", "report", "One page on one run or several: what is private, by how much, and what it cost."),
+)  # fmt: skip
+
 app = typer.Typer(
     name="lipdp",
+    cls=_COMMANDS,
     help="Differentially private training of Lipschitz networks, without clipping.",
     epilog="Start with: [bold]lipdp train[/bold] (digits, no file needed). Each command has --help with examples.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for _command, _epilog in (
-    (train.train, train.EPILOG),
-    (sensitivity.sensitivity, sensitivity.EPILOG),
-    (account.epsilon, account.EPSILON_EPILOG),
-    (account.calibrate, account.CALIBRATE_EPILOG),
-    (audit.audit, audit.EPILOG),
-    (certify.certify, certify.EPILOG),
-    (report.report, report.EPILOG),
-):
-    app.command(cls=Command, epilog=_epilog)(_command)
-app.add_typer(plan.app, name="plan")
-app.add_typer(compare.app)
 
 
 def _show_version(wanted: bool) -> None:

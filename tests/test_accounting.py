@@ -31,6 +31,7 @@ from lipdp.accounting.accountants import (
 from lipdp.accounting.calibration import EpsilonCurve, calibrate
 from lipdp.accounting.privacy_loss import AddLoss, RemoveLoss, ReplaceLoss, renyi
 from lipdp.accounting.relation import Relation
+from lipdp.accounting.rough import rough_epsilon
 from lipdp.errors import AccountingError, CalibrationError, ParameterError, UnknownNameError
 
 ADD, REPLACE = Relation.ADD_OR_REMOVE_ONE, Relation.REPLACE_ONE
@@ -430,6 +431,42 @@ def test_unknown_names_list_the_known_ones():
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("relation", [ADD, REPLACE])
+@pytest.mark.parametrize(
+    ("q", "sigma", "steps", "delta"),
+    [(0.07, 4.6, 300, 1e-5), (0.001, 0.67, 2500, 1e-5), (0.01, 1.7, 10_000, 1e-6), (0.5, 18.8, 100, 1e-5)],
+)
+def test_the_rough_account_is_near_the_exact_one(q, sigma, steps, delta, relation):
+    event = Event(sigma, q, steps, relation)
+    exact = bound("pld", [event], delta)
+    assert rough_epsilon([event], delta, near=exact) == pytest.approx(exact, rel=0.01)
+    assert rough_epsilon([event.with_steps(10**6)], delta, near=exact) == math.inf
+
+
+@pytest.mark.parametrize("target", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize(("q", "steps"), [(0.07, 300), (0.001, 2500)])
+def test_calibration_asks_the_exact_account_once_or_twice(target, q, steps, monkeypatch):
+    asked, prv = [], accounting.PRVAccountant
+    spend = prv.epsilon
+    monkeypatch.setattr(prv, "epsilon", lambda *given: asked.append(given[1]) or spend(*given))
+    calibrate(target_epsilon=target, sampling_rate=q, steps=steps, delta=1e-5)
+    assert sum(bool(events) for events in asked) <= 2
+
+
+@pytest.mark.parametrize("kind", [RemoveLoss, AddLoss, ReplaceLoss])
+@pytest.mark.parametrize(("q", "sigma"), [(0.001, 0.6), (0.2, 1.0), (0.03, 8.0), (1.0, 2.0), (0.3, 0.1)])
+def test_the_curve_of_one_step_is_dp_accountings(q, sigma, kind):
+    kinds = privacy_loss_mechanism.AdjacencyType
+    remove, add = (
+        privacy_loss_mechanism.GaussianPrivacyLoss(sigma, sampling_prob=q, adjacency_type=a)
+        for a in (kinds.REMOVE, kinds.ADD)
+    )
+    t = np.linspace(-3.0, 3.0, 61)
+    curves = {RemoveLoss: remove.get_delta_for_epsilon(t), AddLoss: add.get_delta_for_epsilon(t)}
+    expected = curves.get(kind, np.maximum(*curves.values()))
+    np.testing.assert_allclose(kind(Event(sigma, q, 1)).delta(t), expected, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize(

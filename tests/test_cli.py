@@ -13,10 +13,11 @@ import time
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 
 import lipdp
-from lipdp.cli import main
+from lipdp.cli import app, main
 from lipdp.commands.display import BarMonitor, LineMonitor, show_result
 from lipdp.commands.options import repeat_options
 from lipdp.noise.allocation import get_allocation
@@ -44,6 +45,50 @@ def timeless(path):
         {k: v for k, v in json.loads(line).items() if k != "seconds"}
         for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
+
+
+# --- the command itself -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"], ["--version"], ["plan", "--help"], ["epsilon", "--help"],
+        ["epsilon", "--noise-multiplier", "2", "--sampling-rate", "0.1", "--steps", "20"],
+        ["plan", "--records", "1000", "--epsilon", "8", "--steps", "20", "--accountant", "rdp"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_needs_no_torch_does_not_import_it(arguments):
+    program = (
+        "import sys; from lipdp.cli import main; code = main(sys.argv[1:]);"
+        " assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", ["", "plan", "compare"])
+def test_a_groups_help_says_what_its_commands_say(path):
+    group = typer.main.get_command(app)
+    group = group.commands[path] if path else group
+    with group.make_context("lipdp", ["--help"], resilient_parsing=True) as context:
+        shown = {name: group.get_command(context, name).help for name in group.list_commands(context)}
+    assert shown == {name: command.help.split("\n")[0].strip() for name, command in group.commands.items()}
+
+
+def test_the_shell_completes_commands_and_their_options():
+    def completed(words):
+        program = "import sys; from lipdp.cli import main; sys.exit(main(['ignored']))"
+        asked = {"_LIPDP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return subprocess.run(
+            [sys.executable, "-c", program], env={**ENVIRONMENT, **asked}, capture_output=True, text=True, check=False
+        ).stdout.split()
+
+    assert completed("lipdp se") == ["sensitivity"]
+    assert completed("lipdp plan --max") == ["--max-epochs", "--max-samples"]
 
 
 # --- train ------------------------------------------------------------------------------------------------------------

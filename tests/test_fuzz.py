@@ -21,6 +21,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit import Raises
@@ -101,7 +102,7 @@ ENOUGH = {  # what makes the command quick where the case does not say otherwise
     "epsilon": {"--noise-multiplier": "2", "--sampling-rate": "0.1", "--steps": "20"},
     "calibrate": {"--epsilon": "2", "--sampling-rate": "0.1", "--steps": "20"},
 }  # fmt: skip
-_COMMANDS = {command.callback.__name__: command.callback for command in cli.app.registered_commands}
+_COMMANDS = {name: one.callback for name, one in typer.main.get_command(cli.app).commands.items()}
 _NOT_TRIED = ("download", "resume")  # the network; another sweep
 OPTIONS = {  # name → [(option, its type)]
     name: [

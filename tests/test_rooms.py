@@ -113,7 +113,8 @@ COVERS = {
     "test_bad_records": "privacy/loss_check",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/trace",
     "test_certify": "certify/certificate certify/network commands/robustness",
-    "test_cli": "commands/account commands/options commands/plan commands/sensitivity commands/tables commands/train",
+    "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
+    " commands/train",
     "test_compare": "comparison/plots",
     "test_cost": "commands/scale",
     "test_data": "data/download data/opening data/sources",

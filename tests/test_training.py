@@ -18,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import lipdp
+from lipdp.accounting.plan import default_delta
 from lipdp.data import load
 from lipdp.errors import (
     CheckpointError,
@@ -31,7 +32,7 @@ from lipdp.errors import (
 from lipdp.training import Interrupted, Monitor, Trainer, configure, train
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.choices import LOSSES, make_loss, make_optimizer, make_scheduler
-from lipdp.training.config import config_from_dict, default_delta
+from lipdp.training.config import config_from_dict
 from lipdp.training.ema import Ema
 from lipdp.training.evaluation import evaluate
 from lipdp.training.recipes import _RECIPES, default_model, recipe

@@ -75,10 +75,17 @@ class Spent:
 
 
 class Accountant(ABC):
-    """A way to bound the ε of composed events from above. Stateless; see `get_accountant`."""
+    """A way to bound the ε of composed events from above. Stateless; see `get_accountant`.
+
+    Attributes:
+        name: how it is asked for.
+        fallback: who answers where it fails.
+        excess: about how far its bound lies above ε, relative; where a search begins depends on it, no bound does.
+    """
 
     name: ClassVar[str]
     fallback: ClassVar[str | None]
+    excess: ClassVar[float]
 
     @abstractmethod
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
@@ -208,6 +215,7 @@ class RDPAccountant(Accountant):
 
     name: ClassVar[str] = "rdp"
     fallback: ClassVar[str | None] = None
+    excess: ClassVar[float] = 0.1
 
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
         """See `Accountant.prepare`."""
@@ -232,6 +240,7 @@ class PLDAccountant(Accountant):
 
     name: ClassVar[str] = "pld"
     fallback: ClassVar[str | None] = "rdp"
+    excess: ClassVar[float] = 0.0003
 
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
         """See `Accountant.prepare`."""
@@ -275,6 +284,7 @@ class PRVAccountant(Accountant):
 
     name: ClassVar[str] = "prv"
     fallback: ClassVar[str | None] = "pld"
+    excess: ClassVar[float] = 0.0055
 
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
         """See `Accountant.prepare`."""

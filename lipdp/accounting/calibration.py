@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 
 from scipy.optimize import brentq
@@ -12,11 +13,13 @@ from scipy.special import log_ndtr, ndtr
 from lipdp.accounting.accountants import Counts, checked_delta, get_accountant, merged, prepared
 from lipdp.accounting.events import Event, as_relation
 from lipdp.accounting.relation import Relation
+from lipdp.accounting.rough import rough_epsilon
 from lipdp.errors import AccountingError, CalibrationError, ParameterError
 
 _LARGEST = 1e4
 _SLACK = 0.005  # ε(σ) may lie this far below the target, relative
 _RANGE = (math.log(0.01), math.log(1e6))  # log σ
+_SLOPE = -1.2  # of log ε against log σ, until it is known
 
 
 def calibrate(
@@ -32,7 +35,8 @@ def calibrate(
     """The noise multiplier σ with `0.995·target ≤ ε(σ) ≤ target`.
 
     ε decreases in σ. The search starts where the central limit would have it, `q²T(e^{1/σ²} − 1) = μ²` with μ the
-    Gaussian mechanism of (target, δ), and goes on by secants in (log σ, log ε), kept inside a bracket.
+    Gaussian mechanism of (target, δ), goes to where a rough account meets the target, and on from there to the exact
+    one, both by secants in (log σ, log ε) that are kept inside a bracket. The accountant asked for confirms the answer.
 
     Args:
         target_epsilon: the budget, > 0 and up to 10,000, beyond which nothing is guaranteed; extra events included.
@@ -76,16 +80,31 @@ def calibrate(
             " steps: ε is then 0 at every noise multiplier; δ should be well below 1/(number of records)"
         )
 
-    def cost(sigma: float) -> float:
-        event = Event(sigma, step.sampling_rate, step.steps, step.relation)
+    def cost(bound: Callable[[list[Event]], float], sigma: float) -> float:
         try:
-            return strategy.epsilon([event, *extra_events], delta).epsilon
+            return bound([Event(sigma, step.sampling_rate, step.steps, step.relation), *extra_events])
         except AccountingError:
             return math.inf
 
     mu = gaussian_mu(target_epsilon, delta)
     guess = math.log1p((mu / sampling_rate) ** 2 / steps) ** -0.5
-    return smallest_noise_multiplier(cost, guess, target_epsilon)
+    slope = _SLOPE
+    if sampling_rate < 1.0:  # where the central limit may be far off
+        rough = partial(cost, partial(rough_epsilon, delta=delta, near=target_epsilon))
+        guess, slope = _rough_start(rough, guess, target_epsilon / (1.0 + strategy.excess))
+    exact = partial(cost, lambda events: strategy.epsilon(events, delta).epsilon)
+    return smallest_noise_multiplier(exact, guess, target_epsilon, slope=slope)
+
+
+def _rough_start(cost: Callable[[float], float], guess: float, target: float) -> tuple[float, float]:
+    """Where to begin: a σ near the one sought, and the slope of log ε against log σ there."""
+    try:
+        sigma = smallest_noise_multiplier(cost, guess, target * (1.0 - _SLACK / 2.0), slack=1e-3)
+    except CalibrationError:  # out of its reach, which says nothing about the accountant's
+        return guess, _SLOPE
+    here, beside = cost(sigma), cost(1.02 * sigma)
+    known = 0.0 < beside < here < math.inf
+    return sigma, math.log(beside / here) / math.log(1.02) if known else _SLOPE
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
@@ -97,19 +116,26 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     return float(brentq(excess, 1e-12, 100.0 + 3.0 * math.sqrt(epsilon)))
 
 
-def smallest_noise_multiplier(cost: Callable[[float], float], guess: float, target: float) -> float:
-    """The σ, about the smallest, whose ε = `cost(σ)` is at most the target; the search begins at `guess`.
+def smallest_noise_multiplier(
+    cost: Callable[[float], float], guess: float, target: float, *, slope: float = _SLOPE, slack: float = _SLACK
+) -> float:
+    """The σ, about the smallest, with `(1 − slack)·target ≤ cost(σ) ≤ target`; ε = `cost(σ)`.
+
+    Args:
+        cost: decreasing.
+        guess, slope: where the search begins, and about how log ε goes with log σ there.
+        target, slack: of ε.
 
     Raises:
         CalibrationError: no σ in the range reaches it.
     """
-    goal = math.log(target * (1.0 - _SLACK / 2.0))
+    goal = math.log(target * (1.0 - slack / 2.0))
     low, high = _RANGE[0] - 1.0, _RANGE[1] + 1.0  # log σ: every tried one ≤ low costs too much, ≥ high too little
-    x, slope, last = min(max(math.log(guess), _RANGE[0]), _RANGE[1]), -1.2, None
+    x, last = min(max(math.log(guess), _RANGE[0]), _RANGE[1]), None
     while high - low > 1e-7:
         sigma = math.exp(x)
         value = cost(sigma)
-        if target * (1.0 - _SLACK) <= value <= target:
+        if target * (1.0 - slack) <= value <= target:
             return sigma
         gap = (math.log(value) if value > 0.0 else -math.inf) - goal
         if value > target:
@@ -126,7 +152,7 @@ def smallest_noise_multiplier(cost: Callable[[float], float], guess: float, targ
         x = min(max(x - min(max(gap / slope, -1.0), 1.0), _RANGE[0]), _RANGE[1])
         if not low < x < high:
             x = (low + high) / 2.0
-    raise CalibrationError(f"ε jumps over [{target * (1.0 - _SLACK):.6g}, {target:.6g}] at σ={math.exp(low):.6g}")
+    raise CalibrationError(f"ε jumps over [{target * (1.0 - slack):.6g}, {target:.6g}] at σ={math.exp(low):.6g}")
 
 
 class EpsilonCurve:

@@ -350,3 +350,12 @@ def whole(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
     return int(value)
+
+
+def default_delta(records: int) -> float:
+    """1e-5, or the largest power of ten below 1/N where that is smaller.
+
+    >>> default_delta(60_000), default_delta(600_000)
+    (1e-05, 1e-06)
+    """
+    return min(1e-5, 10.0 ** -len(str(records)))

@@ -50,7 +50,10 @@ def epsilon(
     sampling: Sampling = "poisson",
     as_json: Json = False,
 ) -> None:
-    """ε of a run, from its noise: an upper bound by every accountant."""
+    """ε of a run, from its noise, by every accountant.
+
+    Each is an upper bound.
+    """
     from lipdp.accounting.accountants import get_accountant
 
     drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
@@ -74,7 +77,10 @@ def calibrate(
     sampling: Sampling = "poisson",
     as_json: Json = False,
 ) -> None:
-    """The least noise for a target ε: 0.995 ε ≤ ε(σ) ≤ ε, by every accountant."""
+    """The least noise for a target ε, by every accountant.
+
+    ε of the σ found is at most the target and at least 0.995 of it.
+    """
     drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
     found: dict[str, float] = {}
     notes: dict[str, str] = {}

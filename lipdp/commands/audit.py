@@ -44,7 +44,10 @@ def audit(
     seed: Annotated[int | None, typer.Option(help="repeat the audit exactly")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Attack the engine as it is installed here, and bound ε from below by how well the attacks guess."""
+    """Attack the engine as it is installed here, and bound ε from below.
+
+    The better the attacks guess who took part, the larger the bound.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

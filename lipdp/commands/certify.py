@@ -42,7 +42,10 @@ def certify(
     data_dir: Annotated[str | None, option("data_dir", default="as the run, or $LIPDP_DATA")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Certified L2 robustness of a run's model: a radius per test record in which no input changes the answer."""
+    """Certified L2 robustness of a run's model: a radius per test record.
+
+    No input within the radius changes the answer.
+    """
     from lipdp.certify import IMAGE_RADII
     from lipdp.certify.run import assess, draw, load_run
     from lipdp.errors import ParameterError

@@ -14,7 +14,8 @@ from lipdp.errors import ParameterError
 
 app = typer.Typer(
     name="compare",
-    help="The same models under clipping-based DP-SGD (Opacus and others): speed, memory, utility, robustness.",
+    add_completion=False,
+    help="The same models under clipping-based DP-SGD: speed, memory, utility, robustness.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )

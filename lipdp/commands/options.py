@@ -1,4 +1,7 @@
-"""What the subcommands share: the settings of a run as options, options with several values, and what texts mean."""
+"""What the subcommands share: the settings of a run as options, options with several values, and what texts mean.
+
+The declarations, which need torch for the names that they list, are imported by those commands that take them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,6 @@ import typer
 from typer.core import TyperCommand
 
 from lipdp.errors import ParameterError
-from lipdp.training.config import SETTINGS
 from lipdp.training.settings import GATE, OPTIONS, Setting
 
 INTERRUPTED = 130
@@ -78,6 +80,8 @@ def option(name: str, *, default: str | None = None, panel: str | None = None) -
         default: in words, where it is not the declared one.
         panel: of the help.
     """
+    from lipdp.training.config import SETTINGS
+
     one = SETTINGS[name]
     words = one.default if default is None else default
     help = f"{one.description} (default: {words})" if words else one.description
@@ -94,6 +98,8 @@ def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcom
         names: of the settings; none for all of them.
         defaults: further settings, and what this command takes where they are not given; `...` if they must be.
     """
+    from lipdp.training.config import SETTINGS
+
     chosen = [SETTINGS[name] for name in (*names, *defaults) or SETTINGS]
 
     def parameter(one: Setting) -> inspect.Parameter:

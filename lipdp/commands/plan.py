@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands import scale, simulate
-from lipdp.commands.options import Command, interruptible, option
+from lipdp.commands.lazily import Entry, lazily
+from lipdp.commands.options import interruptible
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -33,9 +33,11 @@ EPILOG = """[bold]Examples[/bold]
 
 With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-against-compute.png and .svg."""
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-app.command(cls=Command, epilog=simulate.EPILOG)(simulate.simulate)
-app.command(cls=Command, epilog=scale.EPILOG)(scale.scale)
+_COMMANDS = lazily(
+    simulate=Entry("simulate", "simulate", "Search hyper-parameters by runs at B/k and σ/k (not private)."),
+    scale=Entry("scale", "scale", "Predict what a private run costs in time and memory on W devices."),
+)
+app = typer.Typer(cls=_COMMANDS, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)
@@ -43,13 +45,13 @@ app.command(cls=Command, epilog=scale.EPILOG)(scale.scale)
 def plan(
     context: typer.Context,
     records: Annotated[int | None, typer.Option(help="N, a public constant")] = None,
-    epsilon: Annotated[float | None, option("epsilon", default="")] = None,
-    delta: Annotated[float | None, option("delta")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="the budget ε")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ (default 1e-5, or the power of ten below 1/N)")] = None,
     steps: Annotated[int | None, typer.Option(help="T (default at most 2500)")] = None,
     max_epochs: Annotated[float | None, typer.Option(help="compute limit, in passes over the data")] = None,
     max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
-    accountant: Annotated[str, option("accountant")] = "prv",
+    accountant: Annotated[str, typer.Option(help="what bounds ε: prv, pld, rdp")] = "prv",
     private_search: Annotated[
         str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
     ] = None,
@@ -64,9 +66,9 @@ def plan(
     if records is None or epsilon is None:
         raise ParameterError("give --records N and --epsilon ε (and --delta, --max-epochs or --max-samples)")
 
+    from lipdp.accounting.plan import default_delta
     from lipdp.planning.budget import Budget
     from lipdp.planning.budget import plan as make
-    from lipdp.training.config import default_delta
 
     search = _search(private_search, repetitions)
     budget = Budget(records, epsilon, default_delta(records) if delta is None else delta, accountant)
@@ -76,13 +78,13 @@ def plan(
         max_samples=_limit(records, max_epochs, max_samples),
         beside=[_setting(b) for b in beside or ()],
     )
-    facts = found.as_dict() | {"command": train_command(found.chosen, budget.epsilon, dataset)}
+    facts: dict[str, Any] = {"command": train_command(found.chosen, budget.epsilon, dataset)}
     if search is not None:
         facts["private_search"] = _search_facts(search, found)
     if out is not None:
-        _write(out, found, facts)
+        _write(out, found, found.as_dict() | facts)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(found.as_dict() | facts, indent=2))
         return
     _show(found, facts, out)
 
@@ -185,12 +187,10 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
         table.add_row("beside", *_cells(point), style="dim")
     console.print(table)
     console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}", highlight=False)
-    wall = min(found.constant_eta, key=lambda pair: abs(pair[0] - 0.5), default=None)
-    if wall is not None and wall[0] < chosen.noise_multiplier:
-        batch = max(1, round(chosen.batch_size * wall[0] / chosen.noise_multiplier))
+    for sigma, epsilon in found.wall:
+        batch = max(1, round(chosen.batch_size * sigma / chosen.noise_multiplier))
         console.print(
-            f"the same η at σ = {wall[0]:g} (B = {batch:,}) would cost ε = {wall[1]:.3g}: the wall",
-            highlight=False,
+            f"the same η at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}: the wall", highlight=False
         )
     if "private_search" in facts:
         search = facts["private_search"]

@@ -41,7 +41,7 @@ def report(
         bool, typer.Option("--run-code", help="build models given as module:function, which runs their code")
     ] = False,
 ) -> None:
-    """One self-contained page on one run or several: what is private, by how much, and what it cost."""
+    """One page on one run or several: what is private, by how much, and what it cost."""
     from lipdp.errors import ParameterError, UnknownNameError
     from lipdp.files import written_whole
     from lipdp.report import FORMATS, gather, render

@@ -38,7 +38,7 @@ def sensitivity(
     num_classes: Annotated[int, typer.Option(help="number of classes")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Per parameter: X, G, the bound Δ on a record's gradient, the noise, its share of the budget."""
+    """What each parameter of a model costs: Δ, its noise, its share."""
     import torch
     from rich.console import Console
 

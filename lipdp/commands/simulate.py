@@ -56,7 +56,10 @@ def simulate(
     run: Annotated[bool, typer.Option("--run", help="then train the full private run in SEARCH/full")] = False,
     confirm: Annotated[Path | None, typer.Option(help="compare with this full run")] = None,
 ) -> None:
-    """Search hyper-parameters by runs at B/k and σ/k (not private), then name the one private run."""
+    """Search hyper-parameters by runs at B/k and σ/k (not private).
+
+    The one private run that follows is named at the end.
+    """
     given |= parse_options("--option", option) or {}
     options = {"scale": scale, "validation": validation, "seed": search_seed}
     given_options = {name: value for name, value in options.items() if value is not None}

@@ -52,7 +52,7 @@ def train(
         typer.Option(help="minutes to wait for a silent process", rich_help_panel="Run", show_default="30", min=0.01),
     ] = None,
 ) -> None:
-    """Train a model with differential privacy; report ε and the accuracy on held-out records."""
+    """Train a model with differential privacy; report ε and the test accuracy."""
     if resume is not None and out is not None:
         raise typer.BadParameter("--resume goes on in its own folder; leave --out out", param_hint="--out")
 

@@ -22,6 +22,7 @@ STEPS = 2500
 
 _QUICK = {"prv": "pld"}  # for the curves: an upper bound too, within 0.03 % of ε, and several times as quick
 _CURVE = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0)  # B on the iso-budget curve, relative to the plan's
+_BEHIND_THE_WALL = 0.5
 _NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant η
 
 
@@ -142,6 +143,15 @@ class Plan:
         """Pairs (σ, exact ε) at the plan's η and T, where B goes as σ: the privacy wall."""
         quick = _quick(self.budget).accountant
         return constant_eta(self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, accountant=quick)
+
+    @property
+    def wall(self) -> tuple[tuple[float, float], ...]:
+        """The pair at σ = 1/2 of `constant_eta`, where that is below the plan's σ."""
+        if self.chosen.noise_multiplier <= _BEHIND_THE_WALL:
+            return ()
+        return constant_eta(
+            self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, noise_multipliers=(_BEHIND_THE_WALL,)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """What `plan.json` holds."""

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from lipdp.accounting.plan import Subsampling
+from lipdp.accounting.plan import Subsampling, default_delta
 from lipdp.data import BOUNDINGS, DATASETS, is_table
 from lipdp.data.augment import AUGMENTS
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
@@ -191,15 +191,6 @@ class TrainConfig:
                 f"the run to resume has other settings ({'; '.join(different)}); leave them out, or start a new run"
             )
         return replace(self, **{n: v for n, v in given.items() if n in RUNTIME})
-
-
-def default_delta(records: int) -> float:
-    """1e-5, or the largest power of ten below 1/N where that is smaller.
-
-    >>> default_delta(60_000), default_delta(600_000)
-    (1e-05, 1e-06)
-    """
-    return min(1e-5, 10.0 ** -len(str(records)))
 
 
 _TAU = setting(number(), METHOD, "temperature of cross-entropy and bce", panel="Model").metadata["setting"]

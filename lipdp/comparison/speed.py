@@ -142,10 +142,10 @@ def _ran_out(results: Results, entry: Entry, config: SpeedConfig) -> bool:
 
 def images(config: SpeedConfig, batch_size: int) -> TensorDataset:
     """Random images and classes, twice as many as a batch holds."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(2 * batch_size, *config.setup.input_shape, generator=generator)
-    y = torch.randint(config.setup.num_classes, (2 * batch_size,), generator=generator)
-    return TensorDataset(x.to(config.device), y.to(config.device))
+    drawn: Any = {"generator": torch.Generator(config.device).manual_seed(0), "device": config.device}
+    x = torch.rand(2 * batch_size, *config.setup.input_shape, **drawn)
+    y = torch.randint(config.setup.num_classes, (2 * batch_size,), **drawn)
+    return TensorDataset(x, y)
 
 
 def start(

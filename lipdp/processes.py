@@ -1,7 +1,8 @@
-"""The peak memory of some steps, taken in a process of their own."""
+"""The peak memory of some steps; on a CPU taken in a process of their own."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import resource
 from collections.abc import Callable
@@ -19,10 +20,11 @@ _SHARE = 0.8  # of the memory that is available
 def peak_bytes(
     prepare: Callable[..., Callable[[], Any]], *arguments: Any, device: str = "cpu", memory_limit: int | None = None
 ) -> int | None:
-    """The most that a process holds which takes three of the steps that `prepare(*arguments)` returns.
+    """The most memory that three of the steps take which `prepare(*arguments)` returns, model and records included.
 
-    The process is forked from a server that has imported the module of `prepare` and nothing else, so that all start
-    alike. On a CPU an allocation beyond the limit fails in it; nothing else on the machine is killed.
+    On a CPU it is that of a process which takes them, forked from a server that has imported the module of `prepare`
+    and nothing else, so that all start alike. An allocation beyond the limit fails in it; nothing else on the machine
+    is killed. On CUDA torch counts what it allocates, so they are taken in this process.
 
     Args:
         prepare: a function at the top level of a module; it and its arguments can be pickled.
@@ -30,27 +32,46 @@ def peak_bytes(
         memory_limit: bytes of data that the process may hold on a CPU; None takes 80 % of what is available.
 
     Returns:
-        Bytes: its resident set, or what torch allocated on the GPU. None where they do not fit, or the process was
-        killed.
+        Bytes: the process's resident set, or the most that torch allocated on the GPU beyond what was there before.
+        None where they do not fit, or the process was killed.
     """
-    limit = (memory_limit or int(_SHARE * _available())) if device == "cpu" else None
+    if device.startswith("cuda"):
+        return _peak_on_cuda(prepare, arguments, device)
+    limit = memory_limit or int(_SHARE * _available())
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([prepare.__module__])
     settings = (torch.get_num_threads(), limit)
     with ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=settings) as pool:
         try:
-            return pool.submit(_peak, prepare, arguments, device).result()
+            return pool.submit(_peak, prepare, arguments).result()
         except BrokenProcessPool:  # the kernel, or an allocation that failed in C++, took it
             return None
 
 
-def _start(threads: int, limit: int | None) -> None:
+def _start(threads: int, limit: int) -> None:
     torch.set_num_threads(threads)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str) -> int | None:
+def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int | None:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if _fit(prepare, arguments) else None
+
+
+def _peak_on_cuda(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str) -> int | None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device))  # cuBLAS takes its workspace once
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        return torch.cuda.max_memory_allocated(device) - before if _fit(prepare, arguments) else None
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _fit(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> bool:
+    """Whether there is memory for three steps."""
     try:
         step = prepare(*arguments)
         for _ in range(_STEPS):
@@ -58,10 +79,8 @@ def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...],
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return None
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return False
+    return True
 
 
 def _available() -> int:
@@ -73,4 +92,5 @@ def _available() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, on any device, says that there is no memory left."""
     text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")  # the last is of cuBLAS and cuDNN
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("opacus")
 from lipdp.cli import main
+from lipdp.comparison import plots
 from lipdp.comparison import speed as speed_module
 from lipdp.comparison import utility as utility_module
 from lipdp.comparison.contenders import Contender, contenders
@@ -22,6 +23,7 @@ from lipdp.comparison.speed import SpeedConfig, speed
 from lipdp.comparison.trainers import TRAINERS, get_trainer
 from lipdp.comparison.utility import UtilityConfig, summary, utility
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
+from lipdp.report.comparison import read_comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,6 +63,47 @@ def test_speed_measures_every_row_and_its_ratios(tmp_path):
             assert cell["ratio_to_non_private"] == 1.0
         assert "ratio_to_plain_non_private" in cell
     assert "| linear-twin | opacus_hooks |" in speed_module.table(results)
+
+
+def test_views_are_measured_in_the_same_rounds(tmp_path):
+    """Of every trainer a cell for each K, with its ratio to one view; ghost clipping is refused more than one."""
+    few = replace(SMALL, batch_sizes=(8,), views=(4, 1), trainers=("non_private", "clipless", "opacus_ghost"))
+    results = speed(few, out=str(tmp_path))
+    for cell in results.cells:
+        if cell["trainer"] == "opacus_ghost" and cell["views"] == 4:
+            assert (cell["status"], "mean over 4 views" in cell["reason"]) == ("refused", True)
+            continue
+        assert cell["ratio_to_non_private"] > 0
+        assert ("ratio_to_one_view" in cell) is (cell["views"] == 4)
+    assert [c["views"] for c in results.find(trainer="clipless")] == [1, 4]
+    assert "| model | trainer | B = 8 | B = 8, 4 views |" in speed_module.table(results)
+    assert "× one view)" in speed_module.table(results)
+    labels = [line.get_label() for line in plots.speed_figure(results).axes[0].get_lines()]
+    assert {"clipless, linear", "clipless, linear, 4 views"} <= set(labels)
+    trainers = {row.trainer for row in read_comparison(tmp_path)}
+    assert {"clipless", "clipless, 4 views"} <= trainers
+    with pytest.raises(ParameterError, match=r"views=\[0\]"):
+        replace(SMALL, views=(0,))
+
+
+def test_a_batch_has_every_view_of_its_records():
+    config = replace(SMALL, views=(3,))
+    session = speed_module.start(config, Contender(get_trainer("non_private"), False), 16, views=3)
+    x, y = next(iter(session.loader))
+    assert len(x) == len(y) > 3
+    assert torch.equal(x[0::3], x[2::3])
+    assert torch.equal(y[0::3], y[1::3])
+    session.close()
+
+
+def test_what_fails_is_a_cell_and_the_others_are_measured(monkeypatch):
+    def broken(self, model, task):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(type(get_trainer("opacus_hooks")), "start", broken)
+    results = speed(replace(SMALL, batch_sizes=(8,)))
+    assert {c["status"] for c in results.find(trainer="clipless")} == {"measured"}
+    assert {c["reason"] for c in results.find(trainer="opacus_hooks")} == {"RuntimeError: no such kernel"}
 
 
 def test_speed_goes_on_where_it_was(tmp_path, monkeypatch):

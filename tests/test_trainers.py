@@ -94,6 +94,44 @@ def test_the_sum_is_of_clipped_gradients(name, microbatch):
     torch.testing.assert_close(seen, EXPECTED[name](each, norms).sum(0), atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("microbatch", [None, 10])
+@pytest.mark.parametrize("name", [*(n for n in EXPECTED if n != "opacus_ghost"), "non_private"])
+def test_of_several_views_the_mean_is_clipped(name, microbatch):
+    """A record's gradient is the mean over its K = 4 views, which are shortened together, never view by view."""
+    model, given = plain_model(), task(sigma=SILENT, microbatch=microbatch, views=4, records=160, scale=4)
+    x, y = given.dataset.tensors
+    labels = y[::4].repeat_interleave(4)
+    each = gradients(model, replace(given, dataset=TensorDataset(x, labels))).unflatten(0, (40, 4)).mean(1)
+    norms = each.norm(dim=1, keepdim=True)
+    assert (norms > 1.05).any()
+    plan = replace(given.plan, dataset_size=40)
+    given = replace(given, dataset=TensorDataset(x.view(40, 4, -1), y[::4]), plan=plan)
+    settings = {"threshold": 2.0} if name == "global_scaled" else {}
+    settings |= {} if name == "non_private" else {"max_grad_norm": 1.0}
+    seen = one_step(name, model, given, (x, labels), **settings)
+    expected = each if name == "non_private" else EXPECTED[name](each, norms)
+    torch.testing.assert_close(seen, expected.sum(0), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clipless", "backprop_clipping"])
+def test_views_reach_the_engine(name):
+    model, given = plain_model(), task()
+    if name == "clipless":
+        model = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(12, 3, bias=False))
+    x, y = given.dataset.tensors
+    given = replace(given, dataset=TensorDataset(x[:, None].expand(-1, 4, -1), y), views=4, microbatch=10)
+    session = get_trainer(name).start(model, given)
+    assert session.loader.views == 4
+    for batch in session.loader:
+        session.step(*batch)
+    session.close()
+
+
+def test_ghost_clipping_refuses_views():
+    with pytest.raises(ParameterError, match="mean over 4 views"):
+        get_trainer("opacus_ghost").start(plain_model(), task(views=4))
+
+
 def test_per_layer_clips_every_parameter():
     model, given = plain_model(), task(sigma=SILENT, scale=3.0)
     each = gradients(model, given).split([p.numel() for p in model.parameters()], dim=1)

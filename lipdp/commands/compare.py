@@ -26,6 +26,8 @@ SPEED_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp compare speed --dataset cifar10 --model vgg --trainers non_private clipless opacus_ghost --out DIR[/green]
 
+[green]lipdp compare speed --views 1 4 16 --batch-sizes 64[/green]  (clipping needs the gradient of every view)
+
 Random images of the data set's shape. DIR then holds results.json, speed.png/.svg, memory.png/.svg; the same command
 goes on where it was stopped."""
 
@@ -47,8 +49,11 @@ def _list(help: str) -> Any:
 @interruptible
 def speed(
     given: dict[str, Any],
-    dataset: Annotated[str, typer.Option(help="whose shape: mnist, fashion-mnist, cifar10, digits")] = "mnist",
+    dataset: Annotated[
+        str, typer.Option(help="whose shape: mnist, fashion-mnist, cifar10, digits, tiny-imagenet")
+    ] = "mnist",
     batch_sizes: Annotated[list[int] | None, _list("expected batch sizes; default 64 256 1024 4096 8192")] = None,
+    views: Annotated[list[int] | None, _list("of each record, averaged in its gradient; default 1")] = None,
     trainers: Annotated[list[str] | None, _list("default: those that cost differently; `all`")] = None,
     kinds: Annotated[list[str] | None, _list("of model: lipschitz, plain (the unconstrained twin)")] = None,
     repeat: Annotated[int, typer.Option(help="interleaved repetitions")] = 7,
@@ -66,7 +71,8 @@ def speed(
 
     if threads := given.pop("threads", None):
         torch.set_num_threads(threads)
-    lists = {"batch_sizes": batch_sizes, "trainers": () if trainers == ["all"] else trainers, "kinds": kinds}
+    lists = {"batch_sizes": batch_sizes, "views": views, "kinds": kinds}
+    lists["trainers"] = () if trainers == ["all"] else trainers
     limit = None if memory_limit is None else int(memory_limit * 2**30)
     config = SpeedConfig(dataset=dataset, repeat=repeat, memory=memory, memory_limit=limit, **given, **_tuples(lists))
     results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))

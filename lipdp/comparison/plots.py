@@ -84,14 +84,15 @@ def _axes(x: str, y: str, *, linear: bool = False) -> tuple[Figure, Axes]:
 
 
 def _lines(axes: Axes, results: Results, x: str, y: Callable[[Cell], float | None]) -> None:
-    keys = dict.fromkeys((cell["trainer"], cell["model"]) for cell in results.cells)
-    for number, (trainer, model) in enumerate(keys):
-        points = [(cell[x], y(cell)) for cell in results.find(trainer=trainer, model=model)]
+    keys = dict.fromkeys((cell["trainer"], cell["model"], cell["views"]) for cell in results.cells)
+    for number, (trainer, model, views) in enumerate(keys):
+        points = [(cell[x], y(cell)) for cell in results.find(trainer=trainer, model=model, views=views)]
         measured = sorted((a, b) for a, b in points if b is not None)
         if measured:
             marker = _MARKERS[number % len(_MARKERS)]
             style = "--" if model.endswith("-twin") else "-"
-            axes.plot(*zip(*measured, strict=True), marker=marker, linestyle=style, label=f"{trainer}, {model}")
+            label = f"{trainer}, {model}" + (f", {views} views" if views > 1 else "")
+            axes.plot(*zip(*measured, strict=True), marker=marker, linestyle=style, label=label)
 
 
 def _finished(figure: Figure, axes: Axes, title: str) -> Figure:

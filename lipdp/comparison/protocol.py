@@ -34,7 +34,10 @@ class Task:
             non-private trainer draws the same batches and leaves σ alone.
         optimizer: makes one from parameters.
         schedule: of the learning rate, as `lipdp.training.make_scheduler` takes it.
-        microbatch: samples a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
+        microbatch: rows a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
+            All views of a record go through together.
+        views: K: an input of the dataset is K views of its record, (K, *features), and a record's gradient the mean of
+            theirs.
         seed: repeatable batches and noise: NOT private.
     """
 
@@ -44,6 +47,7 @@ class Task:
     optimizer: MakeOptimizer
     schedule: str = "constant"
     microbatch: int | None = None
+    views: int = 1
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -63,11 +67,11 @@ class Task:
         """Poisson batches, drawn as the private engine draws them."""
         plan = self.plan
         sampler = PoissonSampler(plan.dataset_size, sampling_rate=plan.sampling_rate, steps=plan.steps, seed=self.seed)
-        return BatchLoader(self.dataset, sampler)
+        return BatchLoader(self.dataset, sampler, views=self.views)
 
     def pieces(self, x: Tensor, y: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-        """A batch in pieces of at most `microbatch`; an empty batch has none."""
-        size = self.microbatch or max(len(x), 1)
+        """A batch in pieces of at most `microbatch` rows, and a record at least; an empty batch has none."""
+        size = self.views * max(self.microbatch // self.views, 1) if self.microbatch else max(len(x), 1)
         return [piece for piece in zip(x.split(size), y.split(size), strict=True) if len(piece[0])]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -26,12 +26,15 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "fashion-mnist": (1, 28, 28),
     "cifar10": (3, 32, 32),
     "digits": (1, 8, 8),
+    "tiny-imagenet": (3, 64, 64),
 }
 DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opacus_functorch", "opacus_ghost")
 """Trainers whose steps cost differently; the other ways of clipping cost what Opacus' hooks cost."""
 
 _MANY = 10**6  # steps: more than a benchmark takes
-OUT_OF_MEMORY, REFUSED, MEASURED = "out of memory", "refused", "measured"
+OUT_OF_MEMORY, REFUSED, FAILED, MEASURED = "out of memory", "refused", "failed", "measured"
+Entry = tuple[Contender, int]
+"""A contender, and how many views of each record it is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class SpeedConfig:
     Attributes:
         dataset: gives the shape of the images, which are random: a step takes as long on them as on real ones.
         model, model_options: of the zoo; None takes the options of the data set's recipe.
-        batch_sizes: expected batch sizes B, in the order they are measured.
+        batch_sizes: expected batch sizes B, measured from the smallest on.
+        views: K, how many views of each record are averaged; every B is measured with every K, in the same rounds.
         trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
         repeat: interleaved repetitions: every trainer takes one step on the same batch, then the next round begins.
         device: "cpu" or a CUDA device.
@@ -53,6 +57,7 @@ class SpeedConfig:
     model: str = "cnn"
     model_options: Mapping[str, Any] | None = None
     batch_sizes: Sequence[int] = (64, 256, 1024, 4096, 8192)
+    views: Sequence[int] = (1,)
     trainers: Sequence[str] = DISTINCT
     kinds: Sequence[str] = ("lipschitz", "plain")
     repeat: int = 7
@@ -64,8 +69,9 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         if self.dataset not in SHAPES:
             raise ParameterError(f"dataset {self.dataset!r}: speed is measured on shapes of {', '.join(SHAPES)}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1 or self.repeat < 1:
-            raise ParameterError(f"batch_sizes={list(self.batch_sizes)}, repeat={self.repeat}: at least 1 is needed")
+        if min([self.repeat, *self.views, *self.batch_sizes]) < 1 or not (self.views and self.batch_sizes):
+            given = f"batch_sizes={list(self.batch_sizes)}, views={list(self.views)}, repeat={self.repeat}"
+            raise ParameterError(f"{given}: at least 1 is needed")
         recommended = recipe(self.dataset, self.model).get("model_options", {})
         options = recommended if self.model_options is None else self.model_options
         setup = Setup(
@@ -89,8 +95,8 @@ def speed(
 
     The time of a step is the median over interleaved repetitions; its ratio to the non-private step of the same model,
     and of the twin, is the median of the ratios within a repetition, so that a slow second of the machine strikes both.
-    Peak memory is that of a process which takes three steps: its resident set on a CPU, `max_memory_allocated` on CUDA.
-    A trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
+    Peak memory is that of three steps: the resident set of a process of their own on a CPU, what torch allocates for
+    them on CUDA. A trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
 
     Args:
         config: what is measured.
@@ -98,62 +104,64 @@ def speed(
         progress: is told what is being measured.
 
     Returns:
-        Cells with trainer, model, dataset, batch_size, status and, where it was measured, step_seconds,
-        step_seconds_iqr, ratio_to_non_private, ratio_to_plain_non_private, peak_bytes.
+        Cells with trainer, model, dataset, batch_size, views, status and, where it was measured, step_seconds,
+        step_seconds_iqr, peak_bytes and the ratios ratio_to_non_private and ratio_to_plain_non_private, at the same
+        number of views, and ratio_to_one_view, of the same trainer.
     """
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
-    entered = contenders(config.trainers, config.kinds)
+    entered = [(c, views) for views in sorted(config.views) for c in contenders(config.trainers, config.kinds)]
     for batch_size in sorted(config.batch_sizes):
         if results.find(batch_size=batch_size):
             continue
-        left = [r for r in entered if not _ran_out(results, r, config)]
-        peaks: dict[Contender, Cell] = {}
-        for contender in left if config.memory else ():
-            progress(f"B = {batch_size}: memory of {contender.trainer.name} on {contender.model_name(config.model)}")
-            peaks[contender] = peak(config, contender, batch_size)
+        left = [entry for entry in entered if not _ran_out(results, entry, config)]
+        peaks: dict[Entry, Cell] = {}
+        for contender, views in left if config.memory else ():
+            what = f"{contender.trainer.name} on {contender.model_name(config.model)}"
+            progress(f"B = {batch_size}: memory of {what}" + (f", {views} views" if views > 1 else ""))
+            peaks[contender, views] = peak(config, contender, batch_size, views=views)
         progress(f"B = {batch_size}: {config.repeat} interleaved repetitions")
-        alive = [r for r in left if peaks.get(r, {}).get("status", MEASURED) == MEASURED]
+        alive = [entry for entry in left if peaks.get(entry, {}).get("status", MEASURED) == MEASURED]
         times = _times(config, alive, batch_size)
-        for contender in entered:
-            measured = times.get(contender, {"status": OUT_OF_MEMORY})
-            cell = (
-                {**measured, **peaks.get(contender, {})}
-                if measured["status"] == MEASURED
-                else {**peaks.get(contender, {}), **measured}
-            )
-            results.add({**_key(config, contender, batch_size), **cell})
+        for entry in entered:
+            found = peaks.get(entry, {"status": OUT_OF_MEMORY})  # or it ran out at a smaller batch
+            found = {**found, **times.get(entry, {})}
+            results.add({**_key(config, entry), "batch_size": batch_size, "device": config.device, **found})
     return results
 
 
-def _key(config: SpeedConfig, contender: Contender, batch_size: int) -> Cell:
-    return {
-        "trainer": contender.trainer.name,
-        "model": contender.model_name(config.model),
-        "dataset": config.dataset,
-        "batch_size": batch_size,
-        "device": config.device,
-    }
+def _key(config: SpeedConfig, entry: Entry) -> Cell:
+    contender, views = entry
+    names = {"trainer": contender.trainer.name, "model": contender.model_name(config.model)}
+    return {**names, "dataset": config.dataset, "views": views}
 
 
-def _ran_out(results: Results, contender: Contender, config: SpeedConfig) -> bool:
-    return bool(
-        results.find(trainer=contender.trainer.name, model=contender.model_name(config.model), status=OUT_OF_MEMORY)
-    )
+def _ran_out(results: Results, entry: Entry, config: SpeedConfig) -> bool:
+    return bool(results.find(**_key(config, entry), status=OUT_OF_MEMORY))
 
 
-def start(config: SpeedConfig, contender: Contender, batch_size: int) -> Session:
-    """A session on random images, every batch about `batch_size` of twice as many records."""
+def images(config: SpeedConfig, batch_size: int) -> TensorDataset:
+    """Random images and classes, twice as many as a batch holds."""
+    drawn: Any = {"generator": torch.Generator(config.device).manual_seed(0), "device": config.device}
+    x = torch.rand(2 * batch_size, *config.setup.input_shape, **drawn)
+    y = torch.randint(config.setup.num_classes, (2 * batch_size,), **drawn)
+    return TensorDataset(x, y)
+
+
+def start(
+    config: SpeedConfig, contender: Contender, batch_size: int, *, views: int = 1, dataset: TensorDataset | None = None
+) -> Session:
+    """A session on random images, every batch about `batch_size` of them. All views of a record are the same."""
     torch.manual_seed(0)
     setup = config.setup
     model = setup.build(contender).to(config.device)
-    x = torch.rand(2 * batch_size, *setup.input_shape, device=config.device)
-    y = torch.randint(setup.num_classes, (2 * batch_size,), device=config.device)
+    x, y = (dataset or images(config, batch_size)).tensors
     task = Task(
-        dataset=TensorDataset(x, y),
+        dataset=TensorDataset(x if views == 1 else x.unsqueeze(1).expand(-1, views, *x.shape[1:]), y),
         loss=setup.loss_for(contender),
         plan=PrivacyPlan(dataset_size=len(x), expected_batch_size=batch_size, steps=_MANY, noise_multiplier=2.0),
         optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        views=views,
         seed=0,  # the same batches for every trainer
     )
     session = contender.trainer.start(model, task)
@@ -161,56 +169,74 @@ def start(config: SpeedConfig, contender: Contender, batch_size: int) -> Session
     return session
 
 
-def prepare(config: SpeedConfig, contender: Contender, batch_size: int) -> Callable[[], None]:
+def prepare(config: SpeedConfig, contender: Contender, batch_size: int, views: int = 1) -> Callable[[], None]:
     """A session's steps, a batch each."""
-    session = start(config, contender, batch_size)
+    session = start(config, contender, batch_size, views=views)
     batches = iter(session.loader)
     return lambda: session.step(*next(batches))
 
 
-def peak(config: SpeedConfig, contender: Contender, batch_size: int) -> Cell:
-    """A cell with the peak memory of a process that takes three steps."""
+def peak(config: SpeedConfig, contender: Contender, batch_size: int, *, views: int = 1) -> Cell:
+    """A cell with the peak memory of three steps."""
     limits: dict[str, Any] = {"device": config.device, "memory_limit": config.memory_limit}
     try:
-        found = peak_bytes(prepare, config, contender, batch_size, **limits)
-    except LipdpError as error:
-        return {"status": REFUSED, "reason": str(error)}
+        found = peak_bytes(prepare, config, contender, batch_size, views, **limits)
+    except (LipdpError, RuntimeError) as error:
+        return _trouble(error)
     return {"status": OUT_OF_MEMORY} if found is None else {"status": MEASURED, "peak_bytes": found}
 
 
-def _times(config: SpeedConfig, asked: Sequence[Contender], batch_size: int) -> dict[Contender, Cell]:
+def _trouble(error: Exception) -> Cell:
+    """What a cell says where there is no measurement."""
+    if is_out_of_memory(error):
+        return {"status": OUT_OF_MEMORY}
+    if isinstance(error, LipdpError):
+        return {"status": REFUSED, "reason": str(error)}
+    return {"status": FAILED, "reason": f"{type(error).__name__}: {error}"}
+
+
+def _times(config: SpeedConfig, asked: Sequence[Entry], batch_size: int) -> dict[Entry, Cell]:
     """Cells with times and ratios."""
-    seconds: dict[Contender, list[float]] = {contender: [] for contender in asked}
-    cells: dict[Contender, Cell] = {}
-    sessions: dict[Contender, Session] = {}
-    for contender in asked:
+    seconds: dict[Entry, list[float]] = {entry: [] for entry in asked}
+    cells: dict[Entry, Cell] = {}
+    sessions: dict[Entry, Session] = {}
+    dataset = images(config, batch_size)
+    for entry in asked:
         try:
-            sessions[contender] = start(config, contender, batch_size)
-        except LipdpError as error:
-            cells[contender] = {"status": REFUSED, "reason": str(error)}
-    batches = {contender: iter(session.loader) for contender, session in sessions.items()}
+            sessions[entry] = start(config, entry[0], batch_size, views=entry[1], dataset=dataset)
+        except (LipdpError, MemoryError, RuntimeError) as error:
+            cells[entry] = _trouble(error)
+    batches = {entry: iter(session.loader) for entry, session in sessions.items()}
     for repetition in range(config.repeat + 2):  # two to warm up
-        for contender in list(sessions):
+        for entry in list(sessions):
             try:
-                taken = _timed(sessions[contender], next(batches[contender]), config.device)
+                taken = _timed(sessions[entry], next(batches[entry]), config.device)
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                cells[contender] = {"status": OUT_OF_MEMORY}
-                sessions.pop(contender).close()
+                cells[entry] = _trouble(error)
+                sessions.pop(entry).close()
                 continue
-            seconds[contender] += [taken] if repetition >= 2 else []
-    for contender, session in sessions.items():
+            seconds[entry] += [taken] if repetition >= 2 else []
+    for entry, session in sessions.items():
         session.close()
-        cells[contender] = {"status": MEASURED, **_summary(seconds[contender])}
-        for name, yardstick in (("ratio_to_non_private", contender.plain), ("ratio_to_plain_non_private", True)):
-            base = next((r for r in sessions if not r.trainer.private and r.plain is yardstick), None)
-            if base is not None:
-                cells[contender][name] = statistics.median(
-                    a / b for a, b in zip(seconds[contender], seconds[base], strict=True)
-                )
+        bases = {name: base for name, base in _bases(entry, sessions).items() if base is not None}
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(seconds[entry], seconds[base], strict=True))
+            for name, base in bases.items()
+        }
+        cells[entry] = {"status": MEASURED, **_summary(seconds[entry]), **ratios}
     gc.collect()
     return cells
+
+
+def _bases(entry: Entry, measured: Collection[Entry]) -> dict[str, Entry | None]:
+    """Ratio → what an entry's times are divided by, if that was measured."""
+    contender, views = entry
+    non_private = {c.plain: (c, k) for c, k in measured if not c.trainer.private and k == views}
+    return {
+        "ratio_to_non_private": non_private.get(contender.plain),
+        "ratio_to_plain_non_private": non_private.get(True),
+        "ratio_to_one_view": (contender, 1) if views > 1 and (contender, 1) in measured else None,
+    }
 
 
 def _timed(session: Session, batch: Any, device: str) -> float:
@@ -227,19 +253,22 @@ def _summary(seconds: Sequence[float]) -> Cell:
 
 
 def table(results: Results) -> str:
-    """Time (and its ratio to non-private) and memory, a row per trainer and model, a column per batch size."""
-    sizes = sorted({cell["batch_size"] for cell in results.cells})
+    """Time (its ratios to non-private and to one view) and memory, a row a trainer and model, a column a batch size."""
+    columns = sorted({(cell["batch_size"], cell["views"]) for cell in results.cells})
     keys = dict.fromkeys((cell["model"], cell["trainer"]) for cell in results.cells)
     body = []
     for model, trainer in keys:
-        cells = [next(iter(results.find(model=model, trainer=trainer, batch_size=b)), {}) for b in sizes]
+        cells = [next(iter(results.find(model=model, trainer=trainer, batch_size=b, views=k)), {}) for b, k in columns]
         body.append([model, trainer, *map(_text, cells)])
-    return markdown(["model", "trainer", *(f"B = {b}" for b in sizes)], body)
+    titles = [f"B = {b}" + (f", {k} views" if k > 1 else "") for b, k in columns]
+    return markdown(["model", "trainer", *titles], body)
 
 
 def _text(cell: Cell) -> str:
     if "step_seconds" not in cell:
         return str(cell.get("status", ""))
-    ratio = f" ({cell['ratio_to_non_private']:.2f}×)" if "ratio_to_non_private" in cell else ""
+    ratios = [f"{cell['ratio_to_non_private']:.2f}×"] if "ratio_to_non_private" in cell else []
+    ratios += [f"{cell['ratio_to_one_view']:.1f} × one view"] if "ratio_to_one_view" in cell else []
+    ratio = f" ({', '.join(ratios)})" if ratios else ""
     memory = f", {cell['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in cell else ""
     return f"{cell['step_seconds'] * 1e3:,.0f} ms{ratio}{memory}"

@@ -48,6 +48,7 @@ class _Cell:
     accuracy: Share | None = None
     auroc: Share | None = None
     batch_size: Count | None = None
+    views: Count = 1
     step_seconds: Positive | None = None
     peak_bytes: Positive | None = None
 
@@ -58,7 +59,8 @@ class _Cell:
     def row(self) -> ComparisonRow:
         """Without its figures: equal for the cells that belong together."""
         if self.score is None:
-            return ComparisonRow(self.dataset, self.model, self.trainer, batch_size=self.batch_size)
+            trainer = f"{self.trainer}, {self.views} views" if self.views > 1 else self.trainer
+            return ComparisonRow(self.dataset, self.model, trainer, batch_size=self.batch_size)
         metric = "accuracy" if self.auroc is None else "auroc"
         budget = self.epsilon if self.target_epsilon is None else self.target_epsilon
         return ComparisonRow(self.dataset, self.model, self.trainer, budget, metric)

@@ -33,8 +33,9 @@ class _Session(Session):
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
+        count = self.task.batch_size * self.task.views
         for xb, yb in self.task.pieces(x, y):
-            (self.task.loss(self.model(xb), yb).sum() / self.task.batch_size).backward()
+            (self.task.loss(self.model(xb), yb).sum() / count).backward()
         self.optimizer.step()
         project_(self.model)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import lipdp.comparison.opacus_layers  # noqa: F401  (registers lipdp's layers with Opacus)
 from lipdp.comparison.protocol import Session, Task, Trainer, put_back, remove_gates
-from lipdp.errors import UnsupportedLayerError
+from lipdp.errors import ParameterError, UnsupportedLayerError
 from lipdp.nn import project_
 
 CLIP_GRID: Mapping[str, Sequence[Any]] = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
@@ -103,6 +103,11 @@ class OpacusSession(Session):
     """A model with Opacus' hooks on it, and Opacus' optimiser. The divisor is the public B, whatever the batch."""
 
     def __init__(self, model: nn.Module, task: Task, trainer: OpacusTrainer) -> None:
+        if trainer.mode == "ghost" and task.views > 1:
+            raise ParameterError(
+                f"{trainer.name} finds the norm of every row's gradient, not of the mean over {task.views} views of a"
+                " record; take opacus_hooks, or one view"
+            )
         self.model, self.task, self.trainer, self.event = model, task, trainer, task.plan.step_event
         self.gates = remove_gates(model)
         self.loader = task.loader()
@@ -136,6 +141,8 @@ class OpacusSession(Session):
             ):  # the first layer's input needs no gradient, and its hook says so every time
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 self.trainer.backward(self, self.task.loss(self.model(xb), yb))
+            if self.task.views > 1:
+                self._average_views()
             self.private.signal_skip_step(do_skip=number < len(pieces))  # the noise comes with the last piece
             self.private.step()
             self._forget()
@@ -148,6 +155,15 @@ class OpacusSession(Session):
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad /= self.task.batch_size
+
+    def _average_views(self) -> None:
+        """A gradient for each record: the mean of its views'.
+
+        Source: De et al. (2022), "Unlocking high-accuracy differentially private image classification through scale".
+        """
+        for parameter in self.parameters:
+            rows: Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+            parameter.grad_sample = rows.unflatten(0, (-1, self.task.views)).mean(1)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
         """Drop the per-sample gradients of a piece, keep the sum."""

@@ -1,7 +1,7 @@
 """What mkdocs adds to the pages: the API and command line references, the notebooks as pages, formulas as MathML.
 
-Nothing here is a second copy: the API pages name what each room's `__init__.py` offers, the command's page is read off its
-declarations, the notebooks are those of examples/.
+Nothing here is a second copy. The API pages name what the `__init__.py` of each room offers. The page of the command is
+read off its declarations. The notebooks are those of examples/.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mkdocs.structure.files import File, Files
 from lipdp.cli import app
 
 ROOT = Path(__file__).parents[1]
-ROOMS = (
+ROOMS = (  # noqa: SIM905 (those that a user meets first come first)
     "privacy losses nn sensitivity accounting noise batches bounds constraints models testing data features training"
     " estimators audit certify planning comparison report integrations distributed errors"
-).split()  # those a user meets first come first
+).split()
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -56,7 +56,7 @@ def on_page_content(text: str, **_: Any) -> str:
     return text
 
 
-# -- API -----------------------------------------------------------------------------------------------------------------
+# -- API ---------------------------------------------------------------------------------------------------------------
 
 
 def source(room: str) -> Path | None:
@@ -83,7 +83,8 @@ def offered(room: str) -> dict[str, str]:
                 names |= ast.literal_eval(table)
             except ValueError:  # {room: … for room in …}
                 continue
-    return {n: m for n, m in names.items() if not n.startswith("_") and n != "facade" and not m.startswith(".")}
+    names = {n: here if m == f".{n}" else m for n, m in names.items()}  # a module of the room
+    return {n: m for n, m in names.items() if not n.startswith("_") and n != "facade"}
 
 
 def origin(module: str, name: str) -> str | None:
@@ -100,6 +101,8 @@ def api_page(room: str) -> str:
     title = "lipdp" if not room else f"lipdp.{room}"
     parts = [f"# {title}", fenced(ast.get_docstring(ast.parse(source(room).read_text())) or "")]
     for name, module in sorted(offered(room).items(), key=lambda item: item[0].lower()):
+        if not room and name in ROOMS and module == "lipdp":
+            continue  # a room has a page of its own
         if borrowed := origin(module, name):
             parts.append(f"## {name}\n\nThe class of that name in `{borrowed}`, as it is.")
         else:
@@ -108,9 +111,8 @@ def api_page(room: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """A docstring with its doctests and indented code as code blocks."""
-    text = re.sub(r"(?:^ *>>> .*\n?(?:^ *\S.*\n?)*)", lambda m: f"\n```pycon\n{m[0].rstrip()}\n```\n", text, flags=re.M)
-    return text
+    """A docstring with its doctests as code blocks."""
+    return re.sub(r"^>>> .*\n?(?:^\S.*\n?)*", lambda m: f"\n```pycon\n{m[0].rstrip()}\n```\n", text, flags=re.M)
 
 
 class Doctests(griffe.Extension):
@@ -121,7 +123,7 @@ class Doctests(griffe.Extension):
             obj.docstring.value = fenced(obj.docstring.value)
 
 
-# -- command line --------------------------------------------------------------------------------------------------------
+# -- command line ------------------------------------------------------------------------------------------------------
 
 
 def commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -165,7 +167,7 @@ def examples(epilog: str | None) -> str:
     )
 
 
-# -- notebooks -----------------------------------------------------------------------------------------------------------
+# -- notebooks ---------------------------------------------------------------------------------------------------------
 
 
 def notebook_page(path: Path) -> str:

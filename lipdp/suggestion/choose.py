@@ -15,7 +15,7 @@ from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_li
 from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.suggestion.joints import Joint, joint_layers, place_joints, without_joints
 from lipdp.suggestion.learning import signals
-from lipdp.suggestion.probe import gradient_norms, output_count, public_inputs, typical
+from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 from lipdp.suggestion.settings import BlockSetting, Settings
 
 TAU = 32.0
@@ -101,7 +101,7 @@ def suggest(
     )
     x = public_inputs(input_shape) if public is None else public
     trial = without_joints(model)
-    outputs = output_count(trial, x)
+    outputs = output_shape(trial, x)
     loss = _criterion(outputs) if criterion is None else as_lipschitz(criterion, outputs)
     if gate is None and loss.lipschitz < math.inf:
         gate = GATE * loss.lipschitz
@@ -139,11 +139,11 @@ def budget(
 
 def default_criterion(model: nn.Module, input_shape: tuple[int, ...]) -> LipschitzLoss:
     """The loss where none is given, by the number of the model's outputs."""
-    return _criterion(output_count(model, public_inputs(input_shape)))
+    return _criterion(output_shape(model, public_inputs(input_shape)))
 
 
-def _criterion(outputs: int) -> LipschitzLoss:
-    return TauBCEWithLogits(TAU) if outputs == 1 else TauCrossEntropy(TAU)
+def _criterion(outputs: tuple[int, ...]) -> LipschitzLoss:
+    return TauBCEWithLogits(TAU) if math.prod(outputs) == 1 else TauCrossEntropy(TAU)
 
 
 def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:

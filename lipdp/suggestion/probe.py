@@ -109,14 +109,14 @@ def gradient_norms(model: nn.Module, x: Tensor, start: float) -> dict[str, float
 
 
 @torch.no_grad()
-def output_count(model: nn.Module, x: Tensor) -> int:
-    """How many logits a sample has.
+def output_shape(model: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """The shape of a sample's logits.
 
-    >>> output_count(torch.nn.Linear(4, 3), torch.ones(5, 4))
-    3
+    >>> output_shape(torch.nn.Linear(4, 3), torch.ones(5, 4))
+    (3,)
     """
     with _ready(model):
-        return int(model(_as_input(model, x[:2])).flatten(1).shape[1])
+        return tuple(model(_as_input(model, x[:2])).shape[1:])
 
 
 def _cotangents(out: Tensor, start: float) -> Tensor:

@@ -51,8 +51,16 @@ LAYERS = {
     "einsum": (lambda: Of(lambda m, x: torch.einsum("bti,ij->btj", x, m.w), w=(3, 3)), (2, 3), (GAIN, W)),
     "einsum ...": (lambda: Of(lambda m, x: torch.einsum("...i,ji->...j", x, m.w), w=(3, 3)), (2, 3), (GAIN, W)),
     "einsum heads": (lambda: Of(lambda m, x: torch.einsum("bhi,hij->bhj", x, m.w), w=(2, 3, 3)), (2, 3), (GAIN, W)),
-    "einsum all": (lambda: Of(lambda m, x: torch.einsum("bij,ijk->bk", x, m.w), w=(2, 3, 1), fill=1.0), (2, 3), (GAIN, W)),
-    "F.conv1d": (lambda: Of(lambda m, x: F.conv1d(x, m.w, m.b, padding="same"), w=(1, 1, 1), b=(1,)), (1, 6), (GAIN, W, B)),
+    "einsum all": (
+        lambda: Of(lambda m, x: torch.einsum("bij,ijk->bk", x, m.w), w=(2, 3, 1), fill=1.0),
+        (2, 3),
+        (GAIN, W),
+    ),
+    "F.conv1d": (
+        lambda: Of(lambda m, x: F.conv1d(x, m.w, m.b, padding="same"), w=(1, 1, 1), b=(1,)),
+        (1, 6),
+        (GAIN, W, B),
+    ),
     "F.conv2d": (
         lambda: Of(lambda m, x: F.conv2d(x, m.w, stride=2, dilation=1), w=(2, 1, 2, 2)),
         *((1, 4, 4), (GAIN, W)),
@@ -67,7 +75,11 @@ LAYERS = {
     "slice": (lambda: Of(lambda m, x: x @ m.w[1:], w=(5, 4)), (4,), (W,)),
     "widened": (lambda: Of(lambda m, x: x + m.w.unsqueeze(0).expand(1, 3, 4), w=(1, 4)), (3, 4), (GAIN, W)),
     "class token": (lambda: Of(lambda m, x: m.w.expand(x.shape[0], 3, 4) + x, w=(1, 1, 4)), (3, 4), (GAIN, W)),
-    "class token, repeat": (lambda: Of(lambda m, x: torch.cat([m.w.repeat(x.size(0), 2, 1), x], 1), w=(1, 1, 4)), (3, 4), (W,)),
+    "class token, repeat": (
+        lambda: Of(lambda m, x: torch.cat([m.w.repeat(x.size(0), 2, 1), x], 1), w=(1, 1, 4)),
+        (3, 4),
+        (W,),
+    ),
     "expand": (lambda: Of(lambda m, x: x.expand(-1, 3, 4)), (1, 4), (GAIN, "value of expand")),
     "repeat": (lambda: Of(lambda m, x: x.repeat(1, 3)), (2,), (GAIN, "value of repeat")),
     "matmul of activations": (lambda: Of(lambda m, x: x @ x.transpose(1, 2)), (1, 1), (GAIN, "value of matmul")),
@@ -174,3 +186,19 @@ def test_einsums_of_operands_with_one_entry_for_many_are_refused():
     layer = Of(lambda m, x: torch.einsum("bhi,hij->bhj", x, m.w), w=(2, 3, 3))
     with pytest.raises(UnsupportedOperationError, match="sizes"):
         BoundGraph(layer, (1, 3), input_bound=1.0)
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 0, 0], (slice(None), [1, 1])])
+def test_a_row_that_a_list_may_name_twice_is_refused(rows):
+    """Four uses of one row make its gradient twice as long; by entries alone, as of a slice, the gain would be 1."""
+
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(10, 8))
+
+        def forward(self, x):
+            return x @ self.weight[rows].t()
+
+    with pytest.raises(UnsupportedOperationError, match="before they meet the input"):
+        lipdp.sensitivity(nn.Sequential(lnn.InputBound(1.0), Picked()), lipdp.losses.TauCrossEntropy(1.0), (8,))

@@ -106,10 +106,15 @@ def _einsum(call: Call) -> Local:
                 f"node '{call.name}': {equation!r} takes a diagonal, sums over a label of one operand or gives a weight"
                 " a batch axis; there is a bound for products of matrices, block by block"
             )
-    sizes = [dict(zip(o, s.shape if s.constant is not None else (None, *s.shape), strict=True)) for o, s in zip((one, two), operands, strict=True)]
+    sizes = [
+        dict(zip(o, s.shape if s.constant is not None else (None, *s.shape), strict=True))
+        for o, s in zip((one, two), operands, strict=True)
+    ]
     both = [label for label in one if label in two]
     if any(sizes[0][label] != sizes[1][label] for label in both):
-        raise UnsupportedOperationError(f"node '{call.name}': a label of {equation!r} has two sizes; expand the smaller one")
+        raise UnsupportedOperationError(
+            f"node '{call.name}': a label of {equation!r} has two sizes; expand the smaller one"
+        )
     blocks, inner = [label for label in both if label in out], [label for label in both if label not in out]
     norms = []
     for labels, source in ((one, operands[0]), (two, operands[1])):

@@ -34,15 +34,24 @@ def _gains(*targets: Hashable) -> Callable[[Gains], Gains]:
 @_gains(
     *(torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze, getattr),
     *("t", "transpose", "permute", "view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "clone"),
-    *("expand", "repeat", operator.getitem, torch.swapaxes, "swapaxes", "movedim", torch.movedim),
+    *("expand", "repeat", torch.swapaxes, "swapaxes", "movedim", torch.movedim),
 )
 def _copied(sources: Sequence[Tensor], out: Tensor, args: Sequence[Any]) -> list[float | Tensor]:
     """Entries at other places, each at most k times: √k; of views of all entries k = |out|/|in|."""
     parts = [part for a in args[1:] for part in (a if isinstance(a, (tuple, list)) else (a,))]
-    plain = all(isinstance(part, (int, slice, type(None), type(Ellipsis))) or part in ("T", "mT") for part in parts)
+    plain = all(isinstance(part, int) or part in ("T", "mT") for part in parts)
     if not plain:
         raise ValueError
     return [math.sqrt(max(1.0, out.numel() / sources[0].numel()))]
+
+
+@_gains(operator.getitem)
+def _picked(sources: Sequence[Tensor], out: Tensor, args: Sequence[Any]) -> list[float | Tensor]:
+    """Entries by whole numbers and slices, each at most once: 1. A list may name a row twice: it is refused."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not all(isinstance(part, (int, slice, type(None), type(Ellipsis))) for part in index):
+        raise ValueError
+    return [1.0]
 
 
 @_gains(operator.mul, torch.mul, "mul")

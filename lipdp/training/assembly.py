@@ -81,7 +81,12 @@ def stated_features(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def plan_of(
-    config: TrainConfig, split: DataSplit, *, noise_multiplier: float | None = None, world: World | None = None
+    config: TrainConfig,
+    split: DataSplit,
+    *,
+    noise_multiplier: float | None = None,
+    world: World | None = None,
+    measured: bool = True,
 ) -> PrivacyPlan:
     """The plan of a run: the one place between a configuration and its q, T, σ and relation.
 
@@ -90,6 +95,7 @@ def plan_of(
         split: the data; where it names owners, they are the units.
         noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
         world: the processes that train together.
+        measured: whether what the recipe for tables measures is part of it; without, of the model's training alone.
 
     Raises:
         CalibrationError, ParameterError: no σ reaches the target; a value out of range.
@@ -105,7 +111,7 @@ def plan_of(
         target_epsilon=config.epsilon,
         target_delta=config.delta,
         accountant=config.accountant,
-        shares=measured_shares(bounding_of(config, split)) if config.model in TABLES else None,
+        shares=measured_shares(bounding_of(config, split)) if measured and config.model in TABLES else None,
     )
 
 

@@ -60,10 +60,8 @@ def set_public_map(features: TableFeatures, bounding: Bounding) -> None:
         return
     limit = _range_of(bounding)
     features.set_(limit or _UNKNOWN_RANGE, features.values)
-    edges = features.edges()
-    features.set_(
-        limit or _UNKNOWN_RANGE, (edges * (math.sqrt(3) / limit if limit else 1)).expand(features.columns, -1)
-    )
+    values = features.edges() * (math.sqrt(3) / limit if limit else 1)
+    features.set_(limit or _UNKNOWN_RANGE, values.expand(features.columns, -1))
 
 
 def _range_of(bounding: Bounding) -> float | None:

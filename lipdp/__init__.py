@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 _ROOMS = (
     "accounting audit batches bounds certify comparison constraints data distributed errors estimators features integrations"
-    " losses models nn noise planning privacy report testing training"
+    " losses models nn noise planning privacy report serving testing training"
 )
 _NAMES = {
     "PrivacyEngine": "lipdp.privacy.engine",
@@ -16,6 +16,7 @@ _NAMES = {
     "calibrate": "lipdp.accounting.calibration",
     "epsilon": "lipdp.accounting.accountants",
     "lipschitz_constant": "lipdp.sensitivity",
+    "load": "lipdp.serving.model",
     "sensitivity": "lipdp.sensitivity",
 } | {room: f".{room}" for room in _ROOMS.split()}
 

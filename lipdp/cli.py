@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands import account, audit, certify, compare, plan, report, sensitivity, train
+from lipdp.commands import account, audit, certify, compare, plan, report, sensitivity, train, use
 from lipdp.commands.options import Command
 from lipdp.errors import LipdpError, PeerError
 
@@ -32,6 +32,8 @@ for _command, _epilog in (
     (audit.audit, audit.EPILOG),
     (certify.certify, certify.EPILOG),
     (report.report, report.EPILOG),
+    (use.export, use.EXPORT_EPILOG),
+    (use.predict, use.PREDICT_EPILOG),
 ):
     app.command(cls=Command, epilog=_epilog)(_command)
 app.add_typer(plan.app, name="plan")

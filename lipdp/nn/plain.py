@@ -155,7 +155,11 @@ def inlined(module: nn.Module) -> nn.Module:
     if is_ours(module):
         graph = _traced(module)
         if graph is not None:
-            return torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
+            made = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
+            for part in made.modules():
+                if type(part) in (nn.Module, type(made)):  # what only holds others starts in training mode
+                    part.training = module.training
+            return made
     for name, child in module._modules.items():
         if child is not None:
             module._modules[name] = inlined(child)

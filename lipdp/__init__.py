@@ -5,8 +5,8 @@ from lipdp.lazy import facade
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "accounting audit batches bounds certify comparison constraints data distributed errors estimators features integrations"
-    " losses models nn noise planning privacy report suggestion testing training"
+    "accounting audit batches bounds certify comparison constraints data distributed errors estimators features"
+    " integrations losses models nn noise planning privacy report serving suggestion testing training"
 )
 _NAMES = {
     "PrivacyEngine": "lipdp.privacy.engine",
@@ -15,6 +15,7 @@ _NAMES = {
     "calibrate": "lipdp.accounting.calibration",
     "epsilon": "lipdp.accounting.accountants",
     "lipschitz_constant": "lipdp.bounds.sensitivity",
+    "load": "lipdp.serving.model",
     "sensitivity": "lipdp.bounds.sensitivity",
     "suggest": "lipdp.suggestion.choose",
 } | {room: f".{room}" for room in _ROOMS.split()}

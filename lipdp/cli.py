@@ -23,6 +23,8 @@ _COMMANDS = lazily(
     compare=Entry("compare", "app", "The same models under clipping-based DP-SGD: speed, memory, utility, robustness."),
     certify=Entry("certify", "certify", "Certified L2 robustness of a run's model: a radius per test record."),
     audit=Entry("audit", "audit", "Attack the engine as it is installed here, and bound ε from below."),
+    export=Entry("use", "export", "Write a trained model for use elsewhere, its input map folded in.", "EXPORT_EPILOG"),
+    predict=Entry("use", "predict", "Labels and probabilities of the records in a file, as CSV.", "PREDICT_EPILOG"),
     report=Entry("report", "report", "One page on one run or several: what is private, by how much, and what it cost."),
 )  # fmt: skip
 

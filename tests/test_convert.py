@@ -286,6 +286,29 @@ def test_to_torch_computes_the_same(name, dtype):
     assert not any(isinstance(m, (lnn.Constrained, lnn.GroupSort2, lnn.GradientGate)) for m in exported.modules())
 
 
+EXPORTED = {
+    **OURS,
+    "sorting": (lambda: nn.Sequential(nn.Flatten(), lnn.GroupSort(4), lnn.FullSort(), lnn.MaxMin()), (1, 4, 4)),
+    "reflections": (lambda: nn.Sequential(lnn.HouseHolder(4), lnn.ScaledAdaptiveAvgPool2d((1, 1))), (4, 8, 8)),
+    "normalised": (lambda: nn.Sequential(lnn.LayerNorm(8), lnn.LayerCentering(8, dim=(-1,), bias=True)), (8,)),
+    "table": (lambda: lipdp.models.build("tabular", input_shape=(5,), num_classes=1), (5,)),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_an_export_holds_nothing_of_ours_and_scripts_and_exports(name):
+    build, shape = EXPORTED[name]
+    model = scramble(build()).eval()
+    exported = lnn.to_torch(model)
+    assert not [m for m in exported.modules() if type(m).__module__.startswith(("lipdp", "deel"))]
+    x = torch.randn(6, *shape)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(exported, (x[:3],), dynamic_shapes=({0: batch},))
+    for made in (exported, torch.jit.script(exported), program.module()):
+        torch.testing.assert_close(made(x), model(x), atol=1e-4, rtol=1e-4)
+
+
 def test_exported_layers_are_torch_nn():
     exported = lnn.to_torch(every_layer())
     kinds = {type(m) for m in exported.modules()}

@@ -24,10 +24,10 @@ from lipdp.constraints import Constraint, Frobenius, Orthogonal, Spectral
 from lipdp.errors import MixesSamplesError
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d, window_overlap
-from lipdp.nn.gates import GradientGate
+from lipdp.nn.gates import GradientGate, ValueClip
 from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
 from lipdp.nn.normalization import GroupNorm, LayerCentering, LayerNorm
-from lipdp.nn.plain import Scale, SortPairs
+from lipdp.nn.plain import Ball, BothSigns, Centred, Reflect, Scale, SortGroups, SortPairs, inlined
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling, ScaledAvgPool2d, ScaledL2NormPool2d
 from lipdp.nn.walk import Converter, Table, fill, placed, refuse, replaced, settings
 
@@ -87,8 +87,9 @@ def to_torch(model: nn.Module) -> nn.Module:
 
     Dense and convolutional layers become `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` with the scale α folded into the weight;
     L2-norm pooling `nn.LPPool2d`, average pooling `nn.AvgPool2d`, pixel shuffles theirs, `LPReLU` `nn.PReLU`. A gate
-    does nothing forwards: `nn.Identity`. What torch.nn has no equivalent of stays a small module in plain torch code:
-    sorting (`SortPairs` for `GroupSort2`), norm projections, centering, residual sums.
+    does nothing forwards: `nn.Identity`. What torch.nn has no equivalent of (sorting, projections, centering, residual
+    sums) becomes a `torch.fx.GraphModule` of torch's own operations: the result imports neither lipdp nor deel-torchlip,
+    and `torch.jit.script`, `torch.export` and ONNX take it.
 
     Guarantees: the same outputs up to rounding, and up to 1e-6 a window for L2-norm pooling. Names, modes, devices,
     dtypes and `requires_grad` are kept, and the model given is not changed. The export is for inference: it has no
@@ -104,7 +105,7 @@ def to_torch(model: nn.Module) -> nn.Module:
       (1): LPPool2d(norm_type=2, kernel_size=(2, 2), stride=None, ceil_mode=False)
     )
     """
-    return replaced(copy.deepcopy(model), _TO_TORCH, "", {})
+    return inlined(replaced(copy.deepcopy(model), _TO_TORCH, "", {}))
 
 
 # --- deel-torchlip → lipdp -------------------------------------------------------------------------------------------
@@ -329,6 +330,11 @@ _TO_TORCH: Table = {
     SpectralConv1d: _to_convolution,
     SpectralConv2d: _to_convolution,
     GroupSort2: lambda name, old: SortPairs(old.dim),
+    GroupSort: lambda name, old: SortGroups(old.group_size, float(old._coefficient_lip)),
+    ValueClip: lambda name, old: Ball(old.bound, old.radius),
+    LayerCentering: lambda name, old: Centred(tuple(old.dim), old.bias),
+    torchlip.MaxMin: lambda name, old: BothSigns(1 if old._dim is None else old._dim, float(old._coefficient_lip)),
+    torchlip.HouseHolder: lambda name, old: Reflect(old.theta),
     GradientGate: lambda name, old: nn.Identity(),
     ScaledL2NormPool2d: lambda name, old: nn.LPPool2d(2, old.kernel_size),
     ScaledAvgPool2d: _to_average_pooling,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lipdp.accounting.accountants import Spent
 from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
-from lipdp.data import Bounding, Columns, DataSplit, bounding, default_bounding, number_of_units, open_split
+from lipdp.data import BOUNDINGS, Bounding, Columns, DataSplit, bounding, default_bounding, number_of_units, open_split
 from lipdp.data.augment import Augmented, augment
 from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
@@ -54,16 +54,29 @@ def bounding_of(config: TrainConfig, split: DataSplit) -> Bounding:
     return bounding(config.bounding, **options)
 
 
-def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[DataSplit, float | None]:
+def with_inputs_named(config: TrainConfig, split: DataSplit) -> TrainConfig:
+    """The configuration that also names the map of the inputs, so that a run's folder says all of a trained model.
+
+    Args:
+        split: the raw data.
+    """
+    made: Any = bounding_of(config, split)
+    name = next(name for name, kind in BOUNDINGS.items() if type(made) is kind)
+    return replace(config, bounding=name, bounding_options=asdict(made))
+
+
+def prepare(
+    config: TrainConfig, *, raw: DataSplit | None = None, progress: Progress | None = None
+) -> tuple[DataSplit, float | None]:
     """The data of a run: read or opened, bounded by public constants, turned into features.
 
     Features are computed of everything at once: a set that stays on disk is read for them, or refused if it is too
-    large.
+    large. `raw`: from `open_configured`, if it was called.
 
     Returns:
         The split, and a bound on the norm of its inputs where the features have one.
     """
-    split = open_configured(config)
+    split = open_configured(config) if raw is None else raw
     split = split.bounded(bounding_of(config, split))
     if config.features is None:
         return split, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,14 +27,22 @@ class Release:
 
     Args:
         config, parts, progress, account, world: of the run.
+        facts: public facts of the data that whoever uses the model needs: the shape of a raw input, the classes.
 
     Attributes:
         saved_at: the step of the last checkpoint; None if what is on disk is not yet this run's.
     """
 
     def __init__(
-        self, config: TrainConfig, parts: Assembly, progress: Progress, account: Account, world: World
+        self,
+        config: TrainConfig,
+        parts: Assembly,
+        progress: Progress,
+        account: Account,
+        world: World,
+        facts: Mapping[str, Any],
     ) -> None:
+        self._facts = dict(facts)
         self._config, self._parts, self._progress = config, parts, progress
         self._account, self._world = account, world
         self.saved_at: int | None = None
@@ -81,4 +90,5 @@ class Release:
             "step": self._progress.step,
             "config": self._config.as_dict(),
             "plan": self._parts.engine.plan.as_dict(),
+            "data": self._facts,
         }

@@ -21,7 +21,7 @@ from lipdp.errors import DataError
 from lipdp.privacy.deferred import DeferredRead
 from lipdp.timing import UNTIMED, Timer
 from lipdp.training.account import Account
-from lipdp.training.assembly import assemble, decided, prepare
+from lipdp.training.assembly import assemble, decided, open_configured, prepare, with_inputs_named
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.config import TrainConfig
 from lipdp.training.environment import environment
@@ -155,8 +155,11 @@ class Trainer:
             torch.set_num_threads(config.threads)
         input_bound = None
         with self.world.fail_together():
-            if split is None:
-                split, input_bound = prepare(config, progress=monitor.features)
+            inputs = split
+            if inputs is None:
+                inputs = open_configured(config)
+                config = with_inputs_named(config, inputs)
+                split, input_bound = prepare(config, raw=inputs, progress=monitor.features)
             config = config.resolve(number_of_units(split), binary=split.task == "binary")
         parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device
@@ -165,7 +168,8 @@ class Trainer:
         self.forward = parts.forward
         self._progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
         self._parts, self._account = parts, Account(config, parts, self._progress)
-        self._release = Release(config, parts, self._progress, self._account, self.world)
+        facts = {"input_shape": list(inputs.input_shape), "num_classes": inputs.num_classes}
+        self._release = Release(config, parts, self._progress, self._account, self.world, facts)
         self._random: Mapping[str, Tensor] = parts.random
         self._shown: DeferredRead | None = None
         self._timer: Timer = UNTIMED

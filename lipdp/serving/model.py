@@ -1,0 +1,208 @@
+"""A trained model as it is used: raw inputs in, labels and probabilities out; the input map and τ are folded in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lipdp.batches.records import finite
+from lipdp.data import Bounding, bounding
+from lipdp.data.split import resize
+from lipdp.errors import CheckpointError, DataError, ParameterError, UnknownNameError
+from lipdp.features.maps import FeatureSpec, features
+from lipdp.files import read_json
+from lipdp.nn.convert import to_torch
+from lipdp.training.checkpoint import RunFolder
+from lipdp.training.choices import make_loss, make_model
+from lipdp.training.config import TrainConfig, config_from_dict
+
+WEIGHTS = ("model", "ema")
+PRETRAINED = "model.safetensors"
+_BATCH = 1024
+
+
+def load(folder: str | os.PathLike[str], *, weights: str = "model", run_code: bool = False) -> TrainedModel:
+    """Read a trained model: from the folder of a run, or from what `save_pretrained` wrote. No data are needed.
+
+    Args:
+        folder: of `lipdp train`, or of `TrainedModel.save_pretrained`.
+        weights: of a run: "model", the last ones, or "ema", their average.
+        run_code: build a model or features given as module:function, which runs that module's code.
+
+    Raises:
+        CheckpointError: the folder can't be read, or doesn't say what the model's inputs are.
+        ParameterError: the model is code of its own, and `run_code` is not set.
+    """
+    if (Path(folder) / PRETRAINED).exists():
+        return TrainedModel.from_pretrained(folder, run_code=run_code)
+    if weights not in WEIGHTS:
+        raise UnknownNameError("weights", weights, WEIGHTS)
+    run = RunFolder(folder)
+    checkpoint = run.load()
+    try:
+        return _built(checkpoint["config"], checkpoint["data"], checkpoint[weights], run.path, run_code=run_code)
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint in {run} has no {error}: it can't be used without its data") from error
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What was trained, ready for use.
+
+    Attributes:
+        network: from mapped inputs to logits, in evaluation mode, on the CPU.
+        bounding, spec: the public map of the inputs, and the feature map behind it, if there is one.
+        input_shape: of a raw input. num_classes: C.
+        tau: temperature of the loss; None where the loss makes no probabilities of logits.
+        config, data: the settings of the run, and the public facts of its data.
+        folder: where it was read.
+    """
+
+    network: nn.Module
+    bounding: Bounding
+    spec: FeatureSpec | None
+    input_shape: tuple[int, ...]
+    num_classes: int
+    tau: float | None
+    config: TrainConfig
+    data: Mapping[str, Any]
+    folder: Path
+
+    def inputs(self, x: Any) -> Tensor:
+        """Raw inputs as training read them: (N, *input_shape) float32. Bytes are pixels of 0 to 255.
+
+        Raises:
+            DataError: another shape, or no numbers.
+        """
+        array = x.numpy(force=True) if isinstance(x, Tensor) else np.asarray(x)
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"inputs of type {array.dtype}: numbers are needed, {self._wanted()}")
+        values = torch.from_numpy(np.asarray(array, dtype=np.float32))
+        shape = self.input_shape
+        if len(shape) == 3:
+            values = values / 255 if array.dtype == np.uint8 else values
+            values = values[:, None] if values.dim() == 3 else values
+            if self.config.image_size is not None and values.dim() == 4:
+                values = resize(values, self.config.image_size)
+        if tuple(values.shape[1:]) != shape:
+            raise DataError(f"inputs of shape {tuple(array.shape)}: {self._wanted()}")
+        return values
+
+    def _wanted(self) -> str:
+        return f"the model takes (N, {', '.join(map(str, self.input_shape))})"
+
+    @torch.no_grad()
+    def logits(self, x: Any) -> npt.NDArray[np.float32]:
+        """(N, outputs) of raw inputs; at temperature 1, as the network gives them."""
+        served = _Served(self, self.network, probabilities=False)
+        parts = [served(part) for part in self.inputs(x).split(_BATCH)]
+        found: npt.NDArray[np.float32] = torch.cat(parts).numpy()
+        return found
+
+    def predict_proba(self, x: Any) -> npt.NDArray[np.float32]:
+        """Probabilities (N, C) of raw inputs: softmax, or sigmoid, of τ times the logits.
+
+        Raises:
+            ParameterError: the loss of the run makes none.
+        """
+        self._require_probabilities()
+        logits = torch.from_numpy(self.logits(x))
+        return _probabilities(logits, float(self.tau or 1.0)).numpy()
+
+    def predict(self, x: Any) -> npt.NDArray[np.int64]:
+        """Labels (N,), 0 … C − 1."""
+        logits = self.logits(x)
+        return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else logits.argmax(1)
+
+    def _require_probabilities(self) -> None:
+        if self.tau is None:
+            raise ParameterError(f"the loss {self.config.loss} makes no probabilities of logits; use predict or logits")
+
+    def as_module(self) -> nn.Module:
+        """All of it as one module in plain torch: raw float32 inputs (N, *input_shape) to probabilities, or to logits
+        where the loss makes none."""
+        return _Served(self, to_torch(self.network), probabilities=self.tau is not None).eval()
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write a file others can use without lipdp: .onnx, or .pt2 (`torch.export`); or a folder, `save_pretrained`."""
+        from lipdp.serving.files import export
+
+        return export(self, Path(path))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a folder: `model.safetensors`, `config.json`, `privacy.json` and a model card, `README.md`."""
+        from lipdp.serving.files import save_pretrained
+
+        return save_pretrained(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, run_code: bool = False) -> TrainedModel:
+        """Read what `save_pretrained` wrote; no pickle is opened."""
+        from lipdp.serving.files import read_weights
+
+        path = Path(folder)
+        written = read_json(path / "config.json")
+        try:
+            return _built(written["config"], written["data"], read_weights(path / PRETRAINED), path, run_code=run_code)
+        except KeyError as error:
+            raise CheckpointError(f"{path / 'config.json'} has no {error}: is it of save_pretrained?") from error
+
+
+class _Served(nn.Module):
+    """Raw inputs, the input map, the network, and probabilities."""
+
+    def __init__(self, model: TrainedModel, network: nn.Module, *, probabilities: bool) -> None:
+        super().__init__()
+        self.network = network
+        self._maps = (model.bounding, *([] if model.spec is None else [model.spec]))
+        self._tau = float(model.tau or 1.0)
+        self._probabilities = probabilities
+
+    def forward(self, x: Tensor) -> Tensor:
+        for one in self._maps:
+            x = finite(one(finite(x))).float()
+        logits = self.network(x)
+        logits = logits[:, None] if logits.dim() == 1 else logits
+        return _probabilities(logits, self._tau) if self._probabilities else logits
+
+
+def _probabilities(logits: Tensor, tau: float) -> Tensor:
+    if logits.shape[1] > 1:
+        return (tau * logits).softmax(1)
+    positive = (tau * logits).sigmoid()
+    return torch.cat([1 - positive, positive], dim=1)
+
+
+def _built(
+    plain: Mapping[str, Any], data: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path, *, run_code: bool
+) -> TrainedModel:
+    """The model of a configuration and the public facts of its data, as `lipdp.training.assembly` built it."""
+    config = config_from_dict(plain)
+    own = [name for name in (config.model, config.features) if name and ":" in name]
+    if own and not run_code:
+        raise ParameterError(f"{folder} is built by code of its own ({', '.join(own)}): pass run_code=True if you trust it")
+    if config.bounding is None:
+        raise CheckpointError(f"the run in {folder} does not name the map of its inputs; it was trained on a given split")
+    shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
+    spec = None if config.features is None else features(config.features, **config.feature_options)
+    loss, outputs = make_loss(str(config.loss), classes, config.loss_options)
+    model_options = dict(config.model_options)
+    if spec is not None and ":" not in config.model:
+        model_options.setdefault("input_bound", spec.norm_bound(shape))
+    network = make_model(config.model, shape if spec is None else spec.output_shape(shape), outputs, model_options)
+    try:
+        network.load_state_dict(dict(weights))
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the weights in {folder} do not fit the model {config.model}: {error}") from error
+    tau = getattr(loss, "tau", None)
+    made = bounding(config.bounding, **options)
+    return TrainedModel(network.eval(), made, spec, shape, classes, tau, config, dict(data), folder)

@@ -14,7 +14,6 @@ from torch import Tensor
 from lipdp.features.scattering import Scattering
 from lipdp.features.synthetic import Draws
 
-_SHIFT = 2
 _PATCHES_OF_EACH = 8
 _CONTRAST = 10.0
 """Added to the variance of a patch of pixels in 0..255."""
@@ -59,10 +58,7 @@ class ScatteringBlock:
         """(n, C, H, W) to (n, C · 81 · grid²), or about half of that."""
         scattering = Scattering()
         x = opponent(x)
-        if self.flips:
-            z = scattering(F.pad(x, (_SHIFT,) * 4, mode="reflect"))[:, :, 1:, 1:]
-        else:
-            z = scattering(x)
+        z = scattering(F.pad(x, (2,) * 4, mode="reflect"))[:, :, 1:, 1:] if self.flips else scattering(x)
         if max(z.shape[2:]) > self.grid:
             z = F.adaptive_avg_pool2d(z, [min(side, self.grid) for side in z.shape[2:]])
         if not self.flips:

@@ -6,7 +6,7 @@ The settings were chosen on public benchmarks. Choosing them by looking at priva
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EPSILON = 3.0
@@ -107,6 +107,26 @@ def recipe(dataset: str, model: str, features: str | None = None) -> Mapping[str
         return _head(features)
     keys = [(name, architecture) for architecture in (model, None) for name in (dataset, None)]
     return next((_RECIPES[key] for key in keys if key in _RECIPES), _RECIPES[None, None])
+
+
+def default_features(dataset: str, input_shape: Sequence[int] | None) -> str | None:
+    """The features where neither a model nor features are named: from the name, or from the format of the images.
+
+    Colour images from 28 pixels on are taken for photographs, grey ones for things on a plain ground. Handwriting has
+    to be named: no record is looked at.
+
+    Args:
+        dataset: as it was given.
+        input_shape: of one record; None where it is not known.
+
+    >>> default_features("mnist", None), default_features("my.npz", (3, 64, 64)), default_features("my.npz", (9,))
+    ('handwriting', 'photographs', None)
+    """
+    if dataset in PICTURES:
+        return PICTURES[dataset]
+    if input_shape is None or len(input_shape) != 3 or min(input_shape[1:]) < 28:
+        return None
+    return {3: "photographs", 1: "objects"}.get(input_shape[0])
 
 
 def default_model(dataset: str, features: str | None = None) -> str:

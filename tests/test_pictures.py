@@ -30,9 +30,12 @@ SHAPES = {"photographs": (3, 12, 12), "objects": (1, 12, 12), "handwriting": (1,
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     _statistics.cache_clear()
     yield
     _statistics.cache_clear()
+    torch.set_num_threads(threads)
 
 
 def images(shape, n=20):
@@ -143,12 +146,13 @@ def test_norm_never_exceeds_the_bound_of_the_engine(name, dtype, tmp_path):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    d=st.sampled_from([1, 3, 64, 5000]), seed=st.integers(0, 999), spread=st.sampled_from([0.0, 1.0, 6.0]),
+    side=st.sampled_from([(1, 1), (1, 3), (8, 8), (50, 100)]), seed=st.integers(0, 999), spread=st.sampled_from([0.0, 1.0, 6.0]),
     dtype=st.sampled_from(["float16", "float32"]),
 )  # fmt: skip
-def test_unit_norm_survives_rounding_for_any_vector(d, seed, spread, dtype):
+def test_unit_norm_survives_rounding_for_any_vector(side, seed, spread, dtype):
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(4, 1, 1, d, generator=generator) * 10 ** (spread * torch.randn(4, 1, 1, d, generator=generator))
+    z, scale = torch.randn(2, 4, 1, *side, generator=generator)
+    z = z * 10 ** (spread * scale)
     found = features("dct", unit_norm=True, dtype=dtype)(z)
     assert found.double().norm(dim=1).max() <= 1
     assert found.float().norm(dim=1).max() <= 1

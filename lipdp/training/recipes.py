@@ -64,7 +64,7 @@ def _head(features: str) -> Mapping[str, Any]:
     return {
         "batch_size": None,
         "epochs": None,
-        "steps": 80,
+        "steps": 60,
         "lr": None,
         "loss_options": {"tau": 50.0},
         "gate": _GATES.get(features, 0.5),

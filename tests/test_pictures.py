@@ -146,7 +146,8 @@ def test_norm_never_exceeds_the_bound_of_the_engine(name, dtype, tmp_path):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    side=st.sampled_from([(1, 1), (1, 3), (8, 8), (50, 100)]), seed=st.integers(0, 999), spread=st.sampled_from([0.0, 1.0, 6.0]),
+    side=st.sampled_from([(1, 1), (1, 3), (8, 8), (50, 100)]),
+    seed=st.integers(0, 999), spread=st.sampled_from([0.0, 1.0, 6.0]),
     dtype=st.sampled_from(["float16", "float32"]),
 )  # fmt: skip
 def test_unit_norm_survives_rounding_for_any_vector(side, seed, spread, dtype):

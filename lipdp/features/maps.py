@@ -99,7 +99,7 @@ def _dct_matrix(size: int, rows: int) -> Tensor:
     return matrix
 
 
-FEATURES: dict[str, Callable[..., FeatureMap]] = {
+FEATURES: dict[str, type[Pictures] | type[Scattering] | type[Dct]] = {
     "photographs": Pictures, "objects": Objects, "handwriting": Handwriting, "scattering": Scattering, "dct": Dct
 }  # fmt: skip
 

@@ -121,6 +121,7 @@ COVERS = {
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
     "test_dynamics": "comparison/clipping comparison/kernel",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
+    "test_features": "features/maps",
     "test_guards": "privacy/snapshot",
     "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual",
     "test_losses": "losses/base losses/columns losses/criteria losses/labels losses/margin",

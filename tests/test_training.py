@@ -440,6 +440,20 @@ def test_recipes_fill_in_what_was_not_given():
     assert default_model("my.npz") in lipdp.models.names()
 
 
+def test_the_format_of_a_file_of_images_decides_its_features(tmp_path, monkeypatch):
+    y = np.arange(40) % 2
+    formats = {"colour": (3, 28, 28), "grey": (1, 30, 28), "small": (3, 8, 8), "table": (5,), "many": (4, 28, 28)}
+    for name, shape in formats.items():
+        np.savez(tmp_path / f"{name}.npz", X=np.full((40, *shape), 0.5, dtype=np.float32), y=y)
+    found = {name: configure(dataset=str(tmp_path / f"{name}.npz")).features for name in (*formats, "absent")}
+    expected = dict.fromkeys(found) | {"colour": "photographs", "grey": "objects"}
+    assert found == expected
+    colour = str(tmp_path / "colour.npz")
+    assert configure(dataset=colour, model="mlp").features is None
+    assert configure(dataset=colour, image_size=(8, 8)).features is None
+    assert configure(dataset=str(tmp_path / "small.npz"), image_size=(28, 28)).features == "photographs"
+
+
 def test_delta_is_below_one_over_n_and_at_most_1e_5():
     for n in (1, 9, 10, 1437, 60_000, 99_999, 100_000, 619_326, 10**7):
         assert default_delta(n) <= 1e-5

@@ -20,9 +20,9 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp train[/green]  (digits, ε = 3, no file needed)
 
-[green]lipdp train --dataset mnist --data-dir DIR --model cnn --epsilon 1 --out RUN[/green]
+[green]lipdp train --dataset cifar10 --data-dir DIR --epsilon 1 --out RUN[/green]  (a head on fixed features)
 
-[green]lipdp train --dataset mnist --features scattering --model linear --epsilon 1[/green]
+[green]lipdp train --dataset mnist --model cnn --epsilon 1[/green]  (from pixels)
 
 [green]lipdp train --model mlp --model-option width=64 --gate off --allocation global[/green]
 

@@ -77,6 +77,11 @@ class DataSplit(Protocol):
         """With one fixed, data-independent map over the inputs of both parts, record by record."""
         ...
 
+    @property
+    def is_small(self) -> bool:
+        """Whether `in_memory` reads it."""
+        ...
+
     def in_memory(self) -> Split:
         """The same with everything read; DataError where that is too large for memory."""
         ...
@@ -136,6 +141,11 @@ class Split:
     def bounded(self, bounding: Bounding) -> Split:
         """With one map over the inputs of both parts."""
         return replace(self, train_x=bounding(self.train_x), test_x=bounding(self.test_x))
+
+    @property
+    def is_small(self) -> bool:
+        """True: it is in memory."""
+        return True
 
     def in_memory(self) -> Split:
         """Itself."""

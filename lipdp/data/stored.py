@@ -99,6 +99,11 @@ class Stored:
         """With this map over every batch that is read."""
         return replace(self, bounding=bounding)
 
+    @property
+    def is_small(self) -> bool:
+        """Whether all of it takes at most `IN_MEMORY`."""
+        return self._bytes(len(self.train) + len(self.test)) <= IN_MEMORY
+
     def in_memory(self) -> Split:
         """All of it read; DataError beyond `IN_MEMORY`, or where records looked at differ in shape."""
         self._require_small(len(self.train) + len(self.test), "the whole set")
@@ -108,8 +113,11 @@ class Stored:
         parts = torch.cat(x), torch.cat(y), *self.test_part()
         return Split(self.name, *parts, self.num_classes, self.task, self.note, self.train_owner)
 
+    def _bytes(self, records: int) -> int:
+        return 4 * records * math.prod(self.input_shape)
+
     def _require_small(self, records: int, what: str) -> None:
-        needed = 4 * records * math.prod(self.input_shape)
+        needed = self._bytes(records)
         if needed > IN_MEMORY:
             raise DataError(
                 f"{self.name}: {what} takes {needed / 2**30:.1f} GiB in memory, and what was asked for needs it there;"

@@ -2,10 +2,22 @@
 
     split = apply(load("mnist"), features("scattering"))
 
-A map and its normalisation treat each record alone and learn nothing, so they cost no privacy: replacing a record
-changes its own features and no other's.
+A map and its normalisation treat each record alone and learn nothing of any, so they cost no privacy: replacing a
+record changes its own features and no other's. `photographs`, `objects` and `handwriting` learn filters and a whitening
+from synthetic pictures, drawn from a public seed.
 """
 
 from lipdp.features.maps import NORM_FLOOR, Dct, FeatureMap, FeatureSpec, apply, features
+from lipdp.features.pictures import Handwriting, Objects, Pictures
 
-__all__ = ["NORM_FLOOR", "Dct", "FeatureMap", "FeatureSpec", "apply", "features"]
+__all__ = [
+    "NORM_FLOOR",
+    "Dct",
+    "FeatureMap",
+    "FeatureSpec",
+    "Handwriting",
+    "Objects",
+    "Pictures",
+    "apply",
+    "features",
+]

@@ -14,7 +14,6 @@ from torch import Tensor
 from lipdp.features.scattering import Scattering
 from lipdp.features.synthetic import Draws
 
-_SHIFT = 2
 _PATCHES_OF_EACH = 8
 _CONTRAST = 10.0
 """Added to the variance of a patch of pixels in 0..255."""
@@ -59,12 +58,9 @@ class ScatteringBlock:
         """(n, C, H, W) to (n, C · 81 · grid²), or about half of that."""
         scattering = Scattering()
         x = opponent(x)
-        if self.flips:
-            z = scattering(F.pad(x, (_SHIFT,) * 4, mode="reflect"))[:, :, 1:, 1:]
-        else:
-            z = scattering(x)
+        z = scattering(F.pad(x, (2,) * 4, mode="reflect"))[:, :, 1:, 1:] if self.flips else scattering(x)
         if max(z.shape[2:]) > self.grid:
-            z = F.adaptive_avg_pool2d(z, [min(side, self.grid) for side in z.shape[2:]])
+            z = F.adaptive_avg_pool2d(z, (min(z.shape[2], self.grid), min(z.shape[3], self.grid)))
         if not self.flips:
             return z.flatten(1)
         paths = z.shape[1] // x.shape[1]
@@ -174,7 +170,7 @@ class PatchBlock:
         response = F.conv2d(x, filters, stride=self.stride)
         response = (response - mean * filters.sum((1, 2, 3)).reshape(1, -1, 1, 1)) * rate
         threshold = fitted["threshold"].to(x).reshape(1, -1, 1, 1)
-        grid = [min(side, self.grid) for side in response.shape[2:]]
+        grid = (min(response.shape[2], self.grid), min(response.shape[3], self.grid))
         pooled = [F.adaptive_avg_pool2d(F.relu(part - threshold), grid) for part in (response, -response)]
         z = torch.stack(pooled, 1)
         if self.flips:

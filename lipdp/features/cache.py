@@ -24,7 +24,10 @@ _BATCH = 512
 class Spec(Protocol):
     """What `lipdp.features.FeatureSpec` is to the cache."""
 
-    dtype: str
+    @property
+    def dtype(self) -> str:
+        """The type it is stored in."""
+        ...
 
     @property
     def key(self) -> tuple[str, dict[str, Any]]:
@@ -35,7 +38,7 @@ class Spec(Protocol):
         """Of one record."""
         ...
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, /) -> Tensor:
         """Images to features."""
         ...
 

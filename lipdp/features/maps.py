@@ -99,7 +99,7 @@ def _dct_matrix(size: int, rows: int) -> Tensor:
     return matrix
 
 
-FEATURES: dict[str, Callable[..., FeatureMap]] = {
+FEATURES: dict[str, type[Pictures] | type[Scattering] | type[Dct]] = {
     "photographs": Pictures, "objects": Objects, "handwriting": Handwriting, "scattering": Scattering, "dct": Dct
 }  # fmt: skip
 
@@ -215,12 +215,14 @@ class FeatureSpec:
 def features(name: str, **options: Any) -> FeatureSpec:
     """Build a feature stage by name, with the defaults that work well for a linear head.
 
-    `scattering`: J = 2, L = 8, order 2, `group_norm=27`, `unit_norm=True`. `dct`: all frequencies, no normalisation.
+    `photographs`, `objects`, `handwriting`: blocks whose filters and whitening are taken of synthetic pictures
+    (`Pictures`), `unit_norm=True`, `dtype="float16"`. `scattering`: J = 2, L = 8, order 2, `group_norm=27`,
+    `unit_norm=True`. `dct`: all frequencies, no normalisation.
 
     Args:
-        name: `scattering` or `dct`.
-        options: of the map (`J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`,
-            `dtype`).
+        name: of the map.
+        options: of the map (`seed`, `pairs`, `filters`; `J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`,
+            `unit_norm`, `eps`, `dtype`).
 
     Raises:
         UnknownNameError: no such map; the message lists them.

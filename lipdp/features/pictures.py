@@ -176,9 +176,12 @@ def _times_triangle(z: Tensor, lower: Tensor) -> Tensor:
 def _statistics(pictures: Pictures, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """The filters, means and whitenings for images of one (reduced) shape, from the cache, else computed and kept."""
     key = {
-        "pictures": [pictures.name, asdict(pictures)], "by": pictures.version(), "shape": shape, "numpy": np.__version__,
+        "pictures": [pictures.name, asdict(pictures)],
+        "by": pictures.version(),
+        "shape": shape,
+        "numpy": np.__version__,
         "machine": platform.machine(),
-    }  # fmt: skip
+    }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_root() / "features" / f"statistics-{pictures.name}-{digest}.npz"
     try:

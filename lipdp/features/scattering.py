@@ -23,13 +23,9 @@ Filter = tuple[float, npt.NDArray[np.floating[Any]], int]
 
 def _kymatio() -> tuple[Any, Any]:
     """kymatio's 2-D torch transform and filter bank; its package root would pull in a 3-D module that scipy broke."""
-    try:
-        from kymatio.scattering2d.filter_bank import filter_bank
-        from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
-    except ImportError as error:
-        raise ParameterError(
-            f'scattering features need kymatio ({error}): pip install "lipdp[scattering]", or use the features "dct"'
-        ) from error
+    from kymatio.scattering2d.filter_bank import filter_bank
+    from kymatio.scattering2d.frontend.torch_frontend import ScatteringTorch2D
+
     return ScatteringTorch2D, filter_bank
 
 
@@ -52,7 +48,7 @@ class Scattering:
         order: wavelet layers, 1 or 2.
 
     Raises:
-        ParameterError: kymatio is not installed, or images smaller than 2^J.
+        ParameterError: images smaller than 2^J.
 
     >>> Scattering().output_shape((1, 28, 28))
     (81, 7, 7)
@@ -74,7 +70,6 @@ class Scattering:
 
     def version(self) -> str:
         """What computes the map, so that cached features of another kymatio are not used."""
-        _kymatio()
         return f"kymatio {metadata.version('kymatio')}"
 
     def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int]:

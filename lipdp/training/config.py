@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from lipdp.accounting.plan import Subsampling, default_delta
-from lipdp.data import BOUNDINGS, DATASETS, is_table
+from lipdp.data import BOUNDINGS, DATASETS, Columns, is_table, open_split
 from lipdp.data.augment import AUGMENTS
-from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
+from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeError, UnknownNameError
 from lipdp.features.maps import FEATURES
 from lipdp.models import names
 from lipdp.noise.allocation import ALLOCATIONS
@@ -227,8 +228,8 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
         if name not in SETTINGS:
             raise UnknownNameError("setting", name, SETTINGS)
         SETTINGS[name].check(value)
-    if "model" not in given and "augment" not in given and dataset in recipes.PICTURES:
-        given.setdefault("features", recipes.PICTURES[dataset])
+    if not {"model", "features", "augment"} & set(given):
+        given["features"] = recipes.default_features(dataset, _image_shape(given))
     features = given.get("features")
     table = "model" not in given and is_table(dataset, given.get("data_dir"))
     given.setdefault("model", recipes.default_model(dataset, features, table=table))
@@ -256,6 +257,22 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     if "noise_multiplier" not in given:
         given.setdefault("epsilon", recipes.EPSILON)
     return TrainConfig(**{**settings, **given, **({"gate": None} if ungated else {})})
+
+
+def _image_shape(given: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the images of a file or folder that features can be computed of; None of anything else.
+
+    A public fact. Where a set cannot be read, whoever comes to read it says why.
+    """
+    name = given["dataset"]
+    if name in DATASETS or name.startswith("adbench/"):
+        return None
+    columns = Columns(*(given.get(f"{column}_column") for column in ("input", "label", "owner")))
+    with suppress(LipdpError):
+        split = open_split(name, data_dir=given.get("data_dir"), columns=columns)
+        if split.is_small:
+            return (split.input_shape[0], *given.get("image_size", split.input_shape[1:]))
+    return None
 
 
 def config_from_dict(plain: Mapping[str, Any]) -> TrainConfig:

@@ -6,7 +6,7 @@ The settings were chosen on public benchmarks. Choosing them by looking at priva
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 EPSILON = 3.0
@@ -72,7 +72,7 @@ def _head(features: str) -> Mapping[str, Any]:
     return {
         "batch_size": None,
         "epochs": None,
-        "steps": 80,
+        "steps": 60,
         "lr": None,
         "loss_options": {"tau": 50.0},
         "gate": _GATES.get(features, 0.5),
@@ -132,6 +132,26 @@ def default_batch(model: str, records: int, features: str | None = None) -> int:
         return records
     head = features is not None and model == "linear"
     return min(records, FULL_BATCH if head else min(4096, max(256, records // 20)))
+
+
+def default_features(dataset: str, input_shape: Sequence[int] | None) -> str | None:
+    """The features where neither a model nor features are named: from the name, or from the format of the images.
+
+    Colour images from 28 pixels on are taken for photographs, grey ones for things on a plain ground. Handwriting has
+    to be named: no record is looked at.
+
+    Args:
+        dataset: as it was given.
+        input_shape: of one record; None where it is not known.
+
+    >>> default_features("mnist", None), default_features("my.npz", (3, 64, 64)), default_features("my.npz", (9,))
+    ('handwriting', 'photographs', None)
+    """
+    if dataset in PICTURES:
+        return PICTURES[dataset]
+    if input_shape is None or len(input_shape) != 3 or min(input_shape[1:]) < 28:
+        return None
+    return {3: "photographs", 1: "objects"}.get(input_shape[0])
 
 
 def default_model(dataset: str, features: str | None = None, *, table: bool = False) -> str:

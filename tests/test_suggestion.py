@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +138,7 @@ def test_with_an_optimiser_of_ones_own_only_loss_and_budget_are_chosen():
 
 
 def test_learning_rates_leave_the_noise_at_a_share_of_the_weights():
-    """Simulated: noise alone, added up over T steps with momentum and decay, has the spectral norm that was aimed at."""
+    """Simulated: noise alone, added up over T steps with momentum and decay, has the norm that was aimed at."""
     model = lnn.from_torch(nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 3)), (60,))
     settings = lipdp.suggest(
         model, input_shape=(60,), dataset_size=4000, target_epsilon=3.0, target_delta=1e-5, steps=200
@@ -172,6 +174,18 @@ def test_the_table_says_everything(capsys):
         assert word in text
     with pytest.raises(AttributeError):
         settings.gate = 1.0
+
+
+@pytest.mark.filterwarnings("ignore:all .* batches")
+def test_the_pages_run_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "port.md").read_text(), re.S)
+    names = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "port.md", "exec"), names)
+    accuracy = float(re.search(r"accuracy ([\d.]+)", capsys.readouterr().out)[1])
+    assert accuracy > 0.75  # the run is private, so it is not repeatable
+    assert (tmp_path / "run.pt").exists()
 
 
 # --- joints and the probe --------------------------------------------------------------------------------------------
@@ -347,7 +361,7 @@ def test_the_criterion_reads_as_a_mean_and_gradients_are_of_the_sum():
     x, y = plain_tensor(x), plain_tensor(y)
     values = losses.TauCrossEntropy(8.0)(plain(x), y)
     values.sum().backward()
-    assert float(value) == pytest.approx(float(values.detach().mean()), rel=1e-5)
+    assert float(value.detach()) == pytest.approx(float(values.detach().mean()), rel=1e-5)
     for p, q in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
     with torch.no_grad():

@@ -102,7 +102,7 @@ class BudgetSpentWarning(UserWarning):
 
 
 class CannotLearnWarning(UserWarning):
-    """The noise of a run is larger than anything that its gradients can add up to, or Δ has grown far beyond the first."""
+    """The noise of a run drowns anything that its gradients can add up to, or Δ has grown far beyond the first."""
 
 
 class CheckpointError(LipdpError):

@@ -135,6 +135,7 @@ COVERS = {
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
     "test_stored": "data/folders data/hub",
+    "test_suggestion": "privacy/attach privacy/complete privacy/foreign privacy/saved",
     "test_tables": "training/fitted",
     "test_testing": "testing/attack testing/case testing/loss testing/nodes",
     "test_trainers": "comparison/backprop_clipping comparison/trainers/adaptive comparison/trainers/automatic"

@@ -62,12 +62,12 @@ class BatchLoader:
     """Feeds a dataset's records to the training loop in the batches that a sampler draws.
 
     Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
-    each batch not yet consumed (with `passes`, to the end of a pass), as tensors that know which of its rows they hold (`lipdp.batches.rows`); an empty batch
-    comes as tensors of shape `(0, *features)`. Resuming, breaking out and iterating again all continue after the last
-    batch that was *yielded*; after `steps` batches nothing more comes, for `steps` is the privacy budget
-    (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one is an error, since it would
-    hand out the same draw twice. There is no `collate_fn`: a collation that mixes records (mix-up) would break the
-    per-record sensitivity.
+    each batch not yet consumed (with `passes`, up to the end of a pass), as tensors that know which of its rows they
+    hold (`lipdp.batches.rows`); an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
+    iterating again all continue after the last batch that was *yielded*; after `steps` batches nothing more comes, for
+    `steps` is the privacy budget (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one
+    is an error, since it would hand out the same draw twice. There is no `collate_fn`: a collation that mixes records
+    (mix-up) would break the per-record sensitivity.
 
     A `TensorDataset` is indexed directly, in this process and on its own device. Any other map-style dataset goes
     through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer. torch's

@@ -47,14 +47,14 @@ class PrivateCriterion(nn.Module):
     r"""`criterion(model(x), target)`: reads as the mean of ℓ(z_i, y_i); its gradients are the engine's own, of the sum.
 
     The value is for people and is not private. `backward()` adds up Σ_i ∇ℓ_i, whatever the value reads, because the
-    noise is calibrated to a sum; the engine divides by the public batch size after the noise. The
-    cotangent of every sample is computed here and shortened to the gate; when the value is back-propagated, the engine
-    pulls them back to the parameters (`lipdp.privacy.passes` proves what that guarantees).
+    noise is calibrated to a sum; the engine divides by the public batch size after the noise. The cotangent of every
+    sample is computed here and shortened to the gate; when the value is back-propagated, the engine pulls them back to
+    the parameters (`lipdp.privacy.passes` proves what that guarantees).
 
-    Where records are grouped by owner, `criterion(model(x), target, weight)` is the mean with these
-    weights, its gradient that of Σ_i w_i ℓ_i, and row i is gated at w_i times the constant; the weights used are the loader's own. The weights of an owner add up to 1 at most, so ‖Σ_i w_i
-    ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for the owner. Of K views of a record each counts as a row of
-    its own; the engine divides their sum by K.
+    Where records are grouped by owner, `criterion(model(x), target, weight)` is the mean with these weights, its
+    gradient that of Σ_i w_i ℓ_i, and row i is gated at w_i times the constant; the weights used are the loader's own.
+    The weights of an owner add up to 1 at most, so ‖Σ_i w_i ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for
+    the owner. Of K views of a record each counts as a row of its own; the engine divides their sum by K.
 
     Attributes:
         loss: the per-sample loss.

@@ -24,7 +24,8 @@ CLIP_AT = 0.7  # of the typical norm of values
 GATE_AT = 0.03  # of the typical norm of cotangents
 NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights
 MOMENTUM = 0.9
-PASSES = 5.0
+PASSES, MOST_PASSES = 5.0, 60.0
+SAMPLES = 100_000
 BATCH = 1024
 
 
@@ -128,12 +129,14 @@ def budget(
 ) -> tuple[int, float | None]:
     """B, and how many passes over the data, where they are not given.
 
+    Passes over few records cost little and are worth their noise: so many that 100,000 samples are seen, 5 to 60.
+
     >>> budget(60_000, steps=None, epochs=None)
     (1024, 5.0)
     """
     batch = min(dataset_size, BATCH) if expected_batch_size is None else expected_batch_size
     if steps is None and epochs is None:
-        epochs = PASSES
+        epochs = min(MOST_PASSES, max(PASSES, SAMPLES / dataset_size))
     return batch, epochs
 
 

@@ -14,7 +14,7 @@ from lipdp.errors import CannotLearnWarning
 GROWTH = 10.0
 """How much larger Δ may become during a run before it is said."""
 
-LEAST = 1.0
+LEAST = 2.0
 """Signal over noise below which a block learns nothing that the noise does not drown."""
 
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.inputs import Fields, InputKind, as_records
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, check_records, first_records
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
@@ -112,6 +113,7 @@ class PrivacyEngine:
         shards: bool = False,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
+        fields: Fields | None = None,
         **options: Any,
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
         """`make_private_with_plan`, of the plan that these numbers make.
@@ -124,12 +126,13 @@ class PrivacyEngine:
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
-            module, optimizer, criterion, dataset, group, shards and the other options: see `make_private_with_plan`.
+            module, optimizer, criterion, dataset, fields, group, shards and the other options: see
+                `make_private_with_plan`.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.
         """
-        world = self._world or current_world()
+        world, dataset = self._world or current_world(), as_records(dataset, fields)
         population = Population.of(dataset, world, group=group, shards=shards)
         plan = plan_together(
             world,
@@ -178,6 +181,7 @@ class PrivacyEngine:
         optimizer: torch.optim.Optimizer,
         criterion: nn.Module,
         dataset: Dataset[Any],
+        fields: Fields | None = None,
         allocation: str | Allocation = "per_layer",
         gate: float | FixedGate | QuantileGate | None = None,
         input_shape: tuple[int, ...] | None = None,
@@ -194,7 +198,9 @@ class PrivacyEngine:
             plan: N, B, T, σ, and what is protected. Its allocation, gate, seed and cipher are filled in here.
             module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are.
                 The model may be compiled: bounds are derived from what `torch.compile` was given.
-            dataset: map-style, of (input, target) records.
+            dataset: map-style, of (input, target) records; a pair of arrays, or a DataLoader for its data set.
+                Inputs reach the model in its dtype, tokens that it does not know as 0.
+            fields: of tables and of records with names or more parts, those of input and target: ("image", "label").
             allocation: "per_layer", "global" or "min_variance", or an object with `stds`.
             gate: a lower cotangent gate at the logits: a number, or a `QuantileGate`.
             group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of
@@ -219,7 +225,7 @@ class PrivacyEngine:
             )
         if type(multiplicity) is not int or multiplicity < 1:
             raise ParameterError(f"multiplicity={multiplicity!r}: how many views of a record are averaged, 1 or more")
-        world = self._world or current_world()
+        world, dataset = self._world or current_world(), as_records(dataset, fields)
         population = Population.of(dataset, world, group=group, shards=shards)
         self._check_fits(plan, population)
         gate = gate if isinstance(gate, (FixedGate, QuantileGate)) else FixedGate(math.inf if gate is None else gate)
@@ -251,6 +257,7 @@ class PrivacyEngine:
                 views=multiplicity,
                 records=population.records,
                 empty=[x[:1], targets[:1]],
+                kind=InputKind(torch.int64 if graph.vocabulary else graph.own_dtype, graph.vocabulary),
                 num_workers=num_workers,
                 pin_memory=pin_memory,
                 listener=step,

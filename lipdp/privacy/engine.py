@@ -28,6 +28,7 @@ from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.criterion import PrivateCriterion
+from lipdp.privacy.free_weights import note_free_weights
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.loss_check import check_loss
@@ -247,6 +248,7 @@ class PrivacyEngine:
             graph = BoundGraph(inner, shape, dtype=forward_dtype, gated=group is None)
             loss = as_lipschitz(criterion, graph.output_shape)
             check_loss(loss, targets.to(graph.device), graph.output_shape)
+            note_free_weights(graph)
             state, clock = gate.start(), Clock()
             step = StepInProgress(_gradients(inner, optimizer), grouped=group is not None, forgotten=state.forget)
             loader = BatchLoader(

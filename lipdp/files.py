@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from lipdp.errors import CheckpointError
 
@@ -21,15 +21,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
     try:
-        with stream:
-            yield cast(BinaryIO, stream)
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(stream.name, path)  # closed: Windows renames no open file
+        os.replace(name, path)  # closed: Windows renames no open file
     except BaseException:
-        Path(stream.name).unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 

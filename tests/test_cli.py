@@ -408,4 +408,5 @@ def test_an_output_without_greek_letters_spells_them(encoding):
         check=True,
         encoding=encoding,
     )
-    assert "sigma" in told.stdout and "epsilon" in told.stdout
+    assert "sigma" in told.stdout
+    assert "epsilon" in told.stdout

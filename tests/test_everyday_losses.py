@@ -202,7 +202,11 @@ def test_targets_of_the_other_kind_name_the_loss_for_them():
         with pytest.raises(LossError, match="SoftCrossEntropy"):
             of_labels(logits, shares)
     assert torch.equal(losses.TauCrossEntropy(2.0)(logits, shares), losses.SoftCrossEntropy(2.0)(logits, shares))
-    for target, says in ((torch.zeros(2), "y.long"), (torch.tensor([[0], [1]]), "squeeze"), (torch.eye(3)[:2].long(), "argmax")):
+    for target, says in (
+        (torch.zeros(2), "y.long"),
+        (torch.tensor([[0], [1]]), "squeeze"),
+        (torch.eye(3)[:2].long(), "argmax"),
+    ):
         with pytest.raises(LossError, match=says):
             losses.TauCrossEntropy()(logits, target)
     with pytest.raises(LossError, match="TauCrossEntropy"):

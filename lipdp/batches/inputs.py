@@ -157,7 +157,9 @@ def _of_table(table: Any, columns: list[str], fields: Fields | None) -> TensorDa
     try:
         inputs = np.stack([np.asarray(table[name], dtype=np.float32) for name in names[0]], axis=1)
     except ValueError as error:
-        raise DataError(f"a column of the input holds no numbers: {error}. Number its values by a public list") from None
+        raise DataError(
+            f"a column of the input holds no numbers: {error}. Number its values by a public list"
+        ) from None
     target = np.array(table[names[1][0]])
     if target.dtype.kind not in "biuf":
         raise DataError(f"the target column {names[1][0]!r} holds no numbers; number its values by a public list")

@@ -55,9 +55,7 @@ def _convolution(call: Call, layer: _Convolution, scale: float) -> Local:
     the blocks' norms. A bias is added at H'W' positions: √(H'W').
     """
     axes = len(layer.kernel_size)
-    settings = zip(
-        call.x.shape[-axes:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True
-    )
+    settings = zip(call.x.shape[-axes:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
     overlap = math.prod(
         axis_overlap(n, k, s, *padding, mode=layer.mode, dilation=d) for n, k, s, padding, d in settings
     )

@@ -256,7 +256,9 @@ def _cast(call: Call) -> Local:
     dtype = given[0] if given else named or call.dtype
     others = [0.0] * (len(call.inputs) - 1)
     if not dtype.is_floating_point or dtype.itemsize < 4:
-        raise UnsupportedOperationError(f"node '{call.name}' rounds to {dtype}; use torch.autocast for less than float32")
+        raise UnsupportedOperationError(
+            f"node '{call.name}' rounds to {dtype}; use torch.autocast for less than float32"
+        )
     return Local(gains=(1.0, *others), fan_in=max(1.0, torch.finfo(dtype).eps / torch.finfo(call.dtype).eps))
 
 

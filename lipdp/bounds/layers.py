@@ -15,6 +15,7 @@ from lipdp.constraints import Constraint, Spectral, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
 from lipdp.nn import gates, linear, normalization
 from lipdp.nn.normalization import check_centering_axes
+from lipdp.nn.plain import Projection
 
 # --- dense -----------------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ def _linear(call: Call) -> Local:
 # --- projections and gates -------------------------------------------------------------------------------------------
 
 
-@rule(gates.ValueClip, gates.InputBound)
+@rule(gates.ValueClip, gates.InputBound, Projection)
 def _value_clip(call: Call) -> Local:
     """Projection on the ball of radius c, then scaling by r/c: (r/c)-Lipschitz, norm at most r."""
     clip: gates.ValueClip = call.module  # type: ignore[assignment]

@@ -48,7 +48,10 @@ def _embedding(call: Call) -> Local:
     """n rows of the table: ‖y‖ ≤ √n max ‖W_r‖. Of n equal tokens the gradients meet in one row: ‖Σ_t g_t‖ ≤ √n ‖g‖."""
     layer: Any = call.module
     if layer is None:
-        options = {"max_norm": call.argument(3, "max_norm"), "scale_grad_by_freq": call.argument(5, "scale_grad_by_freq")}
+        options = {
+            "max_norm": call.argument(3, "max_norm"),
+            "scale_grad_by_freq": call.argument(5, "scale_grad_by_freq"),
+        }
         options["sparse"], weight = call.argument(6, "sparse"), call.argument(1, "weight").constant
     else:
         options = {name: getattr(layer, name) for name in ("max_norm", "scale_grad_by_freq", "sparse")}

@@ -95,7 +95,9 @@ def _einsum(call: Call) -> Local:
     (one, two), out = _labels(call, equation)
     for labels, source in ((one, operands[0]), (two, operands[1])):
         if source.constant is None and (labels[0] != out[0]):
-            raise UnsupportedOperationError(f"node '{call.name}': the batch comes first in {equation!r}, and stays first")
+            raise UnsupportedOperationError(
+                f"node '{call.name}': the batch comes first in {equation!r}, and stays first"
+            )
         repeated = len(set(labels)) < len(labels)
         summed = set(labels) - set(out) - (set(one) & set(two))
         shared = source.constant is not None and out[0] in labels
@@ -104,10 +106,15 @@ def _einsum(call: Call) -> Local:
                 f"node '{call.name}': {equation!r} takes a diagonal, sums over a label of one operand or gives a weight"
                 " a batch axis; there is a bound for products of matrices, block by block"
             )
-    sizes = [dict(zip(o, s.shape if s.constant is not None else (None, *s.shape), strict=True)) for o, s in zip((one, two), operands, strict=True)]
+    sizes = [
+        dict(zip(o, s.shape if s.constant is not None else (None, *s.shape), strict=True))
+        for o, s in zip((one, two), operands, strict=True)
+    ]
     both = [label for label in one if label in two]
     if any(sizes[0][label] != sizes[1][label] for label in both):
-        raise UnsupportedOperationError(f"node '{call.name}': a label of {equation!r} has two sizes; expand the smaller one")
+        raise UnsupportedOperationError(
+            f"node '{call.name}': a label of {equation!r} has two sizes; expand the smaller one"
+        )
     blocks, inner = [label for label in both if label in out], [label for label in both if label not in out]
     norms = []
     for labels, source in ((one, operands[0]), (two, operands[1])):
@@ -131,7 +138,9 @@ def _labels(call: Call, equation: str) -> tuple[tuple[str, str], str]:
     if not arrow or len(parts) != 2:
         raise UnsupportedOperationError(f"node '{call.name}': write the einsum {equation!r} as 'a,b->c'")
     spare = [letter for letter in ascii_letters if letter not in equation]
-    sizes = [len(s.shape) + (s.constant is None) - len(p.replace("...", "")) for s, p in zip(call.inputs, parts, strict=True)]
+    sizes = [
+        len(s.shape) + (s.constant is None) - len(p.replace("...", "")) for s, p in zip(call.inputs, parts, strict=True)
+    ]
     widest = max([size for size, part in zip(sizes, parts, strict=True) if "..." in part], default=0)
     dots = "".join(spare[:widest])
     one, two = (p.replace("...", dots[widest - size :]) for p, size in zip(parts, sizes, strict=True))
@@ -141,7 +150,9 @@ def _labels(call: Call, equation: str) -> tuple[tuple[str, str], str]:
 @rule(torch.maximum, torch.minimum, "maximum", "minimum")
 def _extreme(call: Call) -> Local:
     """|max(a, b)|² ≤ a² + b² entry by entry; the cotangent goes to one of both, or half to each."""
-    if len(call.inputs) != 2 or any(len(t.shape) + (t.constant is None) != len(call.output_shape) + 1 for t in call.inputs):
+    if len(call.inputs) != 2 or any(
+        len(t.shape) + (t.constant is None) != len(call.output_shape) + 1 for t in call.inputs
+    ):
         raise UnsupportedOperationError(f"node '{call.name}' takes two tensors with the same number of axes")
     gains = tuple(math.sqrt(math.prod(call.output_shape) / t.numel) for t in call.inputs)
     repeats = max(math.prod(call.output_shape) // t.numel for t in call.inputs)
@@ -155,5 +166,3 @@ def _square(call: Call) -> Local:
     if isinstance(named, Input) or named != 2:
         raise UnsupportedOperationError(f"node '{call.name}' takes the power {named!r}; there is a bound for squares")
     return Local(gains=(times(2.0, call.x.value),), value_cap=times(call.x.value, call.x.value))
-
-

@@ -334,7 +334,7 @@ class BoundGraph:
         held = {id(p): names[id(p)] for p in self._held(node) if id(p) in names}
         sources = [s for s in node.all_input_nodes if s in known]
         if node.op == "get_attr" or not (held or trained.intersection(sources)):
-            return {name: 1.0 for name in held.values()}
+            return dict.fromkeys(held.values(), 1.0)
         args, kwargs = self._loaded(node, known)
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
         if type(module) is nn.Embedding and not module.scale_grad_by_freq and not module.sparse and not kwargs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from lipdp.errors import UnsupportedLayerError, UnsupportedOperationError
 _RECURRENT = (
     "is recurrent: its weights act once a time step, so that its constant and its sensitivity grow like s^T with the"
     " number T of steps, s the norm of a step, which is above 1 where gates multiply the state. Use layers that look at"
-    " all steps at once: lipdp.nn.SpectralConv1d over time, a dense layer over flattened steps, an average of embeddings"
+    " all steps at once: lipdp.nn.SpectralConv1d over time, a dense layer over all steps, an average of embeddings"
 )
 _ATTENTION = (
     "computes dot-product attention, which is Lipschitz on a ball alone, with a constant that grows with the square of"
@@ -28,8 +29,7 @@ NO_BOUND: dict[type[nn.Module], str] = {
     nn.MultiheadAttention: _ATTENTION,
     nn.TransformerEncoderLayer: _ATTENTION,
     nn.TransformerDecoderLayer: _ATTENTION,
-    nn.Bilinear: "multiplies two inputs, of which each has the other in its gradient; write x1 @ W @ x2 behind InputBound",
-    nn.LocalResponseNorm: "divides by powers of its input; use lipdp.nn.GroupNorm in front of the first trainable layer",
+    nn.LocalResponseNorm: "divides by powers of its input; use lipdp.nn.GroupNorm before the first trainable layer",
 }
 
 
@@ -51,15 +51,19 @@ def nothing_random(name: str) -> Iterator[None]:
     Raises:
         UnsupportedOperationError: the state of Python's, numpy's or torch's generator has changed.
     """
-    states = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
+    before = _states()
     yield
-    now = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    drawn = now[0] != states[0] or not torch.equal(now[2], states[2])
-    if drawn or now[1][2] != states[1][2] or not np.array_equal(now[1][1], states[1][1]):
+    after = _states()
+    random.setstate(before[0])
+    np.random.set_state(before[1])  # noqa: NPY002  (the generator that scripts draw from)
+    torch.set_rng_state(before[2])
+    numbers = [state[1][1].tolist() + [state[1][2]] for state in (before, after)]
+    if before[0] != after[0] or numbers[0] != numbers[1] or not torch.equal(before[2], after[2]):
         raise UnsupportedOperationError(
-            f"the forward of {name} draws random numbers where it is traced (stochastic depth, a random crop): the graph"
+            f"the forward of {name} draws random numbers where it is traced (stochastic depth, a random crop): its graph"
             " would hold what was drawn once, for every step. Use nn.Dropout on the branch, or draw within the data set"
         )
+
+
+def _states() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()  # noqa: NPY002

@@ -24,10 +24,10 @@ from lipdp.constraints import Constraint, Frobenius, Orthogonal, Spectral
 from lipdp.errors import MixesSamplesError
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d, window_overlap
-from lipdp.nn.gates import GradientGate
+from lipdp.nn.gates import GradientGate, InputBound, ValueClip
 from lipdp.nn.linear import FrobeniusLinear, SpectralLinear
 from lipdp.nn.normalization import GroupNorm, LayerCentering, LayerNorm
-from lipdp.nn.plain import Scale, SortPairs
+from lipdp.nn.plain import Projection, Scale, SortPairs
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling, ScaledAvgPool2d, ScaledL2NormPool2d
 from lipdp.nn.walk import Converter, Table, fill, placed, refuse, replaced, settings
 
@@ -88,7 +88,8 @@ def to_torch(model: nn.Module) -> nn.Module:
     Dense and convolutional layers become `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` with the scale α folded into the weight;
     L2-norm pooling `nn.LPPool2d`, average pooling `nn.AvgPool2d`, pixel shuffles theirs, `LPReLU` `nn.PReLU`. A gate
     does nothing forwards: `nn.Identity`. What torch.nn has no equivalent of stays a small module in plain torch code:
-    sorting (`SortPairs` for `GroupSort2`), norm projections, centering, residual sums.
+    sorting (`SortPairs` for `GroupSort2`), norm projections (`Projection`), centering, residual sums. These script and
+    export.
 
     Guarantees: the same outputs up to rounding, and up to 1e-6 a window for L2-norm pooling. Names, modes, devices,
     dtypes and `requires_grad` are kept, and the model given is not changed. The export is for inference: it has no
@@ -330,6 +331,8 @@ _TO_TORCH: Table = {
     SpectralConv2d: _to_convolution,
     GroupSort2: lambda name, old: SortPairs(old.dim),
     GradientGate: lambda name, old: nn.Identity(),
+    ValueClip: lambda name, old: Projection(old.bound, old.radius),
+    InputBound: lambda name, old: Projection(old.bound, old.radius),
     ScaledL2NormPool2d: lambda name, old: nn.LPPool2d(2, old.kernel_size),
     ScaledAvgPool2d: _to_average_pooling,
     InvertibleDownSampling: lambda name, old: nn.PixelUnshuffle(old.downscale_factor),

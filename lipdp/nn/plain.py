@@ -1,4 +1,4 @@
-"""Two modules that torch.nn lacks, in plain torch: they trace, script and export, and need nothing else of lipdp."""
+"""Modules that torch.nn lacks, in plain torch: they trace, script and export, and need nothing else of lipdp."""
 
 from __future__ import annotations
 
@@ -25,6 +25,31 @@ class Scale(nn.Module):
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
+
+
+class Projection(nn.Module):
+    """What `ValueClip` and `InputBound` compute, in operations that every exporter knows: x r/max(‖x‖, c).
+
+    Args:
+        bound: c > 0.
+        radius: r > 0.
+
+    >>> Projection(1.0, 1.0)(torch.tensor([[3.0, 4.0], [0.0, 0.5]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.5000]])
+    """
+
+    def __init__(self, bound: float, radius: float) -> None:
+        super().__init__()
+        self.bound, self.radius = float(bound), float(radius)
+
+    def forward(self, input: Tensor) -> Tensor:
+        flat = input.flatten(1)
+        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+        return (flat * (self.radius / norm.clamp(min=self.bound))).reshape(input.shape)
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}, radius={self.radius}"
 
 
 class SortPairs(nn.Module):

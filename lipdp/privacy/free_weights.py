@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def note_free_weights(graph: BoundGraph) -> None:
     """Say which plain layers are free to grow, if the sensitivity grows with them.
 
-    Noise makes weights grow at every step, Δ grows with the weights, and the noise with Δ. A last layer alone, or layers
-    between clips and gates, have no such effect: that is tried, with weights twice as long.
+    Noise makes weights grow at every step, Δ grows with the weights, and the noise with Δ. A last layer alone, or
+    layers between clips and gates, have no such effect: that is tried, with weights twice as long.
 
     Args:
         graph: of the model.

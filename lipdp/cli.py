@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -78,8 +80,27 @@ def _speak_up() -> None:
     logging.getLogger("lipdp").handlers = [handler]
 
 
+_SPELLED = {"σ": "sigma", "ε": "epsilon", "δ": "delta", "Δ": "Delta", "√": "sqrt", "≤": "<=", "≥": ">=", "±": "+-"}
+_SPELLED |= {"Σ": "sum", "λ": "lambda", "τ": "tau", "·": "*", "×": "x", "→": "->", "–": "-", "…": "...", "‖": "|"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Letters that an output lacks (Greek ones in Windows' code pages, all but ASCII in the C locale), in its own."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_SPELLED.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+
+def _spell_output() -> None:
+    codecs.register_error("lipdp.spelled", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="lipdp.spelled")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Everything a user can get wrong ends in one message on stderr."""
+    _spell_output()
     _speak_up()
     try:
         app(sys.argv[1:] if arguments is None else list(arguments), prog_name="lipdp")

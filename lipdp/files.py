@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from lipdp.errors import CheckpointError
 
@@ -21,15 +21,16 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False) as stream:
-        try:
-            yield cast(BinaryIO, stream)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
-            os.replace(stream.name, path)
-        except BaseException:
-            Path(stream.name).unlink(missing_ok=True)
-            raise
+        os.replace(name, path)  # closed: Windows renames no open file
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 
@@ -61,7 +62,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, kind: type = dict) -> Any:
     """What `write_json` wrote, an object by default; CheckpointError otherwise."""
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     if not isinstance(value, kind):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
-import resource
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -37,9 +38,11 @@ def peak_bytes(
     """
     if device.startswith("cuda"):
         return _peak_on_cuda(prepare, arguments, device)
-    limit = memory_limit or int(_SHARE * _available())
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([prepare.__module__])
+    limit = memory_limit or int(_SHARE * _available()) or None
+    forks = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([prepare.__module__])
     settings = (torch.get_num_threads(), limit)
     with ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=settings) as pool:
         try:
@@ -48,13 +51,19 @@ def peak_bytes(
             return None
 
 
-def _start(threads: int, limit: int) -> None:
+def _start(threads: int, limit: int | None) -> None:
     torch.set_num_threads(threads)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource = _resource()
+    if limit is not None and resource is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _peak(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> int | None:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if _fit(prepare, arguments) else None
+    resource = _resource()
+    if resource is None:
+        raise OSError("this system does not tell how much memory a process took at most; measure on Linux or macOS")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit if _fit(prepare, arguments) else None
 
 
 def _peak_on_cuda(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], device: str) -> int | None:
@@ -83,9 +92,20 @@ def _fit(prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) 
     return True
 
 
+def _resource() -> Any:
+    """The module of that name, which Windows has not."""
+    try:
+        return importlib.import_module("resource")
+    except ImportError:
+        return None
+
+
 def _available() -> int:
-    """Bytes that can still be allocated here, as Linux reckons."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    """Bytes that can still be allocated here, as Linux reckons; 0 on other systems."""
+    told = Path("/proc/meminfo")
+    if not told.exists():
+        return 0
+    lines = dict(line.split(":") for line in told.read_text(encoding="ascii").splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 

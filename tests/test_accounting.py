@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import time
 
 import numpy as np
 import pytest
@@ -560,3 +561,13 @@ def test_curve_is_an_upper_bound_at_every_step(name):
 
 def test_curve_of_an_empty_plan():
     assert EpsilonCurve([], 1e-5)(0) == 0.0
+
+
+@pytest.mark.parametrize("name", ["prv", "pld"])
+def test_ten_million_steps_are_answered_at_once_and_say_by_whom(name):
+    start = time.perf_counter()
+    answer = get_accountant(name).epsilon([Event(5.0, 0.01, 10**7)], 1e-5)
+    assert time.perf_counter() - start < 20
+    assert answer.accountant == "rdp"
+    assert "minutes" in answer.note
+    assert answer.epsilon == get_accountant("rdp").epsilon([Event(5.0, 0.01, 10**7)], 1e-5).epsilon

@@ -440,3 +440,18 @@ def test_values_in_a_row_are_spread_over_options():
     assert repeat_options(["--input-shape", "1", "2", "--model", "x", "y"], {"--input-shape"}) == [
         "--input-shape", "1", "--input-shape", "2", "--model", "x", "y",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_an_output_without_greek_letters_spells_them(encoding):
+    command = [sys.executable, "-m", "lipdp", "epsilon", "--noise-multiplier", "1", "--sampling-rate", "0.01"]
+    told = subprocess.run(
+        [*command, "--steps", "10", "--delta", "1e-5"],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding=encoding,
+    )
+    assert "sigma" in told.stdout
+    assert "epsilon" in told.stdout

@@ -319,6 +319,20 @@ def test_exported_layers_are_torch_nn():
     torch.fx.symbolic_trace(flat)
 
 
+def test_an_export_is_scripted_and_exported():
+    model = nn.Sequential(
+        *(lnn.InputBound(3.0), lnn.SpectralConv2d(1, 4, 3, padding=1), lnn.GroupSort2(), lnn.ScaledL2NormPool2d(2)),
+        *(nn.Flatten(), lnn.ValueClip(1.0, 2.0), lnn.SpectralLinear(36, 3)),
+    )
+    exported, x = lnn.to_torch(model).eval(), 4 * torch.randn(5, 1, 6, 6)
+    expected = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.testing.assert_close(torch.jit.script(exported)(x), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.export.export(exported, (x,)).module()(x), expected, atol=1e-4, rtol=0)
+    assert not any(type(m).__module__.startswith("deel") for m in exported.modules())
+
+
 def test_the_sensitivity_of_an_export_is_that_of_the_model():
     """The folded weights are bounded as they are, by the rules of torch.nn."""
     model = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralConv2d(1, 4, 3), nn.Flatten(), lnn.SpectralLinear(16, 3))

@@ -861,3 +861,20 @@ def test_real_cifar(real):
     assert split.test_y.bincount().tolist() == [1000] * 10
     constants = data.public_standardisation("cifar10")
     assert split.train_x.mean(dim=(0, 2, 3)).tolist() == pytest.approx(constants.mean, abs=5e-3)
+
+
+def test_images_of_an_npz_may_have_their_channels_last(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
+    labels = np.arange(6) % 2
+    np.savez(tmp_path / "last.npz", X=images, y=labels)
+    np.savez(tmp_path / "first.npz", X=images.transpose(0, 3, 1, 2), y=labels)
+    last, first = (data.load(str(tmp_path / name)) for name in ("last.npz", "first.npz"))
+    assert last.input_shape == (3, 8, 9)
+    assert torch.equal(last.train_x, first.train_x)
+
+
+def test_a_file_of_the_user_is_not_to_be_deleted(tmp_path):
+    (tmp_path / "mine.npz").write_bytes(b"PK nothing")
+    with pytest.raises(DataError, match="write it again") as raised:
+        data.load(str(tmp_path / "mine.npz"))
+    assert "delete" not in str(raised.value)

@@ -198,9 +198,56 @@ def test_the_reason_given_is_the_one_that_applies(criterion, reason):
 
 def test_targets_of_the_other_kind_name_the_loss_for_them():
     logits, shares = torch.zeros(2, 3), torch.full((2, 3), 1 / 3)
-    with pytest.raises(LossError, match="SoftCrossEntropy"):
-        losses.TauCrossEntropy()(logits, shares)
+    for of_labels in (losses.TauCrossEntropy(weight=WEIGHT), losses.TauCrossEntropy(label_smoothing=0.1)):
+        with pytest.raises(LossError, match="SoftCrossEntropy"):
+            of_labels(logits, shares)
+    assert torch.equal(losses.TauCrossEntropy(2.0)(logits, shares), losses.SoftCrossEntropy(2.0)(logits, shares))
+    for target, says in (
+        (torch.zeros(2), "y.long"),
+        (torch.tensor([[0], [1]]), "squeeze"),
+        (torch.eye(3)[:2].long(), "argmax"),
+    ):
+        with pytest.raises(LossError, match=says):
+            losses.TauCrossEntropy()(logits, target)
     with pytest.raises(LossError, match="TauCrossEntropy"):
         losses.SoftCrossEntropy()(logits, torch.tensor([0, 1]))
     with pytest.raises(LossError, match="3 class weights"):
         losses.TauCrossEntropy(weight=WEIGHT)(torch.zeros(2, 4), torch.tensor([0, 1]))
+
+
+class Pixels(nn.Module):
+    """Logits of 2 × 2 positions, as many as inputs."""
+
+    def forward(self, x):
+        return x.unflatten(1, (3, 2, 2))
+
+
+def test_a_loss_of_every_position_holds_and_five_percent_less_is_found():
+    loss = losses.as_lipschitz(nn.CrossEntropyLoss(), (3, 2, 2))
+    assert loss.lipschitz == pytest.approx(2**0.5 / 2)
+    model = nn.Sequential(lnn.InputBound(40.0), Pixels())
+    assert falsify(model, loss, (12,), starts=4, climbs=2, steps=20).worst <= 1 + 1e-9
+    logits = torch.zeros(1, 3, 2, 2, dtype=F64)
+    target = torch.tensor([[[0, 1], [2, 0]]])
+    worst = logits.clone()
+    for row in range(2):
+        for column in range(2):
+            worst[0, (int(target[0, row, column]) + 1) % 3, row, column] = 60.0
+    worst.requires_grad_()
+    loss(worst, target).sum().backward()
+    assert 0.953 * loss.lipschitz < float(worst.grad.norm()) <= loss.lipschitz
+    assert float(loss(logits, target)) == pytest.approx(float(nn.CrossEntropyLoss()(logits, target)))
+
+
+def test_positions_without_a_label_weigh_nothing_and_others_are_refused():
+    loss = losses.as_lipschitz(losses.TauCrossEntropy(ignore_index=255), (3, 2))
+    logits = torch.randn(2, 3, 2)
+    known = loss.knows(logits, torch.tensor([[0, 255], [1, 7]]))
+    assert known.tolist() == [True, False]
+    assert float(loss(logits, torch.tensor([[255, 255], [1, 7]])).sum()) == 0
+    with pytest.raises(LossError, match="2 positions"):
+        loss(logits, torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(LossError, match="adds up"):
+        losses.as_lipschitz(nn.CrossEntropyLoss(reduction="sum"), (3, 2))
+    with pytest.raises(LossError, match="class labels"):
+        losses.PerPixel(losses.Huber(), 4)

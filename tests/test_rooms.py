@@ -120,6 +120,7 @@ COVERS = {
     "test_data": "data/download data/opening data/sources",
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
     "test_dynamics": "comparison/clipping comparison/kernel",
+    "test_everyday_losses": "losses/pixels",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_features": "features/maps",
     "test_guards": "privacy/snapshot",
@@ -127,6 +128,8 @@ COVERS = {
     "test_losses": "losses/base losses/columns losses/criteria losses/labels losses/margin",
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
     " models/stages models/starts models/tabular models/vgg",
+    "test_records_people_bring": "batches/inputs",
+    "test_tokens_and_weights": "bounds/lookups bounds/products bounds/refused bounds/weights",
     "test_planning": "planning/pictures planning/tan planning/workers",
     "test_port": "nn/rewrite nn/tracing nn/walk",
     "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"

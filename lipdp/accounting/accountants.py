@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 Counts = tuple[int, ...]
 _TOLERANCE = 0.005  # how far above ε the answer may lie, relative
 _DELTA_ERROR = 1e-3  # the share of δ given up to the numerical errors of PRV
+_MAX_STEPS = 1_000_000  # of the grid's composition: about ten seconds
 _MAX_POINTS = 2**21  # of a grid, all events together: about a second and 200 MB
 _COARSE_ORDERS = (1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 _FINE_ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -246,6 +247,8 @@ class PLDAccountant(Accountant):
         """See `Accountant.prepare`."""
         del tolerance
         usable = _delta_left(delta, events)
+        if sum(event.steps for event in events) > _MAX_STEPS:
+            raise AccountingError(f"the grid takes minutes for more than {_MAX_STEPS:,} steps")
         with _failures_named():
             steps = [event.steps for event in events]
             variance = np.average([loss_deviation(event) ** 2 for event in events], weights=steps)

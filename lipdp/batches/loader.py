@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from lipdp.batches.inputs import InputKind
 from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
 from lipdp.batches.records import finite_inputs, pattern, read_mapped
 from lipdp.batches.rows import BatchTensor, Rows
@@ -89,6 +90,7 @@ class BatchLoader:
         part: which of the units drawn are read here, where several processes share the work; by default all.
         records: how many the data set must hold; by default the sampler's population.
         empty: a batch of the shapes and dtypes that every batch has; by default of the first record that can be read.
+        kind: of the inputs that the model takes; by default they stay as they are read.
         num_workers: processes that read records, for a dataset that is not a `TensorDataset`.
         pin_memory: page-locked batches, where CUDA is available and they are not there already.
         listener: is told of every batch that is handed out.
@@ -124,6 +126,7 @@ class BatchLoader:
         views: int = 1,
         records: int | None = None,
         empty: Any = None,
+        kind: InputKind | None = None,
         num_workers: int = 0,
         pin_memory: bool = False,
         listener: Listener | None = None,
@@ -142,9 +145,9 @@ class BatchLoader:
         self._listener, self._clock = listener or Listener(), clock or Clock()
         self._records: Dataset[Any]
         if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
-            self._records, self._num_workers = _TensorRecords(dataset), 0
+            self._records, self._num_workers = _TensorRecords(dataset, kind), 0
         else:
-            self._records, self._num_workers = _MapStyleRecords(dataset, empty), num_workers
+            self._records, self._num_workers = _MapStyleRecords(dataset, empty, kind), num_workers
         on_device = type(dataset) is TensorDataset and not all(tensor.is_cpu for tensor in dataset.tensors)
         self._pin_memory = pin_memory and torch.cuda.is_available() and not on_device
         self._consumed = sampler.state_dict()
@@ -276,20 +279,20 @@ def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Itera
 class _TensorRecords(Dataset[Any]):
     """Whole batches of a `TensorDataset`, one gather per tensor, where the tensors are."""
 
-    def __init__(self, dataset: TensorDataset) -> None:
-        self._tensors = dataset.tensors
+    def __init__(self, dataset: TensorDataset, kind: InputKind | None) -> None:
+        self._tensors, self._kind = dataset.tensors, kind
 
     def __getitem__(self, drawn: Drawn) -> tuple[Tensor, ...]:
         picked = torch.from_numpy(drawn[0])
         batch = tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
-        return finite_inputs(batch)
+        return _prepared(batch, self._kind)
 
 
 class _MapStyleRecords(Dataset[Any]):
     """Whole batches of any map-style dataset, collated; the empty batch is an empty slice of one record."""
 
-    def __init__(self, dataset: Dataset[Any], empty: Any) -> None:
-        self._dataset, self._empty = dataset, empty
+    def __init__(self, dataset: Dataset[Any], empty: Any, kind: InputKind | None = None) -> None:
+        self._dataset, self._empty, self._kind = dataset, empty, kind
 
     def __getitem__(self, drawn: Drawn) -> Any:
         indices, seed = drawn
@@ -297,10 +300,18 @@ class _MapStyleRecords(Dataset[Any]):
             torch.default_generator.manual_seed(seed)
             try:
                 if indices.size == 0:
-                    return _emptied(pattern(self._dataset) if self._empty is None else self._empty)
-                return finite_inputs(read_mapped(self._dataset, indices.tolist(), self._empty))
+                    batch = _emptied(pattern(self._dataset) if self._empty is None else self._empty)
+                else:
+                    batch = read_mapped(self._dataset, indices.tolist(), self._empty)
+                return _prepared(batch, self._kind)
             except LipdpError as error:
                 return _Refusal(error)
+
+
+def _prepared(batch: Any, kind: InputKind | None) -> Any:
+    """Inputs that are finite, and of the kind that the model takes."""
+    batch = finite_inputs(batch)
+    return batch if kind is None else kind.of(batch)
 
 
 @dataclass(frozen=True)

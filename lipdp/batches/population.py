@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
+from lipdp.batches.inputs import Records, describe
 from lipdp.batches.owners import EveryNth, Owners, Partition, Shard
 from lipdp.batches.records import look, looked_at, read_mapped
 from lipdp.distributed.collectives import World
@@ -141,7 +142,8 @@ def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[
     records = next((some for some in world.gather(own[:4]) if some), []) if shards else own
     pairs = all(isinstance(r, (tuple, list)) and len(r) == 2 and all(isinstance(p, Tensor) for p in r) for r in records)
     if not records or not pairs:
-        raise EngineError("the dataset must hold (input, target) pairs of tensors, arrays or numbers, and at least one")
+        found = f"; record 0 is {describe(dataset[0])}" if len(dataset) else ", and at least one"
+        raise EngineError(f"the dataset must hold (input, target) pairs of tensors, arrays or numbers{found}")
     inputs, targets = zip(*records, strict=True)
     return torch.cat(inputs), torch.cat(targets)
 
@@ -159,7 +161,8 @@ def check_copies(dataset: Any, group: Group | None = None) -> None:
     Traceback (most recent call last):
     lipdp.errors.EngineError: the data set holds one record at 1 and at 2: ε would be that of one copy. Give...
     """
-    if not isinstance(dataset, (Subset, ConcatDataset, StackDataset, list, tuple)) and not _is_expanded(dataset):
+    known = (Subset, ConcatDataset, StackDataset, Records, list, tuple)
+    if not isinstance(dataset, known) and not _is_expanded(dataset):
         return
     origins = _origins(dataset, np.arange(length(dataset)), {})
     order = np.lexsort(origins.T)
@@ -192,6 +195,8 @@ def _origins(dataset: Any, indices: np.ndarray, known: dict[int, int]) -> np.nda
         for i, piece in enumerate(pieces):
             rows[part == i, : piece.shape[1]] = piece
         return rows
+    if isinstance(dataset, Records):
+        return _origins(dataset.dataset, indices, known)
     if isinstance(dataset, StackDataset):
         parts = dataset.datasets
         columns = parts.values() if isinstance(parts, dict) else parts

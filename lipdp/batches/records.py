@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from lipdp.batches.inputs import describe, finite
 from lipdp.errors import DataError, LipdpError, RecordError
 
 LOOKED_AT = 16
@@ -48,20 +49,6 @@ def no_label(dtype: torch.dtype) -> float | int | bool:
 
 
 NO_LABEL = int(no_label(torch.int64))
-
-
-def finite(x: Tensor) -> Tensor:
-    """Entries that are NaN or infinite as 0; the others bit for bit as they are, and `x` itself where all are.
-
-    >>> finite(torch.tensor([1.5, float("nan"), -float("inf")]))
-    tensor([1.5000, 0.0000, 0.0000])
-    """
-    if not (x.is_floating_point() or x.is_complex()):
-        return x
-    looks = x.is_cpu and x.is_floating_point() and x.numel() > 0 and not torch.compiler.is_compiling()
-    if looks and bool(torch.stack(x.aminmax()).isfinite().all()):
-        return x  # a look at the extremes costs a tenth of the map
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def finite_inputs(batch: Any) -> Any:
@@ -165,7 +152,7 @@ def look(dataset: Dataset[Any]) -> list[Any]:
     errors = [one for one in found if isinstance(one, Exception)]
     batches = [one for one in found if not isinstance(one, Exception)]
     if errors and (len(errors) > 1 or not batches):
-        raise errors[0]
+        raise _explained(dataset, errors[0])
     shapes = Counter(map(_shapes, batches)).most_common()
     if sum(times for _, times in shapes[1:]) + len(errors) > 1:
         raise DataError(
@@ -177,6 +164,19 @@ def look(dataset: Dataset[Any]) -> list[Any]:
     common = Counter(map(_dtypes, batches)).most_common(1)[0][0]
     like = next(batch for batch in batches if _dtypes(batch) == common)
     return [_cast(batch, like) for batch in batches]
+
+
+def _explained(dataset: Dataset[Any], error: Exception) -> Exception:
+    """The error of the data set itself; of a record that torch can't collate, what it is."""
+    if not isinstance(error, TypeError):
+        return error
+    try:
+        record = dataset[looked_at(len(dataset))[0]]  # type: ignore[arg-type]
+    except Exception:
+        return error
+    return DataError(
+        f"the dataset must hold (input, target) pairs of tensors, arrays or numbers; record 0 is {describe(record)}"
+    )
 
 
 def pattern(dataset: Dataset[Any]) -> Any:

@@ -41,6 +41,10 @@ entrywise(1.129, nn.GELU, F.gelu)  # sup of Φ(x) + xφ(x) = 1.12890… at √2;
 entrywise(1.0999, nn.SiLU, F.silu)  # sup of s(x)(1 + x(1 − s(x))) = 1.09983… at x = 2.3994
 entrywise(1.0889, nn.Mish, F.mish)  # sup of the derivative = 1.08850…
 entrywise(1.0, nn.Softsign, F.softsign, cap=1.0)
+entrywise(1.0, nn.Tanhshrink, F.tanhshrink)  # slope tanh² < 1
+entrywise(1.0, torch.atan, "atan", cap=1.5708)
+entrywise(1.1284, torch.erf, "erf", cap=1.0)  # slope 2/√π = 1.12837… at 0
+entrywise(1.0, nn.Softshrink, F.softshrink)
 
 
 @rule(nn.Softplus, F.softplus)
@@ -242,6 +246,30 @@ def _div(call: Call) -> Local:
             " has a bound"
         )
     return Local(gains=(1.0 / abs(float(divisor)),))
+
+
+@rule(torch.clone, "clone", "float", "double", "to", "type_as")
+def _cast(call: Call) -> Local:
+    """The same numbers, rounded to another dtype: by at most half its ε each."""
+    given = [a for a in (*call.args[1:], *call.kwargs.values()) if isinstance(a, torch.dtype)]
+    named = {"float": torch.float32, "double": torch.float64}.get(call.name.partition("_")[0])
+    dtype = given[0] if given else named or call.dtype
+    others = [0.0] * (len(call.inputs) - 1)
+    if not dtype.is_floating_point or dtype.itemsize < 4:
+        raise UnsupportedOperationError(
+            f"node '{call.name}' rounds to {dtype}; use torch.autocast for less than float32"
+        )
+    return Local(gains=(1.0, *others), fan_in=max(1.0, torch.finfo(dtype).eps / torch.finfo(call.dtype).eps))
+
+
+@rule(torch.linalg.vector_norm, torch.norm, "norm")
+def _norm(call: Call) -> Local:
+    """‖·‖₂ over axes of a sample: 1-Lipschitz."""
+    order, dim = call.argument(1, "ord", call.kwargs.get("p", 2)), call.argument(2, "dim")
+    if order not in (2, "fro") or dim is None:
+        raise UnsupportedOperationError(f"node '{call.name}': a norm has a bound with p=2 and dim= axes of one sample")
+    axes = own_axes(call, call.x, [dim] if isinstance(dim, int) else dim)
+    return Local(fan_in=math.prod(call.x.shape[a - 1] for a in axes))
 
 
 @rule(torch.cat, torch.concat, torch.concatenate, torch.stack)

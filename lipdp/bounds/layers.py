@@ -10,7 +10,7 @@ import torch
 from deel import torchlip
 from torch import Tensor, nn
 
-from lipdp.bounds.rules import Call, Local, Number, own_axes, rule, times
+from lipdp.bounds.rules import Call, Local, Number, least, own_axes, rule, times
 from lipdp.constraints import Constraint, Spectral, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
 from lipdp.nn import gates, linear, normalization, table
@@ -112,6 +112,24 @@ def _sample_norm(call: Call) -> Local:
         value_cap=entries * largest + offset,
         fan_in=call.x.numel,
     )
+
+
+@rule(nn.RMSNorm)
+def _rms_norm(call: Call) -> Local:
+    """y = r x γ, r = 1/√(‖x‖²/n + ε) for every row: ‖y‖ ≤ √(entries), and r (I − r² xxᵀ/n) has norm ≤ r ≤ 1/√ε.
+
+    A sum of squares cancels nothing. ‖∇_γ‖ ≤ ‖x̂‖_F G. Loose as a gain, like LayerNorm.
+    """
+    layer: nn.RMSNorm = call.module  # type: ignore[assignment]
+    eps = torch.finfo(call.dtype).eps if layer.eps is None else layer.eps
+    if not eps > 0:
+        raise UnsupportedLayerError(f"'{call.name}': RMSNorm has no Lipschitz constant with eps={eps}; give eps > 0")
+    entries, gain = math.sqrt(call.x.numel), 1.0 / math.sqrt(eps)
+    if layer.weight is None:
+        return Local(gains=(gain,), value_cap=entries, fan_in=call.x.numel)
+    largest = call.used(layer.weight).abs().max().double()
+    parameters: dict[str, Number] = {"weight": least(entries, times(gain, call.x.value))}
+    return Local(gains=(gain * largest,), parameters=parameters, value_cap=entries * largest, fan_in=call.x.numel)
 
 
 _HARMLESS = 2.0**-6

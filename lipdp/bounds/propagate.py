@@ -277,10 +277,15 @@ class BoundGraph:
         return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What the forward pass computes in: as given, else the least precise dtype among the parameters."""
+    def own_dtype(self) -> torch.dtype:
+        """The least precise dtype among the parameters, in which the model takes numbers."""
         own = {p.dtype for p in self.model.parameters() if p.is_floating_point()} or {torch.get_default_dtype()}
-        return self._dtype or min(own, key=lambda dtype: dtype.itemsize)
+        return min(own, key=lambda dtype: dtype.itemsize)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the forward pass computes in: as given, else the model's own dtype."""
+        return self._dtype or self.own_dtype
 
     def _names(self) -> dict[int, str]:
         """Trainable parameters by identity: looked up at every sweep, so that freezing and replacing is noticed."""

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from lipdp.bounds.branches import REPEATS, Question, answer, kinds_of
+from lipdp.bounds.refused import nothing_random, refuse_without_bound
 from lipdp.bounds.rules import find_module_rule
 from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.compiled import original
@@ -70,6 +71,8 @@ def check_modules(model: nn.Module) -> None:
                 " per-sample bound exists. Use lipdp.nn.LayerCentering, or lipdp.nn.GroupNorm in front of the first"
                 " trainable layer"
             )
+        if find_module_rule(module) is None:
+            refuse_without_bound(name, module)
         if original(module) is not module:
             raise UnsupportedLayerError(
                 f"{name} was made by torch.compile within the model: compile the whole model, torch.compile(model), or"
@@ -131,7 +134,8 @@ def _trace(root: nn.Module, x: Tensor | None) -> fx.GraphModule:
     try:
         while True:  # once more for every branch: nothing can be run while the tracer holds torch's modules
             try:
-                return fx.GraphModule(root, _Tracer(answers).trace(root))
+                with nothing_random(type(root).__name__):
+                    return fx.GraphModule(root, _Tracer(answers).trace(root))
             except Question as question:
                 if x is None:
                     raise

@@ -90,7 +90,7 @@ def _product(sources: Sequence[Tensor], out: Tensor, args: Sequence[Any]) -> lis
 @_gains(F.embedding)
 def _rows(sources: Sequence[Tensor], out: Tensor, args: Sequence[Any]) -> list[float | Tensor]:
     """Rows of a table (positions): √k for a row that is there k times."""
-    tokens, table = sources[:2]
+    tokens = sources[0]
     if any(argument not in (None, False) for argument in args[3:]) or tokens.is_floating_point():
         raise ValueError
     return [0.0, most_alike(tokens).sqrt()]

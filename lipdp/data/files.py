@@ -32,6 +32,7 @@ MAX_BYTES = 16 * 2**30
 """No single array is larger; the real files of this module are below 1 GiB."""
 
 REMEDY = "the file is corrupt or of another kind: delete it and fetch it again"
+OWN_REMEDY = "the file is corrupt or of another kind: write it again, with numpy.savez"
 
 
 @contextmanager
@@ -49,10 +50,10 @@ def parsing(path: Path, remedy: str = REMEDY) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
 
 
-def _check_size(path: Path, declared: int, on_disk: int) -> None:
+def _check_size(path: Path, declared: int, on_disk: int, remedy: str = REMEDY) -> None:
     """Refuse a header that asks for more memory than `on_disk` compressed bytes can fill."""
     if declared > min(MAX_BYTES, MAX_EXPANSION * on_disk):
-        raise DataError(f"{path} declares {declared} bytes of data but holds {on_disk} bytes; {REMEDY}")
+        raise DataError(f"{path} declares {declared} bytes of data but holds {on_disk} bytes; {remedy}")
 
 
 # ------------------------------------------------------------------------------------------------------------- IDX
@@ -273,11 +274,11 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
     info = archive.getinfo(f"{key}.npy")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{path}: {key} is not stored or deflated; write the file with numpy.savez or savez_compressed")
-    _check_size(path, info.file_size, info.compress_size)
+    _check_size(path, info.file_size, info.compress_size, OWN_REMEDY)
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
         if version not in ((1, 0), (2, 0)):
-            raise DataError(f"{path}: {key} has npy version {version}, not 1.0 or 2.0; {REMEDY}")
+            raise DataError(f"{path}: {key} has npy version {version}, not 1.0 or 2.0; {OWN_REMEDY}")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = header(stream)
         if not (text and dtype.kind in "US") and (dtype.kind not in "biuf" or dtype.itemsize > 8):
@@ -285,7 +286,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
         declared = dtype.itemsize * math.prod(shape)
         body = stream.read()  # to the end, which checks the archive's CRC; bounded by info.file_size
     if len(body) != declared:
-        raise DataError(f"{path}: {key} declares {declared} bytes and holds {len(body)}; {REMEDY}")
+        raise DataError(f"{path}: {key} declares {declared} bytes and holds {len(body)}; {OWN_REMEDY}")
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -321,7 +322,7 @@ def read_npz(
     Raises:
         DataError: missing or corrupt file, failed checksum, a required key absent, a dtype that is not a number.
     """
-    with parsing(path), zipfile.ZipFile(path) as archive:
+    with parsing(path, OWN_REMEDY), zipfile.ZipFile(path) as archive:
         held = {name.removesuffix(".npy") for name in archive.namelist()}
         absent = sorted(set(required) - held)
         if absent:

@@ -57,12 +57,18 @@ def _images(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.divide(pixels, np.float32(255), dtype=np.float32))
 
 
+_CHANNELS = (1, 3, 4)
+
+
 def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
-    """A table (N, d), or images (N, C, H, W) in [0, 1]; entries that are not finite are 0, others clipped."""
+    """A table (N, d), or images (N, C, H, W) in [0, 1], from (N, H, W, C) too; others clipped, no number is 0."""
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise DataError(
-            f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, [C,] H, W), not empty"
+            f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, H, W), (N, C, H, W) or (N, H, W,"
+            " C), not empty"
         )
+    if array.ndim == 4 and array.shape[1] not in _CHANNELS and array.shape[3] in _CHANNELS:
+        array = np.ascontiguousarray(np.moveaxis(array, -1, 1))
     with np.errstate(over="ignore"):
         values = np.divide(array, 255, dtype=np.float32) if _is_bytes(array) else array.astype(np.float32)
     check_range(f"{path}: the images in {key}", values)

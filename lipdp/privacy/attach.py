@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.inputs import InputKind
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, check_records, first_records
 from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
@@ -26,6 +27,7 @@ from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.criterion import PrivateCriterion
+from lipdp.privacy.free_weights import note_free_weights
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.loss_check import check_loss
@@ -155,6 +157,7 @@ def _hooked(
     x, targets = records
     loss = as_lipschitz(request.criterion, graph.output_shape)
     check_loss(loss, targets.to(graph.device), graph.output_shape)
+    note_free_weights(graph)
     state, clock = request.gating.start(), Clock()
     step = StepInProgress(
         _gradients(inner, request.optimizer), grouped=request.group is not None, forgotten=state.forget
@@ -167,6 +170,7 @@ def _hooked(
         views=request.multiplicity,
         records=population.records,
         empty=[x[:1], targets[:1]],
+        kind=InputKind(torch.int64 if graph.vocabulary else graph.own_dtype, graph.vocabulary),
         num_workers=request.num_workers,
         pin_memory=request.pin_memory,
         listener=step,

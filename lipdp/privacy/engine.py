@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.inputs import Fields, InputKind, as_records
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, first_records
 from lipdp.bounds.sensitivity import Sensitivity
@@ -23,7 +24,7 @@ from lipdp.noise.allocation import Allocation
 from lipdp.privacy.attach import Draws, Request, attach
 from lipdp.privacy.complete import complete
 from lipdp.privacy.criterion import PrivateCriterion
-from lipdp.privacy.foreign import records_of, refuse_unknown
+from lipdp.privacy.foreign import refuse_unknown
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.saved import read_state, write_state
@@ -111,6 +112,7 @@ class PrivacyEngine:
         dataset_size: int | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
+        fields: Fields | None = None,
         allocation: str | Allocation | None = None,
         gate: float | FixedGate | QuantileGate | None = None,
         joints: tuple[Joint, ...] | None = None,
@@ -141,7 +143,7 @@ class PrivacyEngine:
             target_epsilon, target_delta: the budget, where there is one.
             dataset: of a torch `DataLoader` its data set is taken, and nothing else.
             unknown: refused, with what stands for an argument of Opacus.
-            module, optimizer, criterion, group, shards and the other options: see `make_private_with_plan`.
+            module, optimizer, criterion, dataset, fields, group, shards and the other options: see `make_private_with_plan`.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.
@@ -149,7 +151,7 @@ class PrivacyEngine:
         refuse_unknown("make_private", unknown)
         self._refuse_second()
         world = self._world or current_world()
-        dataset = records_of(dataset)
+        dataset = as_records(dataset, fields)
         population = Population.of(dataset, world, group=group, shards=shards)
         account: dict[str, Any] = {
             "dataset_size": population.present if dataset_size is None else dataset_size,
@@ -211,6 +213,7 @@ class PrivacyEngine:
         epochs: float | None = None,
         sampling: str = "poisson",
         dataset_size: int | None = None,
+        fields: Fields | None = None,
         allocation: str | Allocation | None = None,
         gate: float | FixedGate | QuantileGate | None = None,
         joints: tuple[Joint, ...] | None = None,
@@ -254,6 +257,7 @@ class PrivacyEngine:
             epochs=epochs,
             sampling=sampling,
             dataset_size=dataset_size,
+            fields=fields,
             allocation=allocation,
             gate=gate,
             joints=joints,
@@ -274,6 +278,7 @@ class PrivacyEngine:
         optimizer: torch.optim.Optimizer,
         criterion: nn.Module,
         dataset: Dataset[Any] | DataLoader[Any],
+        fields: Fields | None = None,
         allocation: str | Allocation = "per_layer",
         gate: float | FixedGate | QuantileGate | None = None,
         joints: tuple[Joint, ...] = (),
@@ -292,7 +297,9 @@ class PrivacyEngine:
             plan: N, B, T, σ, and what is protected. Its allocation, gate, seed and cipher are filled in here.
             module, optimizer, criterion: the user's own objects; the model and the optimiser are returned as they are.
                 The model may be compiled: bounds are derived from what `torch.compile` was given.
-            dataset: map-style, of (input, target) records.
+            dataset: map-style, of (input, target) records; a pair of arrays, or a DataLoader for its data set.
+                Inputs reach the model in its dtype, tokens that it does not know as 0.
+            fields: of tables and of records with names or more parts, those of input and target: ("image", "label").
             allocation: "per_layer", "global" or "min_variance", or an object with `stds`.
             gate: a lower cotangent gate at the logits: a number, or a `QuantileGate`.
             joints: clips and gates to be placed in front of layers of the model, which then has them.
@@ -318,7 +325,7 @@ class PrivacyEngine:
             module=module,
             optimizer=optimizer,
             criterion=criterion,
-            dataset=records_of(dataset),
+            dataset=as_records(dataset, fields),
             allocation=allocation,
             gate=gate,
             joints=tuple(joints),

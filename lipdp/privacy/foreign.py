@@ -1,13 +1,11 @@
-"""Arguments of Opacus and of torch's loaders, answered with what stands for them here."""
+"""Arguments of Opacus, answered with what stands for them here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, default_collate
-
-from lipdp.errors import EngineError, ParameterError
+from lipdp.errors import ParameterError
 
 _ANSWERS = {
     "alphas": "leave it out: PrivacyEngine(accountant='rdp') has orders of its own",
@@ -39,20 +37,3 @@ def refuse_unknown(function: str, given: Mapping[str, Any]) -> None:
         raise ParameterError(
             "; ".join(f"{function} has no {n}: {_ANSWERS.get(n, 'see its documentation')}" for n in given)
         )
-
-
-def records_of(dataset: Dataset[Any] | DataLoader[Any]) -> Dataset[Any]:
-    """The records themselves: of a torch loader its data set.
-
-    Raises:
-        EngineError: a loader whose `collate_fn` would be lost.
-    """
-    if not isinstance(dataset, DataLoader):
-        return dataset
-    if dataset.collate_fn is not default_collate:
-        raise EngineError(
-            "dataset= was given a DataLoader with a collate_fn of its own, which could mix records: batches are"
-            " collated by torch's default. Prepare records in the data set, and give that"
-        )
-    records: Dataset[Any] = dataset.dataset
-    return records

@@ -67,7 +67,7 @@ class RunFolder:
         """What `start` wrote; CheckpointError if it cannot be read."""
         path = self.path / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}): is {self} the folder of a run?") from error
         if not isinstance(config, dict):

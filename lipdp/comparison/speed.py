@@ -104,15 +104,16 @@ def speed(
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
     entered = contenders(config.trainers, config.kinds)
-    for batch_size in sorted(config.batch_sizes):
+    for number, batch_size in enumerate(sorted(config.batch_sizes), start=1):
+        where = f"B = {batch_size} ({number} of {len(config.batch_sizes)})"
         if results.find(batch_size=batch_size):
             continue
         left = [r for r in entered if not _ran_out(results, r, config)]
         peaks: dict[Contender, Cell] = {}
         for contender in left if config.memory else ():
-            progress(f"B = {batch_size}: memory of {contender.trainer.name} on {contender.model_name(config.model)}")
+            progress(f"{where}: memory of {contender.trainer.name} on {contender.model_name(config.model)}")
             peaks[contender] = peak(config, contender, batch_size)
-        progress(f"B = {batch_size}: {config.repeat} interleaved repetitions")
+        progress(f"{where}: {config.repeat} interleaved repetitions")
         alive = [r for r in left if peaks.get(r, {}).get("status", MEASURED) == MEASURED]
         times = _times(config, alive, batch_size)
         for contender in entered:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +53,29 @@ def bounding_of(config: TrainConfig, split: DataSplit) -> Bounding:
     return bounding(config.bounding, **options)
 
 
-def prepare(config: TrainConfig, *, progress: Progress | None = None) -> tuple[DataSplit, float | None]:
+def prepare(
+    config: TrainConfig,
+    *,
+    progress: Progress | None = None,
+    opened: Callable[[TrainConfig, DataSplit], None] | None = None,
+) -> tuple[DataSplit, float | None]:
     """The data of a run: read or opened, bounded by public constants, turned into features.
 
     Features are computed of everything at once: a set that stays on disk is read for them, or refused if it is too
     large.
+
+    Args:
+        config: of the run.
+        progress: is told how many records have their features.
+        opened: is told when the data are open, before any features are computed.
 
     Returns:
         The split, and a bound on the norm of its inputs where the features have one.
     """
     split = open_configured(config)
     split = split.bounded(bounding_of(config, split))
+    if opened is not None:
+        opened(config, split)
     if config.features is None:
         return split, None
     spec = features(config.features, **config.feature_options)

@@ -156,7 +156,7 @@ class Trainer:
         input_bound = None
         with self.world.fail_together():
             if split is None:
-                split, input_bound = prepare(config, progress=monitor.features)
+                split, input_bound = prepare(config, progress=monitor.features, opened=monitor.opened)
             config = config.resolve(number_of_units(split), binary=split.task == "binary")
         parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device

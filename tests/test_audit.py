@@ -282,7 +282,7 @@ def test_the_command_writes_its_report_and_its_picture(tmp_path, capsys):
     assert main([*QUICK, "--out", str(tmp_path / "audit")]) == 0
     printed = capsys.readouterr().out
     assert "consistent" in printed
-    assert "gradient canaries" in printed
+    assert "claimed" in printed
     report = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert report["claimed_epsilon"] == pytest.approx(4, rel=0.01)
     assert 0 < report["lower_bound"] < report["claimed_epsilon"]

@@ -143,9 +143,7 @@ def _require_extra() -> None:
     try:
         import opacus  # noqa: F401
     except ImportError as error:
-        raise ParameterError(
-            f"lipdp compare needs Opacus ({error}): pip install 'lipdp[comparison]', or pip install -e '.[comparison]'"
-        ) from error
+        raise ParameterError(f'lipdp compare needs Opacus ({error}): pip install "lipdp[comparison]"') from error
 
 
 app.command(cls=Command, epilog=SPEED_EPILOG)(speed)

@@ -441,7 +441,7 @@ def test_unknown_names_list_the_known_ones():
 )
 def test_the_rough_account_is_near_the_exact_one(q, sigma, steps, delta, relation):
     event = Event(sigma, q, steps, relation)
-    exact = bound("pld", [event], delta)
+    exact = float(bound("pld", [event], delta))
     assert rough_epsilon([event], delta, near=exact) == pytest.approx(exact, rel=0.01)
     assert rough_epsilon([event.with_steps(10**6)], delta, near=exact) == math.inf
 

@@ -282,7 +282,7 @@ def test_the_command_writes_its_report_and_its_picture(tmp_path, capsys):
     assert main([*QUICK, "--out", str(tmp_path / "audit")]) == 0
     printed = capsys.readouterr().out
     assert "consistent" in printed
-    assert "gradient canaries" in printed
+    assert "claimed" in printed
     report = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert report["claimed_epsilon"] == pytest.approx(4, rel=0.01)
     assert 0 < report["lower_bound"] < report["claimed_epsilon"]
@@ -326,7 +326,12 @@ def test_the_command_refuses_with_one_message(arguments, capsys):
 
 def test_audits_together_share_the_error_probability():
     suite = Suite(8.0, methods=("many-runs", "gradient-canaries"), runs=60, canaries=1024, confidence=0.9, seed=0)
-    result = suite.run()
+    told = []
+    result = suite.run(lambda *step: told.append(step))
+    for name in suite.methods:
+        steps = [(done, total) for method, done, total in told if method == name]
+        assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+        assert steps[-1][0] == steps[-1][1] == steps[0][1] > steps[0][0]
     assert [one.confidence for one in result.results] == pytest.approx([0.95, 0.95])
     assert result.strongest.ratio == max(one.ratio for one in result.results)
     assert result.as_dict()["confidence"] == 0.9

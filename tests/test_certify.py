@@ -729,8 +729,9 @@ def test_compare_robustness_is_resumable_and_certifies_every_trainer(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         robustness(config, out=str(tmp_path), progress=_stop)
     seen = []
-    results = robustness(config, out=str(tmp_path), progress=seen.append)
-    assert len(seen) == len(results.cells) - 1
+    results = robustness(config, out=str(tmp_path), progress=lambda *told: seen.append(told))
+    assert [done for _, done, _ in seen] == list(range(2, len(results.cells) + 1))
+    assert {total for *_, total in seen} == {len(results.cells)}
     found = {(c["trainer"], c["model"], c["tau"]): c for c in results.cells}
     names = [(t, "mlp") for t in ("clipless", "opacus_hooks", "non_private")]
     assert set(found) == {(*n, tau) for n in names for tau in (4.0, 32.0)} | {("non_private", "mlp-twin", 1.0)}
@@ -751,7 +752,7 @@ def test_compare_robustness_is_resumable_and_certifies_every_trainer(tmp_path):
     assert labels[-1] == "Pareto front"
 
 
-def _stop(cell):
+def _stop(*told):
     raise KeyboardInterrupt
 
 

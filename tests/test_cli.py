@@ -98,7 +98,9 @@ def test_train_end_to_end_in_a_process_of_its_own(tmp_path):
     done = lipdp_command("train", "--epochs", "5", "--out", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert all(len(line) <= 80 for line in done.stdout.splitlines() if "written to" not in line)
+    assert all(
+        len(line) <= 80 for line in done.stdout.splitlines() if "written to" not in line and "next: " not in line
+    )
     for fact in (
         "add or remove one record",
         "T = 5 steps, B = 1437, q = 1",
@@ -106,6 +108,7 @@ def test_train_end_to_end_in_a_process_of_its_own(tmp_path):
         "δ = 1e-05",
         "2.weight",
         "not covered by ε",
+        f"next: lipdp report {tmp_path / 'run'}",
     ):
         assert fact in done.stdout
     privacy = json.loads((tmp_path / "run" / "privacy.json").read_text())
@@ -392,6 +395,36 @@ def test_sensitivity_says_what_the_library_says(shape, capsys):
     assert max(map(len, table.splitlines())) <= 80
 
 
+def test_sensitivity_of_a_data_set_is_what_a_dry_run_of_train_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sensitivity", "--dataset", "digits", "--epsilon", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["train", "--dry-run", "--epsilon", "2"]) == 0
+    plan = capsys.readouterr().out
+    table = [line for line in shown.splitlines() if "weight" in line and "parameter" not in line]
+    rows = [line for line in table if ".weight" in line]
+    assert len(rows) == 2
+    assert all(row in plan for row in rows)
+    assert "TauCrossEntropy(tau=32.0), gate 0.3" in plan
+    assert "TauCrossEntropy(tau=32.0), gradient at the logits ≤ 0.3" in shown.replace("\n", " ")
+    assert "dry run: no step was taken, nothing was written" in plan
+    assert "batch_size = 1437" in plan
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_spends_is_shown_before_its_features_are_computed(capsys, monkeypatch):
+    seen, features = [], LineMonitor.features
+    monkeypatch.setattr(
+        LineMonitor, "features", lambda self, *told: seen.append(capsys.readouterr().out) or features(self, *told)
+    )
+    assert main(["train", "--dry-run", "--features", "dct", "--steps", "3", "--noise-multiplier", "3"]) == 0
+    assert "T = 3 steps" in seen[0]
+    assert "budget" in seen[0]
+    after = "".join(seen[1:]) + capsys.readouterr().out
+    assert "T = 3 steps" not in after
+    assert "σ = 3 " in after
+
+
 def test_rows_of_shared_and_unused_parameters():
     class Odd(torch.nn.Module):
         def __init__(self):
@@ -429,7 +462,7 @@ def test_the_screen_holds_eighty_columns(kind, tmp_path):
         result = Trainer(config, out=tmp_path, monitor=monitor).run()
     show_result(console, result)
     lines = re.split(r"[\n\r]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()))
-    assert all(len(line) <= 80 for line in lines if "written to" not in line)
+    assert all(len(line) <= 80 for line in lines if "written to" not in line and "next: " not in line)
     text = " ".join(" ".join(lines).split())
     assert "gate from 0.3 to quantile 0.5" in text
     assert ("6/6 loss* " in text) == (kind is BarMonitor)

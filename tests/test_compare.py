@@ -20,8 +20,8 @@ from lipdp.comparison import utility as utility_module
 from lipdp.comparison.contenders import Contender, contenders
 from lipdp.comparison.results import Results
 from lipdp.comparison.speed import SpeedConfig, speed
-from lipdp.comparison.trainers import TRAINERS, get_trainer
-from lipdp.comparison.utility import UtilityConfig, summary, utility
+from lipdp.comparison.trainers import TRAINERS, get_trainer, legend
+from lipdp.comparison.utility import UtilityConfig, summary, table, utility
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 from lipdp.report.comparison import read_comparison
 
@@ -104,6 +104,24 @@ def test_what_fails_is_a_cell_and_the_others_are_measured(monkeypatch):
     results = speed(replace(SMALL, batch_sizes=(8,)))
     assert {c["status"] for c in results.find(trainer="clipless")} == {"measured"}
     assert {c["reason"] for c in results.find(trainer="opacus_hooks")} == {"RuntimeError: no such kernel"}
+
+
+def test_one_seed_has_no_spread_and_chance_is_no_learning():
+    results = Results(None, config={})
+    shared = {"dataset": "digits", "model": "cnn", "target_epsilon": 1.0, "epsilon": 1.0, "settings": {}, "chance": 0.1}
+    for trainer, seed, accuracy in (("clipless", 0, 0.9), ("opacus_hooks", 0, 0.14), ("opacus_ghost", 0, 0.10)):
+        results.add({**shared, "trainer": trainer, "seed": seed, "accuracy": accuracy})
+    results.add({**shared, "trainer": "opacus_ghost", "seed": 1, "accuracy": 0.12})
+    rows = table(summary(results))
+    assert "| clipless | accuracy | 90.0 (one seed) |" in rows.replace("accuracy, %", "accuracy")
+    assert "14.0 (one seed), did not learn |" in rows
+    assert "11.0 ± 1.4, did not learn |" in rows
+
+
+def test_the_legend_says_what_every_trainer_does():
+    lines = legend(TRAINERS).splitlines()
+    assert [line.split(":")[0] for line in lines] == list(TRAINERS)
+    assert len({line.split(": ")[1] for line in lines}) == len(TRAINERS)
 
 
 def test_speed_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -197,6 +215,7 @@ def test_utility_tunes_on_validation_and_tests_once(tmp_path, monkeypatch):
         assert cell["private"] is False  # seeded
         assert 0 <= cell["ece"] <= 1
         assert {"trainer", "model", "dataset", "batch_size", "epsilon", "seed", "accuracy"} <= set(cell)
+    assert all(cell["chance"] == pytest.approx(0.1, abs=0.03) for cell in results.cells)
     means = {(c["trainer"], c["model"]): c for c in summary(results)}
     scores = [c["accuracy"] for c in results.find(trainer="clipless")]
     assert means["clipless", "linear"]["mean"] == pytest.approx(sum(scores) / 2)

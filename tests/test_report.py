@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from html.parser import HTMLParser
 from itertools import pairwise
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -246,6 +247,42 @@ def test_runs_side_by_side_and_what_differs(trained, folder, comparison):
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert [row.mean for row in report.comparison if row.epsilon == 1.0] == pytest.approx([0.805, 0.705])
+
+
+def test_two_sentences_come_first_and_hold(trained, folder):
+    page = page_of(trained)
+    account, words = json.loads((trained / "privacy.json").read_text()), page.words
+    guess = float(re.search(r"with more than ([\d.]+) % certainty", words).group(1)) / 100
+    exact = best_guess(account["epsilon"], account["delta"])
+    assert exact <= guess < exact + 0.002
+    places = [
+        words.index(t) for t in ("was among the 1,437 that it", "of the test records rightly", "Privacy statement")
+    ]
+    assert places == sorted(places)
+    edit(folder / "privacy.json", seeded=True)
+    assert "certainty" not in page_of(folder).words
+    assert "not assured: see the warning" in page_of(folder).words
+
+
+def test_an_attackers_reach_is_that_of_the_account(trained):
+    account = json.loads((trained / "privacy.json").read_text())
+    one = gather([trained], calibrate=False).runs[0]
+    mu = account["steps"] ** 0.5 / account["noise_multiplier"]  # q = 1: the Gaussian mechanism
+    for rate, bound in one.attack.tpr:
+        exact = NormalDist().cdf(NormalDist().inv_cdf(rate) + mu)
+        assert exact <= bound <= 1.005 * exact
+    assert mu <= one.attack.mu <= 1.01 * mu
+    assert one.nist[0][0] == "Unit of privacy"
+    assert "NIST SP 800-226" in page_of(trained).words
+
+
+def test_what_is_missing_is_folded(folder):
+    for name in ("audit.json", "certificate.json"):
+        (folder / name).unlink(missing_ok=True)
+    text = render(gather([folder], calibrate=False), "html")
+    for what in ("Calibration", "Certified robustness", "Audit"):
+        assert f'<details class="empty"><summary>{what}: not in this report</summary>' in text
+        assert f">{what}</h2>" not in text
 
 
 def test_json_is_plain_and_complete(trained):

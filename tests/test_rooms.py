@@ -109,7 +109,7 @@ COVERS = {
     "engine/test_state_of_run": "privacy/engine",
     "test_accelerator": "nn/autocast nn/compiled training/runtime",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
-    "test_audit": "audit/experiments audit/observe audit/run audit/statistics",
+    "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/trace",
     "test_certify": "certify/certificate certify/network commands/robustness",

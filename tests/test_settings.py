@@ -19,7 +19,7 @@ from lipdp.training.recipes import RECOMMENDED
 from lipdp.training.settings import OPTIONS, SIZE
 
 OWN = {  # options of a command that are no settings of a run
-    "train": {"--out", "--resume", "--tensorboard", "--profile", "--peer-timeout", "--help"},
+    "train": {"--out", "--resume", "--dry-run", "--tensorboard", "--profile", "--peer-timeout", "--help"},
     "plan simulate": {
         *("--search", "--scale", "--trials", "--jobs", "--validation", "--search-seed", "--option", "--run"),
         *("--confirm", "--out", "--help"),
@@ -29,7 +29,7 @@ OTHER_MEANING = {  # an option that is called as a setting and is another thing,
     "compare speed": {"--dataset"},
     "audit": {"--epsilon", "--seed"},
     "certify": {"--steps"},
-    "plan": {"--steps", "--dataset"},
+    "plan": {"--steps", "--dataset", "--epsilon", "--delta", "--accountant"},
 }
 ELSEWHERE = {"epsilon", "calibrate", "plan scale"}  # plan with q, T and devices, not with the settings of a run
 

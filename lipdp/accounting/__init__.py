@@ -15,10 +15,12 @@ _NAMES = {
     "Relation": "lipdp.accounting.relation",
     "Spent": "lipdp.accounting.accountants",
     "Subsampling": "lipdp.accounting.plan",
+    "TradeOff": "lipdp.accounting.tradeoff",
     "calibrate": "lipdp.accounting.calibration",
     "epsilon": "lipdp.accounting.accountants",
     "get_accountant": "lipdp.accounting.accountants",
     "joint_noise_multiplier": "lipdp.accounting.events",
+    "trade_off": "lipdp.accounting.tradeoff",
 }
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

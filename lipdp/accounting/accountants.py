@@ -24,6 +24,7 @@ from scipy.fft import next_fast_len
 from lipdp.accounting.events import Event, Ledger, as_relation, joint_noise_multiplier, remaining_noise_multiplier
 from lipdp.accounting.privacy_loss import (
     DIRECTIONS,
+    Array,
     StepLoss,
     loss_deviation,
     loss_distribution,
@@ -250,22 +251,43 @@ class PLDAccountant(Accountant):
         if sum(event.steps for event in events) > _MAX_STEPS:
             raise AccountingError(f"the grid takes minutes for more than {_MAX_STEPS:,} steps")
         with _failures_named():
-            steps = [event.steps for event in events]
-            variance = np.average([loss_deviation(event) ** 2 for event in events], weights=steps)
-            widest = _rdp_epsilon(events, tuple(steps), usable, _COARSE_ORDERS)
-            affordable = max(widest / _MAX_POINTS, *(smallest_interval(event) for event in events))
-            interval = max(min(0.05 * math.sqrt(variance), 0.01), affordable)
-            losses = [loss_distribution(event, interval) for event in events]
+            losses = self._losses(events, usable)
 
         def bound(counts: Counts) -> float:
             with _failures_named():
-                parts = [loss.self_compose(n) for loss, n in zip(losses, counts, strict=True) if n]
-                total = parts[0]
-                for part in parts[1:]:
-                    total = total.compose(part)
-                return _finite(total.get_epsilon_for_delta(usable))
+                return _finite(_composed(losses, counts).get_epsilon_for_delta(usable))
 
         return bound
+
+    def deltas(self, events: tuple[Event, ...], epsilons: Array, delta: float) -> Array:
+        """Upper bounds on δ at each ε ≥ 0 (increasing), and what float64 rounding can add; the grid is fit for `delta`.
+
+        Raises:
+            AccountingError: δ is within float64 rounding, or beyond numerical reach.
+        """
+        usable = _delta_left(delta, events)
+        with _failures_named():
+            total = _composed(self._losses(events, usable), tuple(event.steps for event in events))
+            found = np.asarray(total.get_delta_for_epsilon(list(epsilons)), dtype=np.float64)
+        return np.minimum(found + (delta - usable), 1.0)
+
+    @staticmethod
+    def _losses(events: tuple[Event, ...], usable: float) -> list[Any]:
+        steps = [event.steps for event in events]
+        variance = np.average([loss_deviation(event) ** 2 for event in events], weights=steps)
+        widest = _rdp_epsilon(events, tuple(steps), usable, _COARSE_ORDERS)
+        affordable = max(widest / _MAX_POINTS, *(smallest_interval(event) for event in events))
+        interval = max(min(0.05 * math.sqrt(variance), 0.01), affordable)
+        return [loss_distribution(event, interval) for event in events]
+
+
+def _composed(losses: Sequence[Any], counts: Counts) -> Any:
+    """The loss distribution of `counts` steps of each."""
+    parts = [loss.self_compose(n) for loss, n in zip(losses, counts, strict=True) if n]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.compose(part)
+    return total
 
 
 class PRVAccountant(Accountant):

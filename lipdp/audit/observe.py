@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from lipdp.privacy.engine import PrivacyEngine
 
 Array = NDArray[np.float64]
 Tensors = dict[str, Tensor]
+Progress = Callable[[int, int], None]
+"""Is told how many steps are taken, and of how many."""
+
 _CHUNK_WEIGHTS = 2**23  # per-sample gradients held at once
 
 
@@ -31,11 +36,13 @@ class Setting:
         plan: of one run.
         allocation: as `PrivacyEngine.make_private` takes it.
         seed: for tests.
+        progress: is told of every step.
     """
 
     plan: PrivacyPlan
     allocation: str = "per_layer"
     seed: int | None = None
+    progress: Progress = field(default=lambda done, total: None, compare=False)
 
 
 class Training:
@@ -43,6 +50,7 @@ class Training:
 
     def __init__(self, experiment: Experiment, setting: Setting, included: Tensor, *, runs: int = 1) -> None:
         self.experiment = experiment
+        self._progress, self._total = setting.progress, setting.plan.steps * runs
         self.model = experiment.fresh_model()
         # the mechanism is audited, not the guard that would stop a run with a wrong bound
         self.engine = PrivacyEngine(setting.plan.accountant, seed=setting.seed, check_every=0)
@@ -58,6 +66,13 @@ class Training:
             allocation=setting.allocation,
         )
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the loader, counted."""
+        for done, (x, y) in enumerate(self.loader):
+            self._progress(done, self._total)
+            yield x, y
+        self._progress(self._total, self._total)
 
     def claimed_epsilon(self, delta: float) -> float:
         """What the engine's accountant says of one run of T steps."""
@@ -115,7 +130,7 @@ def repeated(
     expected = setting.plan.sampling_rate * _flat(training.gradient(*experiment.others)) * entries
     scale = entries * experiment.expected_batch_size
     along, energy = torch.empty(runs * experiment.steps), torch.empty(runs * experiment.steps)
-    for step, (x, y) in enumerate(training.loader):
+    for step, (x, y) in enumerate(training.batches()):
         training.step(x, y)
         release = _flat({n: p.grad for n, p in training.parameters.items() if p.grad is not None}) * scale - expected
         along[step] = along_step = direction @ release
@@ -140,7 +155,7 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
     """
     training = Training(experiment, setting, included)
     scorer: _Orthogonal | _Joint = (_Orthogonal if experiment.saturated else _Joint)(experiment, setting)
-    for x, y in training.loader:
+    for x, y in training.batches():
         weights = {n: p.detach().clone() for n, p in training.parameters.items()}
         expected = training.gradient(*experiment.others)
         training.step(x, y)
@@ -229,10 +244,12 @@ def worlds(experiment: Experiment, setting: Setting, coins: NDArray[np.bool_]) -
     """
     parts = {}
     trainings: list[Training] = []
+    steps, outside = setting.plan.steps, int((~coins).sum())
     for world in (False, True):
         seed = None if setting.seed is None else 2 * setting.seed + world
         count = int((coins == world).sum())
-        own = replace(setting, seed=seed)
+        before = steps * outside if world else 0
+        own = replace(setting, seed=seed, progress=partial(_shifted, setting.progress, before, steps * len(coins)))
         parts[world], training = repeated(experiment, own, included=world, runs=max(1, count))
         trainings.append(training)
     scores = {}
@@ -241,6 +258,10 @@ def worlds(experiment: Experiment, setting: Setting, coins: NDArray[np.bool_]) -
         for world, part in parts.items():
             scores[name][coins == world] = part[name][: int((coins == world).sum())]
     return scores, trainings[-1]
+
+
+def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.audit.experiments import Experiment, gradient_canaries, worst_case
 from lipdp.audit.guessing import choose
-from lipdp.audit.observe import Setting, Training, fair_coins, simultaneous, worlds
+from lipdp.audit.observe import Progress, Setting, Training, fair_coins, simultaneous, worlds
 from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound
 from lipdp.errors import ParameterError
 
@@ -97,6 +97,7 @@ def many_runs(
     allocation: str = "per_layer",
     accountant: str = "prv",
     seed: int | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> AuditResult:
     r"""Tell N records from N + 1 in many tiny runs of T steps, each a game of its own.
 
@@ -114,6 +115,7 @@ def many_runs(
         confidence: of the lower bound.
         allocation, accountant: of the engine.
         seed: repeat the audit exactly.
+        progress: is told how many steps are taken, and of how many.
 
     Raises:
         ParameterError: not one canary, a learning rate, or fewer than 40 runs. LipdpError: what the engine refuses.
@@ -131,7 +133,7 @@ def many_runs(
             f" (given {experiment.learning_rate:g}), so that runs do not differ in anything else"
         )
     coins = fair_coins(_enough("runs", runs), seed)
-    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
+    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed, progress)
     scores, training = worlds(experiment, setting, coins)
     early, late = _split(Games(scores, coins))
     rule = choose(early.scores, early.coins, delta=delta, confidence=confidence, games=len(late.coins))
@@ -157,6 +159,7 @@ def one_run(
     allocation: str = "per_layer",
     accountant: str = "prv",
     seed: int | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> AuditResult:
     """Guess which of m canaries took part in one single run.
 
@@ -179,7 +182,7 @@ def one_run(
     """
     experiment = gradient_canaries(32_768) if experiment is None else experiment
     coins = fair_coins(_enough("canaries", len(experiment.canaries[0])), seed)
-    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed)
+    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed, progress)
     scores, training = simultaneous(experiment, setting, torch.from_numpy(coins))
     order = np.random.default_rng(seed).permutation(
         len(coins)
@@ -207,7 +210,13 @@ def _enough(what: str, count: int) -> int:
 
 
 def _setting(
-    experiment: Experiment, epsilon: float, delta: float, allocation: str, accountant: str, seed: int | None
+    experiment: Experiment,
+    epsilon: float,
+    delta: float,
+    allocation: str,
+    accountant: str,
+    seed: int | None,
+    progress: Progress,
 ) -> Setting:
     plan = PrivacyPlan.of(
         dataset_size=experiment.dataset_size,
@@ -217,7 +226,7 @@ def _setting(
         target_delta=delta,
         accountant=accountant,
     )
-    return Setting(plan, allocation, seed)
+    return Setting(plan, allocation, seed, progress)
 
 
 def _split(games: Games) -> tuple[Games, Games]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from lipdp.audit.experiments import gradient_canaries, input_canaries, worst_case
-from lipdp.audit.observe import check_seed
+from lipdp.audit.observe import Progress, check_seed
 from lipdp.audit.run import AuditResult, many_runs, one_run
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.files import write_figure, write_json
@@ -56,13 +57,12 @@ class Suite:
             raise ParameterError(f"confidence={self.confidence}: a probability in (0, 1) is needed, 0.95 say")
         check_seed(self.seed)
 
-    def run(self, progress: Callable[[AuditResult], None] = lambda result: None) -> SuiteResult:
-        """Every audit in turn; `progress` is told of each."""
+    def run(self, progress: Callable[[str, int, int], None] = lambda name, done, total: None) -> SuiteResult:
+        """Every audit in turn; `progress` is told of each step: in which audit, how many are taken, of how many."""
         results = []
         with _random_state(self.seed):
             for name in self.methods:
-                results.append(METHODS[name](self))
-                progress(results[-1])
+                results.append(METHODS[name](self, partial(progress, name)))
         return SuiteResult(tuple(results), self.confidence)
 
     @property
@@ -73,13 +73,13 @@ class Suite:
         return {**{name: getattr(self, name) for name in names}, "confidence": each}
 
 
-METHODS: dict[str, Callable[[Suite], AuditResult]] = {
-    "many-runs": lambda suite: many_runs(runs=suite.runs, **suite.options),
-    "sampled-runs": lambda suite: many_runs(
-        worst_case(sampling_rate=0.25, records=16, opposed=True), runs=suite.runs, **suite.options
+METHODS: dict[str, Callable[[Suite, Progress], AuditResult]] = {
+    "many-runs": lambda suite, told: many_runs(runs=suite.runs, progress=told, **suite.options),
+    "sampled-runs": lambda suite, told: many_runs(
+        worst_case(sampling_rate=0.25, records=16, opposed=True), runs=suite.runs, progress=told, **suite.options
     ),
-    "gradient-canaries": lambda suite: one_run(gradient_canaries(suite.canaries), **suite.options),
-    "input-canaries": lambda suite: one_run(input_canaries(suite.input_canaries), **suite.options),
+    "gradient-canaries": lambda suite, told: one_run(gradient_canaries(suite.canaries), progress=told, **suite.options),
+    "input-canaries": lambda suite, told: one_run(input_canaries(suite.input_canaries), progress=told, **suite.options),
 }
 
 

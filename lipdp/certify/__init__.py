@@ -8,8 +8,18 @@ foolbox (`pip install "lipdp[robustness]"`); `run` reads a run's folder.
 """
 
 from lipdp.certify.attack import AttackResult, pgd
-from lipdp.certify.certificate import IMAGE_RADII, Certificate, certify
+from lipdp.certify.certificate import IMAGE_RADII, Certificate, certify, table_radii
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.network import CONVOLUTIONS, Network
 
-__all__ = ["CONVOLUTIONS", "IMAGE_RADII", "AttackResult", "Certificate", "InputMap", "Network", "certify", "pgd"]
+__all__ = [
+    "CONVOLUTIONS",
+    "IMAGE_RADII",
+    "AttackResult",
+    "Certificate",
+    "InputMap",
+    "Network",
+    "certify",
+    "pgd",
+    "table_radii",
+]

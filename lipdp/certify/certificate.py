@@ -23,6 +23,19 @@ IMAGE_RADII = (36 / 255, 72 / 255, 108 / 255, 255 / 255)
 _DOWNWARDS = 1.0 - 1e-9  # covers the float64 rounding of the formulas
 
 
+def table_radii(x: Tensor) -> tuple[float, ...]:
+    """Radii for a table, (N, d): a tenth, a quarter, a half and all of a column's spread, two digits each.
+
+    The spread is the median over the columns of their standard deviation; columns differ in their units, and pixels'
+    radii mean nothing there.
+
+    >>> table_radii(torch.tensor([[0.0, 0.0], [20.0, 400.0], [40.0, 0.0]]))
+    (2.0, 5.0, 10.0, 20.0)
+    """
+    spread = float(x.double().std(0).nan_to_num().median()) or 1.0
+    return tuple(float(f"{share * spread:.2g}") for share in (0.1, 0.25, 0.5, 1.0))
+
+
 @dataclass(frozen=True)
 class _Piece:
     """A batch: its logits, and the chain of moduli from the raw input to the last layer's input."""

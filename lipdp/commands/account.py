@@ -20,6 +20,8 @@ EPSILON_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp epsilon --noise-multiplier 1.1 --sampling-rate 0.01 --steps 1000[/green]
 
+[green]lipdp epsilon --noise-multiplier 1.1 --sampling-rate 0.01 --steps 1000 --tpr 0.01 0.001[/green]  (attacks)
+
 [green]lipdp epsilon --noise-multiplier 4.5 --batch-size 4096 --dataset-size 60000 --epochs 20 --json[/green]"""
 
 CALIBRATE_EPILOG = """[bold]Examples[/bold]
@@ -48,11 +50,16 @@ def epsilon(
     epochs: Epochs = None,
     delta: Delta = 1e-5,
     sampling: Sampling = "poisson",
+    tpr: Annotated[
+        list[float] | None,
+        typer.Option(help="false-positive rates at which to bound an attacker's true-positive rate, e.g. 0.01 0.001"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """ε of a run, from its noise, by every accountant.
 
-    Each is an upper bound.
+    Each is an upper bound. With --tpr also, from the privacy loss distribution: how often an attacker who may raise
+    that share of false alarms finds out who took part, and the μ of the best Gaussian-DP statement.
     """
     from lipdp.accounting.accountants import get_accountant
 
@@ -62,6 +69,11 @@ def epsilon(
     facts = _facts(drawn, delta)
     facts |= {"noise_multiplier": noise_multiplier, "epsilon": {name: s.epsilon for name, s in spent.items()}}
     notes = {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
+    if tpr:
+        from lipdp.accounting.tradeoff import trade_off
+
+        curve = trade_off([event])
+        facts |= {"tpr": {f"{rate:g}": curve.tpr(rate) for rate in tpr}, "mu": curve.mu, "mu_floor": curve.floor}
     _show(facts, notes, as_json, "ε", facts["epsilon"])
 
 
@@ -145,3 +157,9 @@ def _show(facts: dict[str, Any], notes: dict[str, str], as_json: bool, symbol: s
     for name in _ACCOUNTANTS:
         table.add_row(name, f"{values[name]:.5g}" if name in values else "-", notes.get(name, ""))
     console.print(table)
+    if "mu" in facts:
+        for rate, bound in facts["tpr"].items():
+            console.print(
+                f"at {float(rate):.3g} false positives an attacker finds at most {bound:.3g}", highlight=False
+            )
+        console.print(f"μ = {facts['mu']:.4g} (Gaussian DP, up to a δ of {facts['mu_floor']:g})", highlight=False)

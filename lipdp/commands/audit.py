@@ -53,6 +53,7 @@ def audit(
     from rich.table import Table
 
     from lipdp.audit.suite import METHODS, Suite, write
+    from lipdp.commands.bars import step_bar
 
     if out is not None and out.exists() and not out.is_dir():
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
@@ -66,14 +67,13 @@ def audit(
         **given,
         seed=seed,
     )
-    console = Console(stderr=as_json)
-    result = suite.run(
-        lambda done: console.print(f"[dim]{done.method}, {done.experiment}: done[/dim]", highlight=False)
-    )
+    with step_bar(Console(stderr=True)) as told:
+        result = suite.run(told)
     paths = write(result, out) if out is not None else ()
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
+        console = Console()
         table = Table("audit", "trials", "right", "claimed", "ε at least", "conf.", "verdict", box=SIMPLE_HEAD)
         for one in result.results:
             table.add_row(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EPILOG = """[bold]Examples[/bold]
 
-[green]lipdp certify RUN[/green]  (radii 36/255, 72/255, 108/255 and 1, in units of the raw input)
+[green]lipdp certify RUN[/green]  (images: 36/255 to 1 in pixels; tables: a tenth to one column's spread)
 
 [green]lipdp certify RUN --attack --samples 1000[/green]
 
@@ -46,20 +46,22 @@ def certify(
 
     No input within the radius changes the answer.
     """
-    from lipdp.certify import IMAGE_RADII
+    from lipdp.certify import IMAGE_RADII, table_radii
     from lipdp.certify.run import assess, draw, load_run
     from lipdp.errors import ParameterError
     from lipdp.files import write_figure, write_json
 
     if samples is not None and samples < 1:
         raise ParameterError(f"--samples {samples}: at least 1")
-    asked = [parse_radius(text) for text in radii] if radii else list(IMAGE_RADII)
     loaded = load_run(run, weights=weights, data_dir=data_dir)
+    default = IMAGE_RADII if loaded.x.dim() > 2 else table_radii(loaded.x)
+    asked = [parse_radius(text) for text in radii] if radii else list(default)
     result = assess(
         loaded.model, loaded.x[:samples], loaded.y[:samples], radii=asked, maps=loaded.maps, attack=attack,
         convolution=convolution, steps=steps, restarts=restarts,
     )  # fmt: skip
     facts = {"run": str(run), "dataset": loaded.config.dataset, "weights": weights, "step": loaded.step, **_spent(run)}
+    facts["unit"] = _unit(loaded)
     facts |= result.as_dict()
     figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))
     write_json(run / "certificate.json", facts)

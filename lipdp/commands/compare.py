@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lipdp.commands.bars import Pace
 from lipdp.commands.options import Command, interruptible, with_settings
 from lipdp.commands.robustness import EPILOG as ROBUSTNESS_EPILOG
 from lipdp.commands.robustness import robustness
@@ -68,6 +70,7 @@ def speed(
     from lipdp.comparison.plots import memory_figure, save, speed_figure
     from lipdp.comparison.speed import SpeedConfig, table
     from lipdp.comparison.speed import speed as measure
+    from lipdp.comparison.trainers import legend
 
     if threads := given.pop("threads", None):
         torch.set_num_threads(threads)
@@ -85,6 +88,7 @@ def speed(
         " step time (× non-private)"
     )
     typer.echo(table(results))
+    typer.echo(f"\n{legend(cell['trainer'] for cell in results.cells)}")
 
 
 @with_settings("data_dir", "model", "model_options", "features", "delta", "batch_size", "epochs")
@@ -104,6 +108,7 @@ def utility(
     """Accuracy or AUROC at given budgets, every trainer tuned by the same number of trials."""
     _require_extra()
     from lipdp.comparison.plots import save, utility_figure
+    from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import UtilityConfig, summary, table
     from lipdp.comparison.utility import utility as measure
 
@@ -111,26 +116,27 @@ def utility(
         raise ParameterError(f"--jobs {jobs}: at least 1 is needed")
     lists: dict[str, Any] = {"datasets": datasets, "epsilons": epsilons, "trainers": trainers, "kinds": kinds}
     config = UtilityConfig(**given, seeds=seeds, trials=trials, tune_scale=tune_scale, **_tuples(lists))
-    results = measure(config, out=_text(out), jobs=jobs, progress=_tell)
+    results = measure(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace()))
     cells = summary(results)
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
         here = [cell for cell in cells if cell["dataset"] == dataset]
         if out is not None and any(cell["target_epsilon"] is not None for cell in here):
             save(utility_figure(here), out, f"utility-{dataset.replace('/', '-')}")
     typer.echo(table(cells))
+    typer.echo(f"\n{legend(cell['trainer'] for cell in cells)}")
 
 
 def _tuples(given: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) for name, value in given.items() if value is not None}
 
 
-def _tell(cell: dict[str, Any]) -> None:
+def _tell(pace: Pace, cell: dict[str, Any], done: int, total: int) -> None:
     score = cell.get("score", cell.get("auroc", cell.get("accuracy", 0.0)))
     what = "trial" if "score" in cell else "run"
     budget = "no privacy" if cell["target_epsilon"] is None else f"ε {cell['target_epsilon']:g}"
     typer.echo(
-        f"{what}: {cell['trainer']} on {cell['model']}, {cell['dataset']}, {budget}, {cell['settings']}: {score:.4f}"
-        f" ({cell['seconds']:.0f} s)",
+        f"{pace(done, total)}: {what}, {cell['trainer']} on {cell['model']}, {cell['dataset']}, {budget},"
+        f" {cell['settings']}: {score:.4f} ({cell['seconds']:.0f} s)",
         err=True,
     )
 
@@ -143,9 +149,7 @@ def _require_extra() -> None:
     try:
         import opacus  # noqa: F401
     except ImportError as error:
-        raise ParameterError(
-            f"lipdp compare needs Opacus ({error}): pip install 'lipdp[comparison]', or pip install -e '.[comparison]'"
-        ) from error
+        raise ParameterError(f'lipdp compare needs Opacus ({error}): pip install "lipdp[comparison]"') from error
 
 
 app.command(cls=Command, epilog=SPEED_EPILOG)(speed)

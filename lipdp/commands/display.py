@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +20,14 @@ from rich.progress import (
 from rich.table import Table
 
 from lipdp import __version__
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.commands.tables import LEGEND, number, parameter_table
-from lipdp.data import SignedLog
+from lipdp.data import DataSplit, SignedLog, number_of_units
 from lipdp.report.parameters import parameter_rows
 from lipdp.suggestion.learning import drowned
-from lipdp.training import Trainer
-from lipdp.training.assembly import bounding_of
+from lipdp.training import TrainConfig, Trainer
+from lipdp.training.assembly import bounding_of, plan_of
+from lipdp.training.config import SETTINGS
 from lipdp.training.monitor import Monitor, Result
 
 _SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}
@@ -35,6 +38,7 @@ class LineMonitor(Monitor):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._shown = False
 
     def __enter__(self) -> LineMonitor:
         return self
@@ -44,6 +48,13 @@ class LineMonitor(Monitor):
     ) -> None:
         """Nothing to take down."""
 
+    def opened(self, config: TrainConfig, split: DataSplit) -> None:
+        """Where features are to be computed, which takes time: what the run will spend."""
+        if config.features is not None:
+            config = config.resolve(number_of_units(split), binary=split.task == "binary")
+            show_budget(self.console, config, split, plan_of(config, split))
+            self._shown = True
+
     def features(self, done: int, total: int) -> None:
         """Say so once, when they are there."""
         if done == total:
@@ -51,6 +62,8 @@ class LineMonitor(Monitor):
 
     def begin(self, trainer: Trainer) -> None:
         """Relation, q, T, B, σ, predicted ε, and the table of parameters."""
+        if not self._shown:
+            show_budget(self.console, trainer.config, trainer.split, trainer.engine.plan)
         show_plan(self.console, trainer)
 
     def record(self, record: dict[str, Any]) -> None:
@@ -110,30 +123,38 @@ def terminal_monitor(console: Console) -> LineMonitor:
     return BarMonitor(console) if console.is_terminal else LineMonitor(console)
 
 
+def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: PrivacyPlan) -> None:
+    """What is known of a run as soon as its data are open: whom it protects, and what it will spend."""
+    features = f" on {config.features} features" if config.features else ""
+    _show_lines(
+        console,
+        {
+            f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}",
+            "inputs": _inputs(config, split),
+            "protects": f"each of {plan.dataset_size:,} {plan.unit}s ({plan.relation.words} {plan.unit})",
+            "batches": f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}"
+            f" ({_SAMPLINGS[plan.sampling]})",
+            **_measurements(plan),
+            "budget": f"ε = {plan.predicted.epsilon:.4g} at δ = {plan.predicted.delta:g} after all steps"
+            f" ({plan.predicted.accountant})",
+        },
+    )
+
+
 def show_plan(console: Console, trainer: Trainer) -> None:
-    """What the run will spend and on what, before its first step."""
-    plan, config = trainer.engine.plan, trainer.config
+    """On what the run will spend its budget, before its first step."""
+    plan = trainer.engine.plan
     sizes = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}
     bounds, stds = trainer.engine.sensitivity(), trainer.engine.noise_stds()
     rows = parameter_rows(bounds, stds, sizes, batch_size=trainer.batch_size, nodes=bounds.nodes)
-    weights = sum(sizes.values())
-    features = f" on {config.features} features" if config.features else ""
     lines = {
-        f"lipdp {__version__}": f"{config.dataset}, {config.model}{features}, {weights:,} weights, {trainer.device}",
-        "inputs": _inputs(trainer),
-        "protects": f"each of {plan.dataset_size:,} {plan.unit}s ({plan.relation.words} {plan.unit})",
-        "batches": f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}"
-        f" ({_SAMPLINGS[plan.sampling]})",
-        **_measurements(trainer),
+        "model": f"{sum(sizes.values()):,} weights, {trainer.device}",
         "noise": f"σ = {plan.noise_multiplier:.4g} ({plan.allocation}); {trainer.criterion.loss}, {_gate(trainer)}",
-        "budget": f"ε = {trainer.planned.epsilon:.4g} at δ = {trainer.delta:g} after all steps"
-        f" ({trainer.planned.accountant})",
     }
     if signals := trainer.engine.signals:
         weakest = min(signals, key=lambda name: signals[name])
         lines["learning"] = f"all steps' signal over their noise: {number(signals[weakest])} or more ({weakest})"
-    for name, text in lines.items():
-        console.print(f"[bold]{name:<11}[/bold] {text}", highlight=False)
+    _show_lines(console, lines)
     if told := drowned(signals):
         console.print(f"[yellow]{told}[/yellow]", highlight=False)
     if plan.seeded:
@@ -145,19 +166,34 @@ def show_plan(console: Console, trainer: Trainer) -> None:
         console.print(f"resumed after step {trainer.step}", highlight=False)
 
 
-def _inputs(trainer: Trainer) -> str:
+def _inputs(config: TrainConfig, split: DataSplit) -> str:
     """The public map of the inputs, and what would be better where the columns' ranges are not known."""
-    split, bounding = trainer.split, bounding_of(trainer.config, trainer.split)
+    bounding = bounding_of(config, split)
     text = f"{'×'.join(map(str, split.input_shape))}, mapped by {bounding}"
     if isinstance(bounding, SignedLog):
         text += "; if you know the columns' ranges: --bounding rescale --bounding-option lower=... upper=..."
     return text
 
 
-def _measurements(trainer: Trainer) -> dict[str, str]:
+def _measurements(plan: PrivacyPlan) -> dict[str, str]:
     """What is released beside the steps, if anything is."""
-    measured = ", ".join(f"{m.name} at σ = {m.noise_multiplier:.4g}" for m in trainer.engine.plan.measurements)
+    measured = ", ".join(f"{m.name} at σ = {m.noise_multiplier:.4g}" for m in plan.measurements)
     return {"measures": f"{measured}, of all records, in the same ε"} if measured else {}
+
+
+def show_settings(console: Console, config: TrainConfig) -> None:
+    """Every setting that has a value, a line for each panel of the help."""
+    panels: dict[str, list[str]] = {}
+    for name, value in config.as_dict().items():
+        if value not in (None, {}, False):
+            panels.setdefault(SETTINGS[name].panel, []).append(f"{name} = {value}")
+    for panel, values in panels.items():
+        console.print(f"[bold]{panel}[/bold]: {', '.join(values)}", highlight=False)
+
+
+def _show_lines(console: Console, lines: dict[str, str]) -> None:
+    for name, text in lines.items():
+        console.print(f"[bold]{name:<11}[/bold] {text}", highlight=False)
 
 
 def _gate(trainer: Trainer) -> str:
@@ -235,3 +271,4 @@ def show_result(console: Console, result: Result) -> None:
     console.print(f"[dim]* training loss is not covered by ε; {number(metrics['seconds'])} s[/dim]", highlight=False)
     if result.folder is not None:
         console.print(f"[dim]written to {result.folder}[/dim]", highlight=False, soft_wrap=True)
+        console.print(f"next: lipdp report {shlex.quote(str(result.folder))}", highlight=False, soft_wrap=True)

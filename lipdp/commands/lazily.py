@@ -59,7 +59,7 @@ class LazyGroup(TyperGroup):
     entries: ClassVar[Mapping[str, Entry]]
 
     @property
-    def commands(self) -> dict[str, Any]:  # type: ignore[override]
+    def commands(self) -> dict[str, Any]:
         """Name → command."""
         return {name: entry.load(name) for name, entry in self.entries.items()}
 

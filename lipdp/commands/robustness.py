@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lipdp.commands.bars import Pace
 from lipdp.commands.certify import parse_radius
 from lipdp.commands.options import interruptible, with_settings
 
@@ -53,6 +55,7 @@ def robustness(
     from lipdp.comparison.plots import save
     from lipdp.comparison.robustness import RobustnessConfig, robustness_figure, table
     from lipdp.comparison.robustness import robustness as measure
+    from lipdp.comparison.trainers import legend
 
     lists: dict[str, Any] = {"trainers": trainers, "taus": taus, "radii": radii and [parse_radius(r) for r in radii]}
     given |= {name: tuple(value) for name, value in lists.items() if value is not None}
@@ -64,17 +67,18 @@ def robustness(
         samples=samples,
         attack=attack,
     )
-    results = measure(config, out=None if out is None else str(out), progress=_tell)
+    results = measure(config, out=None if out is None else str(out), progress=partial(_tell, Pace()))
     if out is not None:
         for number, radius in enumerate(config.radii):
             save(robustness_figure(results, number), out, f"robustness-{radius:.3g}")
     typer.echo(table(results))
+    typer.echo(f"\n{legend(cell['trainer'] for cell in results.cells)}")
 
 
-def _tell(cell: dict[str, Any]) -> None:
+def _tell(pace: Pace, cell: dict[str, Any], done: int, total: int) -> None:
     certified = " ".join(f"{score:.1%}" for score in cell["certified_accuracy"])
     typer.echo(
-        f"{cell['trainer']} on {cell['model']}, τ = {cell['tau']:g}, seed {cell['seed']}:"
+        f"{pace(done, total)}: {cell['trainer']} on {cell['model']}, τ = {cell['tau']:g}, seed {cell['seed']}:"
         f" accuracy {cell['accuracy']:.1%}, certified {certified} ({cell['seconds']:.0f} s)",
         err=True,
     )

@@ -26,6 +26,8 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp train --model mlp --model-option width=64 --gate off --allocation global[/green]
 
+[green]lipdp train --dataset mnist --epsilon 1 --dry-run[/green]  (what it would do and spend; no step is taken)
+
 [green]lipdp train --resume RUN[/green]  (bit for bit where it was interrupted)
 
 [green]torchrun --nproc-per-node=4 -m lipdp train --out RUN[/green]  (four processes, the same account)
@@ -47,6 +49,9 @@ def train(
     profile: Annotated[
         bool, _run_option("--profile", help="where a step's time goes: RUN/profile.json, trace.json")
     ] = False,
+    dry_run: Annotated[
+        bool, _run_option("--dry-run", help="show the plan and every setting; take no step, write no file")
+    ] = False,
     peer_timeout: Annotated[
         float | None,
         typer.Option(help="minutes to wait for a silent process", rich_help_panel="Run", show_default="30", min=0.01),
@@ -56,10 +61,31 @@ def train(
     if resume is not None and out is not None:
         raise typer.BadParameter("--resume goes on in its own folder; leave --out out", param_hint="--out")
 
+    if dry_run:
+        if resume is not None:
+            raise typer.BadParameter("a resumed run keeps its plan; leave --resume out", param_hint="--dry-run")
+        _dry_run(given)
+        return
+
     from lipdp.distributed.launch import TIMEOUT, launched
 
     with launched(timeout=peer_timeout or TIMEOUT) as world:
         _run(given, out, resume, world, tensorboard=tensorboard, profile=profile)
+
+
+def _dry_run(given: dict[str, Any]) -> None:
+    """All that is decided before the first step."""
+    from rich.console import Console
+
+    from lipdp.commands.display import show_settings, terminal_monitor
+    from lipdp.training import Trainer, configure
+
+    console = Console()
+    with terminal_monitor(console) as screen:
+        trainer = Trainer(configure(**given), monitor=screen)
+        screen.begin(trainer)
+    show_settings(console, trainer.config)
+    console.print("[bold]dry run[/bold]: no step was taken, nothing was written", highlight=False)
 
 
 def _run(

@@ -50,7 +50,7 @@ def utility_figure(summary: Sequence[Cell]) -> Figure:
             continue
         cells.sort(key=lambda cell: cell["target_epsilon"])
         xs, ys = [c["target_epsilon"] for c in cells], [c["mean"] for c in cells]
-        spread = [c["spread"] for c in cells]
+        spread = [c["spread"] or 0.0 for c in cells]
         marker = _MARKERS[number % len(_MARKERS)]
         axes.errorbar(xs, ys, spread, marker=marker, linewidth=1, capsize=2, color=color, label=label)
     front = pareto([(c["target_epsilon"], c["mean"]) for c in summary if c["target_epsilon"] is not None])

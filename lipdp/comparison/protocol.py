@@ -104,12 +104,14 @@ class Trainer(ABC):
 
     Attributes:
         name: as the command and the results call it.
+        words: what it does, for a legend.
         private: whether its steps have an ε.
         lipschitz, plain: whether it trains models with certified norms, and unconstrained ones.
         grid: setting → values for the search of `compare utility`; every trainer has the same number of combinations.
     """
 
     name: ClassVar[str]
+    words: ClassVar[str]
     private: ClassVar[bool] = True
     lipschitz: ClassVar[bool] = True
     plain: ClassVar[bool] = True

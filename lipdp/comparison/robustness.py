@@ -32,7 +32,7 @@ from lipdp.training.config import TrainConfig, configure
 from lipdp.training.evaluation import outputs
 from lipdp.training.recipes import default_model
 
-Progress = Callable[[Cell], None]
+Progress = Callable[[Cell, int, int], None]
 _MARKERS = "os^Dv"
 
 
@@ -106,7 +106,9 @@ class _Bench:
         return Setup.of(self.train, self.split, self.input_bound, tau=tau)
 
 
-def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Progress = lambda cell: None) -> Results:
+def robustness(
+    config: RobustnessConfig, *, out: str | None = None, progress: Progress = lambda cell, done, total: None
+) -> Results:
     """Train every trainer at every temperature and certify what came out.
 
     All private trainers have the same data, q, T and joint noise multiplier, calibrated for ε, and the same optimiser.
@@ -115,7 +117,7 @@ def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Pr
     Args:
         config: what is compared.
         out: the folder, with `results.json`; one that was begun is completed, cell by cell.
-        progress: is given every cell.
+        progress: is given every cell, how many there are then, and how many there will be.
 
     Returns:
         Cells with trainer, model, dataset, tau, seed, epsilon, accuracy, certified_accuracy (one a radius), lipschitz,
@@ -126,14 +128,15 @@ def robustness(config: RobustnessConfig, *, out: str | None = None, progress: Pr
     """
     results = Results(out, config={**asdict(config), "what": "robustness"})
     bench: _Bench | None = None
-    for contender, tau, seed in _plan(config):
+    planned = _plan(config)
+    for contender, tau, seed in planned:
         key = _key(config, contender, tau, seed)
         if results.find(**key):
             continue
         bench = bench or _bench(config)
         cell = {**key, **_cell(bench, contender, tau, seed)}
         results.add(cell)
-        progress(cell)
+        progress(cell, len(results.cells), len(planned))
     return results
 
 

@@ -111,16 +111,17 @@ def speed(
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
     results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
     entered = [(c, views) for views in sorted(config.views) for c in contenders(config.trainers, config.kinds)]
-    for batch_size in sorted(config.batch_sizes):
+    for number, batch_size in enumerate(sorted(config.batch_sizes), start=1):
+        where = f"B = {batch_size} ({number} of {len(config.batch_sizes)})"
         if results.find(batch_size=batch_size):
             continue
         left = [entry for entry in entered if not _ran_out(results, entry, config)]
         peaks: dict[Entry, Cell] = {}
         for contender, views in left if config.memory else ():
             what = f"{contender.trainer.name} on {contender.model_name(config.model)}"
-            progress(f"B = {batch_size}: memory of {what}" + (f", {views} views" if views > 1 else ""))
+            progress(f"{where}: memory of {what}" + (f", {views} views" if views > 1 else ""))
             peaks[contender, views] = peak(config, contender, batch_size, views=views)
-        progress(f"B = {batch_size}: {config.repeat} interleaved repetitions")
+        progress(f"{where}: {config.repeat} interleaved repetitions")
         alive = [entry for entry in left if peaks.get(entry, {}).get("status", MEASURED) == MEASURED]
         times = _times(config, alive, batch_size)
         for entry in entered:

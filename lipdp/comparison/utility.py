@@ -108,7 +108,7 @@ def utility(
     *,
     out: str | None = None,
     jobs: int = 1,
-    progress: Callable[[Cell], None] = lambda cell: None,
+    progress: Callable[[Cell, int, int], None] = lambda cell, done, total: None,
 ) -> Results:
     """Tune every trainer at every budget, then train it with its best settings, once for each seed.
 
@@ -121,7 +121,7 @@ def utility(
         config: what is compared.
         out: the folder, with `results.json` (final runs) and `tuning.json` (trials). One that was begun is completed.
         jobs: processes, each with one thread, if more than one.
-        progress: is given every cell.
+        progress: is given every cell, how many there are then, and how many there will be.
 
     Returns:
         Cells with trainer, model, dataset, batch_size, target_epsilon, epsilon, seed, accuracy (auroc), settings.
@@ -136,12 +136,18 @@ def utility(
         for epsilon in (config.epsilons if contender.trainer.private else (None,))
     ]
     trials = [Job(*cell, settings, 0, True) for cell in cells for settings in _grid(cell[1].trainer, config.trials)]
-    _run(config, trials if config.trials > 1 else [], tuning, jobs, progress)
+    trials = trials if config.trials > 1 else []
+    total = len(trials) + len(cells) * config.seeds
+
+    def told(cell: Cell) -> None:
+        progress(cell, len(tuning.cells) + len(results.cells), total)
+
+    _run(config, trials, tuning, jobs, told)
     finals = []
     for cell in cells:
         settings = _best(config, tuning, cell)
         finals += [Job(*cell, settings, seed, False) for seed in range(config.seeds)]
-    _run(config, finals, results, jobs, progress)
+    _run(config, finals, results, jobs, told)
     return results
 
 
@@ -261,6 +267,7 @@ def run(config: UtilityConfig, job: Job) -> Cell:
             if job.trial or split.task == "binary"
             else _calibration(session, setup.temperature(job.contender), split)
         ),
+        "chance": 0.5 if split.task == "binary" else _chance(split),
         "private": False,  # seeded, and trials look at private records
         "seconds": round(time.perf_counter() - begin, 2),
     }
@@ -275,10 +282,16 @@ def _calibration(session: Session, temperature: float, split: Split) -> Cell:
     return {"ece": found.ece, "nll": found.nll, "brier": found.brier}
 
 
+def _chance(split: Split) -> float:
+    """The accuracy of always answering the most frequent class of the test records."""
+    return float(torch.bincount(split.test_y).max()) / len(split.test_y)
+
+
 def summary(results: Results) -> list[Cell]:
     """Mean and spread over seeds, a cell for each trainer, model, data set and budget.
 
-    The spread is the standard deviation over the seeds (n − 1).
+    The spread is the standard deviation over the seeds (n − 1), None of one seed. A trainer `learned` where its mean is
+    above chance by a twentieth of what chance leaves to reach.
     """
     found = []
     names = ("dataset", "model", "trainer", "target_epsilon")
@@ -287,8 +300,10 @@ def summary(results: Results) -> list[Cell]:
         metric = "auroc" if "auroc" in cells[0] else "accuracy"
         scores = [cell[metric] for cell in cells]
         mean = sum(scores) / len(scores)
-        spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) if len(scores) > 1 else 0.0
+        spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) if len(scores) > 1 else None
+        chance = cells[0].get("chance", 0.0)
         figures = {"metric": metric, "mean": mean, "spread": spread, "runs": len(scores)}
+        figures["learned"] = mean > chance + 0.05 * (1.0 - chance)
         shared = {name: cells[0][name] for name in ("settings", "epsilon")}
         found.append({**dict(zip(names, key, strict=True)), **figures, **shared})
     return found
@@ -301,7 +316,12 @@ def table(cells: Sequence[Cell]) -> str:
     body = []
     for key in keys:
         mine = [c for c in cells if (c["dataset"], c["model"], c["trainer"], c["metric"]) == key]
-        at = {c["target_epsilon"]: f"{100 * c['mean']:.1f} ± {100 * c['spread']:.1f}" for c in mine}
+        at = {c["target_epsilon"]: _text(c) for c in mine}
         body.append([*key, *(at.get(budget, "") for budget in (*budgets, None))])
     header = ["data set", "model", "trainer", "metric, %", *(f"ε = {b:g}" for b in budgets), "no privacy"]
     return markdown(header, body)
+
+
+def _text(cell: Cell) -> str:
+    spread = "(one seed)" if cell["spread"] is None else f"± {100 * cell['spread']:.1f}"
+    return f"{100 * cell['mean']:.1f} {spread}" + ("" if cell["learned"] else ", did not learn")

@@ -15,7 +15,16 @@ from lipdp.report.comparison import ComparisonRow, read_comparison
 from lipdp.report.evaluation import run_calibration
 from lipdp.report.parameters import ParameterRow, rows_of_run
 from lipdp.report.reading import RecordedRun, read_run
-from lipdp.report.statement import Notice, notices, paragraphs, recomputed_epsilon
+from lipdp.report.statement import (
+    Attack,
+    Notice,
+    attack,
+    lead,
+    nist,
+    notices,
+    paragraphs,
+    recomputed_epsilon,
+)
 
 FORMATS = ("html", "json", "md")
 MOST_RUNS = 12
@@ -29,7 +38,10 @@ class RunReport:
         label: its letter among several runs, "" if there is one.
         run: what its folder says.
         notices: what a reader must not miss, the alarms first.
+        lead: two sentences for anybody: what is protected, and how good the model is.
         statement: the guarantee in words, a paragraph each.
+        attack: what any attack can reach; None where the account gives none.
+        nist: the statement under the headings of NIST SP 800-226.
         recomputed: ε from σ, q, T and δ, by this program.
         parameters: a row for each. parameters_note: why columns are empty.
         calibration: of the last weights on the test records. calibration_note: why there is none.
@@ -38,7 +50,10 @@ class RunReport:
     label: str
     run: RecordedRun
     notices: tuple[Notice, ...]
+    lead: tuple[str, str]
     statement: tuple[str, ...]
+    attack: Attack | None
+    nist: tuple[tuple[str, str], ...]
     recomputed: float | None
     parameters: tuple[ParameterRow, ...]
     parameters_note: str
@@ -110,7 +125,9 @@ def gather(
         calibration, why = None, "Not asked for: leave --no-calibration out."
         if calibrate:
             calibration, why = run_calibration(run, data_dir=data_dir, run_code=run_code)
-        told = notices(run, recomputed), paragraphs(run.account), recomputed
+        found = notices(run, recomputed)
+        first = lead(run, holds=not any(notice.alarm for notice in found))
+        told = found, first, paragraphs(run.account), attack(run.account), nist(run.account), recomputed
         reports.append(RunReport(label, run, *told, *rows_of_run(run), calibration, why))
     return Report(tuple(reports), rows, made or date.today().isoformat(), __version__)
 

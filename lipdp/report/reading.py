@@ -121,7 +121,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Robustness:
-    """`certificate.json`: certified accuracy at radii in units of the raw input, and what an attack leaves."""
+    """`certificate.json`: certified accuracy at radii in a `unit`, and what an attack leaves."""
 
     samples: Count
     accuracy: Share
@@ -132,6 +132,7 @@ class Robustness:
     weights: str
     step: Count
     curve: Curve
+    unit: str = ""
     attacked_accuracy: tuple[Share, ...] | None = None
     certified_auroc: tuple[Share, ...] | None = None
     attack: Attack | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
 from lipdp.accounting.relation import Relation
+from lipdp.accounting.tradeoff import trade_off
 from lipdp.errors import LipdpError
 from lipdp.report.reading import Account, RecordedRun
 
@@ -114,14 +115,102 @@ def paragraphs(account: Account) -> tuple[str, ...]:
     return (opening, practice, judged)
 
 
+@dataclass(frozen=True)
+class Attack:
+    """What any attack can reach, from the account of the whole run.
+
+    Attributes:
+        tpr: (false-positive rate, upper bound on the true-positive rate) pairs.
+        mu, floor: the run is μ-GDP up to δ₀ = `floor`.
+    """
+
+    tpr: tuple[tuple[float, float], ...]
+    mu: float
+    floor: float
+
+
+def attack(account: Account) -> Attack | None:
+    """At false-positive rates of 1 % and 0.1 %; None where the account gives none."""
+    try:
+        curve = trade_off(_events(account))
+    except LipdpError:
+        return None
+    return Attack(tuple((rate, curve.tpr(rate)) for rate in (0.01, 0.001)), curve.mu, curve.floor)
+
+
+def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
+    """What was protected and how strongly, and how good the model is: a sentence each, for anybody."""
+    account = run.account
+    if holds:
+        guess = f"{math.ceil(1000 * best_guess(account.epsilon, account.delta)) / 10:g}"  # rounded up
+        protected = (
+            f"Nobody who studies this model can tell with more than {guess}\u00a0% certainty whether a given"
+            f" {account.unit} was among the {account.dataset_size:,} that it was trained on, where a coin gives"
+            f" 50\u00a0% (ε = {account.epsilon:.3g}, a {strength(account.epsilon)} guarantee)."
+        )
+    else:
+        protected = "The privacy of the training records is not assured: see the warning."
+    score, metric = run.score(), run.metric
+    if score is None:
+        return protected, "How good the model is was not recorded."
+    if metric == "auroc":
+        return protected, (
+            f"Of two test records, one of either class, the model ranks the right one higher {100 * score:.1f}\u00a0%"
+            " of the time (AUROC)."
+        )
+    return protected, f"It answers {100 * score:.1f}\u00a0% of the test records rightly."
+
+
+def nist(account: Account) -> tuple[tuple[str, str], ...]:
+    """The statement under the headings of NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees".
+
+    Source: Near, Darais, Lefkovitz & Howarth (2025), NIST SP 800-226, sections 2 to 4.
+    """
+    unit, change = account.unit, account.relation.words
+    sampling = {"poisson": "Poisson subsampling", "fixed_size": "subsampling without replacement"}
+    return (
+        (
+            "Unit of privacy",
+            f"one {unit}"
+            + (
+                ", with all records of theirs"
+                if unit == "owner"
+                else "; somebody with several records is protected less, and not at all by this ε"
+            ),
+        ),
+        ("Neighbouring data sets", f"{change} {unit} ({'un' if change.startswith('add') else ''}bounded)"),
+        (
+            "Privacy parameters",
+            f"ε = {account.epsilon:.4g} at δ = {account.delta:g}, spent in {account.steps:,} steps that are composed"
+            " exactly, not by a sum of their ε",
+        ),
+        ("Mechanism", f"Gaussian noise on sums of gradients, {sampling.get(account.sampling, account.sampling)}"),
+        (
+            "Trust model",
+            "central: whoever runs the training sees the records; everybody else sees at most all weights of all steps",
+        ),
+        (
+            "Hazards to check",
+            "bounds on inputs and labels must be public; settings chosen on the same records, other releases from them,"
+            " records that depend on each other, and correlations within a group are outside the guarantee; an"
+            " unfinished run holds its noise in the folder"
+            + ("" if account.secure else "; the noise comes from a generator that is no cipher"),
+        ),
+    )
+
+
 def recomputed_epsilon(account: Account) -> float | None:
     """ε from the measurements, σ, q, T and δ alone; None where they give none."""
     try:
-        event = Event(account.noise_multiplier, account.sampling_rate, account.steps, account.relation)
-        once = [Event(m.noise_multiplier, 1.0, 1, account.relation) for m in account.measurements]
-        return get_accountant(account.accountant).epsilon([*once, event], account.delta).epsilon
+        return get_accountant(account.accountant).epsilon(_events(account), account.delta).epsilon
     except LipdpError:
         return None
+
+
+def _events(account: Account) -> list[Event]:
+    """The measurements, and the steps."""
+    once = [Event(m.noise_multiplier, 1.0, 1, account.relation) for m in account.measurements]
+    return [*once, Event(account.noise_multiplier, account.sampling_rate, account.steps, account.relation)]
 
 
 _ALARMS: tuple[tuple[Callable[[RecordedRun], bool], str, str], ...] = (

@@ -18,7 +18,8 @@ from lipdp.training.monitor import Monitor
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from lipdp.training import Trainer
+    from lipdp.data import DataSplit
+    from lipdp.training import TrainConfig, Trainer
 
 _log = logging.getLogger(__name__)
 _CERTIFIED = 256  # test records whose radius is looked at in every record: enough for a median
@@ -29,6 +30,11 @@ class Monitors(Monitor):
 
     def __init__(self, monitors: Sequence[Monitor]) -> None:
         self.monitors = tuple(monitors)
+
+    def opened(self, config: TrainConfig, split: DataSplit) -> None:
+        """Tell all."""
+        for monitor in self.monitors:
+            monitor.opened(config, split)
 
     def features(self, done: int, total: int) -> None:
         """Tell all."""

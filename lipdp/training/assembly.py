@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -66,18 +67,30 @@ def with_inputs_named(config: TrainConfig, split: DataSplit) -> TrainConfig:
 
 
 def prepare(
-    config: TrainConfig, *, raw: DataSplit | None = None, progress: Progress | None = None
+    config: TrainConfig,
+    *,
+    raw: DataSplit | None = None,
+    progress: Progress | None = None,
+    opened: Callable[[TrainConfig, DataSplit], None] | None = None,
 ) -> tuple[DataSplit, float | None]:
     """The data of a run: read or opened, bounded by public constants, turned into features.
 
     Features are computed of everything at once: a set that stays on disk is read for them, or refused if it is too
-    large. `raw`: from `open_configured`, if it was called.
+    large.
+
+    Args:
+        config: of the run.
+        raw: from `open_configured`, if it was called.
+        progress: is told how many records have their features.
+        opened: is told when the data are open, before any features are computed.
 
     Returns:
         The split, and a bound on the norm of its inputs where the features have one.
     """
     split = open_configured(config) if raw is None else raw
     split = split.bounded(bounding_of(config, split))
+    if opened is not None:
+        opened(config, split)
     if config.features is None:
         return split, None
     spec = features(config.features, **config.feature_options)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lipdp.training.checkpoint import RunFolder
 
 if TYPE_CHECKING:
-    from lipdp.training import Trainer
+    from lipdp.data import DataSplit
+    from lipdp.training import TrainConfig, Trainer
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,6 +29,9 @@ class Result:
 
 class Monitor:
     """Is told how a run goes, and says nothing. The command's own monitors draw tables and bars."""
+
+    def opened(self, config: TrainConfig, split: DataSplit) -> None:
+        """The data are open; features, if there are any, are not computed yet."""
 
     def features(self, done: int, total: int) -> None:
         """`done` of `total` records have their features."""

@@ -159,7 +159,7 @@ class Trainer:
             if inputs is None:
                 inputs = open_configured(config)
                 config = with_inputs_named(config, inputs)
-                split, input_bound = prepare(config, raw=inputs, progress=monitor.features)
+                split, input_bound = prepare(config, raw=inputs, progress=monitor.features, opened=monitor.opened)
             config = config.resolve(number_of_units(split), binary=split.task == "binary")
         parts = assemble(config, split, input_bound=input_bound, noise_multiplier=noise_multiplier, world=self.world)
         self.config, self.split, self.monitor, self.device = config, split, monitor, parts.device

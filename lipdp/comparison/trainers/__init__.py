@@ -1,5 +1,5 @@
 """Every trainer of the comparison, one module each: `TRAINERS` by name."""
 
-from lipdp.comparison.trainers.registry import TRAINERS, get_trainer
+from lipdp.comparison.trainers.registry import TRAINERS, get_trainer, legend
 
-__all__ = ["TRAINERS", "get_trainer"]
+__all__ = ["TRAINERS", "get_trainer", "legend"]

@@ -31,6 +31,7 @@ class AdaptiveClipping(OpacusTrainer):
     learning_rate: float = 0.2
 
     name: ClassVar[str] = "adaptive"
+    words: ClassVar[str] = "clips at a threshold that follows a quantile of the norms, privately"
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "quantile": (0.5, 0.8)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:

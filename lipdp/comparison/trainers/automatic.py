@@ -24,6 +24,7 @@ class AutomaticClipping(OpacusTrainer):
     stability: float = 0.01
 
     name: ClassVar[str] = "automatic"
+    words: ClassVar[str] = "divides every gradient by its norm, no threshold to choose"
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3, 1.0, 3.0)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:

@@ -28,6 +28,7 @@ class BackpropClipping(Trainer):
     allocation: str = "per_layer"
 
     name: ClassVar[str] = "backprop_clipping"
+    words: ClassVar[str] = "clips inputs and gradients inside backpropagation, on an unconstrained model"
     lipschitz: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "cotangent_bound": (0.03, 0.1)}
 

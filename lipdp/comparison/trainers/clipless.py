@@ -25,6 +25,7 @@ class Clipless(Trainer):
     allocation: str = "per_layer"
 
     name: ClassVar[str] = "clipless"
+    words: ClassVar[str] = "lipdp as it is, bounded layers and no clipping"
     plain: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "gate": (0.1, 0.3)}
 

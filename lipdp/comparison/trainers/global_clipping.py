@@ -25,6 +25,7 @@ class GlobalScaledClipping(OpacusTrainer):
     threshold: float = 10.0
 
     name: ClassVar[str] = "global_scaled"
+    words: ClassVar[str] = "scales gradients below Z by C/Z, drops the others"
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "threshold": (3.0, 10.0)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
@@ -39,6 +40,7 @@ class GlobalClipping(OpacusTrainer):
     max_grad_norm: float = 5.0
 
     name: ClassVar[str] = "global"
+    words: ClassVar[str] = "keeps gradients below C, drops the others"
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3), "max_grad_norm": (3.0, 10.0)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:

@@ -17,6 +17,7 @@ class NonPrivate(Trainer):
     """The sum of the batch's gradients over B, the optimiser's step, the projection: no noise, no ε."""
 
     name: ClassVar[str] = "non_private"
+    words: ClassVar[str] = "no noise, no privacy"
     private: ClassVar[bool] = False
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3, 1.0, 3.0)}
 

@@ -59,6 +59,7 @@ class Hooks(OpacusTrainer):
     """
 
     name: ClassVar[str] = "opacus_hooks"
+    words: ClassVar[str] = "DP-SGD, every gradient clipped at C, by Opacus hooks"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Functorch(OpacusTrainer):
     """Per-sample gradients by `torch.func`, for every layer."""
 
     name: ClassVar[str] = "opacus_functorch"
+    words: ClassVar[str] = "the same, gradients by torch.func"
     mode: ClassVar[str] = "functorch"
 
 
@@ -77,6 +79,7 @@ class Ghost(OpacusTrainer):
     """
 
     name: ClassVar[str] = "opacus_ghost"
+    words: ClassVar[str] = "the same, by norms alone and a second backward pass"
     mode: ClassVar[str] = "ghost"
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
@@ -91,6 +94,7 @@ class PerLayer(OpacusTrainer):
     """Each parameter's gradient clipped to C/√D: together at most C."""
 
     name: ClassVar[str] = "opacus_per_layer"
+    words: ClassVar[str] = "DP-SGD with a threshold for each parameter"
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         blocks = sum(len(group["params"]) for group in optimizer.param_groups)

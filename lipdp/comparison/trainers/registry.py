@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lipdp.comparison.protocol import Trainer
 from lipdp.comparison.trainers.adaptive import AdaptiveClipping
 from lipdp.comparison.trainers.automatic import AutomaticClipping
@@ -29,6 +31,15 @@ TRAINERS: dict[str, Trainer] = {
     )
 }
 """name → trainer with its default settings; `dataclasses.replace` changes them."""
+
+
+def legend(names: Iterable[str]) -> str:
+    """What trainers do, a line each.
+
+    >>> print(legend(["clipless", "clipless"]))
+    clipless: lipdp as it is, bounded layers and no clipping
+    """
+    return "\n".join(f"{name}: {get_trainer(name).words}" for name in dict.fromkeys(names))
 
 
 def get_trainer(name: str) -> Trainer:

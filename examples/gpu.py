@@ -120,7 +120,7 @@ def main() -> None:
             stop = time.time() + share * (end - time.time()) - GRACE
             size = QUICK if args.quick else Size()
             train = (*size.train, *shlex.split(args.train))
-            found[name] = finished(name, Run(size, args.device, args.data_dir, Path(scratch), stop, train))
+            found[name] = finished(name, Run(size, args.device, args.data_dir or None, Path(scratch), stop, train))
             write_json(args.out / "gpu.json", {"arguments": vars(args) | {"out": str(args.out)}, "parts": found})
             pages = [f"## {n}: {p['status']}, {p['seconds']} s\n\n{tabulated(p['rows'])}\n" for n, p in found.items()]
             write_bytes(args.out / "gpu.md", "\n".join(pages).encode())

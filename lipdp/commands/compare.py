@@ -74,8 +74,8 @@ def speed(
 
     if threads := given.pop("threads", None):
         torch.set_num_threads(threads)
-    lists = {"batch_sizes": batch_sizes, "views": views, "kinds": kinds}
-    lists["trainers"] = () if trainers == ["all"] else trainers
+    chosen = () if trainers == ["all"] else trainers
+    lists: dict[str, Any] = {"batch_sizes": batch_sizes, "views": views, "trainers": chosen, "kinds": kinds}
     limit = None if memory_limit is None else int(memory_limit * 2**30)
     config = SpeedConfig(dataset=dataset, repeat=repeat, memory=memory, memory_limit=limit, **given, **_tuples(lists))
     results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))

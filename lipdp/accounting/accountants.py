@@ -198,8 +198,9 @@ def _delta_left(delta: float, events: tuple[Event, ...]) -> float:
 
 
 class RDPAccountant(Accountant):
-    """Rényi moments (dp-accounting): quick, never out of reach, looser: 5 to 30 % above an ε of a few units, several
-    times a small one.
+    """Rényi moments (dp-accounting). Quick and always possible, but looser.
+
+    It is 5 to 30 % above an ε of a few units, and several times a small ε.
 
     `ε = min_α D_α + log(1 − 1/α) − log(δα)/(α−1)`, with `D_α` the sum over the steps.
 
@@ -257,7 +258,7 @@ class PLDAccountant(Accountant):
 
 
 class PRVAccountant(Accountant):
-    """Privacy random variables (prv-accountant): error bounds on both sides; the upper one is returned. The default.
+    """Privacy random variables (prv-accountant). Returns the upper error bound. The default.
 
     The sum of the T losses, truncated to [−L, L], is computed on a grid of interval h by FFT. Theorem 5.5 of the
     source: with `h = e/sqrt(T/2·log(12/d))`, the curve δ(ε) is off by at most e in ε and d in δ, provided that L leaves

@@ -239,7 +239,7 @@ class BatchLoader:
 
 
 def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Iterator[Any]:
-    """All records of a map-style dataset, at most `size` at a time, read as `BatchLoader` reads them: for evaluation.
+    """All records of a data set, at most `size` at a time, in order: for evaluation.
 
     >>> [len(x) for x, in in_order(TensorDataset(torch.zeros(5, 2)), 2)]
     [2, 2, 1]

@@ -141,7 +141,7 @@ def known_rows(tensor: Tensor) -> Rows | None:
 
 
 def per_record(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """`function` of one record after the other: any preparation of inputs that a batch may undergo in a private loop.
+    """Apply `function` to one record after the other: for preparation that torch cannot follow.
 
     Row j of the result is function(x[j], …). What the function keeps of another record, or reads or writes outside, is
     refused.

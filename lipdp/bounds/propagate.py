@@ -113,7 +113,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ForwardSweep:
-    """The forward sweep: what the backward one starts from.
+    """The bounds of the forward sweep. The backward sweep starts from them.
 
     Attributes:
         rounding: slack of the forward pass's dtype.
@@ -128,7 +128,7 @@ class ForwardSweep:
 
 
 class BoundGraph:
-    """A model traced once, for sweeps at whatever weights it has then.
+    """A model traced once, to compute bounds at its present weights as often as needed.
 
     The work of a sweep does not depend on the batch size, and no value is read on the host.
 

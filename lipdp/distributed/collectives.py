@@ -227,7 +227,7 @@ class DefaultGroup:
 
 
 def current_world() -> World:
-    """The processes of torch.distributed's default group, where there is one of several processes.
+    """The processes of torch.distributed's default group, or `Alone` if there is none.
 
     >>> current_world().size
     1

@@ -551,7 +551,7 @@ def test_a_worker_that_ends_is_an_error_that_says_what_to_do():
         def __getitem__(self, index):
             os._exit(1)
 
-    with pytest.raises(DataError, match="try fewer workers"):
+    with pytest.raises(DataError, match="Try fewer workers"):
         list(BatchLoader(Ends(40), poisson(q=1.0), num_workers=1))
 
 

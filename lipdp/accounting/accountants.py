@@ -119,7 +119,7 @@ class Accountant(ABC):
 def merged(events: Sequence[Event]) -> tuple[Event, ...]:
     """Equal steps brought together: ε does not depend on the order, and this is shorter to compose and to cache."""
     if len({event.relation for event in events}) > 1:
-        raise ParameterError("the events are under different relations: one ε is stated under one relation")
+        raise ParameterError("the events have different relations; one ε needs one relation")
     steps: dict[Event, int] = {}
     for event in events:
         steps[event.with_steps(1)] = steps.get(event.with_steps(1), 0) + event.steps

@@ -310,8 +310,8 @@ def _raising(batches: DataLoader[Any]) -> Iterator[Any]:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"a process that reads records ended ({reason}): killed, or short of memory or of shared memory; try fewer"
-            " workers, or none (--num-workers 0)"
+            f"a process that reads records ended ({reason}). It was killed, or it lacked memory or shared memory. Try"
+            " fewer workers, or none (--num-workers 0)"
         ) from error
 
 
@@ -378,4 +378,4 @@ def _require_map_style(dataset: Dataset[Any], population: int) -> None:
             "Give a map-style dataset, with __len__ and __getitem__ (a TensorDataset, say)"
         )
     if len(dataset) != population:
-        raise ParameterError(f"{kind} has {len(dataset)} records where {population} are drawn from")
+        raise ParameterError(f"{kind} has {len(dataset)} records, but the sampler draws from {population}")

@@ -105,7 +105,7 @@ class Step:
         if len(local.gains) != len(norms):
             raise UnsupportedOperationError(
                 f"the rule of '{self.name}' ({self.kind}) gives {len(local.gains)} gains for {len(norms)} tensor"
-                " inputs; one each"
+                " inputs; give one for each"
             )
         terms = [times(gain, norm) for gain, norm in zip(local.gains, norms, strict=True)]
         return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)

@@ -112,8 +112,8 @@ class Stored:
         needed = 4 * records * math.prod(self.input_shape)
         if needed > IN_MEMORY:
             raise DataError(
-                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB in memory, and what was asked for needs it there;"
-                " only `lipdp train` without --features reads batch by batch. Use a part of at most"
+                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB of memory, and this command needs all of it at"
+                " once; only `lipdp train` without --features reads batch by batch. Use a part of at most"
                 f" {IN_MEMORY / 2**30:.0f} GiB"
             )
 

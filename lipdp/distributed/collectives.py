@@ -220,9 +220,9 @@ class DefaultGroup:
             yield
         except RuntimeError as error:
             raise EngineError(
-                f"process {self.rank} of {self.size} cannot reach the others any more ({str(error).splitlines()[0]}):"
-                " one of them ended or hangs. Nothing of this step was released; start all again from the last"
-                " checkpoint"
+                f"process {self.rank} of {self.size} cannot reach the other processes ({str(error).splitlines()[0]}):"
+                " one of them ended or hangs. Nothing of this step was released. Start all processes again from the"
+                " last checkpoint"
             ) from error
 
 

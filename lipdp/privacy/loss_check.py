@@ -40,7 +40,7 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, num_outputs: int) -> None:
     logits = torch.linspace(-1.0, 1.0, len(targets) * num_outputs, device=targets.device).reshape(-1, num_outputs)
     if int((~loss.knows(logits, targets)).sum()) > 1:
         raise LossError(
-            f"the targets looked at are none of {name}: for {num_outputs} outputs, class labels are whole numbers in"
+            f"the targets do not fit {name}: for {num_outputs} outputs, class labels are whole numbers in"
             f" 0 … {num_outputs - 1}, other targets finite numbers"
         )
     targets = torch.cat([targets, _others(targets, num_outputs)])
@@ -97,8 +97,8 @@ def _unchanged(loss: LipschitzLoss) -> Iterator[None]:
         changed.append(str(error).partition("make_private: ")[2].partition(". The noise")[0])
     if changed:
         raise LossError(
-            f"{type(loss).__name__} changes when it is called ({changed[0]}): what it keeps of one batch weighs on the"
-            " records of the next, so no per-sample bound exists. Make it a function of its arguments"
+            f"{type(loss).__name__} changes when it is called ({changed[0]}): one batch changes the loss of the next,"
+            " so no per-sample bound exists. Make it a function of its arguments alone"
         )
 
 

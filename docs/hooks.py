@@ -52,8 +52,14 @@ def on_page_content(text: str, **_: Any) -> str:
         (r'<span class="arithmatex">\\\((.*?)\\\)</span>', "inline"),
         (r'<div class="arithmatex">\\\[(.*?)\\\]</div>', "block"),
     ):
-        text = re.sub(pattern, lambda m, d=display: convert(html.unescape(m[1]).strip(), display=d), text, flags=re.S)
+        text = re.sub(pattern, lambda m, d=display: shown(m[1], d), text, flags=re.S)
     return text
+
+
+def shown(formula: str, display: str) -> str:
+    """LaTeX as MathML; a wide formula scrolls on a telephone."""
+    mathml = convert(html.unescape(formula).strip(), display=display)
+    return mathml if display == "inline" else f'<div style="overflow-x: auto">{mathml}</div>'
 
 
 # -- API ---------------------------------------------------------------------------------------------------------------

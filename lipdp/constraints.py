@@ -335,7 +335,7 @@ BUILT_IN = (Spectral, Orthogonal, Frobenius)
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a number (no bool) that is positive and finite, in float32 too.
+    """Whether the value is a positive finite number (no bool), in float32 too.
 
     >>> is_positive(0.5), is_positive("1"), is_positive(True), is_positive(1e300)
     (True, False, False, False)
@@ -345,7 +345,7 @@ def is_positive(value: Any) -> bool:
 
 
 def is_size(value: Any) -> bool:
-    """Whether it is a whole number (no bool) of at least 1 that a tensor can have along an axis.
+    """Whether the value is a whole number (no bool) ≥ 1 that can be a size of a tensor.
 
     >>> is_size(3), is_size(0), is_size(3.0)
     (True, False, False)

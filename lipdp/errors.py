@@ -14,7 +14,7 @@ class ParameterError(LipdpError, ValueError):
 
 
 class UnknownNameError(LipdpError, KeyError):
-    """A name that is in no list; the message gives the valid ones.
+    """A name that does not exist. The message lists the valid names.
 
     >>> str(UnknownNameError("model", "cnnn", ["cnn", "mlp"]))
     "unknown model 'cnnn'; did you mean 'cnn'? Known: cnn, mlp"
@@ -62,7 +62,7 @@ class NonFiniteError(LipdpError):
 
 
 class OptimizerError(LipdpError):
-    """An optimiser that holds other parameters than the model, evaluates its closure again, or is already private."""
+    """The optimiser holds other parameters than the model, evaluates its closure twice, or is already private."""
 
 
 class EngineError(LipdpError):
@@ -70,7 +70,7 @@ class EngineError(LipdpError):
 
 
 class PeerError(EngineError):
-    """Another process of the run refused; it raises the error itself, this one repeats its message."""
+    """Another process refused the step. It raises the error; this one repeats the message."""
 
 
 class CalibrationError(LipdpError):
@@ -86,7 +86,7 @@ class DataError(LipdpError):
 
 
 class RecordError(DataError):
-    """One record cannot be read; a run takes the zero record in its place, for stopping would tell that it is there."""
+    """One record cannot be read. A run uses a record of zeros: to stop would tell that the record is there."""
 
 
 class RefusedMethodError(LipdpError, AttributeError):
@@ -98,7 +98,7 @@ class PrivacyLeakWarning(UserWarning):
 
 
 class BudgetSpentWarning(UserWarning):
-    """A loader is iterated after the last batch of its budget: nothing comes."""
+    """A loader is iterated after its last batch. It yields nothing."""
 
 
 class CannotLearnWarning(UserWarning):
@@ -110,7 +110,7 @@ class CheckpointError(LipdpError):
 
 
 class ResumeError(LipdpError):
-    """A resumed run would change a fact that ε depends on."""
+    """A resumed run would change something that ε depends on."""
 
 
 class BoundViolation(LipdpError, AssertionError):

@@ -136,7 +136,7 @@ REFUSALS = [
     (scenarios.refused_by_one, (1,), 1, "mat1 and mat2|shape|size"),
     (scenarios.criterion_forgotten_by, (1,), 1, "no gradient went through the criterion"),
     (scenarios.not_a_number_in, (0,), None, "NaN or infinity"),
-    (scenarios.records_in_another_order, (), None, "hold other records at the same places"),
+    (scenarios.records_in_another_order, (), None, "hold different records at the same places"),
     (scenarios.restored_by, (1,), None, "not at the same point of the same run"),
     (scenarios.owners_differ, (), None, "number the owners differently"),
     (scenarios.whole_as_shards, (), None, "hold the same records"),

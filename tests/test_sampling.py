@@ -489,7 +489,7 @@ def test_datasets_that_cannot_be_sampled():
     for dataset in (Stream(), NoLength()):
         with pytest.raises(EngineError, match=r"can't be sampled.*map-style"):
             BatchLoader(dataset, poisson())
-    with pytest.raises(ParameterError, match="41 records where 40 are drawn from"):
+    with pytest.raises(ParameterError, match="41 records, but the sampler draws from 40"):
         BatchLoader(Records(41), poisson())
     with pytest.raises(ParameterError, match="num_workers"):
         BatchLoader(Records(40), poisson(), num_workers=-1)
@@ -551,7 +551,7 @@ def test_a_worker_that_ends_is_an_error_that_says_what_to_do():
         def __getitem__(self, index):
             os._exit(1)
 
-    with pytest.raises(DataError, match="try fewer workers"):
+    with pytest.raises(DataError, match="Try fewer workers"):
         list(BatchLoader(Ends(40), poisson(q=1.0), num_workers=1))
 
 

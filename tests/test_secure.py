@@ -328,7 +328,7 @@ def test_digests():
     check_digest(json.loads(json.dumps(values, indent=2)), "it")
     assert digest({"b": 1, "a": 2}) == digest({"a": 2, "b": 1})
     for edited in ({**values, "a": 0.2}, {**values, "e": 1}, {k: v for k, v in values.items() if k != "digest"}):
-        with pytest.raises(ResumeError, match="it is not what was written"):
+        with pytest.raises(ResumeError, match="it was changed after it was written"):
             check_digest(edited, "it")
 
 
@@ -367,7 +367,7 @@ def test_a_secure_run_says_so_and_goes_on(stopped):
 def test_an_edited_privacy_json_is_refused(name, value, stopped):
     path = stopped / "privacy.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(ResumeError, match=r"privacy\.json is not what was written"):
+    with pytest.raises(ResumeError, match=r"privacy\.json was changed after it was written"):
         Trainer.resume(stopped)
 
 

@@ -156,7 +156,7 @@ def test_inputs_beyond_any_memory_are_trained_on(tmp_path):
     tracemalloc.stop()
     assert result.steps == 2
     assert peak < 100e6
-    with pytest.raises(DataError, match=r"takes 560\.8 GiB in memory"):
+    with pytest.raises(DataError, match=r"takes 560\.8 GiB of memory"):
         data.load(str(tmp_path))
     assert train(configure(dataset=str(tmp_path), **{**options, "steps": 1}, check_every=0, num_workers=1)).steps == 1
 

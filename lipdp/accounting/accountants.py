@@ -128,7 +128,7 @@ class Accountant(ABC):
 def merged(events: Sequence[Event]) -> tuple[Event, ...]:
     """Equal steps brought together: ε does not depend on the order, and this is shorter to compose and to cache."""
     if len({event.relation for event in events}) > 1:
-        raise ParameterError("the events are under different relations: one ε is stated under one relation")
+        raise ParameterError("the events have different relations; one ε needs one relation")
     steps: dict[Event, int] = {}
     for event in events:
         steps[event.with_steps(1)] = steps.get(event.with_steps(1), 0) + event.steps
@@ -207,8 +207,9 @@ def _delta_left(delta: float, events: tuple[Event, ...]) -> float:
 
 
 class RDPAccountant(Accountant):
-    """Rényi moments (dp-accounting): quick, never out of reach, looser: 5 to 30 % above an ε of a few units, several
-    times a small one.
+    """Rényi moments (dp-accounting). Quick and always possible, but looser.
+
+    It is 5 to 30 % above an ε of a few units, and several times a small ε.
 
     `ε = min_α D_α + log(1 − 1/α) − log(δα)/(α−1)`, with `D_α` the sum over the steps.
 
@@ -291,7 +292,7 @@ def _composed(losses: Sequence[Any], counts: Counts) -> Any:
 
 
 class PRVAccountant(Accountant):
-    """Privacy random variables (prv-accountant): error bounds on both sides; the upper one is returned. The default.
+    """Privacy random variables (prv-accountant). Returns the upper error bound. The default.
 
     The sum of the T losses, truncated to [−L, L], is computed on a grid of interval h by FFT. Theorem 5.5 of the
     source: with `h = e/sqrt(T/2·log(12/d))`, the curve δ(ε) is off by at most e in ε and d in δ, provided that L leaves

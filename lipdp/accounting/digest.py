@@ -39,6 +39,6 @@ def check_digest(values: Mapping[str, Any], what: str) -> None:
     """
     if values.get("digest") != digest(values):
         raise ResumeError(
-            f"{what} is not what was written (its digest differs): plan, account or keys were changed since, so that ε"
-            " or the noise would be wrong. Go on from untouched files, or start a new run"
+            f"{what} was changed after it was written: its digest differs. ε or the noise would be wrong. Continue from"
+            " untouched files, or start a new run"
         )

@@ -144,8 +144,8 @@ class Ledger:
             return
         if self._events and self._events[-1].relation is not event.relation:
             raise ParameterError(
-                f"a step under {event.relation.value!r} cannot follow steps under "
-                f"{self._events[-1].relation.value!r}: one ε is stated under one relation"
+                f"a step under {event.relation.value!r} cannot follow steps under {self._events[-1].relation.value!r};"
+                " one ε needs one relation"
             )
         if self._events and self._events[-1].with_steps(event.steps) == event:
             self._events[-1] = event.with_steps(self._events[-1].steps + event.steps)

@@ -24,7 +24,7 @@ UNITS = ("record", "owner")
 
 @dataclass(frozen=True)
 class Subsampling:
-    """The random subsamples that the steps of a run are taken on.
+    """How the random batches of a run are drawn.
 
     Attributes:
         sampling_rate: q in (0, 1], the probability of a unit to be in a batch.
@@ -136,7 +136,7 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
-    """What ε of one run depends on, and the rest of its mechanism: public constants, frozen.
+    """The public constants of one run that its ε depends on, decided once and frozen.
 
     Computed once, by `PrivacyPlan.of`; the engine executes it, and whoever shows, saves or accounts the run reads it
     there. It is saved with every checkpoint and compared at every resume.

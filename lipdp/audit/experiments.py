@@ -23,7 +23,7 @@ _MOST_CANARIES = 2**18
 
 @dataclass(frozen=True)
 class Experiment:
-    """A private training, known to the adversary but for the coins that put each canary in or leave it out.
+    """A private training that the adversary knows, except which canaries take part.
 
     Attributes:
         name: for the report.

@@ -99,7 +99,7 @@ def many_runs(
     seed: int | None = None,
     progress: Progress = lambda done, total: None,
 ) -> AuditResult:
-    r"""Tell N records from N + 1 in many tiny runs of T steps, each a game of its own.
+    r"""Play many games: tell a tiny run on N records from one on N + 1.
 
     Every run is trained by the real `PrivacyEngine`, with the noise it calibrates for ε. A quarter of the runs chooses
     the score and the thresholds, the others are guessed, and `statistics.independent_lower_bound` makes a bound of the

@@ -61,7 +61,7 @@ def _lower_proportion(successes: NDArray[np.float64], trials: NDArray[np.float64
 
 
 def one_run_p_value(correct: int, guesses: int, canaries: int, *, epsilon: float, delta: float) -> float:
-    r"""Probability of so many right guesses or more under (ε, δ)-DP, when all canaries share one run.
+    r"""Probability of at least this many right guesses under (ε, δ)-DP, if all canaries are in one run.
 
     The maths: the coins are independent, so whatever the run reveals about the others, each guess is right with
     probability at most p = e^ε/(1 + e^ε), and under (ε, 0)-DP the number of right ones is dominated by W ~

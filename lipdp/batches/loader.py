@@ -258,7 +258,7 @@ class BatchLoader:
 
 
 def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Iterator[Any]:
-    """All records of a map-style dataset, at most `size` at a time, read as `BatchLoader` reads them: for evaluation.
+    """All records of a data set, at most `size` at a time, in order: for evaluation.
 
     >>> [len(x) for x, in in_order(TensorDataset(torch.zeros(5, 2)), 2)]
     [2, 2, 1]
@@ -337,8 +337,8 @@ def _raising(batches: DataLoader[Any]) -> Iterator[Any]:
             raise
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
-            f"a process that reads records ended ({reason}): killed, or short of memory or of shared memory; try fewer"
-            " workers, or none (--num-workers 0)"
+            f"a process that reads records ended ({reason}). It was killed, or it lacked memory or shared memory. Try"
+            " fewer workers, or none (--num-workers 0)"
         ) from error
 
 
@@ -405,4 +405,4 @@ def _require_map_style(dataset: Dataset[Any], population: int) -> None:
             "Give a map-style dataset, with __len__ and __getitem__ (a TensorDataset, say)"
         )
     if len(dataset) != population:
-        raise ParameterError(f"{kind} has {len(dataset)} records where {population} are drawn from")
+        raise ParameterError(f"{kind} has {len(dataset)} records, but the sampler draws from {population}")

@@ -61,7 +61,7 @@ class Shard:
 
 
 class Owners:
-    """Records grouped by owner: a batch of owners as their records, each weighted by one over its owner's number.
+    """Records grouped by owner. A batch holds the records of its owners, each with weight 1/(records of its owner).
 
     With n records of owner o, each of gradient norm ≤ Δ, ‖Σ_{i∈o} ∇ℓ_i / n‖ ≤ Δ: the owner, with all records, moves
     the sum over a batch of owners by Δ at most, however many they are. Nothing is clipped.

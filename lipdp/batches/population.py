@@ -75,8 +75,8 @@ class Population:
         else:
             if len(set(counts)) > 1:
                 raise EngineError(
-                    f"the processes' data sets have {', '.join(map(str, counts))} records: give each the same, whole"
-                    " one, or pass shards=True if each has records of its own"
+                    f"the processes' data sets have {', '.join(map(str, counts))} records: give every process the same"
+                    " whole data set, or pass shards=True if each process has its own records"
                 )
             present, part = records if owners is None else len(owners), EveryNth(world.rank, world.size)
         return cls(present, records, part, owners)
@@ -112,9 +112,9 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
             )
         if not shards and other != own:
             raise EngineError(
-                f"the data sets of process {world.rank} and process {rank} hold other records at the same places, so"
-                " that one record could be used twice in a step: give every process the same records in the same order,"
-                " or pass shards=True if each has records of its own"
+                f"the data sets of process {world.rank} and process {rank} hold different records at the same places."
+                " One record could be used twice in a step. Give every process the same records in the same order, or"
+                " pass shards=True if each process has its own records"
             )
 
 

@@ -141,7 +141,7 @@ def known_rows(tensor: Tensor) -> Rows | None:
 
 
 def per_record(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """`function` of one record after the other: any preparation of inputs that a batch may undergo in a private loop.
+    """Apply `function` to one record after the other: for preparation that torch cannot follow.
 
     Row j of the result is function(x[j], …). What the function keeps of another record, or reads or writes outside, is
     refused.
@@ -186,9 +186,7 @@ class _Part(Tensor):
             result = func(*args, **(kwargs or {}))
             written = [_version(t) for t in others] != before
         if len(records) > 1 or written or any(isinstance(t, BatchTensor) for t in others):
-            raise EngineError(
-                "per_record takes a function of one record: it reads or writes what is of other records too"
-            )
+            raise EngineError("per_record needs a function of one record; this one reads or writes other records")
         record = next(t.record for t in given if isinstance(t, _Part))
         for made in _tensors(result):
             if type(made) in (Tensor, _Part):
@@ -207,7 +205,7 @@ def _of_one(function: Callable[..., Tensor], parts: tuple[Tensor, ...]) -> Tenso
         part.record = record
     made = function(*own)
     if isinstance(made, BatchTensor) or (isinstance(made, _Part) and made.record is not record):
-        raise EngineError("per_record takes a function of one record: it returned what is of others")
+        raise EngineError("per_record needs a function of one record; this one returned values of other records")
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.as_subclass(made, Tensor)
 

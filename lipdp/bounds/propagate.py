@@ -106,7 +106,7 @@ class Step:
         if len(local.gains) != len(norms):
             raise UnsupportedOperationError(
                 f"the rule of '{self.name}' ({self.kind}) gives {len(local.gains)} gains for {len(norms)} tensor"
-                " inputs; one each"
+                " inputs; give one for each"
             )
         terms = [times(gain, norm) for gain, norm in zip(local.gains, norms, strict=True)]
         return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)
@@ -114,7 +114,7 @@ class Step:
 
 @dataclass(frozen=True)
 class ForwardSweep:
-    """The forward sweep: what the backward one starts from.
+    """The bounds of the forward sweep. The backward sweep starts from them.
 
     Attributes:
         rounding: slack of the forward pass's dtype.
@@ -131,7 +131,7 @@ class ForwardSweep:
 
 
 class BoundGraph:
-    """A model traced once, for sweeps at whatever weights it has then.
+    """A model traced once, to compute bounds at its present weights as often as needed.
 
     The work of a sweep does not depend on the batch size, and no value is read on the host.
 

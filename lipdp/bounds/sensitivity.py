@@ -94,8 +94,8 @@ def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensit
     unbounded = [n for n, d in deltas.items() if math.isinf(d)]
     if unbounded:
         raise UnboundedError(
-            f"no finite sensitivity for {', '.join(unbounded)}: nothing bounds the values in front of them or the loss."
-            f" {HOW_TO_BOUND}, or put lipdp.nn.ValueClip or GradientGate there"
+            f"no finite sensitivity for {', '.join(unbounded)}: the values in front of them, or the loss, have no"
+            f" bound. {HOW_TO_BOUND}, or put lipdp.nn.ValueClip or GradientGate there"
         )
     nodes = tuple(
         NodeBound(row.name, row.kind, rest[2 * i], rest[2 * i + 1], row.parameters) for i, row in enumerate(sweep.rows)

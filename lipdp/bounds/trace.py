@@ -43,7 +43,7 @@ class _Tracer(fx.Tracer):
         if missing:
             raise UnsupportedOperationError(
                 f"the forward of {type(self.root).__name__} takes more than one input ({', '.join(missing)} have no"
-                " default): a record is one tensor. Put them side by side into one and take it apart in the forward"
+                " default): a record is one tensor. Join them into one tensor, and split it in the forward"
             )
         name = parameters[0].name if parameters else "x"
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
@@ -121,8 +121,8 @@ def trace(model: nn.Module, x: Tensor | None = None) -> tuple[fx.GraphModule, fx
         other = _trace(root, x)
     if _script(traced.graph) != _script(other.graph):
         raise UnsupportedOperationError(
-            f"the forward of {type(model).__name__} does something else in training than in evaluation mode, so that a"
-            " bound of one would be no bound of the other. Move that code into a module and register a rule for both"
+            f"the forward of {type(model).__name__} differs between training and evaluation mode, so a bound of one is"
+            " not a bound of the other. Move that code into a module and register a rule for both"
         )
     traced.meta["prefix"] = "" if root is model else "0."
     return traced, other
@@ -201,8 +201,8 @@ class _Recorder(fx.Interpreter):
         for source in n.all_input_nodes:
             if _version(self.env[source]) != self._versions[source]:
                 raise UnsupportedOperationError(
-                    f"node '{n.name}' reads '{source.name}' after it was overwritten in place, so that its bound is not"
-                    " the one computed; use the out-of-place form (x = x + y, inplace=False)"
+                    f"node '{n.name}' reads '{source.name}' after it was overwritten in place, so the bound is wrong."
+                    " Use the out-of-place form (x = x + y, inplace=False)"
                 )
         result = super().run_node(n)
         for source in n.all_input_nodes:

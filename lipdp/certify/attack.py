@@ -26,7 +26,7 @@ _INSIDE = 1.0 - 1e-4  # the ball attacked, so that rounding the perturbed input 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack reached.
+    """The result of an attack.
 
     Attributes:
         broken: (N,) bool, whether some input within the radius is given another label than the true one.
@@ -77,7 +77,7 @@ def pgd(
     seed: int = 0,
     batch_size: int = 500,
 ) -> AttackResult:
-    """Look for inputs within a radius of each sample that are not given its label.
+    """Attack: look within a radius of each sample for inputs with another answer.
 
     Args:
         model, x, y, maps: as for `certify`.

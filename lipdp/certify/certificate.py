@@ -50,7 +50,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What is certified of each sample, in units of the raw input.
+    """The certified radius of each sample, in units of the raw input.
 
     Guarantee: for every x' with ‖x' − x_i‖₂ ≤ radii[i], the model as computed (rounding included) gives x' the label of
     x_i, deterministically and with certainty; nothing is sampled.

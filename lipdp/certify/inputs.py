@@ -64,8 +64,8 @@ def _constant(step: Any) -> float:
     constant = getattr(step, "lipschitz", None)
     if not isinstance(constant, (int, float)) or not 0 <= constant < float("inf"):
         raise UnboundedError(
-            f"{step!r} states no finite Lipschitz constant (`lipschitz` is {constant!r}), so a radius behind it says"
-            " nothing about raw inputs; give maps of lipdp.data or a lipdp.features.FeatureSpec"
+            f"{step!r} states no finite Lipschitz constant (`lipschitz` is {constant!r}), so nothing follows for raw"
+            " inputs. Give maps of lipdp.data or a lipdp.features.FeatureSpec"
         )
     return float(constant)
 

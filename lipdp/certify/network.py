@@ -176,8 +176,8 @@ class Network(BoundGraph):
             raise NonFiniteError("NaN in the network's Lipschitz constant: a weight is NaN or infinite")
         if any(math.isinf(n) for n in numbers) or bool(head.pair_norms.isinf().any()):
             raise UnboundedError(
-                "the network has no finite Lipschitz constant, so no radius can be certified: it multiplies values that"
-                f" nothing bounds, or a weight is infinite. {HOW_TO_BOUND}"
+                "the network has no finite Lipschitz constant, so no radius can be certified: it multiplies values"
+                f" without a bound, or a weight is infinite. {HOW_TO_BOUND}"
             )
 
 

@@ -28,7 +28,7 @@ def parameter_table(rows: Sequence[ParameterRow]) -> Table:
     """The rows as a table of 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("parameter", no_wrap=True, max_width=24)
-    for heading in ("weights", "X", "G", "Δ", "noise", "share", "signal"):
+    for heading in ("weights", "values", "grads", "Δ", "noise", "budget", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         cells = [number(x) for x in (row.value, row.cotangent, row.delta, row.std)]
@@ -38,8 +38,10 @@ def parameter_table(rows: Sequence[ParameterRow]) -> Table:
     return table
 
 
-LEGEND = (
-    "X, G: bounds on a layer's output and on the gradient there, per record; Δ: on a\n"
-    "parameter's gradient. noise: std on the sum of a batch; share: of the budget;\n"
-    "signal: the most that B records can weigh, over the noise (no private figure)."
-)
+LEGEND = """\
+values  how long the layer's output can be, for any record
+grads   how long the gradient there can be, for any record
+Δ       how long the parameter's gradient can be, for any record
+noise   its standard deviation, on the sum of a batch
+budget  the part of the noise budget that the parameter uses
+ratio   the most that B records can weigh, divided by the noise"""

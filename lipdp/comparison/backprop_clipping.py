@@ -91,8 +91,8 @@ def _check_covered(model: nn.Module, root: nn.Module, calls: Sequence[fx.Node]) 
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in covered]
     if left:
         raise UnsupportedLayerError(
-            f"no layer is called with {', '.join(left)}: used as plain tensors, they have no place for clips. Use"
-            " modules, or freeze them"
+            f"no layer is called with {', '.join(left)}: they are plain tensors, so there is no layer to put a clip"
+            " around. Use modules, or freeze them"
         )
 
 

@@ -12,7 +12,7 @@ from lipdp.errors import DataError, ParameterError
 
 @dataclass(frozen=True)
 class Columns:
-    """What to take from a file or folder of the user's, where it is not found by itself.
+    """Which columns of a file or folder to use, if lipdp cannot tell by itself.
 
     Attributes:
         input, label: columns, of a `datasets` folder. owner: array or column of whose the records are.

@@ -68,7 +68,7 @@ class HubRecords:
             this, first = ("×".join(map(str, images[i].shape[1:])) for i in (odd, 0))
             raise RecordError(
                 f"{self.path}: record {rows[odd]} is an image of {this} pixels, record {rows[0]} one of {first}: give"
-                " --image-size (image_size=), which all are brought to"
+                " --image-size (image_size=) to bring all images to one size"
             )
         return torch.stack(images), torch.from_numpy(whole_labels(np.asarray(batch.column(self.y).to_numpy())))
 

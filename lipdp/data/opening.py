@@ -122,7 +122,7 @@ def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, co
 
 
 def split_validation(split: Split, *, fraction: float = 0.1, seed: int = 0) -> Split:
-    """Carve a validation part out of the training part; it takes the place of the test part.
+    """Hold a validation part out of the training part. It takes the place of the test part.
 
     The `round(fraction · N)` records that come first in a pseudo-random order of the indices fixed by `seed`. Choosing
     hyper-parameters on it keeps the test part unseen, but looks at private records, which ε does not cover.
@@ -162,7 +162,7 @@ _BINARY_TABLES = ("adbench/8_celeba",)
 
 
 def default_bounding(split: DataSplit) -> Bounding:
-    """The map to use when the user names none: by kind of input and by name, never by value.
+    """The default map. It depends on the kind of input and on the name, never on a value.
 
     Images: `Clip(0, 1)`, their natural range. Tables: `SignedLog()`, which copes with features of unknown and
     differing scales, except CelebA, whose attributes are 0 or 1 by definition: `Rescale(0, 1)`. The constants were

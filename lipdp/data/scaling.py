@@ -218,7 +218,7 @@ _STANDARDISATION = {
 
 
 def public_standardisation(name: str) -> Standardise:
-    """The mean and standard deviation printed in countless tutorials for `name`, as public constants.
+    """The well-known mean and standard deviation of the data set `name`, as public constants.
 
     They are written in this file and stay the same whatever files are loaded, so using them releases nothing about
     *your* records. (They were once computed on the standard training sets; on those very sets, calling them public

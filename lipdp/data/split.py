@@ -17,7 +17,7 @@ Task = Literal["multiclass", "binary"]
 
 
 class DataSplit(Protocol):
-    """A data set in a training part, which is the private one, and a test part: `Split` in memory, `Stored` on disk.
+    """A data set with a private training part and a test part: `Split` in memory, `Stored` on disk.
 
     What trains or evaluates asks for batches only, and so needs no branch on where the inputs are.
     """
@@ -89,7 +89,7 @@ class DataSplit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A data set cut in a training part, which is the private one, and a test part.
+    """A data set in memory, with a private training part and a test part.
 
     Attributes:
         name: what it was loaded as, e.g. `mnist` or `adbench/11_donors`.
@@ -153,7 +153,7 @@ class Split:
 
 
 def number_of_units(split: DataSplit) -> int:
-    """N of the account, a public fact: the number of owners of training records where they are known, or of records."""
+    """The public N of the account: the number of owners if they are known, else of training records."""
     return split.records if split.train_owner is None else len(split.train_owner.unique())
 
 

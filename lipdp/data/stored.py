@@ -120,8 +120,8 @@ class Stored:
         needed = self._bytes(records)
         if needed > IN_MEMORY:
             raise DataError(
-                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB in memory, and what was asked for needs it there;"
-                " only `lipdp train` without --features reads batch by batch. Use a part of at most"
+                f"{self.name}: {what} takes {needed / 2**30:.1f} GiB of memory, and this command needs all of it at"
+                " once; only `lipdp train` without --features reads batch by batch. Use a part of at most"
                 f" {IN_MEMORY / 2**30:.0f} GiB"
             )
 

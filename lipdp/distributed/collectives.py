@@ -220,14 +220,14 @@ class DefaultGroup:
             yield
         except RuntimeError as error:
             raise EngineError(
-                f"process {self.rank} of {self.size} cannot reach the others any more ({str(error).splitlines()[0]}):"
-                " one of them ended or hangs. Nothing of this step was released; start all again from the last"
-                " checkpoint"
+                f"process {self.rank} of {self.size} cannot reach the other processes ({str(error).splitlines()[0]}):"
+                " one of them ended or hangs. Nothing of this step was released. Start all processes again from the"
+                " last checkpoint"
             ) from error
 
 
 def current_world() -> World:
-    """The processes of torch.distributed's default group, where there is one of several processes.
+    """The processes of torch.distributed's default group, or `Alone` if there is none.
 
     >>> current_world().size
     1

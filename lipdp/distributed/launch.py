@@ -20,7 +20,7 @@ TIMEOUT = 30.0
 
 @contextmanager
 def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
-    """Join the processes that `torchrun` started, on a GPU each where there are GPUs; alone where it started none.
+    """Join the processes that `torchrun` started, one GPU each if there are GPUs.
 
     Args:
         timeout: minutes to wait for a process before it counts as lost. One that ends is noticed at once.

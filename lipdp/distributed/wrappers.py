@@ -60,8 +60,8 @@ def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
         for dtype in (getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)):
             if dtype is not None and dtype.itemsize < 4:
                 raise EngineError(
-                    f"fully_shard sums gradients in {dtype}: rounding moves the sum by more than one record's share."
-                    " Leave the mixed-precision policy out, and run the forward pass under torch.autocast with"
+                    f"fully_shard sums gradients in {dtype}: rounding moves the sum by more than one record can. Leave"
+                    " the mixed-precision policy out, and run the forward pass under torch.autocast with"
                     f" make_private(forward_dtype={dtype})"
                 )
         shard.set_gradient_divide_factor(1.0)
@@ -135,6 +135,6 @@ def check_same_weights(world: World, model: nn.Module) -> None:
     for rank, other in enumerate(world.gather(own)):
         if other != own:
             raise EngineError(
-                f"the weights of process {world.rank} are not those of process {rank} any more: run all on the same"
-                " kind of processor and the same libraries, and go on from the last checkpoint"
+                f"the weights of process {world.rank} differ from those of process {rank}. Run all processes on the"
+                " same kind of processor with the same libraries, and continue from the last checkpoint"
             )

@@ -1,4 +1,4 @@
-"""Trainers people use: what lipdp adds for them. They run a private model as it is; see docs/integrations.md."""
+"""Lightning, Fabric and Accelerate train a private model as it is. This adds a callback and a helper."""
 
 from lipdp.lazy import facade
 

@@ -8,7 +8,7 @@ from lipdp.privacy.engine import PrivacyEngine
 
 
 def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:
-    """The largest number of further steps after which `engine.get_epsilon(delta)` is at most ε.
+    """How many more steps the budget ε pays for.
 
     ε grows with every step, so the number is found by bisection, with the engine's own accountant: what it says after
     the last of these steps is what was compared with the budget.

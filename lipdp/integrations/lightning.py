@@ -95,8 +95,8 @@ class PrivacyBudget(Callback):
         """Refuse a step that the budget does not pay for."""
         if self._engine.steps_taken >= self._last:
             raise EngineError(
-                f"the budget ε = {self._epsilon} at δ = {self._delta} pays for {self._last} steps, which are taken, and"
-                " the trainer goes on all the same: leave out min_steps and min_epochs, or lower them"
+                f"the budget ε = {self._epsilon} at δ = {self._delta} pays for {self._last} steps, and all are taken,"
+                " but the trainer continues. Leave out min_steps and min_epochs, or lower them"
             )
 
     def on_train_batch_end(
@@ -113,8 +113,8 @@ class PrivacyBudget(Callback):
         if there < self._engine.steps_taken:
             raise EngineError(
                 f"the checkpoint is of step {there} and the engine has taken {self._engine.steps_taken}: going back"
-                " would draw the same noise again, and their difference has none (Tuner.lr_find goes back so, fit with"
-                " an older ckpt_path too). Begin with a new engine, and count both runs"
+                " would draw the same noise twice, and the difference of two such steps has no noise. Tuner.lr_find"
+                " and fit with an older ckpt_path go back like this. Begin with a new engine, and count both runs"
             )
         self._engine.load_state_dict(saved)
 

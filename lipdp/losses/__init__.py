@@ -1,4 +1,4 @@
-"""Per-sample losses that state their Lipschitz constant in the logits, and what stands for the criteria of torch.
+"""Losses of one sample that state their Lipschitz constant, and the counterparts of torch's losses.
 
 CrossEntropyLoss: TauCrossEntropy, with probabilities as targets SoftCrossEntropy. BCEWithLogitsLoss: TauBCEWithLogits.
 NLLLoss: NegativeLogLikelihood. L1Loss: MeanAbsoluteError. MSELoss: MeanSquaredError. HuberLoss: Huber. SmoothL1Loss:

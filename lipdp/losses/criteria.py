@@ -61,8 +61,8 @@ def _binary(criterion: Any, outputs: int | None) -> LipschitzLoss:
     _check_outputs(criterion, count)
     if criterion.weight is not None:
         raise LossError(
-            "BCEWithLogitsLoss(weight=...) is broadcast over the batch: a sample's loss can hang on its place there."
-            " For the positive targets there is pos_weight="
+            "BCEWithLogitsLoss(weight=...) is broadcast over the batch, so a sample's loss can depend on its place. To"
+            " weight positive targets, use pos_weight="
         )
     return TauBCEWithLogits(1.0, count, pos_weight=weights)
 

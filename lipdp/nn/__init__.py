@@ -1,4 +1,4 @@
-"""Layers with certified norms. Names are deel-torchlip's where the thing is the same."""
+"""Layers with certified norms. Layers that deel-torchlip has too keep its names."""
 
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2, HouseHolder, LPReLU, MaxMin
 from lipdp.nn.constrained import Constrained, project_

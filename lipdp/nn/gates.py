@@ -81,7 +81,7 @@ class InputBound(ValueClip):
 
 
 def default_input_bound(input_shape: tuple[int, ...]) -> float:
-    """The radius a model projects its inputs on, from their format alone.
+    """The default bound on inputs. It depends on the shape of the inputs alone.
 
     n entries in [0, 1] have ‖x‖ ≤ √n, which no natural image comes near: an MNIST digit has a norm of about 0.33 √n, an
     8x8 digit 0.42 √n, a CIFAR-10 photograph 0.53 √n. Images get √n/4, so that nearly all of them lie *on* the sphere

@@ -23,7 +23,7 @@ def from_torch(
     bias: bool = False,
     keep: Sequence[type[nn.Module]] = (),
 ) -> nn.Module:
-    """A constrained model of a plain torch model's architecture, for clipless private training.
+    """A constrained model with the architecture of a plain torch model, for private training without clipping.
 
     torch.fx traces the forward pass, modules of your own included, and every operation gets its 1-Lipschitz
     counterpart:
@@ -73,7 +73,7 @@ def from_torch(
 
 
 def porting_table(model: nn.Module, input_shape: tuple[int, ...], **options: Any) -> PortingTable:
-    """What `from_torch` makes of every layer of the model, and why.
+    """What `from_torch` puts in place of each layer, and why.
 
     Args: as `from_torch`.
 

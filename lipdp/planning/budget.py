@@ -28,7 +28,7 @@ _NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant �
 
 @dataclass(frozen=True)
 class Budget:
-    """What is given: N, (ε, δ) under *add or remove one record*, and whose account counts.
+    """The budget of a run: N records, (ε, δ) for *add or remove one record*, and the accountant.
 
     Args:
         records: N, a public constant.
@@ -53,7 +53,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to train: (B, σ, T) on N records, and its exact ε at δ.
+    """One setting (B, σ, T) on N records, with its exact ε at δ.
 
     Attributes:
         records, batch_size, noise_multiplier, steps, sampling_rate, relation: N, B, σ, T, q, of a `PrivacyPlan`.
@@ -117,7 +117,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """A budget, the point chosen for it, and what surrounds it.
+    """A budget, the setting chosen for it, and the settings around it.
 
     Attributes:
         budget: what was given; max_samples: the compute limit, if any.
@@ -190,7 +190,7 @@ def evaluate(
 
 
 def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
-    """The point of the budget with this B and T: the least σ with ε ≤ target.
+    """The setting that keeps the budget with this B and T: the least σ with ε ≤ target.
 
     Raises:
         CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
@@ -199,7 +199,7 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
 
 
 def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:
-    """The point of the budget near this σ, with T steps: B is what σ leaves to choose.
+    """The setting that keeps the budget with T steps and a noise multiplier near σ.
 
     At fixed T and ε, η is nearly constant where σ is large, so `B = N·η·σ·√(2/T)` with the η of ε_TAN is a good guess,
     and log σ goes as log B; secants from there meet σ to within 1 %, but for the rounding of B. Where B would exceed N
@@ -229,7 +229,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
 
 
 def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[Point, ...]:
-    """The points of the budget with T steps and these B, in increasing order; what nothing reaches is left out."""
+    """The settings that keep the budget with T steps and these B. Leaves out B that no σ can keep."""
     points = []
     for batch in sorted({min(max(1, batch), budget.records) for batch in batch_sizes}):
         try:
@@ -242,7 +242,7 @@ def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[
 def constant_eta(
     eta: float, *, steps: int, delta: float, noise_multipliers: Sequence[float] = _NOISES, accountant: str = "pld"
 ) -> tuple[tuple[float, float], ...]:
-    """Pairs (σ, exact ε) with `q = η·σ·√(2/T)`: the privacy wall. The σ for which q would exceed 1 are left out.
+    """Pairs (σ, exact ε) at constant total noise, `q = η·σ·√(2/T)`. Leaves out σ for which q would exceed 1.
 
     >>> below, above = constant_eta(0.9655, steps=2500, delta=1e-5, noise_multipliers=(0.4, 3.0))
     >>> below[1] > 5 * above[1]

@@ -80,7 +80,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Cost:
-    """What was measured: P, bytes of a record, and at each number of samples 0 … m seconds (a round) and peak bytes."""
+    """Measured costs: seconds and peak bytes at each number of samples, bytes of a record, weights P."""
 
     parameters: int
     record: int

@@ -73,7 +73,7 @@ def batch_against_compute(plan: Plan) -> Figure:
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str) -> Figure:
-    """Lines of (step, training loss) by name: at constant B/σ they lie on each other. The losses are not private."""
+    """Draw training loss against step, a line per name. The losses are not private."""
     figure, axes = _axes()
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), label=name, linewidth=1.2)
@@ -83,7 +83,7 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], *, title: str
 
 
 def accuracy_against_rate(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str) -> Figure:
-    """Lines of (learning rate, accuracy) by name: at constant B/σ their peaks agree."""
+    """Draw accuracy against learning rate, a line per name."""
     figure, axes = _axes()
     for name, curve in curves.items():
         axes.plot(*zip(*sorted(curve), strict=True), "o-", label=name, linewidth=1.2, markersize=4)

@@ -30,7 +30,7 @@ _ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 33), 36, 40, 48, 64,
 
 @dataclass(frozen=True)
 class Repetitions:
-    r"""K runs with K random, each with hyper-parameters drawn anew; only the best one's output is released.
+    r"""A private search: K runs, K random, hyper-parameters drawn anew for each. Only the best is released.
 
     Let one run, hyper-parameters and score included, satisfy D_α ≤ ρ(α). With K from the truncated negative binomial of
     shape s ≥ 0 and γ in (0, 1) (s = 1 geometric, s = 0 logarithmic), for any orders α > 1, β ≥ 1,

@@ -26,7 +26,7 @@ MOST = 128
 
 @dataclass(frozen=True)
 class Simulation:
-    """A private run, and what stands for it at k times less compute.
+    """A private run, and its simulation at a k-th of the compute.
 
     At fixed T the update of one step is (Σ_{i∈batch} ∇ℓ_i + σΔξ)/B: batch and noise divided by k leave the noise of the
     step as it is, σΔ/B, and with it the best learning rate. What changes is the sampling noise of the batch, k times

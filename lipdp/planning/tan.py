@@ -16,7 +16,7 @@ SWEET_SPOT = (2.0, 4.0)
 
 
 def tan_eta(*, noise_multiplier: float, sampling_rate: float, steps: int) -> float:
-    """η, the inverse of the total amount of noise: η² = q² T / (2σ²).
+    """η, one over the total noise of a run: η² = q² T / (2σ²).
 
     The signal of T steps over their noise, but for a factor √2: every step has B/σ = qN/σ, and T of them average to
     √T B/σ = √2 N η. (q, σ, T) → (q/k, σ/k, T) leaves it as it is.
@@ -67,7 +67,7 @@ def eta_for(epsilon: float, delta: float) -> float:
 
 @dataclass(frozen=True)
 class Move:
-    """What the rule says of a σ: multiply q (or B) and σ by `factor` at fixed T, because of `reason`."""
+    """What to change at this σ: multiply q (or B) and σ by `factor` at fixed T, because of `reason`."""
 
     factor: float
     reason: str

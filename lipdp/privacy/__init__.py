@@ -1,4 +1,4 @@
-"""The engine: what enters a step, what bounds it, what is checked."""
+"""The engine, which makes every step private and checks it."""
 
 from lipdp.lazy import facade
 

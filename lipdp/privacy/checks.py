@@ -261,9 +261,9 @@ class GradientCheck:
         if not bool(alike & ~over.any()):
             if not bool(alike):
                 raise EngineError(
-                    f"step {step + 1}: the model's forward computes something else than what make_private traced and"
-                    " the bounds hold for (a setting it reads, a global?); nothing was released. detach() and call"
-                    " make_private again"
+                    f"step {step + 1}: the model's forward pass is not the one that make_private traced; perhaps it"
+                    " reads a setting or a global that changed. Nothing was released. Call detach() and make_private"
+                    " again"
                 )
             self._refuse(bounds, norms.tolist(), over.tolist(), step)
 

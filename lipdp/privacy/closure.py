@@ -23,8 +23,8 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], An
     optimizer, *given = args
     if "grad_scaler" in kwargs or getattr(optimizer, "found_inf", None) is not None:
         raise OptimizerError(
-            "a GradScaler (fp16 mixed precision) drives this step: the scaled loss is cut by the gate at the logits,"
-            " and steps are left out depending on the records. Use bf16 (forward_dtype=torch.bfloat16,"
+            "a GradScaler (fp16 mixed precision) controls this step. The gate would cut the scaled loss, and the scaler"
+            " leaves out steps depending on the records. Use bf16 (forward_dtype=torch.bfloat16,"
             " precision='bf16-mixed'), which needs no scaler"
         )
     given += [value for name, value in kwargs.items() if name == "closure"]

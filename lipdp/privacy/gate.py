@@ -16,7 +16,7 @@ from lipdp.noise.gaussian import GaussianNoise
 
 @dataclass(frozen=True)
 class FixedGate:
-    """A gate at a constant: `bound` = ∞ leaves it at the loss's constant, where it changes nothing.
+    """A gate at a constant. `bound` = ∞ sets it to the constant of the loss, where it changes nothing.
 
     >>> FixedGate(0.3).start().bound
     0.3

@@ -42,7 +42,7 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, outputs: tuple[int, ...]) -
     logits, classes = _probe(len(targets), shape, targets.device), shape[0]
     if int((~loss.knows(logits, targets)).sum()) > 1:
         raise LossError(
-            f"the targets looked at are none of {name}: for {classes} outputs, class labels are whole numbers in"
+            f"the targets do not fit {name}: for {classes} outputs, class labels are whole numbers in"
             f" 0 … {classes - 1}, other targets finite numbers"
         )
     targets = torch.cat([targets, _others(targets, classes)])
@@ -108,8 +108,8 @@ def _unchanged(loss: LipschitzLoss) -> Iterator[None]:
         changed.append(str(error).partition("make_private: ")[2].partition(". The noise")[0])
     if changed:
         raise LossError(
-            f"{type(loss).__name__} changes when it is called ({changed[0]}): what it keeps of one batch weighs on the"
-            " records of the next, so no per-sample bound exists. Make it a function of its arguments"
+            f"{type(loss).__name__} changes when it is called ({changed[0]}): one batch changes the loss of the next,"
+            " so no per-sample bound exists. Make it a function of its arguments alone"
         )
 
 

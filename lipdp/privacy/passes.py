@@ -223,9 +223,8 @@ def tensors_of(model: nn.Module) -> list[tuple[Tensor, int]]:
 def _check_versions(known: list[tuple[Tensor, int]]) -> None:
     if any(t._version != version for t, version in known):
         raise EngineError(
-            "the weights or buffers were changed between the forward pass and step(): the gradients belong to other"
-            " weights than those that the noise would be calibrated to. Change weights (EMA, loading, projecting) after"
-            " step() only"
+            "the weights or buffers were changed between the forward pass and step(): the gradients and the noise would"
+            " belong to different weights. Change weights (EMA, loading, projecting) after step() only"
         )
 
 

@@ -32,7 +32,7 @@ MOST_RUNS = 12
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run, and what follows from its folder.
+    """One run, with everything the report says about it.
 
     Attributes:
         label: its letter among several runs, "" if there is one.
@@ -68,7 +68,7 @@ class RunReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Runs side by side, the rows of a comparison, and who made it when."""
+    """Runs side by side, with the rows of a comparison and the date."""
 
     runs: tuple[RunReport, ...]
     comparison: tuple[ComparisonRow, ...]
@@ -96,7 +96,7 @@ def gather(
     run_code: bool = False,
     made: str | None = None,
 ) -> Report:
-    """Read run folders, which nobody vouches for: nothing in them is executed unless `run_code` allows it.
+    """Read run folders. They are not trusted: no code in them runs unless `run_code` allows it.
 
     Args:
         runs: folders of `lipdp train`, one to twelve.

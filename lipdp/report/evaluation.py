@@ -44,8 +44,6 @@ def _calibration(run: RecordedRun, data_dir: str | os.PathLike[str] | None) -> C
     loss, _ = make_loss(str(loaded.config.loss), int(loaded.y.max()) + 1, loaded.config.loss_options)
     tau = getattr(loss, "tau", None)
     if tau is None:
-        raise ParameterError(
-            f"the loss {loaded.config.loss} makes no probabilities of the outputs, so there is nothing to calibrate"
-        )
+        raise ParameterError(f"the loss {loaded.config.loss} gives no probabilities, so there is nothing to calibrate")
     inputs = apply_maps(loaded.maps, loaded.x, torch.float32)
     return calibration(loaded.model, inputs, loaded.y, temperature=float(tau))

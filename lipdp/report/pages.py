@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _PROTECTED = {
     "record": "each of {} training records, input and label together",
-    "owner": "each of {} owners of training records, with all records of theirs, input and label together",
+    "owner": "each of {} owners of training records, with all their records, input and label together",
 }
 _ACCOUNTANTS = {
     "prv": "PRV (numerical composition of privacy loss random variables, Gopi et al. 2021)",

@@ -82,7 +82,7 @@ def paragraphs(account: Account) -> tuple[str, ...]:
     n, unit = f"the {account.dataset_size:,}", account.unit
     those, with_all = {
         "record": ("training records", ""),
-        "owner": ("owners of training records", " (with all records of theirs)"),
+        "owner": ("owners of training records", " (with all their records)"),
     }[unit]
     change, odds = {
         Relation.ADD_OR_REMOVE_ONE: (

@@ -231,7 +231,7 @@ def falsify_layer(
 
 
 def tightness(model: nn.Module, loss: nn.Module, input_shape: tuple[int, ...], **options: object) -> float:
-    """The share of its bound that an attack reaches on every parameter: 1 means that no bound can be lowered.
+    """How much of each bound an attack reaches: 1 means that the bound cannot be lower.
 
     Args: as `falsify`; the weights are those given.
 

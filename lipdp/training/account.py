@@ -15,7 +15,7 @@ from lipdp.training.progress import Progress
 _log = logging.getLogger(__name__)
 _PROTECTED = {
     "record": "each of the {} training records, input and label",
-    "owner": "each of the {} owners of training records, with all records of theirs, input and label",
+    "owner": "each of the {} owners of training records, with all their records, input and label",
 }
 NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 

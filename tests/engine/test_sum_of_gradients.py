@@ -204,7 +204,7 @@ def test_a_parameter_the_trace_did_not_see_is_caught():
     late, model = False, Deceptive()
     _, _, optimizer, loader, criterion = private(model)
     late = True  # no attribute of the model, so that only the gradient shows it
-    with pytest.raises(EngineError, match="computes something else than what make_private traced"):
+    with pytest.raises(EngineError, match="is not the one that make_private traced"):
         train(model, optimizer, loader, criterion)
 
 

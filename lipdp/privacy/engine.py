@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.batches.inputs import Fields, InputKind, as_records
+from lipdp.batches.inputs import Fields, as_records
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Group, Population, first_records
 from lipdp.bounds.sensitivity import Sensitivity

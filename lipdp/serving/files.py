@@ -162,4 +162,3 @@ def predictions_csv(model: TrainedModel, x: Any) -> str:
     head = ",".join(["label", *(f"probability_{c}" for c in range(shares.shape[1]))])
     rows = (",".join([str(label), *(f"{p:.6g}" for p in row)]) for label, row in zip(labels, shares, strict=True))
     return "\n".join([head, *rows]) + "\n"
-

@@ -188,9 +188,13 @@ def _built(
     config = config_from_dict(plain)
     own = [name for name in (config.model, config.features) if name and ":" in name]
     if own and not run_code:
-        raise ParameterError(f"{folder} is built by code of its own ({', '.join(own)}): pass run_code=True if you trust it")
+        raise ParameterError(
+            f"{folder} is built by code of its own ({', '.join(own)}): pass run_code=True if you trust it"
+        )
     if config.bounding is None:
-        raise CheckpointError(f"the run in {folder} does not name the map of its inputs; it was trained on a given split")
+        raise CheckpointError(
+            f"the run in {folder} does not name the map of its inputs; it was trained on a given split"
+        )
     shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
     spec = None if config.features is None else features(config.features, **config.feature_options)

@@ -136,7 +136,7 @@ def test_what_is_computed_with_the_batch_size_is_refused_though_small_batches_sh
 def test_the_batch_size_may_be_the_first_size_of_a_view():
     class Views(Model):
         def forward(self, x):
-            h = self.bound(x).reshape(x.shape[:1] + (2, 2)).view(x.size(0), -1)
+            h = self.bound(x).reshape(x.shape[:1] + (2, 2)).view(x.size(0), -1)  # noqa: RUF005
             return self.b(self.a(h.view(x.shape)))
 
     BoundGraph(Views(), (4,))

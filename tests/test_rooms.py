@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "lazy errors files timing processes", "accounting", "noise", "constraints", "nn", "losses", "bounds",
     "distributed", "batches", "suggestion", "privacy", "models", "testing", "data features", "training",
-    "audit certify planning", "estimators", "comparison", "report integrations", "serving", "commands cli __main__ __init__",
+    "audit certify planning", "estimators", "comparison", "report integrations", "serving",
+    "commands cli __main__ __init__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 FILES = sorted([*(ROOT / "lipdp").rglob("*.py"), *(ROOT / "models").rglob("*.py")])

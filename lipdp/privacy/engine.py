@@ -143,7 +143,8 @@ class PrivacyEngine:
             target_epsilon, target_delta: the budget, where there is one.
             dataset: of a torch `DataLoader` its data set is taken, and nothing else.
             unknown: refused, with what stands for an argument of Opacus.
-            module, optimizer, criterion, dataset, fields, group, shards and the other options: see `make_private_with_plan`.
+            module, optimizer, criterion, dataset, fields, group, shards and the other options: see
+                `make_private_with_plan`.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.

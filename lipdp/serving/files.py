@@ -99,9 +99,11 @@ def _safetensors(name: str) -> Any:
 
 def _card(model: TrainedModel) -> str:
     """A model card: what it is for hubs, how it is used, and the run's report."""
-    use = f'model = lipdp.load("{model.folder.name}")\nmodel.predict_proba(x)  # x: (N, {", ".join(map(str, model.input_shape))})'
+    shape = ", ".join(map(str, model.input_shape))
+    use = f'model = lipdp.load("{model.folder.name}")\nmodel.predict_proba(x)  # x: (N, {shape})'
     head = "---\nlibrary_name: lipdp\ntags: [differential-privacy]\n---\n\n"
-    said = f"# {model.config.model} on {model.config.dataset}\n\nTrained with lipdp.\n\n```python\nimport lipdp\n{use}\n```\n\n"
+    title = f"# {model.config.model} on {model.config.dataset}\n\nTrained with lipdp.\n\n"
+    said = f"{title}```python\nimport lipdp\n{use}\n```\n\n"
     return head + said + _report(model.folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class TrainedModel:
         return _Served(self, to_torch(self.network), probabilities=self.tau is not None).eval()
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write a file others can use without lipdp: .onnx, or .pt2 (`torch.export`); or a folder, `save_pretrained`."""
+        """Write a file others can use without lipdp: .onnx or .pt2 (`torch.export`); or a folder."""
         from lipdp.serving.files import export
 
         return export(self, Path(path))
@@ -162,7 +162,10 @@ class _Served(nn.Module):
     def __init__(self, model: TrainedModel, network: nn.Module, *, probabilities: bool) -> None:
         super().__init__()
         self.network = network
-        self._maps = (model.bounding, *([] if model.spec is None else [model.spec]))
+        self._maps: tuple[Callable[[Tensor], Tensor], ...] = (
+            model.bounding,
+            *([] if model.spec is None else [model.spec]),
+        )
         self._tau = float(model.tau or 1.0)
         self._probabilities = probabilities
 

@@ -173,8 +173,8 @@ class _ModelAttack:
         dtype = torch.float64 if self.graph.dtype == torch.float64 else torch.float32
         limits = torch.tensor([b if b > 0 else 1e-300 for b in bounds.values()], dtype=torch.float64)
         ascent = Ascent(objective, limits, self.radius)
-        shape, drawn = self.graph.input_shape, {"random": self.effort.starts, "generator": self.generator}
-        tokens = self.graph.vocabulary
+        drawn: dict[str, Any] = {"random": self.effort.starts, "generator": self.generator}
+        shape, tokens = self.graph.input_shape, self.graph.vocabulary
         points = (
             starting_inputs(shape, self.radius, **drawn) if tokens is None else starting_tokens(shape, tokens, **drawn)
         )

@@ -196,7 +196,8 @@ def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, nn.Para
     features, norm, head = model
     if not (isinstance(features, TableFeatures) and isinstance(head, nn.Linear)):
         return None
-    return features, nn.Sequential(features, norm), head.weight
+    weight: nn.Parameter = head.weight
+    return features, nn.Sequential(features, norm), weight
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, nn.Para
     features, norm, head = model
     if not (isinstance(features, TableFeatures) and isinstance(head, nn.Linear)):
         return None
-    weight: nn.Parameter = head.weight
+    weight: Any = head.weight
     return features, nn.Sequential(features, norm), weight
 
 

@@ -156,7 +156,7 @@ class Preconditioner:
         weight: (C, d), of the layer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
         self._weight, self.matrix = weight, torch.eye(weight.shape[1], device=weight.device)
         optimizer.register_step_pre_hook(self._apply)
 
@@ -185,7 +185,7 @@ class Preconditioner:
         self.matrix = matrix.to(self.matrix)
 
 
-def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, nn.Parameter] | None:
+def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, Tensor] | None:
     """The columns' features, the features of unit norm, and the head's weight; None where a model is none of a table.
 
     >>> table_model(torch.nn.Linear(2, 1)) is None

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "lazy errors files timing processes", "accounting", "noise", "constraints", "nn", "losses", "bounds",
     "sensitivity", "distributed", "batches", "privacy", "models", "testing", "data features", "training",
-    "audit certify planning", "estimators", "comparison", "report integrations", "serving", "commands cli __main__ __init__",
+    "audit certify planning", "estimators", "comparison", "report integrations", "serving",
+    "commands cli __main__ __init__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
 FILES = sorted([*(ROOT / "lipdp").rglob("*.py"), *(ROOT / "models").rglob("*.py")])
@@ -119,6 +120,9 @@ COVERS = {
     "test_data": "data/download data/opening data/sources",
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
     "test_dynamics": "comparison/clipping comparison/kernel",
+    "test_estimators": "estimators/base estimators/classifier estimators/recipe estimators/regressor estimators/scaler"
+    " estimators/scikit",
+    "test_serving": "serving/model serving/files commands/use",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_guards": "privacy/snapshot",
     "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual",

@@ -88,7 +88,7 @@ def to_torch(model: nn.Module) -> nn.Module:
     Dense and convolutional layers become `nn.Linear`, `nn.Conv1d`, `nn.Conv2d` with the scale α folded into the weight;
     L2-norm pooling `nn.LPPool2d`, average pooling `nn.AvgPool2d`, pixel shuffles theirs, `LPReLU` `nn.PReLU`. A gate
     does nothing forwards: `nn.Identity`. What torch.nn has no equivalent of (sorting, projections, centering, residual
-    sums) becomes a `torch.fx.GraphModule` of torch's own operations: the result imports neither lipdp nor deel-torchlip,
+    sums) becomes a `torch.fx.GraphModule` of torch's own operations: the result needs neither lipdp nor deel-torchlip,
     and `torch.jit.script`, `torch.export` and ONNX take it.
 
     Guarantees: the same outputs up to rounding, and up to 1e-6 a window for L2-norm pooling. Names, modes, devices,

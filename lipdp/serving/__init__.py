@@ -1,7 +1,7 @@
 """A trained model in use: read a run's folder, predict, export.
 
-    model = lipdp.load("runs/digits-mlp")
-    model.predict(x), model.predict_proba(x), model.export("model.onnx"), model.save_pretrained("folder")
+model = lipdp.load("runs/digits-mlp")
+model.predict(x), model.predict_proba(x), model.export("model.onnx"), model.save_pretrained("folder")
 """
 
 from lipdp.lazy import facade

@@ -99,9 +99,10 @@ def _safetensors(name: str) -> Any:
 
 def _card(model: TrainedModel) -> str:
     """A model card: what it is for hubs, how it is used, and the run's report."""
-    use = f'model = lipdp.load("{model.folder.name}")\nmodel.predict_proba(x)  # x: (N, {", ".join(map(str, model.input_shape))})'
+    shape = ", ".join(map(str, model.input_shape))
+    use = f'import lipdp\nmodel = lipdp.load("{model.folder.name}")\nmodel.predict_proba(x)  # x: (N, {shape})'
     head = "---\nlibrary_name: lipdp\ntags: [differential-privacy]\n---\n\n"
-    said = f"# {model.config.model} on {model.config.dataset}\n\nTrained with lipdp.\n\n```python\nimport lipdp\n{use}\n```\n\n"
+    said = f"# {model.config.model} on {model.config.dataset}\n\nTrained with lipdp.\n\n```python\n{use}\n```\n\n"
     return head + said + _report(model.folder)
 
 
@@ -162,4 +163,3 @@ def predictions_csv(model: TrainedModel, x: Any) -> str:
     head = ",".join(["label", *(f"probability_{c}" for c in range(shares.shape[1]))])
     rows = (",".join([str(label), *(f"{p:.6g}" for p in row)]) for label, row in zip(labels, shares, strict=True))
     return "\n".join([head, *rows]) + "\n"
-

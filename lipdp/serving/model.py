@@ -132,7 +132,7 @@ class TrainedModel:
         return _Served(self, to_torch(self.network), probabilities=self.tau is not None).eval()
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write a file others can use without lipdp: .onnx, or .pt2 (`torch.export`); or a folder, `save_pretrained`."""
+        """Write a file for use without lipdp: .onnx, or .pt2 (`torch.export`); or a folder, `save_pretrained`."""
         from lipdp.serving.files import export
 
         return export(self, Path(path))
@@ -188,9 +188,13 @@ def _built(
     config = config_from_dict(plain)
     own = [name for name in (config.model, config.features) if name and ":" in name]
     if own and not run_code:
-        raise ParameterError(f"{folder} is built by code of its own ({', '.join(own)}): pass run_code=True if you trust it")
+        raise ParameterError(
+            f"{folder} is built by code of its own ({', '.join(own)}): pass run_code=True if you trust it"
+        )
     if config.bounding is None:
-        raise CheckpointError(f"the run in {folder} does not name the map of its inputs; it was trained on a given split")
+        raise CheckpointError(
+            f"the run in {folder} does not name the map of its inputs; it was trained on a given split"
+        )
     shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
     spec = None if config.features is None else features(config.features, **config.feature_options)

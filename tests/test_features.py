@@ -212,7 +212,7 @@ def test_bad_options(name, options, says):
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UnknownNameError, match=r"did you mean 'scattering'\? Known: dct, scattering"):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'scattering'\? Known: dct, module:function, scattering"):
         features("scatering")
 
 

@@ -160,3 +160,44 @@ def test_a_loss_without_probabilities_says_so(tmp_path):
     with pytest.raises(errors.ParameterError, match="no probabilities"):
         model.predict_proba(np.zeros((1, 1, 8, 8)))
     assert model.as_module()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+# --- frozen encoders ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoders(tmp_path, monkeypatch):
+    (tmp_path / "encoders_served.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def conv():\n    torch.manual_seed(0)\n    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AvgPool2d(2))\n"
+        "class Mixing(nn.Module):\n    def forward(self, x):\n        return x.flatten(1) - x.flatten(1).mean(0)\n"
+        "def mixing():\n    return Mixing()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits):
+    config = configure(dataset="digits", features="encoders_served:conv", epsilon=8.0, epochs=10, seed=0)
+    result = train(config, out="run")
+    assert result.metrics["test_accuracy"] > 0.7
+    assert list((encoders / "cache").rglob("frozen-*.npy"))
+    model = lipdp.load("run", run_code=True)
+    share = (model.predict(digits) == load_data("digits").test_y.numpy()).mean()
+    assert share == pytest.approx(result.metrics["test_accuracy"], abs=0.003)
+    with pytest.raises(errors.ParameterError, match="run_code"):
+        lipdp.load("run")
+
+
+def test_features_of_a_frozen_module_have_norm_one_and_mixing_is_refused(encoders):
+    spec = lipdp.features.features("encoders_served:conv")
+    assert spec.norm_bound((1, 8, 8)) == 1.0
+    assert spec(torch.randn(5, 1, 8, 8)).norm(dim=1).max() <= 1 + 1e-6
+    assert lipdp.features.features(**spec.to_json()) == spec
+    with pytest.raises(errors.MixesSamplesError, match="depend on the others"):
+        lipdp.features.features("encoders_served:mixing").output_shape((1, 8, 8))
+    with pytest.raises(errors.ParameterError, match="nothing bounds"):
+        lipdp.features.features("encoders_served:conv", unit_norm=False)
+    with pytest.raises(errors.UnknownNameError):
+        configure(features="wavelets")

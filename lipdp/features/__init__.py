@@ -6,6 +6,7 @@ A map and its normalisation treat each record alone and learn nothing, so they c
 changes its own features and no other's.
 """
 
+from lipdp.features.frozen import Frozen
 from lipdp.features.maps import NORM_FLOOR, Dct, FeatureMap, FeatureSpec, apply, features
 
-__all__ = ["NORM_FLOOR", "Dct", "FeatureMap", "FeatureSpec", "apply", "features"]
+__all__ = ["NORM_FLOOR", "Dct", "FeatureMap", "FeatureSpec", "Frozen", "apply", "features"]

@@ -22,6 +22,7 @@ from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
 from lipdp.errors import DataError, ParameterError, UnknownNameError
+from lipdp.features.frozen import Frozen
 from lipdp.features.scattering import Scattering
 from lipdp.files import written_whole
 
@@ -105,9 +106,16 @@ def _dct_matrix(size: int, rows: int) -> Tensor:
     return matrix
 
 
-FEATURES: dict[str, type[Scattering] | type[Dct]] = {"scattering": Scattering, "dct": Dct}
+FEATURES: dict[str, type[Scattering] | type[Dct] | type[Frozen]] = {
+    "scattering": Scattering,
+    "dct": Dct,
+    "frozen": Frozen,
+}
 
-_DEFAULTS: dict[str, dict[str, Any]] = {"scattering": {"group_norm": 27, "unit_norm": True}}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "scattering": {"group_norm": 27, "unit_norm": True},
+    "frozen": {"unit_norm": True},
+}
 
 
 _NORMALISATION = ("group_norm", "unit_norm", "eps", "dtype")
@@ -204,7 +212,8 @@ def features(name: str, **options: Any) -> FeatureSpec:
     `scattering`: J = 2, L = 8, order 2, `group_norm=27`, `unit_norm=True`. `dct`: all frequencies, no normalisation.
 
     Args:
-        name: `scattering` or `dct`.
+        name: `scattering`, `dct`, or ``module:function``, which returns a frozen torch module (`Frozen`), with
+            `unit_norm=True`.
         options: of the map (`J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`,
             `dtype`).
 
@@ -218,9 +227,13 @@ def features(name: str, **options: Any) -> FeatureSpec:
     Source: group normalisation of scattering features for private training is due to Tramèr and Boneh, Differentially
     private learning needs better features (or much more data), 2021.
     """
+    if isinstance(name, str) and ":" in name:
+        name, options = Frozen.name, {**options, "source": name}
     if not isinstance(name, str) or name not in FEATURES:
-        raise UnknownNameError("feature map", name, FEATURES)
+        raise UnknownNameError("feature map", name, [*(n for n in FEATURES if n != Frozen.name), "module:function"])
     kind = FEATURES[name]
+    if kind is Frozen and not (options.get("unit_norm", True) or options.get("group_norm")):
+        raise ParameterError("nothing bounds the features of a frozen module: leave unit_norm on, or give group_norm")
     known = [field.name for field in fields(kind)]
     of_map = {key: value for key, value in options.items() if key in known}
     of_spec = {key: value for key, value in options.items() if key not in known}

@@ -60,6 +60,7 @@ _RECIPES: dict[tuple[str | None, str | None, str | None], Mapping[str, Any]] = {
         "gate": 0.3,
     },
     (None, "linear", "scattering"): _SCATTERING,
+    (None, "linear", "frozen"): {"loss_options": {"tau": 30.0}, "gate": 0.3, "model_options": {"radius": 16.0}},
     (None, "tabular", None): {  # `lipdp.training.tables`: every step takes all records, q = 1
         "steps": 100,
         "epochs": None,
@@ -84,6 +85,7 @@ def recipe(dataset: str, model: str, features: str | None = None) -> Mapping[str
     >>> recipe("my.npz", "mixer") == recipe("cifar10", "vgg")
     True
     """
+    features = "frozen" if features is not None and ":" in features else features
     keys = [
         (name, architecture, features) for architecture in (model, None) for name in (dataset, None)
     ]  # a recipe for features never serves pixels, nor the other way round

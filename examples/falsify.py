@@ -49,9 +49,7 @@ LOSSES = {
     "CosineSimilarity": (losses.CosineSimilarity(), 5),
     "MeanAbsoluteError": (losses.MeanAbsoluteError(5), 5),
 }
-SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer"), (1, 8, 8)) | dict.fromkeys(
-    ("mlp", "linear", "tabular"), (12,)
-)
+SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer"), (1, 8, 8)) | dict.fromkeys(("mlp", "linear"), (12,))
 HARD = {"starts": 64, "climbs": 16, "steps": 30}
 
 

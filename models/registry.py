@@ -1,8 +1,9 @@
 """The model zoo: models built from an input shape and a number of classes, by name, each with an unconstrained twin.
 
-Every model is an `nn.Sequential` that torch.fx can trace. `tabular` apart, it begins with `InputBound(c)`; its first layer is
+Every model is an `nn.Sequential` that torch.fx can trace. It begins with `InputBound(c)`; its first layer is
 1/c-Lipschitz, so that all values behind it have norm at most 1, and the other layers are 1-Lipschitz: the network's
 constant is 1/c. One module a model; `families` holds the two kinds of layers, `stages` what the models share.
+`tabular` alone is none of these: fixed features that bound themselves, and a dense layer, its own twin.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ def tabular(input_shape: tuple[int, ...], num_classes: int, *, waves: int = 200)
     """Features of norm 1 and one dense layer without a bias, from W = 0: the tightest private model of a table.
 
     The features bound themselves, so no `InputBound` stands in front: `TableFeatures`, then a projection to norm 1,
-    then ‖∇_W ℓ‖ = ‖φ‖ ‖∂ℓ/∂z‖ ≤ G for a gate at G. Inputs are taken to lie in [−1, 1] until the features' map is set:
-    by `lipdp train`, or by `TableFeatures.set_`. Use `num_classes=1` for a yes-or-no table.
+    then ‖∇_W ℓ‖ = ‖φ‖ ‖∂ℓ/∂z‖ ≤ G for a gate at G. Columns are clipped to ±6 and taken as they are until the features'
+    map is set: by `lipdp train`, or by `TableFeatures.set_`. Use `num_classes=1` for a yes-or-no table.
 
     Args:
         waves: frequencies, an even number.

@@ -561,7 +561,7 @@ def test_the_unit_norm_of_features_is_a_projection():
 @pytest.mark.parametrize("steps", [(), (SignedLog(),)])
 def test_the_certified_auroc_is_below_what_an_attack_on_the_scores_leaves(outputs, steps):
     torch.manual_seed(0)
-    model = lipdp.models.build("tabular", input_shape=(6,), num_classes=outputs, clips=0.3)
+    model = lipdp.models.build("mlp", input_shape=(6,), num_classes=outputs, width=64, depth=1, clips=0.3)
     y = torch.arange(120) % 2
     x = torch.randn(120, 6) + 1.5 * y[:, None]
 

@@ -137,6 +137,7 @@ COVERS = {
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
     "test_stored": "data/folders data/hub",
+    "test_tables": "training/fitted",
     "test_testing": "testing/attack testing/case testing/loss testing/nodes",
     "test_trainers": "comparison/backprop_clipping comparison/trainers/adaptive comparison/trainers/automatic"
     " comparison/trainers/backprop_clipping comparison/trainers/clipless comparison/trainers/global_clipping"

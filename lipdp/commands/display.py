@@ -201,6 +201,19 @@ def share(value: float | None) -> str:
     return "none" if value is None else f"{value:.2%}"
 
 
+def _balance(metrics: dict[str, Any]) -> str:
+    """What accuracy hides where one class is rare, of the averaged weights."""
+    names = ("accuracy", "base_rate", "average_precision", "recall", "specificity")
+    found = {name: metrics[f"test_{name}_ema"] for name in names}
+    base = found["base_rate"]
+    return (
+        f"{share(base)} of the test records are positive: one answer for all is right for"
+        f" {share(None if base is None else max(base, 1 - base))}, the model for {share(found['accuracy'])};"
+        f" average precision {share(found['average_precision'])}. It finds {share(found['recall'])} of the positive"
+        f" records and lets {share(found['specificity'])} of the negative ones pass"
+    )
+
+
 def show_result(console: Console, result: Result) -> None:
     """The last lines: what was spent, what was reached, where it is."""
     metrics = result.metrics
@@ -211,6 +224,8 @@ def show_result(console: Console, result: Result) -> None:
         f" averaged weights [bold]{share(metrics[f'test_{name}_ema'])}[/bold]",
         highlight=False,
     )
+    if "test_base_rate" in metrics:
+        console.print(_balance(metrics), highlight=False)
     console.print(f"[dim]* training loss is not covered by ε; {number(metrics['seconds'])} s[/dim]", highlight=False)
     if result.folder is not None:
         console.print(f"[dim]written to {result.folder}[/dim]", highlight=False, soft_wrap=True)

@@ -158,7 +158,7 @@ def _bench(config: RobustnessConfig) -> _Bench:
     data, input_bound = prepare(train)
     split = data.in_memory()
     train = train.resolve(number_of_units(split), binary=split.task == "binary")
-    return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, plan_of(train, split))
+    return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, plan_of(train, split, measured=False))
 
 
 def _cell(bench: _Bench, contender: Contender, tau: float, seed: int) -> Cell:

@@ -208,7 +208,7 @@ def _plan(plain: str, epsilon: float | None) -> tuple[TrainConfig, PrivacyPlan]:
         config_from_dict(json.loads(plain)), epsilon=epsilon, noise_multiplier=1.0 if epsilon is None else None
     )
     train = given.resolve(number_of_units(split), binary=split.task == "binary")
-    return train, plan_of(train, split)
+    return train, plan_of(train, split, measured=False)
 
 
 def _trial(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:

@@ -49,7 +49,7 @@ class TableFeatures(nn.Module):
     values: Tensor
     frequencies: Tensor
 
-    def __init__(self, columns: int, *, waves: int = 200, limit: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, columns: int, *, waves: int = 200, limit: float = 6.0, seed: int = 0) -> None:
         super().__init__()
         if not (is_size(columns) and is_size(waves) and waves % 2 == 0):
             raise ParameterError(
@@ -59,7 +59,7 @@ class TableFeatures(nn.Module):
         self.register_buffer("limit", torch.tensor(check_positive("limit", limit)))
         self.register_buffer("values", torch.empty(columns, BINS + 1))
         self.register_buffer("frequencies", _frequencies(columns, waves, seed))
-        self.set_(limit, math.sqrt(3) * torch.linspace(-1, 1, BINS + 1).expand(columns, -1))
+        self.set_(limit, self.edges().expand(columns, -1))  # f(x) = x
 
     @property
     def out_features(self) -> int:

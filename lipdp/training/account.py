@@ -44,7 +44,7 @@ class Account:
         return self._engine.steps_taken - self._progress.step
 
     def epsilon_at(self, step: int) -> float:
-        """An upper bound on ε after the measurements and `step` steps of this run; at the end, what `engine.get_epsilon` says."""
+        """An upper bound on ε after the measurements and `step` steps; at the end, what `engine.get_epsilon` says."""
         if step not in self._epsilons:
             self._epsilons[step] = self._curve(len(self._engine.plan.measurements) + step + self.again)
         return self._epsilons[step]

@@ -86,7 +86,12 @@ def prepare(
 
 
 def plan_of(
-    config: TrainConfig, split: DataSplit, *, noise_multiplier: float | None = None, world: World | None = None
+    config: TrainConfig,
+    split: DataSplit,
+    *,
+    noise_multiplier: float | None = None,
+    world: World | None = None,
+    measured: bool = True,
 ) -> PrivacyPlan:
     """The plan of a run: the one place between a configuration and its q, T, σ and relation.
 
@@ -95,6 +100,7 @@ def plan_of(
         split: the data; where it names owners, they are the units.
         noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
         world: the processes that train together.
+        measured: whether what the recipe for tables measures is part of it; without, of the model's training alone.
 
     Raises:
         CalibrationError, ParameterError: no σ reaches the target; a value out of range.
@@ -110,7 +116,7 @@ def plan_of(
         target_epsilon=config.epsilon,
         target_delta=config.delta,
         accountant=config.accountant,
-        shares=measured_shares(bounding_of(config, split)) if config.model in TABLES else None,
+        shares=measured_shares(bounding_of(config, split)) if measured and config.model in TABLES else None,
     )
 
 
@@ -122,8 +128,13 @@ def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dat
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a run consists of. `random`: torch's generators after the model was drawn; `planned`: ε after all steps; `table`:
-    what is measured before the first, of a table."""
+    """What a run consists of.
+
+    Attributes:
+        planned: ε after all steps.
+        random: torch's generators after the model was drawn.
+        table: what is measured before the first step, of a table.
+    """
 
     device: torch.device
     model: nn.Module

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor, nn
 
 from lipdp.batches.records import finite
@@ -14,6 +14,7 @@ from lipdp.bounds.trace import mode
 from lipdp.errors import DataError, NonFiniteError
 
 _log = logging.getLogger(__name__)
+_OF_BOTH_CLASSES = ("auroc", "average_precision", "base_rate", "recall", "specificity")
 
 
 @torch.no_grad()
@@ -51,7 +52,7 @@ def evaluate(
     device: torch.device | str | None = None,
     batch_size: int = 1024,
 ) -> dict[str, float | None]:
-    """Accuracy, and for a binary task also the area under the ROC curve.
+    """Accuracy, and for a binary task what tells how good a model is where one class is rare.
 
     These are exact figures of the records given: if those are private, ε does not cover them.
 
@@ -65,8 +66,10 @@ def evaluate(
         batch_size: of the forward passes.
 
     Returns:
-        {"accuracy": …} and, if binary, {"auroc": …}, in [0, 1]; no AUROC (None, and a warning in the log) of one class
-        only.
+        {"accuracy": …}, in [0, 1]. If binary, also "auroc", the area under the ROC curve; "average_precision", which is
+        the base rate for a coin; "base_rate", the share of positive records; and the confusion matrix by its rows:
+        "recall", the share of positive records that are found, and "specificity", of negative ones that are let pass.
+        They are None, with a warning in the log, where the records are all of one class.
 
     Raises:
         DataError: no records.
@@ -105,11 +108,18 @@ def evaluate_batches(
     if not binary:
         return {"accuracy": float((found.argmax(1) == truth).double().mean())}
     scores = found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
-    accuracy = float(((scores > 0) == truth.bool()).double().mean())
-    if len(truth.unique()) != 2:
+    return _binary_metrics(scores, truth.bool())
+
+
+def _binary_metrics(scores: Tensor, positive: Tensor) -> dict[str, float | None]:
+    predicted = scores > 0
+    accuracy = float((predicted == positive).double().mean())
+    if not 0 < int(positive.sum()) < len(positive):
         _log.warning("the test records are all of one class: there is no ROC curve; use a larger test part")
-        return {"accuracy": accuracy, "auroc": None}
-    return {"accuracy": accuracy, "auroc": float(roc_auc_score(truth.numpy(), scores.numpy()))}
+        return {"accuracy": accuracy, **dict.fromkeys(_OF_BOTH_CLASSES)}
+    ranked = roc_auc_score(positive.numpy(), scores.numpy()), average_precision_score(positive.numpy(), scores.numpy())
+    shares = (float(part.double().mean()) for part in (positive, predicted[positive], ~predicted[~positive]))
+    return {"accuracy": accuracy, **dict(zip(_OF_BOTH_CLASSES, (*map(float, ranked), *shares), strict=True))}
 
 
 def metrics_or_null(
@@ -124,4 +134,4 @@ def metrics_or_null(
         return {**evaluated()}
     except Exception as error:  # whatever a model or a test part raises: the budget is spent, and the weights are there
         _log.warning("step %d: no test metric (%s: %s)", step, type(error).__name__, error)
-        return dict.fromkeys(("accuracy", "auroc") if binary else ("accuracy",))
+        return dict.fromkeys(("accuracy", *_OF_BOTH_CLASSES) if binary else ("accuracy",))

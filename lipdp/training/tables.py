@@ -8,7 +8,7 @@ features, and the T steps of the head. With μ the Gaussian mechanism that the w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -60,10 +60,8 @@ def set_public_map(features: TableFeatures, bounding: Bounding) -> None:
         return
     limit = _range_of(bounding)
     features.set_(limit or _UNKNOWN_RANGE, features.values)
-    edges = features.edges()
-    features.set_(
-        limit or _UNKNOWN_RANGE, (edges * (math.sqrt(3) / limit if limit else 1)).expand(features.columns, -1)
-    )
+    values = features.edges() * (math.sqrt(3) / limit if limit else 1)
+    features.set_(limit or _UNKNOWN_RANGE, values.expand(features.columns, -1))
 
 
 def _range_of(bounding: Bounding) -> float | None:
@@ -119,7 +117,7 @@ def measure_gram(engine: PrivacyEngine, features: nn.Module, rows: Rows) -> tupl
     r"""Measure G = Σ φφᵀ.
 
     Sensitivity: released are the d(d + 1)/2 numbers ``(G_ii, √2 G_ij)``, i < j. Of one record they are an isometric
-    image of the matrix φφᵀ, whose norm is ``‖φφᵀ‖_F = ‖φ‖² ≤ 1``: exactly 1 where ‖φ‖ = 1, and ≤ Σ w_i ≤ 1 for an owner.
+    image of the matrix φφᵀ, whose norm is ``‖φφᵀ‖_F = ‖φ‖² ≤ 1``: 1 where ‖φ‖ = 1, and ≤ Σ w_i ≤ 1 for an owner.
     The factor √2 matters: of the upper triangle *without* it the norm is ``√((‖φ‖⁴ + Σ φ_i⁴)/2)``, which is also at
     most 1 and reaches 1 at unit vectors, so noise of the same std would be sound on all entries, but √2 times too large
     off the diagonal. The matrix that comes out has noise of std s on the diagonal, s/√2 off it, and is symmetric.
@@ -150,15 +148,15 @@ def measure_gram(engine: PrivacyEngine, features: nn.Module, rows: Rows) -> tupl
 class Preconditioner:
     r"""Replaces the noisy mean gradient g of a dense layer by ``N η g P`` in front of every step; post-processing.
 
-    ``P = (G₊ + ℓ)⁻¹`` with ``ℓ = 2 s √d``, the norm of the noise in G, and ``η = 0.1 min(1.5 μ ℓ/(T c), 16)``: a smaller
-    step where the head's noise, of std ``c √T/μ``, would dominate. G₊ has no negative eigenvalues.
+    ``P = (G₊ + ℓ)⁻¹`` with ``ℓ = 2 s √d``, the norm of the noise in G, and ``η = 0.1 min(1.5 μ ℓ/(T c), 16)``: a
+    smaller step where the head's noise, of std ``c √T/μ``, would dominate. G₊ has no negative eigenvalues.
 
     Args:
         optimizer: private already.
         weight: (C, d), of the layer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
         self._weight, self.matrix = weight, torch.eye(weight.shape[1], device=weight.device)
         optimizer.register_step_pre_hook(self._apply)
 
@@ -187,15 +185,18 @@ class Preconditioner:
         self.matrix = matrix.to(self.matrix)
 
 
-def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, nn.Parameter] | None:
+def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, Tensor] | None:
     """The columns' features, the features of unit norm, and the head's weight; None where a model is none of a table.
 
     >>> table_model(torch.nn.Linear(2, 1)) is None
     True
     """
-    if not (isinstance(model, nn.Sequential) and len(model) == 3 and isinstance(model[0], TableFeatures)):
+    if not (isinstance(model, nn.Sequential) and len(model) == 3):
         return None
-    return model[0], model[:2], model[2].weight
+    features, norm, head = model
+    if not (isinstance(features, TableFeatures) and isinstance(head, nn.Linear)):
+        return None
+    return features, nn.Sequential(features, norm), head.weight
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,9 @@ def rows_of(split: DataSplit, device: torch.device | str = "cpu") -> Rows:
 
     def rows() -> Iterator[tuple[Tensor, Tensor | None]]:
         dataset = split.training_dataset(device)
-        plain = isinstance(dataset, TensorDataset)
-        inputs = dataset.tensors[0].split(BATCH) if plain else (x for x, _ in DataLoader(dataset, batch_size=BATCH))
+        inputs: Iterable[Tensor] = (x for x, _ in DataLoader(dataset, batch_size=BATCH))
+        if isinstance(dataset, TensorDataset):
+            inputs = dataset.tensors[0].split(BATCH)
         start = 0
         for x in inputs:
             yield x.to(device), None if weights is None else weights[start : start + len(x)]

@@ -142,17 +142,27 @@ def _check_options(name: str, function: Callable[..., Any], given: set[str], sup
 
 def _build_own(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:
     """Import the module, call the function, check what comes back."""
-    module_name, _, function_name = name.partition(":")
-    module = _import(name, module_name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UnknownNameError(f"function of {module_name}", function_name, public)
+    function = own(name)
     _check_options(name, function, set(options), {"input_shape", "num_classes"})
     model = function(input_shape=input_shape, num_classes=num_classes, **options)
     if not isinstance(model, nn.Module):
         raise ParameterError(f"{name} returned a {type(model).__name__}; it must return a torch.nn.Module")
     return model
+
+
+def own(name: str) -> Callable[..., Any]:
+    """The function that ``package.module:function`` names, looked for on the path and then in the working folder.
+
+    Raises:
+        ParameterError: the module can't be imported. UnknownNameError: it has no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    module = _import(name, module_name)
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UnknownNameError(f"function of {module_name}", function_name, public)
+    return function  # type: ignore[no-any-return]
 
 
 def _import(name: str, module_name: str) -> Any:

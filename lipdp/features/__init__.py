@@ -7,6 +7,7 @@ record changes its own features and no other's. `photographs`, `objects` and `ha
 from synthetic pictures, drawn from a public seed.
 """
 
+from lipdp.features.frozen import Frozen
 from lipdp.features.maps import NORM_FLOOR, Dct, FeatureMap, FeatureSpec, apply, features
 from lipdp.features.pictures import Handwriting, Objects, Pictures
 
@@ -15,6 +16,7 @@ __all__ = [
     "Dct",
     "FeatureMap",
     "FeatureSpec",
+    "Frozen",
     "Handwriting",
     "Objects",
     "Pictures",

@@ -16,9 +16,10 @@ from torch import Tensor
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import DataError, ParameterError, UnknownNameError
 from lipdp.features import synthetic
 from lipdp.features.cache import kept
+from lipdp.features.frozen import Frozen
 from lipdp.features.pictures import Handwriting, Objects, Pictures
 from lipdp.features.scattering import Scattering
 
@@ -99,12 +100,14 @@ def _dct_matrix(size: int, rows: int) -> Tensor:
     return matrix
 
 
-FEATURES: dict[str, type[Pictures] | type[Scattering] | type[Dct]] = {
-    "photographs": Pictures, "objects": Objects, "handwriting": Handwriting, "scattering": Scattering, "dct": Dct
+FEATURES: dict[str, type[Pictures] | type[Scattering] | type[Dct] | type[Frozen]] = {
+    "photographs": Pictures, "objects": Objects, "handwriting": Handwriting, "scattering": Scattering, "dct": Dct,
+    "frozen": Frozen,
 }  # fmt: skip
 
 _OF_PICTURES = {"unit_norm": True, "dtype": "float16"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
+    "frozen": {"unit_norm": True},
     "scattering": {"group_norm": 27, "unit_norm": True},
     **dict.fromkeys(synthetic.PICTURES, _OF_PICTURES),
 }
@@ -220,7 +223,7 @@ def features(name: str, **options: Any) -> FeatureSpec:
     `unit_norm=True`. `dct`: all frequencies, no normalisation.
 
     Args:
-        name: of the map.
+        name: of the map, or ``module:function``, which returns a frozen torch module (`Frozen`), with `unit_norm=True`.
         options: of the map (`seed`, `pairs`, `filters`; `J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`,
             `unit_norm`, `eps`, `dtype`).
 
@@ -234,9 +237,13 @@ def features(name: str, **options: Any) -> FeatureSpec:
     Source: group normalisation of scattering features for private training is due to Tramèr and Boneh, Differentially
     private learning needs better features (or much more data), 2021.
     """
+    if isinstance(name, str) and ":" in name:
+        name, options = Frozen.name, {**options, "source": name}
     if not isinstance(name, str) or name not in FEATURES:
-        raise UnknownNameError("feature map", name, FEATURES)
+        raise UnknownNameError("feature map", name, [*(n for n in FEATURES if n != Frozen.name), "module:function"])
     kind = FEATURES[name]
+    if kind is Frozen and not (options.get("unit_norm", True) or options.get("group_norm")):
+        raise ParameterError("nothing bounds the features of a frozen module: leave unit_norm on, or give group_norm")
     known = [field.name for field in fields(kind)]
     of_map = {key: value for key, value in options.items() if key in known}
     of_spec = {key: value for key, value in options.items() if key not in known}

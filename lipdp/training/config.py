@@ -71,7 +71,9 @@ class TrainConfig:
         whole(0, MAX_THREADS), MACHINE, "processes that read records, of sets on disk and augmented ones", 0
     )
     pin_memory: bool = _data(FLAG, MACHINE, "page-locked batches for a GPU", False)
-    features: str | None = _data(NAME, DATA, "a fixed feature map", choices=FEATURES)
+    features: str | None = _data(
+        NAME, DATA, f"a fixed feature map: {', '.join(n for n in FEATURES if n != 'frozen')}, or module:function"
+    )
     feature_options: Mapping[str, Any] = _data(OPTIONS, DATA, "key=value, e.g. J=2, group_norm=27")
     bounding: str | None = _data(NAME, DATA, "public map of the inputs", choices=BOUNDINGS, words="the data set's")
     bounding_options: Mapping[str, Any] = _data(OPTIONS, DATA, "key=value, e.g. upper=120")
@@ -131,6 +133,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             SETTINGS[each.name].check(getattr(self, each.name))
+        if self.features is not None and ":" not in self.features and self.features not in FEATURES:
+            raise UnknownNameError("features", self.features, FEATURES)
         if self.augment_multiplicity > 1 and self.augment is None:
             raise ParameterError(
                 f"augment_multiplicity={self.augment_multiplicity}, but no augment: all views of a record would be the"

@@ -22,7 +22,8 @@ TAU = 32.0
 GATE = 0.3 / math.sqrt(2)  # of the loss's constant
 CLIP_AT = 0.7  # of the typical norm of values
 GATE_AT = 0.03  # of the typical norm of cotangents
-NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights
+NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights, where joints bias gradients
+NOISE_ALONE = 1.6  # where there are none
 MOMENTUM = 0.9
 PASSES, MOST_PASSES = 5.0, 60.0
 SAMPLES = 100_000
@@ -58,9 +59,9 @@ def suggest(
       that it shortens nearly all cotangents at the beginning and Δ is tight.
     - *Joints*: a pass of `public` inputs through the model as it is gives typical norms X and G in front of each layer
       with weights; there a clip at 0.7 X and a gate at 0.03 G are placed, so that bounds are those of typical samples
-      and not of the worst.
+      and not of the worst. None in a model of two layers, whose bounds are tight without.
     - *Learning rates*: T steps at a rate that falls linearly from lr, with momentum β, move an m x n weight by noise of
-      spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 0.8 of the weight's own.
+      spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 0.8 of the weight's own, 1.6 without joints.
 
     Args:
         model: constrained; it is left as it is.
@@ -118,7 +119,7 @@ def suggest(
         gate=gate,
         allocation=allocation,
         joints=joints,
-        blocks=_blocks(trial, x, bounds, plan, get_allocation(allocation)),
+        blocks=_blocks(trial, x, bounds, plan, get_allocation(allocation), NOISE if joints else NOISE_ALONE),
         momentum=MOMENTUM,
     )
     return world.broadcast(settings)
@@ -150,8 +151,9 @@ def _criterion(outputs: tuple[int, ...]) -> LipschitzLoss:
 
 
 def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
-    """Clips and gates at shares of what is typical; none where nothing flows."""
-    found = typical(model, x, joint_layers(model), start)
+    """Clips and gates at shares of what is typical; none where nothing flows, or between two layers only."""
+    layers = joint_layers(model)
+    found = typical(model, x, layers, start) if len(layers) > 1 else {}
     return tuple(
         Joint(name, clip=CLIP_AT * seen.value, gate=GATE_AT * seen.cotangent)
         for name, seen in found.items()
@@ -160,7 +162,7 @@ def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
 
 
 def _blocks(
-    model: nn.Module, x: Tensor, bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation
+    model: nn.Module, x: Tensor, bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation, share: float
 ) -> tuple[BlockSetting, ...]:
     """A learning rate per parameter, and what its signal is over its noise."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -174,6 +176,6 @@ def _blocks(
         matrix = parameter.detach().reshape(rows, -1)
         radius = float(torch.linalg.matrix_norm(matrix.double(), 2)) or 1.0
         noise = math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size * sum(map(math.sqrt, matrix.shape))
-        rate = NOISE * radius * (1 - MOMENTUM) / noise if noise else 1.0
+        rate = share * radius * (1 - MOMENTUM) / noise if noise else 1.0
         blocks.append(BlockSetting(name, rate, strengths[name]))
     return tuple(blocks)

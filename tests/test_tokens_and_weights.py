@@ -219,7 +219,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize(
     "drawn",
-    [random.random, lambda: float(torch.rand(())), lambda: numpy.random.rand()],
+    [random.random, lambda: float(torch.rand(())), lambda: numpy.random.rand()],  # noqa: NPY002
     ids=["python", "torch", "numpy"],
 )
 def test_random_numbers_drawn_in_the_forward_pass_are_named(drawn):

@@ -57,11 +57,12 @@ def nothing_random(name: str) -> Iterator[None]:
     random.setstate(before[0])
     np.random.set_state(before[1])  # noqa: NPY002  (the generator that scripts draw from)
     torch.set_rng_state(before[2])
-    numbers = [state[1][1].tolist() + [state[1][2]] for state in (before, after)]
+    numbers = [[*state[1][1].tolist(), state[1][2]] for state in (before, after)]
     if before[0] != after[0] or numbers[0] != numbers[1] or not torch.equal(before[2], after[2]):
         raise UnsupportedOperationError(
-            f"the forward of {name} draws random numbers where it is traced (stochastic depth, a random crop): its graph"
-            " would hold what was drawn once, for every step. Use nn.Dropout on the branch, or draw within the data set"
+            f"the forward of {name} draws random numbers where it is traced (stochastic depth, a random crop): its"
+            " graph would hold what was drawn once, for every step. Use nn.Dropout on the branch, or draw within the"
+            " data set"
         )
 
 

@@ -173,11 +173,11 @@ class _ModelAttack:
         dtype = torch.float64 if self.graph.dtype == torch.float64 else torch.float32
         limits = torch.tensor([b if b > 0 else 1e-300 for b in bounds.values()], dtype=torch.float64)
         ascent = Ascent(objective, limits, self.radius)
-        shape, drawn = self.graph.input_shape, {"random": self.effort.starts, "generator": self.generator}
-        tokens = self.graph.vocabulary
-        points = (
-            starting_inputs(shape, self.radius, **drawn) if tokens is None else starting_tokens(shape, tokens, **drawn)
-        )
+        shape, tokens, count = self.graph.input_shape, self.graph.vocabulary, self.effort.starts
+        if tokens is None:
+            points = starting_inputs(shape, self.radius, random=count, generator=self.generator)
+        else:
+            points = starting_tokens(shape, tokens, random=count, generator=self.generator)
         tried = targets.to(dtype) if targets.is_floating_point() else targets
         tried = tried[torch.randperm(len(tried), generator=self.generator)[: self.effort.targets]]
         x = torch.stack(list(points.values())).to(torch.int64 if tokens is not None else dtype)

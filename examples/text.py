@@ -19,67 +19,10 @@ parser.add_argument("--seed", type=int, help="a run that can be repeated, hence 
 args = parser.parse_args()
 
 # --- texts ------------------------------------------------------------------------------------------------------------
-SUBJECTS = (
-    [
-        "bread",
-        "soup",
-        "oven",
-        "salt",
-        "recipe",
-        "kitchen",
-        "garlic",
-        "butter",
-        "spoon",
-        "dinner",
-        "taste",
-        "fry",
-        "boil",
-        "sugar",
-        "flour",
-    ],
-    [
-        "engine",
-        "wheel",
-        "road",
-        "brake",
-        "driver",
-        "gear",
-        "fuel",
-        "traffic",
-        "bridge",
-        "lorry",
-        "speed",
-        "park",
-        "turn",
-        "tyre",
-        "garage",
-    ],
-)
-COMMON = [
-    "the",
-    "a",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "it",
-    "was",
-    "for",
-    "with",
-    "on",
-    "as",
-    "at",
-    "by",
-    "this",
-    "that",
-    "from",
-    "are",
-    "or",
-    "his",
-    "her",
-    "they",
-]
+COOKING = "bread soup oven salt recipe kitchen garlic butter spoon dinner taste fry boil sugar flour"
+DRIVING = "engine wheel road brake driver gear fuel traffic bridge lorry speed park turn tyre garage"
+OTHERS = "the a of and to in is it was for with on as at by this that from are or his her they"
+SUBJECTS, COMMON = (COOKING.split(), DRIVING.split()), OTHERS.split()
 WORDS = {word: token for token, word in enumerate(["", *COMMON, *SUBJECTS[0], *SUBJECTS[1]])}  # 0: padding, unknown
 LENGTH = 16
 

@@ -84,7 +84,7 @@ def _matmul(call: Call) -> Local:
 
 @rule(torch.einsum)
 def _einsum(call: Call) -> Local:
-    """`_product` of two operands: labels of both that are kept number the blocks, the others of both are summed.
+    """`_product` of two operands: labels of both number the blocks if they are kept, and are summed if not.
 
     A label of one operand alone that is not kept is a sum over it, which is refused, as are labels twice in one.
     """
@@ -124,7 +124,8 @@ def _einsum(call: Call) -> Local:
         own = [label for label in labels if label not in both]
         order = [labels.index(label) for label in (*blocks, *own, *inner)]
         ordered = source.constant.detach().permute(order)
-        parts = [math.prod(ordered.shape[i:j]) for i, j in ((0, len(blocks)), (len(blocks), len(blocks) + len(own)))]
+        ends = ordered.shape
+        parts = [math.prod(ends[i:j]) for i, j in ((0, len(blocks)), (len(blocks), len(blocks) + len(own)))]
         norms.append(_norm(call, source, ordered.reshape(parts[0], parts[1], -1)))
     x = next(source for source in operands if source.constant is None)
     return _product(call, (1.0, 1.0), (norms[0], norms[1]), max(x.numel, math.prod(call.output_shape)))

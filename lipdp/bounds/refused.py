@@ -61,8 +61,8 @@ def nothing_random(name: str) -> Iterator[None]:
     if before[0] != after[0] or numbers[0] != numbers[1] or not torch.equal(before[2], after[2]):
         raise UnsupportedOperationError(
             f"the forward of {name} draws random numbers where it is traced (stochastic depth, a random crop): its"
-            " graph would hold what was drawn once, for every step. Use nn.Dropout on the branch, or draw"
-            " within the data set"
+            " graph would hold what was drawn once, for every step. Use nn.Dropout on the branch, or draw within the"
+            " data set"
         )
 
 

@@ -61,7 +61,7 @@ _CHANNELS = (1, 3, 4)
 
 
 def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
-    """A table (N, d), or images (N, C, H, W) in [0, 1], from (N, H, W, C) too; others clipped, no number is 0."""
+    """A table (N, d), or images (N, C, H, W) in [0, 1], from (N, H, W, C) too. What is not finite is 0."""
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise DataError(
             f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, H, W), (N, C, H, W) or (N, H, W,"

@@ -16,7 +16,7 @@ from torch import Tensor
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.errors import DataError, ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.features import synthetic
 from lipdp.features.cache import kept
 from lipdp.features.frozen import Frozen

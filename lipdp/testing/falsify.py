@@ -7,7 +7,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from lipdp.accounting.relation import Relation
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.probe import probe_input, sample_shape, vocabulary_of
-from lipdp.bounds.sensitivity import Sensitivity, read_sweep
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.losses import LipschitzLoss, as_lipschitz
 from lipdp.nn.gates import InputBound
+from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.testing.attack import INPUT, Ascent, Objective, findings
 from lipdp.testing.inputs import (
     WEIGHTS,
@@ -174,11 +173,11 @@ class _ModelAttack:
         dtype = torch.float64 if self.graph.dtype == torch.float64 else torch.float32
         limits = torch.tensor([b if b > 0 else 1e-300 for b in bounds.values()], dtype=torch.float64)
         ascent = Ascent(objective, limits, self.radius)
-        drawn: dict[str, Any] = {"random": self.effort.starts, "generator": self.generator}
-        shape, tokens = self.graph.input_shape, self.graph.vocabulary
-        points = (
-            starting_inputs(shape, self.radius, **drawn) if tokens is None else starting_tokens(shape, tokens, **drawn)
-        )
+        shape, tokens, count = self.graph.input_shape, self.graph.vocabulary, self.effort.starts
+        if tokens is None:
+            points = starting_inputs(shape, self.radius, random=count, generator=self.generator)
+        else:
+            points = starting_tokens(shape, tokens, random=count, generator=self.generator)
         tried = targets.to(dtype) if targets.is_floating_point() else targets
         tried = tried[torch.randperm(len(tried), generator=self.generator)[: self.effort.targets]]
         x = torch.stack(list(points.values())).to(torch.int64 if tokens is not None else dtype)
@@ -232,7 +231,7 @@ def falsify_layer(
 
 
 def tightness(model: nn.Module, loss: nn.Module, input_shape: tuple[int, ...], **options: object) -> float:
-    """How much of each bound an attack reaches: 1 means that the bound cannot be lower.
+    """The share of its bound that an attack reaches on every parameter: 1 means that no bound can be lowered.
 
     Args: as `falsify`; the weights are those given.
 

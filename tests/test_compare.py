@@ -217,7 +217,7 @@ def test_utility_tunes_on_validation_and_tests_once(tmp_path, monkeypatch):
         assert cell["private"] is False  # seeded
         assert 0 <= cell["ece"] <= 1
         assert {"trainer", "model", "dataset", "batch_size", "epsilon", "seed", "accuracy"} <= set(cell)
-    assert all(cell["chance"] == pytest.approx(0.1, abs=0.03) for cell in results.cells)
+    assert all(0.1 <= cell["chance"] < 0.2 for cell in results.cells)
     means = {(c["trainer"], c["model"]): c for c in summary(results)}
     scores = [c["accuracy"] for c in results.find(trainer="clipless")]
     assert means["clipless", "linear"]["mean"] == pytest.approx(sum(scores) / 2)

@@ -108,6 +108,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     names = [name for name in PARTS if name in args.only and name not in args.skip]
+    weights = {name: 1.0 if args.quick else PARTS[name][1] for name in names}  # small parts take alike
     end = time.time() + 60 * args.minutes
     found: dict[str, Row] = {}
     CONTEXT.set_forkserver_preload(["lipdp.comparison.speed", "lipdp.training", "lipdp.commands.train", "pytest"])
@@ -116,7 +117,7 @@ def main() -> None:
     server.join()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         for number, name in enumerate(names):
-            share = PARTS[name][1] / sum(PARTS[other][1] for other in names[number:])
+            share = weights[name] / sum(weights[other] for other in names[number:])
             stop = time.time() + share * (end - time.time()) - GRACE
             size = QUICK if args.quick else Size()
             train = (*size.train, *shlex.split(args.train))

@@ -20,13 +20,13 @@ def checked(out, *options):
     """What it wrote, in both forms."""
     command = [sys.executable, "examples/gpu.py", "--device", "cpu", "--quick", "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LIPDP_DATA": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2000)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((out / "gpu.json").read_text())["parts"], (out / "gpu.md").read_text()
 
 
 def test_every_part_runs_on_a_cpu(tmp_path):
-    parts, page = checked(tmp_path, "--minutes", "14")
+    parts, page = checked(tmp_path, "--minutes", "30")  # as many as a loaded machine may take
     assert tuple(parts) == PARTS
     assert {name: part["status"] for name, part in parts.items()} == dict.fromkeys(PARTS, "done"), page
     rows = {name: part["rows"] for name, part in parts.items()}

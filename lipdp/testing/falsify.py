@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lipdp.accounting.relation import Relation
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.probe import probe_input, sample_shape, vocabulary_of
+from lipdp.bounds.sensitivity import Sensitivity, read_sweep
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.losses import LipschitzLoss, as_lipschitz
 from lipdp.nn.gates import InputBound
-from lipdp.sensitivity import Sensitivity, read_sweep
 from lipdp.testing.attack import INPUT, Ascent, Objective, findings
 from lipdp.testing.inputs import (
     WEIGHTS,

@@ -24,8 +24,8 @@ from lipdp.cli import app
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (  # noqa: SIM905 (those that a user meets first come first)
-    "privacy losses nn sensitivity accounting noise batches bounds constraints models testing data features training"
-    " estimators audit certify planning comparison report integrations distributed errors"
+    "privacy losses nn accounting noise batches bounds constraints models suggestion testing data features training"
+    " estimators audit certify planning comparison report serving integrations distributed errors"
 ).split()
 
 

@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 
 _ROOMS = (
     "accounting audit batches bounds certify comparison constraints data distributed errors estimators features integrations"
-    " losses models nn noise planning privacy report serving testing training"
+    " losses models nn noise planning privacy report serving"
+    " testing training"
 )
 _NAMES = {
     "PrivacyEngine": "lipdp.privacy.engine",

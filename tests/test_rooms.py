@@ -122,7 +122,7 @@ COVERS = {
     "test_dynamics": "comparison/clipping comparison/kernel",
     "test_estimators": "estimators/base estimators/classifier estimators/recipe estimators/regressor estimators/scaler"
     " estimators/scikit",
-    "test_serving": "serving/model serving/files commands/use",
+    "test_serving": "features/frozen serving/model serving/files commands/use",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_guards": "privacy/snapshot",
     "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual",

@@ -169,7 +169,8 @@ def test_a_loss_without_probabilities_says_so(tmp_path):
 def encoders(tmp_path, monkeypatch):
     (tmp_path / "encoders_served.py").write_text(
         "import torch\nfrom torch import nn\n"
-        "def conv():\n    torch.manual_seed(0)\n    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AvgPool2d(2))\n"
+        "def conv():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AvgPool2d(2))\n"
         "class Mixing(nn.Module):\n    def forward(self, x):\n        return x.flatten(1) - x.flatten(1).mean(0)\n"
         "def mixing():\n    return Mixing()\n"
     )

@@ -18,7 +18,7 @@ from lipdp.models import own
 
 @dataclass(frozen=True)
 class Frozen:
-    """What ``module:function`` returns, in evaluation mode and without gradients: (N, *shape) to (N, d), or (N, C, H, W).
+    """What ``module:function`` returns, in evaluation mode, without gradients: (N, *shape) to (N, d) or (N, C, H, W).
 
     The function takes no argument and returns a `torch.nn.Module`, trained on public data or not at all: an encoder
     that saw the private records is not covered by ε. Nothing is known of its Lipschitz constant, so there is no

@@ -155,9 +155,8 @@ class Trainer:
             torch.set_num_threads(config.threads)
         input_bound = None
         with self.world.fail_together():
-            inputs = split
-            if inputs is None:
-                inputs = open_configured(config)
+            inputs = open_configured(config) if split is None else split
+            if split is None:
                 config = with_inputs_named(config, inputs)
                 split, input_bound = prepare(config, raw=inputs, progress=monitor.features)
             config = config.resolve(number_of_units(split), binary=split.task == "binary")

@@ -162,7 +162,7 @@ class _Served(nn.Module):
     def __init__(self, model: TrainedModel, network: nn.Module, *, probabilities: bool) -> None:
         super().__init__()
         self.network = network
-        self._maps = (model.bounding, *([] if model.spec is None else [model.spec]))
+        self._maps: tuple[Bounding | FeatureSpec, ...] = (model.bounding, *([] if model.spec is None else [model.spec]))
         self._tau = float(model.tau or 1.0)
         self._probabilities = probabilities
 

@@ -131,8 +131,8 @@ def fit_table(
         "bce" if num_classes == 2 else "cross-entropy", num_classes, _weighted(num_classes, class_weight)
     )
     fitted = fit_head(
-        bounding(table), labels.long(), loss, bounding=bounding, outputs=outs, epsilon=epsilon, delta=delta, steps=steps,
-        gate=gate, waves=waves, accountant=accountant, seed=seed, secure=secure, check_every=check_every,
+        bounding(table), labels.long(), loss, bounding=bounding, outputs=outs, epsilon=epsilon, delta=delta,
+        steps=steps, gate=gate, waves=waves, accountant=accountant, seed=seed, secure=secure, check_every=check_every,
     )  # fmt: skip
     return TableModel(bounding=bounding, num_classes=num_classes, delta=delta, **fitted)
 

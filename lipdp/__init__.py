@@ -6,7 +6,8 @@ from lipdp.sensitivity import sensitivity as sensitivity  # eager: the module ha
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "accounting audit batches bounds certify comparison constraints data distributed errors estimators features integrations"
+    "accounting audit batches bounds certify comparison constraints data distributed errors estimators"
+    " features integrations"
     " losses models nn noise planning privacy report serving"
     " testing training"
 )

@@ -1,7 +1,8 @@
 """A private linear head on a frozen encoder: `lipdp train --features frozen_encoder:encoder`, from this folder.
 
-With transformers installed the encoder is a small ViT built from a configuration (no download; load your own weights
-with `from_pretrained`). Without it, a random convolution net stands in. Weights come from public data, or from none.
+With transformers installed the encoder is a small ViT built from a configuration (no download; load your weights
+with `from_pretrained`). Without it, a random convolution net stands in. Weights must come from public data, or from
+none.
 
     cd examples && lipdp train --dataset digits --features frozen_encoder:encoder --epsilon 3
 """

@@ -123,7 +123,7 @@ COVERS = {
     "test_dynamics": "comparison/clipping comparison/kernel",
     "test_estimators": "estimators/base estimators/classifier estimators/recipe estimators/regressor estimators/scaler"
     " estimators/scikit",
-    "test_serving": "serving/model serving/files commands/use",
+    "test_serving": "features/frozen serving/model serving/files commands/use",
     "test_everyday_losses": "losses/pixels",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_features": "features/maps",

@@ -169,7 +169,7 @@ def fit_head(
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=_RECIPE["lr"], momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
-    phi = torch.zeros(len(inputs), model[0].out_features)  # filled once the map is measured: computed once, not T times
+    phi = torch.zeros(len(inputs), model[0].out_features)  # filled once the map is measured
     _, _, loader, _ = engine.make_private_with_plan(
         plan, module=model[1:], optimizer=optimizer, criterion=loss, dataset=TensorDataset(phi, targets), gate=gate
     )

@@ -38,12 +38,11 @@ def test_the_layer_example_runs_as_written():
         bounds.rules._RULES.update(known)
 
 
-def test_coming_from_opacus_is_five_changes_and_both_scripts_run(capsys):
+def test_coming_from_opacus_is_few_changes_and_both_scripts_run(capsys):
     """Both sides of the diff, as written, on the digits: each spends its budget and learns."""
     pytest.importorskip("opacus")
     lines = re.search(r"```diff\n(.*?)```", OPACUS, re.S).group(1).splitlines()
-    removed, added = ([line for line in lines if line[:1] == sign] for sign in "-+")
-    assert len(removed) == len(added) == 5
+    assert sum(line[:1] == "+" for line in lines) == 4
     x, y = (torch.tensor(array) for array in load_digits(return_X_y=True))
     x = x.float() / 16
     for ours, others in (("+", "-"), ("-", "+")):

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from lipdp.errors import CheckpointError
 
@@ -21,15 +21,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
+    stream = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp", delete=False)  # noqa: SIM115
     try:
-        with os.fdopen(descriptor, "wb") as stream:
-            yield stream
+        with stream:
+            yield cast(BinaryIO, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(name, path)  # closed: Windows renames no open file
+        os.replace(stream.name, path)  # closed: Windows renames no open file
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        Path(stream.name).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 

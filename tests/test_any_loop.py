@@ -530,5 +530,5 @@ class ByBatchSize(nn.Module):
 
 
 def test_a_model_that_computes_with_the_size_of_the_batch_is_refused():
-    with pytest.raises(LipdpError, match="size of the batch"):
+    with pytest.raises(LipdpError, match="number of samples of a batch"):
         Script(False, module=ByBatchSize)

@@ -793,7 +793,7 @@ UNSUPPORTED = {
     "branch on values": (lambda m, x: m.a(x) if x.sum() > 0 else x[:, :3], "trace"),
     "numbers out of a tensor": (lambda m, x: m.a(x * x.sum(dim=1).tolist()[0]), "reads numbers"),
     "mode": (lambda m, x: m.a(10 * x if m.training else x), "training"),
-    "random scale": (lambda m, x: m.a(x * torch.randn(4)), "does not compute|training"),
+    "random scale": (lambda m, x: m.a(x * torch.randn(4)), "does not compute|training|random numbers"),
     "random scale by shape": (lambda m, x: m.a(x * torch.randn(x.shape[1])), "random"),
     "custom backward": (lambda m, x: Scale100.apply(m.a(x)), "custom autograd.Function"),
     "own gate function": (lambda m, x: lnn.gates.gate_cotangent(m.a(x), 0.1), "view_as"),

@@ -115,27 +115,12 @@ def test_an_example_releases_the_weights_of_the_plain_loop(name, twin, tmp_path,
     assert "test accuracy 0." in capsys.readouterr().out
 
 
-README = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(), re.S)
+PAGE = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "docs" / "integrations.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize("trainer", ["fabric", "accelerator"])
-def test_the_lines_of_the_readme_run_as_written(trainer, digits):
-    engine, model, optimizer, loader, criterion = private(digits)
-    (block,) = [block for block in README if f"{trainer}.backward" in block]
-    objects = {"fabric": Fabric(accelerator="cpu", devices=1), "accelerator": accelerate.Accelerator(cpu=True)}
-    exec(
-        block,
-        {**objects, "engine": engine, "model": model, "optimizer": optimizer, "loader": loader, "criterion": criterion},
-    )
-    expected = plain(digits)
-    assert same(model.state_dict(), expected[0])
-    assert engine.get_epsilon(DELTA) == expected[1]
-    assert len(block.strip().splitlines()) <= 5
-
-
-def test_the_lines_of_the_readme_for_lightning_run_as_written(digits, tmp_path, monkeypatch):
+def test_the_lines_of_the_page_for_lightning_run_as_written(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # Lightning's logger writes here
-    (block,) = [block for block in README if "PrivacyBudget(" in block]
+    (block,) = [block for block in PAGE if "PrivacyBudget(" in block]
     model, engine = net(), lipdp.PrivacyEngine("rdp", seed=0)
     names = {"engine": engine, "lightning": lightning, "PrivacyBudget": PrivacyBudget}
     names["settings"] = {

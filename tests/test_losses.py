@@ -207,7 +207,12 @@ def test_a_loss_without_a_constant_or_with_a_reduction_is_refused():
 def test_soft_labels_could_have_any_weight_and_are_refused():
     logits = torch.randn(2, 3)
     heavy = torch.tensor([[100.0, 0.0, 0.0], [0.0, 0.0, -50.0]])
-    for loss in (TauCrossEntropy(), CategoricalHinge(), MulticlassHinge(3), HKR([0.3, 0.3, 0.4])):
+    given = logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        TauCrossEntropy()(given, heavy).sum(), given
+    )  # taken as shares of what is positive
+    assert gradient.norm(dim=1).max() <= TauCrossEntropy().lipschitz
+    for loss in (CategoricalHinge(), MulticlassHinge(3), HKR([0.3, 0.3, 0.4])):
         with pytest.raises(LossError, match="integer labels"):
             loss(logits, heavy)
 

@@ -226,6 +226,7 @@ IN_LOW_PRECISION = {
     nn.ConvTranspose1d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.ConvTranspose1d(1, 1, 1)),
     nn.ConvTranspose2d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 1)), nn.ConvTranspose2d(1, 1, 1)),
     nn.ConvTranspose3d: lambda: nn.Sequential(nn.Unflatten(1, (1, 6, 1, 1)), nn.ConvTranspose3d(1, 1, 1)),
+    nn.RMSNorm: lambda: nn.RMSNorm(6, eps=1e-2),
     nn.PReLU: nn.PReLU,
     torchlip.LPReLU: lnn.LPReLU,
     torchlip.HouseHolder: lambda: lnn.HouseHolder(6),

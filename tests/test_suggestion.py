@@ -22,7 +22,7 @@ from lipdp.suggestion.choose import CLIP_AT, GATE_AT, NOISE_ALONE, budget, defau
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import joint_layers, without_joints
 from lipdp.suggestion.learning import GrowthWatch, drowned, signal_over_noise
-from lipdp.suggestion.probe import gradient_norms, output_count, public_inputs, typical
+from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 
 SHAPE = (1, 8, 8)
 FACTS = {"input_shape": SHAPE, "dataset_size": 4000, "target_epsilon": 3.0, "target_delta": 1e-5}
@@ -159,7 +159,7 @@ def test_learning_rates_leave_the_noise_at_a_share_of_the_weights():
 @pytest.mark.parametrize(("outputs", "loss"), [(1, losses.TauBCEWithLogits), (3, losses.TauCrossEntropy)])
 def test_the_loss_goes_by_the_number_of_outputs(outputs, loss):
     assert type(default_criterion(nn.Linear(8, outputs), (8,))) is loss
-    assert output_count(nn.Linear(8, outputs), torch.zeros(4, 8)) == outputs
+    assert output_shape(nn.Linear(8, outputs), torch.zeros(4, 8)) == (outputs,)
 
 
 def test_few_records_are_passed_over_more_often():
@@ -394,7 +394,8 @@ def test_opacus_names_are_answered(name, answer):
 
 def test_a_torch_loader_stands_for_its_data_set():
     dataset = data()
-    engine, _, _, loader, _ = private(chain(), DataLoader(dataset, batch_size=7))
+    with pytest.warns(UserWarning, match="takes the data set of the DataLoader"):
+        engine, _, _, loader, _ = private(chain(), DataLoader(dataset, batch_size=7))
     assert loader.dataset is dataset
     assert engine.plan.dataset_size == 400
     with pytest.raises(EngineError, match="collate_fn"):

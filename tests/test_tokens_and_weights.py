@@ -91,7 +91,7 @@ LAYERS = {
     "RMSNorm": (lambda: nn.RMSNorm(3, eps=100.0), (3,), (GAIN, "gradient of layer.weight")),
     "erf": (lambda: Of(lambda m, x: torch.erf(0.05 * x)), (2,), (GAIN, "value of erf")),
     "atan": (lambda: Of(lambda m, x: torch.atan(0.05 * x.clone())), (2,), (GAIN, "value of atan")),
-    "float": (lambda: Of(lambda m, x: x.float().double()), (2,), ("value of float_1",)),
+    "double": (lambda: Of(lambda m, x: x.double()), (2,), ("value of double",)),
     "maximum": (lambda: Of(lambda m, x: torch.maximum(x, -x)), (3,), ("cotangent at neg",)),
 }
 

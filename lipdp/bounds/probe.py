@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -75,10 +76,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run the model without lasting effects: buffers and the state of the random generators are put back."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    drawn = random.getstate()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        random.setstate(drawn)
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)

@@ -35,7 +35,7 @@ def export(
     weights: _Weights = "model",
     run_code: _Code = False,
 ) -> None:
-    """Write a trained model for use elsewhere: the input map and the temperature are in it."""
+    """Write a trained model for use elsewhere, its input map folded in."""
     from lipdp.serving import load
 
     written = load(run, weights=weights, run_code=run_code).export(path)

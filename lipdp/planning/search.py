@@ -233,7 +233,7 @@ def confirm(found: Found, run: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _different(given: Simulation, drawn: Mapping[str, Scalar], config: Mapping[str, Any]) -> str:
     wanted = configure(**given.full_settings(drawn)).as_dict()
-    ignored = RUNTIME | {"delta"}
+    ignored = RUNTIME | {"delta"} | ({"bounding", "bounding_options"} if wanted["bounding"] is None else set())
     return "; ".join(
         f"{name} is {config.get(name)!r}, should be {value!r}"
         for name, value in wanted.items()

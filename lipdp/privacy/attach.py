@@ -170,7 +170,7 @@ def _hooked(
         views=request.multiplicity,
         records=population.records,
         empty=[x[:1], targets[:1]],
-        kind=InputKind(torch.int64 if graph.vocabulary else graph.own_dtype, graph.vocabulary),
+        kind=_kind(graph),
         num_workers=request.num_workers,
         pin_memory=request.pin_memory,
         listener=step,
@@ -205,9 +205,17 @@ def _hooked(
     return run
 
 
+def _kind(graph: BoundGraph) -> InputKind | None:
+    """The inputs that the model takes; as they are where its parameters have several dtypes."""
+    if graph.vocabulary is not None:
+        return InputKind(torch.int64, graph.vocabulary)
+    dtypes = {p.dtype for p in graph.model.parameters() if p.is_floating_point()}
+    return InputKind(dtypes.pop()) if len(dtypes) == 1 else None
+
+
 def _probed(model: nn.Module, graph: BoundGraph, start: float) -> dict[str, float]:
     """Norms of gradients over public inputs, before the hooks; none where processes hold parts of the model."""
-    if is_sharded(model) or not start < math.inf:
+    if is_sharded(model) or graph.vocabulary is not None or not start < math.inf:
         return {}
     return gradient_norms(model, public_inputs(graph.input_shape), start)
 

@@ -82,7 +82,7 @@ def suggest(
     >>> settings = lipdp.suggest(
     ...     model, input_shape=(8,), dataset_size=50_000, target_epsilon=1.0, target_delta=1e-5, epochs=2)
     >>> settings.criterion, settings.plan.steps
-    (TauCrossEntropy(tau=32.0), 49)
+    (TauCrossEntropy(tau=32.0), 98)
 
     Source: ours; the spectral norm of a Gaussian matrix as in Davidson & Szarek (2001).
     """

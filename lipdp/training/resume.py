@@ -94,7 +94,7 @@ def restore(
         parts.engine.load_state_dict(engine)
         parts.model.load_state_dict(checkpoint["model"])
         load_optimizer(parts.optimizer, state["optimizer"])
-        parts.scheduler.load_state_dict(state["scheduler"])
+        _go_on(parts.scheduler, state["scheduler"])
         parts.ema.load_state_dict(state["ema"])
         if parts.table is not None:
             parts.table.preconditioner.load_state_dict(state["table"])
@@ -102,7 +102,7 @@ def restore(
         with own_random_state(parts.device, random):
             pass
         progress.records = [dict(record) for record in state["records"]]
-        progress.stds = dict(state["noise_stds"])
+        progress.stds = {str(name): plain_number(std) for name, std in state["noise_stds"].items()}
         progress.step, progress.seconds, loss, progress.samples = map(plain_number, state["progress"])
         progress.loss.fill_(loss)
         if not first:
@@ -117,6 +117,16 @@ def restore(
             f" {parts.engine.steps_taken} of {total} steps in its account: it was edited"
         )
     return random, lost > 0
+
+
+def _go_on(scheduler: torch.optim.lr_scheduler.LRScheduler, saved: Mapping[str, Any]) -> None:
+    """Where the schedule was; what it is, the configuration says."""
+    own = scheduler.state_dict()
+    position = {name: plain_number(saved[name]) for name in ("last_epoch", "_step_count")}
+    rates = [plain_number(rate) for rate in saved["_last_lr"]]
+    if len(rates) != len(own["_last_lr"]):
+        raise ResumeError("the checkpoint's schedule is of another optimizer")
+    scheduler.load_state_dict({**own, **position, "_last_lr": rates})
 
 
 def _counting(engine: PrivacyEngine, state: Mapping[str, Any], lost: int) -> dict[str, Any]:

@@ -109,7 +109,9 @@ def api_page(room: str) -> str:
     for name, module in sorted(offered(room).items(), key=lambda item: item[0].lower()):
         if not room and name in ROOMS and module == "lipdp":
             continue  # a room has a page of its own
-        if borrowed := origin(module, name):
+        if not room and any(offered(other).get(name) == module for other in ROOMS if source(other)):
+            parts.append(f"## {name}\n\nSee [`{module}.{name}`][{module}.{name}].")
+        elif borrowed := origin(module, name):
             parts.append(f"## {name}\n\nThe class of that name in `{borrowed}`, as it is.")
         else:
             parts.append(f"::: {module}.{name}\n    options:\n      heading: {name}\n      toc_label: {name}")

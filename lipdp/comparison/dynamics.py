@@ -21,8 +21,8 @@ C_r = diag(c_{1,r}, …, c_{n,r}) ⊗ I and the mean loss L = (1/n) Σ_i ℓ_i
    asymmetric and its form indefinite**: uᵀ M u < 0 for some u, at which the loss rises. The spectrum is still real and
    ≥ 0.
 4. *Factors that differ by sample and by block* (per-layer clipping): nothing is left, the spectrum included. With
-   H_1 = vvᵀ, v = (1, 1), C_1 = I and H_2 = wwᵀ, w = (1, 2), C_2 = diag(1, 1/10), M = [v w] [C_1 v, C_2 w]ᵀ and
-   det M = det[v w] · det[C_1 v, C_2 w] = 1 · (−4/5) < 0: one eigenvalue is negative.
+   H_1 = vvᵀ, v = (1, 1), C_1 = I and H_2 = wwᵀ, w = (1, 2), C_2 = diag(1, 1/10), M = (v w) (C_1 v, C_2 w)ᵀ and
+   det M = det(v w) · det(C_1 v, C_2 w) = 1 · (−4/5) < 0: one eigenvalue is negative.
 
 So what is claimed of global clipping (symmetric, positive, monotone) is case 1 and **needs every sample kept**: the
 threshold Z must bound every norm, all along the flow. Otherwise it is case 3 (flat) or 4 (per layer), and only the mean

@@ -41,6 +41,7 @@ def speed() -> Results:
         {
             "model": model,
             "trainer": trainer,
+            "views": 1,
             "batch_size": size,
             "step_seconds": float(cell.split(" ms")[0].replace(",", "")) / 1e3,
         }

@@ -76,7 +76,7 @@ class TradeOff:
 
     def _below(self, mu: float) -> bool:
         at = self.epsilons[1:]
-        with np.errstate(over="ignore"):  # at/μ = ∞ for a μ near 0: δ_μ = 0 there
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # at/μ = ∞ for a μ near 0: δ_μ = 0 there
             far = at / mu
         gaussian = ndtr(mu / 2.0 - far) - np.exp(at + log_ndtr(-mu / 2.0 - far))
         return bool(np.all(self.deltas[:-1] <= np.maximum(gaussian, 0.0) + self.floor))

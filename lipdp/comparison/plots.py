@@ -84,7 +84,7 @@ def _axes(x: str, y: str, *, linear: bool = False) -> tuple[Figure, Axes]:
 
 
 def _lines(axes: Axes, results: Results, x: str, y: Callable[[Cell], float | None]) -> None:
-    keys = dict.fromkeys((cell["trainer"], cell["model"], cell.get("views", 1)) for cell in results.cells)
+    keys = dict.fromkeys((cell["trainer"], cell["model"], cell["views"]) for cell in results.cells)
     for number, (trainer, model, views) in enumerate(keys):
         points = [(cell[x], y(cell)) for cell in results.find(trainer=trainer, model=model, views=views)]
         measured = sorted((a, b) for a, b in points if b is not None)

@@ -4,8 +4,7 @@
     clf.predict_proba(X), clf.epsilon_, clf.certified_radius(X), print(clf.report())
 
 `columns` holds the public rule from raw columns to bounded numbers, `recipe` how a table is learnt. Needs scikit-learn
-1.6
-(`pip install "lipdp[estimators]"`).
+1.6 (`pip install "lipdp[estimators]"`).
 """
 
 from lipdp.lazy import facade

@@ -1,5 +1,4 @@
-"""What the private estimators share: reading tables by the public rule, the fit, the account, and what is kept of
-it."""
+"""What the private estimators share: reading tables by the public rule, the fit, the account, what is kept of it."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ class PrivateEstimator(BaseEstimator):
     """The fit of a private model of a table, for `PrivateClassifier` and `PrivateRegressor`.
 
     What a fit keeps is plain: arrays of weights, the public rule, the account. No generator, key, optimiser or record
-    is
-    among it, so a pickle of a fitted estimator holds what ε covers and nothing else.
+    is among it, so a pickle of a fitted estimator holds what ε covers and nothing else.
     """
 
     epsilon: float

@@ -22,32 +22,24 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
 
     Numbers are mapped to [−1, 1] by public bounds, categories to one-hot columns by public lists. Then random Fourier
     features with a linear head (`lipdp.training.fit_table`), or with `hidden` a net, are trained with noise on the sum
-    of
-    the gradients, whose norms the layers bound.
+    of the gradients, whose norms the layers bound.
 
     Guarantees: the fitted model, and whatever is computed from it, is (`epsilon_`, `delta_`)-DP for each record, input
-    and
-    label together. The number of records, the columns and the set of labels are taken as public. Where `bounds` is
-    None the
-    columns' ranges are measured privately, within the same ε. Where they are read off the data (bounds="data", or None
-    for
-    a net), a `PrivacyLeakWarning` says that the fit is not covered, and `epsilon_` is infinite. With a `random_state`
-    anybody
-    can draw the noise again: `is_private_` is False. Each fit costs ε again: `cross_val_score` with k folds costs up
-    to kε,
-    and a grid search that times the size of the grid; their scores are not covered at all.
+    and label together. The number of records, the columns and the set of labels are taken as public. Where `bounds` is
+    None the columns' ranges are measured privately, within the same ε. Where they are read off the data (bounds="data",
+    or None for a net), a `PrivacyLeakWarning` says that the fit is not covered, and `epsilon_` is infinite. With a
+    `random_state` anybody can draw the noise again: `is_private_` is False. Each fit costs ε again: `cross_val_score`
+    with k folds costs up to kε, and a grid search that times the size of the grid; their scores are not covered at all.
 
     Args:
         epsilon, delta: the budget; delta None takes 1e-5, or the power of ten below 1/N if that is smaller.
         bounds: public: b for [−b, b], a pair (low, high) for all columns, one pair a column, or a mapping from columns
-        (by
-            name or number) to either. What lies outside is clipped. None measures the ranges privately.
+            (by name or number) to either. What lies outside is clipped. None measures the ranges privately.
         categories: public: column → list of its values. Others count as none of them.
         classes: public: the labels; records with another one count as records without. By default those in y.
         missing: what a missing number is: "middle" of its bounds, or "indicator", the same with a column that says so.
         hidden: neurons of the hidden layers of a net, e.g. 64 or (64, 32), or 0 for a linear model; None takes the
-        recipe
-            for tables, which is better nearly everywhere.
+            recipe for tables, which is better nearly everywhere.
         steps: noisy steps; None takes the recipe's.
         random_state: repeats the fit exactly, for tests: NOT private.
 

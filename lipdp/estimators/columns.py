@@ -1,5 +1,4 @@
-"""From raw columns to bounded numbers, by a rule that is public: bounds, category lists, and what a missing value
-is."""
+"""From raw columns to bounded numbers, by a public rule: bounds, category lists, and what a missing value is."""
 
 from __future__ import annotations
 
@@ -25,11 +24,9 @@ class ColumnRule:
     """The public rule of a table: each record is mapped by itself, and every record has an answer.
 
     A number x of a column with bounds [a, b] becomes 2 (clip(x, a, b) − a)/(b − a) − 1 in [−1, 1]; without bounds it
-    stays
-    as it is. A missing one, and one that is none, becomes 0, the middle; with `missing="indicator"` a further column
-    says
-    so by 1. A category becomes one column for each in the public list, 1 for its own; what is not in the list is 0 in
-    all.
+    stays as it is. A missing one, and one that is none, becomes 0, the middle; with `missing="indicator"` a further
+    column says so by 1. A category becomes one column for each in the public list, 1 for its own; what is not in the
+    list is 0 in all.
 
     Guarantees: nothing is learnt. A record changes its own row alone and raises no error. With bounds, entries lie in
     [−1, 1] and rows have norm at most `norm_bound`.

@@ -18,9 +18,8 @@ from lipdp.estimators.scikit import RegressorMixin, column_or_1d
 class PrivateRegressor(RegressorMixin, PrivateEstimator):
     """A differentially private regressor of tables, for targets in a public interval.
 
-    As `PrivateClassifier`, with targets clipped to `target_bounds` and mapped to [−1, 1], and Huber's loss, whose
-    slope is
-    bounded whatever the target. Predictions lie in the bounds.
+    As `PrivateClassifier`, with targets clipped to `target_bounds` and mapped to [−1, 1], and Huber's loss, whose slope
+    is bounded whatever the target. Predictions lie in the bounds.
 
     Guarantees: as `PrivateClassifier`; the targets' bounds count as public too, and are read off the data if None.
 

@@ -126,9 +126,11 @@ class SoftCrossEntropy(LipschitzLoss):
 
 
 def _of_shares(logits: Tensor, target: Tensor, tau: float) -> Tensor:
-    shares = target.to(logits.dtype).clamp_min(0)
+    """In float32 at least: shares that are rounded to bfloat16 add up to more than 1."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    shares = target.to(wide.dtype).clamp_min(0)
     shares = shares / shares.sum(1, keepdim=True).clamp_min(1.0)
-    return F.cross_entropy(logits * tau, shares, reduction="none") / tau
+    return F.cross_entropy(wide * tau, shares, reduction="none") / tau
 
 
 class NegativeLogLikelihood(OfLabels):

@@ -28,18 +28,6 @@ def apply_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> Tenso
     return x.to(dtype)
 
 
-def _computed(step: InputMap, x: Tensor) -> Tensor:
-    if not isinstance(step, FeatureSpec):
-        return step(x)
-    z = step.map(x)
-    if step.group_norm:
-        z = normalised(z.reshape(len(z), step.group_norm, -1), 1, step.eps)
-    z = z.flatten(1)
-    if step.unit_norm:
-        z = F.normalize(z, dim=1, eps=NORM_FLOOR)
-    return z.to(getattr(torch, step.dtype)).to(z.dtype)
-
-
 def moduli_of_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> list[Modulus]:
     """The moduli of the maps at each sample, and of the rounding to the model's dtype.
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
+import lipdp
 from lipdp.batches.rows import BatchTensor, Rows, known_rows, per_record
 from lipdp.errors import EngineError
 
@@ -131,3 +136,30 @@ def test_per_record_takes_a_function_of_one_record():
 
 def test_numbers_can_be_printed():
     assert f"{batch(6).mean() * 0:.2f}" == "0.00"
+
+
+@pytest.mark.parametrize("looks", [None, 1])
+def test_a_batch_is_freed_when_the_next_one_is_drawn(looks):
+    """Without Python's collector: full batches of a gigabyte, held in a circle, filled 24 GB in 14 steps."""
+    gc.collect()
+    gc.disable()
+    try:
+        engine = lipdp.PrivacyEngine("rdp", check_every=looks)
+        model = nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
+        _, optimizer, loader, criterion = engine.make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=2.0, steps=6,
+            criterion=lipdp.losses.TauCrossEntropy(8.0), expected_batch_size=16,
+            dataset=TensorDataset(torch.randn(64, 4), torch.randint(3, (64,))),
+        )  # fmt: skip
+        seen = []
+        for x, y in loader:
+            assert sum(batch() is not None for batch in seen) <= 1  # the one before, until this line
+            seen.append(weakref.ref(x))
+            optimizer.zero_grad()
+            if len(seen) % 2:
+                engine.backward(x, y, microbatch=5)
+            else:
+                criterion(model(x), y).backward()
+            optimizer.step()
+    finally:
+        gc.enable()

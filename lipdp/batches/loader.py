@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -41,12 +41,15 @@ class Draw:
         units: how many records (or owners) it holds. rows: how many rows the model is to be given.
         batch: (x, y), or (x, y, weight).
         weights: (rows,) of every row, where owners are drawn: the engine's own copy.
+        key: by which rows know their batch. The tensors don't hold the draw itself: in a circle a batch would live
+            until Python looks for circles, and full batches of a gigabyte fill a machine before that.
     """
 
     units: int
     rows: int
     batch: Any
     weights: Tensor | None = None
+    key: object = field(default_factory=object)
 
 
 class Listener:
@@ -219,7 +222,7 @@ class BatchLoader:
             parts = flattened_views(parts, self.views)
             weights = None if weights is None else weights.repeat_interleave(self.views)
         drawn = Draw(units, rows * self.views, None, None if weights is None else weights.clone())
-        drawn.batch = _labelled(parts, Rows(drawn, 0, drawn.rows))
+        drawn.batch = _labelled(parts, Rows(drawn.key, 0, drawn.rows))
         return drawn
 
     def _draws(self, iteration: int, ahead: deque[_Ahead], count: int) -> Iterator[Drawn]:

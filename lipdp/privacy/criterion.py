@@ -135,7 +135,7 @@ class PrivateCriterion(nn.Module):
                 f" weight) needs one weight a row, got {given} for {len(logits)} rows"
             )
         rows = None if weight is None else known_rows(weight)
-        if rows is None or drawn is None or drawn.weights is None or rows.batch is not drawn:
+        if rows is None or drawn is None or drawn.weights is None or rows.batch is not drawn.key:
             raise EngineError(
                 "the weights are not those that the loader yielded with these rows: an owner could count more than"
                 " once. Pass them on as they are, whole or in the pieces of engine.microbatches"

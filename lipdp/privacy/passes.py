@@ -198,7 +198,7 @@ class StepInProgress(Listener):
                 " with lipdp.batches.per_record(function, x)"
             )
         spans = sorted((r.start, r.stop) for r in self._rows if r is not None and len(r))
-        if any(r is not None and r.batch is not drawn for r in self._rows):
+        if any(r is not None and r.batch is not drawn.key for r in self._rows):
             raise EngineError("the gradients are of another batch than the one drawn last: take one step per batch")
         seen = sum(stop - start for start, stop in spans)
         met = any(start < before for (_, before), (start, _) in pairwise(spans))

@@ -39,7 +39,7 @@ class Draw:
 
     Attributes:
         units: how many records (or owners) it holds. rows: how many rows the model is to be given.
-        batch: (x, y), or (x, y, weight).
+        batch: (x, y), or (x, y, weight); None once the next batch is asked for.
         weights: (rows,) of every row, where owners are drawn: the engine's own copy.
         key: by which rows know their batch. The tensors don't hold the draw itself: in a circle a batch would live
             until Python looks for circles, and full batches of a gigabyte fill a machine before that.
@@ -202,6 +202,8 @@ class BatchLoader:
         while True:
             self._require_newest(iteration)
             self._listener.before_draw()
+            if self.drawn is not None:
+                self.drawn.batch = None  # a batch of all records is most of the memory: not two at a time
             batch = next(arriving, None)
             self._require_newest(iteration)
             if batch is None:
@@ -331,6 +333,7 @@ def _raising(batches: DataLoader[Any]) -> Iterator[Any]:
             if isinstance(batch, _Refusal):
                 raise batch.error
             yield batch
+            del batch
     except (RuntimeError, OSError, EOFError) as error:
         ended = str(error).startswith("DataLoader worker")
         cut_off = (

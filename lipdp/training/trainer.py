@@ -231,6 +231,7 @@ class Trainer:
                     with self._timer("data"):
                         batch = self._read(batches, stop)
                     self._take_step(*batch)
+                    del batch  # before the next one is drawn: of all records, it is most of the memory
                 self._progress.seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()

@@ -301,6 +301,10 @@ class BoundGraph:
                 return value
         raise UnsupportedOperationError(f"the model has lost its tensor '{node.target}' since it was traced")
 
+    def held(self) -> list[Tensor]:
+        """The tensors of the graph's own nodes: those of the model, and those that its code keeps elsewhere."""
+        return [self._attribute(n) for n in self.constants if n.op == "get_attr"]
+
     def _held(self, node: fx.Node) -> list[Tensor]:
         """The model's own tensors in a node that does not depend on the sample."""
         if node.op == "get_attr":

@@ -778,6 +778,24 @@ def test_tensors_given_by_name_have_their_own_gains_in_any_order(forward, member
     assert swapped["gradient of b"].ratio > 0.95
 
 
+@pytest.mark.parametrize("name", ["norm", "vector_norm"])
+def test_the_gradient_of_a_norm_keeps_its_bound_where_squares_vanish(name):
+    """Squares of 3e-23 and less are no float32 numbers: x over the norm as torch computes it is up to 17 long here."""
+    forward = {
+        "norm": lambda m, x: m.a(x).norm(dim=1, keepdim=True),
+        "vector_norm": lambda m, x: torch.linalg.vector_norm(m.a(x), 2, (-1,)),
+    }
+    model = Function(forward[name], a=nn.Linear(4, 1000))
+    nn.init.constant_(model.a.weight, 1.0)
+    nn.init.zeros_(model.a.bias)
+    graph, x = BoundGraph(model, (4,)), torch.full((1, 4), 1e-23)
+    with torch.no_grad():
+        model.a.weight[0] = 3.0
+    for scale in (0.25, 0.6, 0.9, 1.3, 2.0):
+        (grad,) = torch.autograd.grad(graph.forward_pass(scale * x).sum(), model.a.bias)
+        assert 0.99 < grad.double().norm() <= float(graph.sweep(1.0).parameters["a.bias"])
+
+
 @pytest.mark.parametrize("make", [lambda: lnn.LayerNorm(4), lambda: lnn.GroupNorm(1, 4)])
 def test_a_bias_that_is_the_weight_counts_twice(make):
     layer = make()

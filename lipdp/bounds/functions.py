@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lipdp.bounds.rules import Call, Input, Local, Number, own_axes, rule, times
+from lipdp.bounds.steady import steady_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling
@@ -266,11 +267,11 @@ def _cast(call: Call) -> Local:
     return Local(gains=(1.0, *others))
 
 
-@rule(torch.linalg.vector_norm, torch.norm, "norm")
+@rule(steady_norm)
 def _norm(call: Call) -> Local:
     """‖·‖₂ over axes of a sample: 1-Lipschitz."""
-    order, dim = call.argument(1, "ord", call.kwargs.get("p", 2)), call.argument(2, "dim")
-    if order not in (2, "fro") or dim is None:
+    order, dim = call.argument(1, "p", 2), call.argument(2, "dim")
+    if order not in (2, None, "fro") or dim is None:
         raise UnsupportedOperationError(f"node '{call.name}': a norm has a bound with p=2 and dim= axes of one sample")
     axes = own_axes(call, call.x, [dim] if isinstance(dim, int) else dim)
     return Local(fan_in=math.prod(call.x.shape[a - 1] for a in axes))

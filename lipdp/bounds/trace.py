@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from lipdp.bounds.branches import REPEATS, Question, answer, kinds_of
 from lipdp.bounds.refused import nothing_random, refuse_without_bound
 from lipdp.bounds.rules import find_module_rule
+from lipdp.bounds.steady import steadied
 from lipdp.errors import LipdpError, MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.compiled import original
 
@@ -59,6 +60,7 @@ class _Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **more: Any
     ) -> fx.Node:
         """What is given by name in the order of the signature, in which rules state their gains."""
+        kind, target, kwargs = steadied(kind, target, args, kwargs)
         function = self.root.get_submodule(target).forward if kind == "call_module" else target
         try:
             names = tuple(inspect.signature(function).parameters)

@@ -1,4 +1,4 @@
-"""Functions of torch whose gradients in floating point break their bound, and what the graph computes in their place."""
+"""Functions whose gradients, as torch computes them, break their bound, and what the graph computes in their place."""
 
 from __future__ import annotations
 

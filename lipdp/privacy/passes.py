@@ -229,7 +229,8 @@ def _check_versions(known: list[tuple[Tensor, int]]) -> None:
     if any(t._version != version for t, version in known):
         raise EngineError(
             "weights, buffers or other tensors of the model were changed between the forward pass and step(): the"
-            " gradients and the noise would belong to different weights. Change weights (EMA, loading, projecting) after step() only"
+            " gradients and the noise would belong to different weights. Change weights (EMA, loading, projecting)"
+            " after step() only"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -21,7 +22,7 @@ import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.batches.rows import per_record
-from lipdp.errors import LipdpError
+from lipdp.errors import EngineError, LipdpError
 
 N, FEATURES, CLASSES = 24, 6, 3
 
@@ -532,3 +533,33 @@ class ByBatchSize(nn.Module):
 def test_a_model_that_computes_with_the_size_of_the_batch_is_refused():
     with pytest.raises(LipdpError, match="number of samples of a batch"):
         Script(False, module=ByBatchSize)
+
+
+class Tempered(nn.Module):
+    """Logits at a temperature that is a plain tensor: an attribute, or in a list."""
+
+    def __init__(self, listed):
+        super().__init__()
+        self.inner, factor = net(), torch.tensor(3.0)
+        self.factor = [factor] if listed else factor
+
+    def forward(self, x):
+        return self.inner(x) * (self.factor[0] if isinstance(self.factor, list) else self.factor)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_plain_tensor_changed_between_the_forward_pass_and_the_step_is_refused(listed):
+    """The gradients would be of the factor 3 and the noise of the factor 1: an excess of 3."""
+    script = Script(False, module=lambda: Tempered(listed))
+    x, y = next(script.batches)
+    script.c(script.m(x), y).backward()
+    (script.m.factor[0] if listed else script.m.factor).fill_(1.0)
+    with pytest.raises(EngineError, match="between the forward pass"):
+        script.optimizer.step()
+
+
+def test_a_private_engine_is_not_copied():
+    engine = Script(False).engine
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(EngineError, match="copied"):
+            copied(engine)

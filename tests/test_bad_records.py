@@ -16,7 +16,7 @@ from lipdp.batches import BatchLoader, PoissonSampler, in_order
 from lipdp.batches.records import NO_LABEL, finite, look, no_label
 from lipdp.cli import main
 from lipdp.data import load
-from lipdp.errors import BudgetSpentWarning, DataError, EngineError, LossError, ParameterError
+from lipdp.errors import BudgetSpentWarning, DataError, EngineError, LossError, ParameterError, RecordError
 from lipdp.losses import (
     HKR,
     CategoricalHinge,
@@ -128,6 +128,22 @@ def test_a_record_that_cannot_be_read_is_the_zero_record_without_loss(how, worke
 def test_a_record_of_another_dtype_changes_no_other():
     x, y = table()
     assert torch.equal(run(Files(x, y, range(20, 60), "dtype"))[1], run(Files(x, y))[1])
+
+
+@pytest.mark.parametrize("many", ["read_batch", "__getitems__"])
+def test_a_record_that_a_data_set_gives_twice_is_counted_once(many):
+    """Without a look at the rows, both copies went into the sum: an excess of 2."""
+    x, y = table()
+    whole = {
+        "read_batch": lambda self, picked: [x[picked].repeat(2, 1), y[picked].repeat(2)],
+        "__getitems__": lambda self, picked: [(x[i], y[i]) for i in picked * (2 if len(picked) > 1 else 1)],
+    }
+    twice = type("Twice", (Files,), {many: whole[many]})(x, y)
+    if many == "read_batch":
+        with pytest.raises(RecordError, match="2 rows where 1"):
+            run(twice)
+    else:
+        assert torch.equal(run(twice)[1], run(Files(x, y))[1])
 
 
 def test_a_bad_record_is_read_in_evaluation_as_in_training():

@@ -711,6 +711,100 @@ def test_a_rule_that_forgets_a_parameter(monkeypatch):
         lipdp.lipschitz_constant(Doubled(), (4,))
 
 
+class TripledByProperty(nn.Linear):
+    """A subclass that overrides nothing of nn.Linear's class, and yet what its forward pass reads."""
+
+    @property
+    def weight(self):
+        if "weight" not in self._parameters:
+            raise AttributeError
+        return 3 * self._parameters["weight"]
+
+    def reset_parameters(self):
+        nn.init.normal_(self._parameters["weight"])
+
+
+class Cached(nn.Module):
+    """Computes with `keep(weight)` from before the forward pass, beside the layer itself."""
+
+    def __init__(self, keep, forward):
+        super().__init__()
+        self.bound, self.layer, self.forwards = lnn.InputBound(1.0), nn.Linear(3, 3), [forward]
+        self.kept = keep(self.layer)
+
+    def forward(self, x):
+        x = self.bound(x)
+        return self.layer(x) + self.forwards[0](self, x)
+
+
+def transposed_layer(layer):
+    other = nn.Linear(3, 3, bias=False)
+    del other.weight
+    other.weight = layer.weight.t()
+    return other
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Function(lambda m, x: torch.add(x, 5, m.a(x)), a=linear(3)),
+        Function(lambda m, x: m.a(x).sub_(5, x), a=linear(3)),
+        Function(lambda m, x: m.a(x.unsqueeze(1)).sum(1, dtype=torch.bfloat16), a=linear(3)),
+        Function(lambda m, x: m.a(x).type_as(m.short), a=linear(3), short=torch.zeros(1, dtype=torch.bfloat16)),
+        Cached(lambda layer: layer.weight.t(), lambda m, x: x @ m.kept),
+        Cached(lambda layer: [layer.weight], lambda m, x: x @ m.kept[0].t()),
+        Cached(transposed_layer, lambda m, x: m.kept(x)),
+        nn.Sequential(lnn.InputBound(1.0), TripledByProperty(3, 3, bias=False)),
+    ],
+    ids=["add-alpha", "sub_-alpha", "sum-dtype", "type_as", "cached", "listed", "tied-by-hand", "property"],
+)
+def test_ways_around_a_rule_that_were_found_are_refused(model):
+    """Excess of each over the bound that was stated: 5, 5, 1.002, 1.002, 2, 2, 2 and 3."""
+    with pytest.raises((UnsupportedOperationError, UnsupportedLayerError)):
+        BoundGraph(model, (3,))
+
+
+@pytest.mark.parametrize(
+    ("forward", "members", "shape"),
+    [
+        (lambda m, x: F.linear(x, bias=m.b, weight=m.w), {"w": (3, 4), "b": (3,)}, (9, 4)),
+        (lambda m, x: F.linear(bias=m.b, weight=m.w, input=x), {"w": (3, 4), "b": (3,)}, (9, 4)),
+        (lambda m, x: F.conv1d(x, bias=m.b, weight=m.w), {"w": (3, 2, 3), "b": (3,)}, (2, 9)),
+    ],
+)
+def test_tensors_given_by_name_have_their_own_gains_in_any_order(forward, members, shape):
+    model = Function(forward, **{name: parameter(*sizes) for name, sizes in members.items()})
+    swapped = dict(falsify(model, ProbeLoss(), shape, radius=1.0, **LIGHT).findings)
+    assert swapped["gradient of b"].ratio > 0.95
+
+
+@pytest.mark.parametrize("name", ["norm", "vector_norm"])
+def test_the_gradient_of_a_norm_keeps_its_bound_where_squares_vanish(name):
+    """Squares of 3e-23 and less are no float32 numbers: x over the norm as torch computes it is up to 17 long here."""
+    forward = {
+        "norm": lambda m, x: m.a(x).norm(dim=1, keepdim=True),
+        "vector_norm": lambda m, x: torch.linalg.vector_norm(m.a(x), 2, (-1,)),
+    }
+    model = Function(forward[name], a=nn.Linear(4, 1000))
+    nn.init.constant_(model.a.weight, 1.0)
+    nn.init.zeros_(model.a.bias)
+    graph, x = BoundGraph(model, (4,)), torch.full((1, 4), 1e-23)
+    with torch.no_grad():
+        model.a.weight[0] = 3.0
+    for scale in (0.25, 0.6, 0.9, 1.3, 2.0):
+        (grad,) = torch.autograd.grad(graph.forward_pass(scale * x).sum(), model.a.bias)
+        assert 0.99 < grad.double().norm() <= float(graph.sweep(1.0).parameters["a.bias"])
+
+
+@pytest.mark.parametrize("make", [lambda: lnn.LayerNorm(4), lambda: lnn.GroupNorm(1, 4)])
+def test_a_bias_that_is_the_weight_counts_twice(make):
+    layer = make()
+    apart = BoundGraph(layer, (4, 4), input_bound=1.0).sweep(1.0).parameters
+    layer.bias = layer.weight
+    tied = BoundGraph(layer, (4, 4), input_bound=1.0).sweep(1.0).parameters
+    assert float(tied["weight"]) == pytest.approx(float(apart["weight"] + apart["bias"]), rel=1e-3)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 

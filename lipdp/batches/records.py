@@ -73,13 +73,23 @@ def _finite(part: Any) -> Any:
 
 
 def read(dataset: Dataset[Any], indices: Sequence[int]) -> Any:
-    """Records of a map-style data set, at least one, collated; raises what the data set raises."""
+    """Records of a map-style data set, at least one, collated, a row each; raises what the data set raises.
+
+    Raises:
+        RecordError: there are more rows, or fewer.
+    """
     picked = list(indices)
     whole = getattr(dataset, "read_batch", None)  # what `default_collate` would make of them, at once
-    if callable(whole):
-        return whole(picked)
     many = getattr(dataset, "__getitems__", None)
-    return default_collate(many(picked) if callable(many) else [dataset[index] for index in picked])
+    if callable(whole):
+        batch = whole(picked)
+    else:
+        batch = default_collate(many(picked) if callable(many) else [dataset[index] for index in picked])
+    counts: list[int] = []
+    _shapes(batch, lambda tensor: counts.append(len(tensor) if tensor.ndim else 0))
+    if set(counts) - {len(picked)}:  # what a record would be, or how often, nobody could tell
+        raise RecordError(f"{type(dataset).__name__} gave {max(counts)} rows where {len(picked)} were asked for")
+    return batch
 
 
 def read_mapped(dataset: Dataset[Any], indices: Sequence[int], like: Any = None) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lipdp.bounds.rules import Call, Input, Local, Number, own_axes, rule, times
+from lipdp.bounds.steady import steady_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling
@@ -190,6 +191,10 @@ def _broadcast(call: Call, source: Input) -> float:
 def _numbers(call: Call) -> list[float]:
     """Absolute values of the operands that are numbers; anything else but a tensor has no bound."""
     operands = [*call.args, *(call.kwargs[k] for k in ("input", "other") if k in call.kwargs)]
+    if len(operands) != 2:  # torch.add(x, alpha, y), which torch still takes
+        raise UnsupportedOperationError(
+            f"node '{call.name}' is given {len(operands)} operands; give two, and a factor by its name (alpha=)"
+        )
     plain = [a for a in operands if not isinstance(a, Input)]
     constants = [*plain, call.kwargs.get("alpha", 1.0)]
     if not all(isinstance(c, (int, float)) for c in constants) or set(call.kwargs) - {"alpha", "input", "other"}:
@@ -262,11 +267,11 @@ def _cast(call: Call) -> Local:
     return Local(gains=(1.0, *others))
 
 
-@rule(torch.linalg.vector_norm, torch.norm, "norm")
+@rule(steady_norm)
 def _norm(call: Call) -> Local:
     """‖·‖₂ over axes of a sample: 1-Lipschitz."""
-    order, dim = call.argument(1, "ord", call.kwargs.get("p", 2)), call.argument(2, "dim")
-    if order not in (2, "fro") or dim is None:
+    order, dim = call.argument(1, "p", 2), call.argument(2, "dim")
+    if order not in (2, None, "fro") or dim is None:
         raise UnsupportedOperationError(f"node '{call.name}': a norm has a bound with p=2 and dim= axes of one sample")
     axes = own_axes(call, call.x, [dim] if isinstance(dim, int) else dim)
     return Local(fan_in=math.prod(call.x.shape[a - 1] for a in axes))

@@ -301,6 +301,10 @@ class BoundGraph:
                 return value
         raise UnsupportedOperationError(f"the model has lost its tensor '{node.target}' since it was traced")
 
+    def held(self) -> list[Tensor]:
+        """The tensors of the graph's own nodes: those of the model, and those that its code keeps elsewhere."""
+        return [self._attribute(n) for n in self.constants if n.op == "get_attr"]
+
     def _held(self, node: fx.Node) -> list[Tensor]:
         """The model's own tensors in a node that does not depend on the sample."""
         if node.op == "get_attr":
@@ -453,7 +457,9 @@ def _module_parameters(step: Step, local: Local, trainable: Mapping[int, str]) -
     if step.module is None:
         return {}
     names: dict[str, str] = {}
-    for key, parameter in step.module.named_parameters():
+    for key, parameter in step.module.named_parameters(
+        remove_duplicate=False
+    ):  # a bias that is the weight counts twice
         name = trainable.get(id(parameter))
         if name is None:
             continue

@@ -577,6 +577,14 @@ class PrivacyEngine:
         extra: dict[str, Any] = state["extra"]
         return extra
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._hooks is not None:
+            raise EngineError(
+                "an engine in use can't be copied or pickled: the copy would draw the same batches and noise, which two"
+                " releases must not share. Use save_checkpoint, or copy the model"
+            )
+        return self.__dict__.copy()
+
     def _current(self) -> StepHooks:
         if self._hooks is None:
             raise EngineError("call make_private or make_private_with_epsilon first")

@@ -114,7 +114,7 @@ class PrivateForward:
         if reason:
             self._step.reason = reason
             return self._as_written(*args, **kwargs)
-        x, versions = plain(args[0]), tensors_of(self._model)
+        x, versions = plain(args[0]), tensors_of(self._model, *(() if self._sharded else self._graph.held()))
         self._within, before = compute is not self._compute, self._within
         try:
             out = compute(x)

@@ -215,16 +215,22 @@ class StepInProgress(Listener):
             )
 
 
-def tensors_of(model: nn.Module) -> list[tuple[Tensor, int]]:
-    """Every parameter and buffer of a model, and how often each was changed in place so far."""
-    return [(t, t._version) for t in (*model.parameters(), *model.buffers())]
+def tensors_of(model: nn.Module, *others: Tensor) -> list[tuple[Tensor, int]]:
+    """All tensors of a model, and how often each was changed in place so far: plain attributes among them, and others.
+
+    Args:
+        others: what its graph holds besides.
+    """
+    plain = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    return [(t, t._version) for t in (*model.parameters(), *model.buffers(), *plain, *others)]
 
 
 def _check_versions(known: list[tuple[Tensor, int]]) -> None:
     if any(t._version != version for t, version in known):
         raise EngineError(
-            "the weights or buffers were changed between the forward pass and step(): the gradients and the noise would"
-            " belong to different weights. Change weights (EMA, loading, projecting) after step() only"
+            "weights, buffers or other tensors of the model were changed between the forward pass and step(): the"
+            " gradients and the noise would belong to different weights. Change weights (EMA, loading, projecting)"
+            " after step() only"
         )
 
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from faults.client import Commands
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
     torch.set_num_threads(1)
@@ -16,3 +17,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """`lipdp` as processes of their own, forked from one that has torch imported."""
+    server = Commands()
+    yield server
+    server.close()

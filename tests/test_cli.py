@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -50,23 +49,19 @@ def timeless(path):
 # --- the command itself -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def test_what_needs_no_torch_does_not_import_it():
+    lines = [
         ["--help"], ["--version"], ["plan", "--help"], ["epsilon", "--help"],
         ["epsilon", "--noise-multiplier", "2", "--sampling-rate", "0.1", "--steps", "20"],
         ["plan", "--records", "1000", "--epsilon", "8", "--steps", "20", "--accountant", "rdp"],
-    ],
-    ids=" ".join,
-)  # fmt: skip
-def test_what_needs_no_torch_does_not_import_it(arguments):
+    ]  # fmt: skip
     program = (
-        "import sys; from lipdp.cli import main; code = main(sys.argv[1:]);"
-        " assert 'torch' not in sys.modules; sys.exit(code)"
+        "import sys; from lipdp.cli import main\n"
+        f"for line in {lines}:\n"
+        "    assert main(line) == 0, line\n"
+        "    assert 'torch' not in sys.modules, line"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -122,35 +117,14 @@ def test_train_end_to_end_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")  # as the process that is interrupted: other threads sum in another order
-def test_a_signal_ends_with_130_and_the_run_goes_on_bit_identical(tmp_path, capsys):
-    settings = [
-        "--model",
-        "mlp",
-        "--steps",
-        "60",
-        "--batch-size",
-        "256",
-        "--noise-multiplier",
-        "3",
-        "--seed",
-        "3",
-        "--log-every",
-        "1",
-    ]
-    whole = tmp_path / "whole"
+def test_a_signal_ends_with_130_and_the_run_goes_on_bit_identical(commands, tmp_path, capsys):
+    settings = ["--model", "mlp", "--steps", "60", "--batch-size", "256", "--noise-multiplier", "3", "--seed", "3"]
+    settings += ["--log-every", "1", "--accountant", "rdp"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["train", *settings, "--out", str(whole)]) == 0
-    parts = tmp_path / "parts"
-    with subprocess.Popen(
-        [sys.executable, "-m", "lipdp", "train", *settings, "--out", str(parts)],
-        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        while process.poll() is None and not (parts / "metrics.jsonl").exists():
-            time.sleep(0.02)
-        while process.poll() is None and not (parts / "metrics.jsonl").read_text():
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        message = process.communicate()[1]
-    assert process.returncode == 130, message
+    answer = commands("train", *settings, "--out", parts, files=(str(parts / "metrics.jsonl"), 1), send=signal.SIGTERM)
+    message = answer["errors"]
+    assert answer["code"] == 130, answer["output"]
     assert re.fullmatch(rf"interrupted after step \d+ of 60; go on with --resume {re.escape(str(parts))}\n", message)
     step = json.loads((parts / "privacy.json").read_text())["steps"]
     assert 0 < step < 60

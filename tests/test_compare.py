@@ -1,13 +1,9 @@
 """`lipdp compare`: sweeps that go on where they were killed, out-of-memory as a cell, pictures, messages."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,14 +193,19 @@ def test_speed_on_cuda():
 # --- utility ---------------------------------------------------------------------------------------------------------
 
 
-def test_utility_tunes_on_validation_and_tests_once(tmp_path, monkeypatch):
-    seen = []
-    evaluate = utility_module.evaluate
-    monkeypatch.setattr(
-        utility_module, "evaluate", lambda m, x, y, **o: (seen.append(len(x)), evaluate(m, x, y, **o))[1]
-    )
-    results = utility(TWO, out=str(tmp_path))
-    trials = json.loads((tmp_path / "tuning.json").read_text())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep that nothing disturbed: its results, its folder, and how many records each evaluation saw."""
+    seen, evaluate, out = [], utility_module.evaluate, tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        counted = lambda m, x, y, **o: (seen.append(len(x)), evaluate(m, x, y, **o))[1]  # noqa: E731
+        patch.setattr(utility_module, "evaluate", counted)
+        return SimpleNamespace(results=utility(TWO, out=str(out)), out=out, seen=seen)
+
+
+def test_utility_tunes_on_validation_and_tests_once(whole):
+    results, seen = whole.results, whole.seen
+    trials = json.loads((whole.out / "tuning.json").read_text())
     assert len(trials) == 3 * 2
     assert len(results.cells) == 3 * 2
     assert seen[:6] == [144] * 6  # a tenth of the 1,437 training records
@@ -238,25 +239,20 @@ def test_trials_are_scaled():
     assert scaled["epsilon"] is None
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+def test_a_killed_sweep_goes_on_where_it_was(commands, whole, tmp_path):
     """SIGKILL in the middle; the cells that were there stay as they were, and the whole is as if never killed."""
     arguments = ["--model", "linear", "--epochs", "3", "--trials", "2", "--seeds", "2", "--epsilons", "3",
                  "--trainers", "clipless", "opacus_hooks"]  # fmt: skip
-    command = [sys.executable, "-m", "lipdp", "compare", "utility", *arguments, "--out", str(tmp_path / "killed")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, **quiet, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "killed" / "tuning.json").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = json.loads((tmp_path / "killed" / "tuning.json").read_text())
+    killed = tmp_path / "killed"
+    answer = commands("compare", "utility", *arguments, "--out", killed, files=(str(killed / "tuning.json"), 1))
+    assert answer["signal"] == 9, answer["output"]
+    before = json.loads((killed / "tuning.json").read_text())
     assert 1 <= len(before) < 12
-    assert main(["compare", "utility", *arguments, "--out", str(tmp_path / "killed")]) == 0
-    assert main(["compare", "utility", *arguments, "--out", str(tmp_path / "whole")]) == 0
+    assert main(["compare", "utility", *arguments, "--out", str(killed)]) == 0
     for name in ("tuning.json", "results.json"):
-        killed, whole = (json.loads((tmp_path / f / name).read_text()) for f in ("killed", "whole"))
-        assert [{**c, "seconds": 0} for c in killed] == [{**c, "seconds": 0} for c in whole]
-    assert json.loads((tmp_path / "killed" / "tuning.json").read_text())[: len(before)] == before
+        cells, expected = (json.loads((folder / name).read_text()) for folder in (killed, whole.out))
+        assert [{**c, "seconds": 0} for c in cells] == [{**c, "seconds": 0} for c in expected]
+    assert json.loads((killed / "tuning.json").read_text())[: len(before)] == before
 
 
 def test_two_processes_find_the_same():

@@ -19,7 +19,7 @@ import zipfile
 
 import pytest
 import torch
-from faults.client import Commands, assert_same, records, released_and_counted, saved
+from faults.client import assert_same, records, released_and_counted, saved
 from kit import Raises
 
 import lipdp
@@ -40,13 +40,6 @@ def settings(steps, seed=0, every=2):
     """A tiny run with every kind of state: moments, averages, schedule, gate, metrics out of step with checkpoints."""
     plan = ["--steps", steps, "--noise-multiplier", "2", "--checkpoint-every", every, "--log-every", "3"]
     return ["train", *NET, *HOW, *plan, *([] if seed is None else ["--seed", seed])]
-
-
-@pytest.fixture(scope="module")
-def commands():
-    server = Commands()
-    yield server
-    server.close()
 
 
 def go_on(commands, folder, given, **fault):

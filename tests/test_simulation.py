@@ -146,16 +146,12 @@ def test_choices_alone_are_searched_whole(tmp_path):
     assert found.best["value"] == max(record["value"] for record in found.trials.values())
 
 
-def test_a_killed_search_goes_on_where_it_was(tmp_path):
+def test_a_killed_search_goes_on_where_it_was(commands, tmp_path):
     """SIGKILL in the middle; the same command then ends with the runs of a search that nobody killed."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = simulate(QUICK, RATES, out=whole, scale=8.0, trials=6)
-    command = [sys.executable, "-m", "lipdp", *COMMAND, "--trials", "6", "--out", str(killed)]
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while process.poll() is None and len(list(killed.glob("trials/*.json"))) < 2:
-            time.sleep(0.01)
-        assert process.poll() is None, process.stderr.read().decode()
-        process.kill()
+    answer = commands(*COMMAND, "--trials", "6", "--out", killed, files=(str(killed / "trials" / "*.json"), 2))
+    assert answer["signal"] == 9, answer["output"]
     before = {path.name: path.read_bytes() for path in (killed / "trials").glob("*.json")}
     assert 2 <= len(before) < 6
     assert not (killed / "result.json").exists()

@@ -1,15 +1,18 @@
 """A process that has torch imported and forks one `lipdp` command per request, to be killed.
 
-Reads one JSON object a line, answers with one. A request holds `arguments` of the command, and either of
+Reads one JSON object a line, answers with one. A request holds `arguments` of the command, and one of
     after: seconds after which the process gets SIGKILL;
+    files: a pattern and a number: it gets SIGKILL, or the signal `send`, as soon as so many files that hold something
+        match the pattern;
     at: number of the call, among those that write files, before which it sends itself SIGKILL (a write: after half).
-The answer: `signal`, `code`, `seconds`, `output`, and `calls`: one letter for each of those calls that was made,
-`w`rite, `f`sync, `l`ink, `r`eplace or `u`nlink.
+The answer: `signal`, `code`, `seconds`, `output`, `errors` (its part on stderr), and `calls`: one letter for each of
+of those calls that was made, `w`rite, `f`sync, `l`ink, `r`eplace or `u`nlink.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import os
@@ -73,12 +76,12 @@ class Counted:
         return counted
 
 
-def child(request: dict, output: int, counter: int) -> None:
+def child(request: dict, output: int, errors: int, counter: int) -> None:
     """Never returns."""
     code = 70
     try:
         os.dup2(output, 1)
-        os.dup2(output, 2)
+        os.dup2(errors, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         os.environ.update(request.get("environment", {}))
         Counted(request.get("at"), counter).install()
@@ -92,29 +95,38 @@ def child(request: dict, output: int, counter: int) -> None:
         os._exit(code)
 
 
+def due(request: dict, seconds: float) -> bool:
+    """Whether it is time for the signal."""
+    if "files" in request:
+        pattern, count = request["files"]
+        return sum(os.path.getsize(name) > 0 for name in glob.glob(pattern)) >= count
+    return seconds >= request.get("after", float("inf"))
+
+
 def serve(request: dict) -> dict:
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as counter:
-        began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        output, errors, counter = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(3))
+        began, waiting = time.monotonic(), True
         pid = os.fork()
         if pid == 0:
-            child(request, output.fileno(), counter.fileno())
-        after, status = request.get("after"), 0
+            child(request, output.fileno(), errors.fileno(), counter.fileno())
         while True:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 break
-            if after is not None and time.monotonic() - began >= after:
-                os.kill(pid, signal.SIGKILL)
-                _, status = os.waitpid(pid, 0)
-                break
+            if waiting and due(request, time.monotonic() - began):
+                os.kill(pid, request.get("send", signal.SIGKILL))
+                waiting = False
             time.sleep(0.0005)
-        output.seek(0)
+        output.seek(0), errors.seek(0)
+        said, complained = (stream.read().decode(errors="replace") for stream in (output, errors))
         return {
             "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
             "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
             "seconds": time.monotonic() - began,
             "calls": os.pread(counter.fileno(), 1 << 20, 0).decode(),
-            "output": output.read().decode(errors="replace"),
+            "output": said + complained,
+            "errors": complained,
         }
 
 

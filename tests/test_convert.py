@@ -265,7 +265,7 @@ OURS = {
     "one layer": (lambda: lnn.SpectralLinear(3, 2, k_coef_lip=0.3), (3,)),
     **{
         name: (lambda name=name: lipdp.models.build(name, input_shape=(1, 8, 8), num_classes=3, gates=0.1), (1, 8, 8))
-        for name in ("cnn", "mixer", "resnet")
+        for name in ("cnn", "mixer", "resnet", "transformer")
     },
 }
 

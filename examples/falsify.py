@@ -38,6 +38,7 @@ LAYERS = {
     "LayerCentering": (lnn.LayerCentering(2, bias=True), (2, 4, 4)),
     "ValueClip": (lnn.ValueClip(0.5, 1.0), (6,)),
     "GradientGate": (lnn.GradientGate(0.1), (6,)),
+    "Attention": (lnn.SpectralAttention(4, 2, bound=0.4), (4, 4)),
     "Residual": (lnn.Residual(lnn.SpectralLinear(4, 4)), (4,)),
     "Concat": (lnn.Concat(lnn.SpectralLinear(4, 4), torch.nn.Identity()), (4,)),
 }
@@ -49,7 +50,7 @@ LOSSES = {
     "CosineSimilarity": (losses.CosineSimilarity(), 5),
     "MeanAbsoluteError": (losses.MeanAbsoluteError(5), 5),
 }
-SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer"), (1, 8, 8)) | dict.fromkeys(("mlp", "linear"), (12,))
+SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer", "transformer"), (1, 8, 8)) | dict.fromkeys(("mlp", "linear"), (12,))
 HARD = {"starts": 64, "climbs": 16, "steps": 30}
 
 

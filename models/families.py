@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lipdp import nn as lnn
 from lipdp.constraints import Constraint
@@ -53,6 +54,10 @@ class Family(ABC):
         """A convolution with an odd kernel that keeps height and width; `start` sets its first kernel."""
 
     @abstractmethod
+    def attention(self, width: int, heads: int, *, sharpness: float, bound: float) -> nn.Module:
+        """Self-attention of tokens (N, T, width) with scores of at most `sharpness`."""
+
+    @abstractmethod
     def activation(self, dim: int = 1) -> nn.Module:
         """The activation, with its channels on axis `dim`."""
 
@@ -92,6 +97,9 @@ class Lipschitz(Family):
         start(conv)
         return conv
 
+    def attention(self, width: int, heads: int, *, sharpness: float, bound: float) -> nn.Module:
+        return lnn.SpectralAttention(width, heads, sharpness=sharpness, bound=bound)
+
     def activation(self, dim: int = 1) -> nn.Module:
         return lnn.GroupSort2(dim)
 
@@ -121,6 +129,9 @@ class Plain(Family):
     ) -> nn.Module:
         return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=self.bias)
 
+    def attention(self, width: int, heads: int, *, sharpness: float, bound: float) -> nn.Module:
+        return DotProductAttention(width, heads)
+
     def activation(self, dim: int = 1) -> nn.Module:
         return nn.ReLU()
 
@@ -140,6 +151,21 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)
+
+
+class DotProductAttention(nn.Module):
+    """Self-attention as usual, without biases, with the attribute names of `lipdp.nn.SpectralAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            dense(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for dense in (self.query, self.key, self.value)
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Patches(nn.Module):

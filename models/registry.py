@@ -1,8 +1,9 @@
 """The model zoo: models built from an input shape and a number of classes, by name, each with an unconstrained twin.
 
 Every model is an `nn.Sequential` that torch.fx can trace. It begins with `InputBound(c)`; its first layer is
-1/c-Lipschitz, so that all values behind it have norm at most 1, and the other layers are 1-Lipschitz: the network's
-constant is 1/c. One module a model; `families` holds the two kinds of layers, `stages` what the models share.
+1/c-Lipschitz, so that all values behind it have norm at most 1, and the other layers are 1-Lipschitz, attention aside:
+the network's constant is 1/c. One module a model; `families` holds the two kinds of layers, `stages` what the models
+share.
 `tabular` alone is none of these: fixed features that bound themselves, and a dense layer, its own twin.
 """
 
@@ -29,6 +30,7 @@ from .mlp import mlp
 from .resnet import resnet
 from .stages import Joints, Stages, chain, count
 from .tabular import tabular
+from .transformer import transformer
 from .vgg import vgg
 
 _REGISTRY: dict[str, Callable[..., Stages]] = {
@@ -37,6 +39,7 @@ _REGISTRY: dict[str, Callable[..., Stages]] = {
     "mixer": mixer,
     "mlp": mlp,
     "resnet": resnet,
+    "transformer": transformer,
     "vgg": vgg,
 }
 _OWN: dict[str, Callable[..., nn.Module]] = {"tabular": tabular}
@@ -48,7 +51,7 @@ def names() -> list[str]:
     """The models of the zoo.
 
     >>> lipdp.models.names()
-    ['cnn', 'linear', 'mixer', 'mlp', 'resnet', 'tabular', 'vgg']
+    ['cnn', 'linear', 'mixer', 'mlp', 'resnet', 'tabular', 'transformer', 'vgg']
     """
     return sorted((*_REGISTRY, *_OWN))
 

@@ -374,7 +374,7 @@ def test_a_clip_that_nothing_reads_plays_no_part():
     assert attacked(model, x, certified(model, x))[0] == 0
 
 
-@pytest.mark.parametrize("name", ["cnn", "resnet", "mixer", "vgg"])
+@pytest.mark.parametrize("name", ["cnn", "resnet", "mixer", "transformer", "vgg"])
 def test_the_zoo_is_certified_and_holds(name):
     torch.manual_seed(0)
     model = lipdp.models.build(name, input_shape=(1, 16, 16), num_classes=5)

@@ -265,7 +265,7 @@ OURS = {
     "one layer": (lambda: lnn.SpectralLinear(3, 2, k_coef_lip=0.3), (3,)),
     **{
         name: (lambda name=name: lipdp.models.build(name, input_shape=(1, 8, 8), num_classes=3, gates=0.1), (1, 8, 8))
-        for name in ("cnn", "mixer", "resnet")
+        for name in ("cnn", "mixer", "resnet", "transformer")
     },
 }
 
@@ -291,6 +291,8 @@ EXPORTED = {
     "sorting": (lambda: nn.Sequential(nn.Flatten(), lnn.GroupSort(4), lnn.FullSort(), lnn.MaxMin()), (1, 4, 4)),
     "reflections": (lambda: nn.Sequential(lnn.HouseHolder(4), lnn.ScaledAdaptiveAvgPool2d((1, 1))), (4, 8, 8)),
     "normalised": (lambda: nn.Sequential(lnn.LayerNorm(8), lnn.LayerCentering(8, dim=(-1,), bias=True)), (8,)),
+    "attention": (lambda: nn.Sequential(lnn.InputBound(2.0), lnn.SpectralAttention(6, 2, bound=0.4)), (4, 6)),
+    "absolute values": (lambda: nn.Sequential(lnn.SpatialShift(1), lnn.BetaAbs(0.5), lnn.BetaAbs(0.3, -1)), (5, 3, 3)),
     "table": (lambda: lipdp.models.build("tabular", input_shape=(5,), num_classes=1), (5,)),
 }
 

@@ -33,6 +33,9 @@ class Join(nn.Module):
 IN_FLOAT32 = {"test_bounds_hold_under_autocast": None}  # refused there: torch sums their gradients in bfloat16
 
 CASES = {
+    "Attention": (lambda: lnn.SpectralAttention(4, 2, bound=0.35), (4, 4), {}),
+    "AttentionSharp": (lambda: lnn.SpectralAttention(3, head_width=2, sharpness=2.0, bound=0.5), (5, 3), {}),
+    "AttentionOneToken": (lambda: lnn.SpectralAttention(4), (1, 4), {}),
     "Linear": (lambda: lnn.SpectralLinear(6, 6), (6,), {"tight": 0.999}),
     "LinearWideBias": (lambda: lnn.SpectralLinear(7, 3, True), (7,), {"tight": 0.999}),
     "LinearTallBias": (lambda: lnn.SpectralLinear(3, 8, True), (3,), {"tight": 0.999}),
@@ -91,6 +94,9 @@ CASES = {
     "Softmax": (lambda: nn.Softmax(-1), (3, 4), {}),
     "GroupSort2": (lnn.GroupSort2, (6, 2), {"tight": 0.999}),
     "GroupSort2Tokens": (lambda: lnn.GroupSort2(-1), (3, 4), {"tight": 0.999}),
+    "BetaAbs": (lnn.BetaAbs, (6, 2), {"tight": 0.999}),
+    "BetaAbsTokens": (lambda: lnn.BetaAbs(0.7, dim=-1), (3, 4), {"tight": 0.999}),
+    "SpatialShift": (lambda: lnn.SpatialShift(1), (5, 3, 3), {"tight": 0.999}),
     "GroupSort": (lambda: lnn.GroupSort(3), (6,), {"tight": 0.999}),
     "TorchlipGroupSort2": (torchlip.GroupSort2, (4, 3), {"tight": 0.999}),
     "TorchlipFullSortOfTwo": (torchlip.FullSort, (2, 3), {"tight": 0.999}),

@@ -17,18 +17,20 @@ from torch.nn import functional as F
 import lipdp
 from lipdp import errors, models
 from lipdp import nn as lnn
+from lipdp.bounds.attention import spread
 from lipdp.losses import TauBCEWithLogits, TauCrossEntropy
 
-IMAGES = ("cnn", "mixer", "resnet", "vgg")
+IMAGES = ("cnn", "mixer", "resnet", "transformer", "vgg")
 SMALL = {  # options that make every model cheap on 1x8x8
     "cnn": {"width": 4, "hidden": 8},
     "linear": {},
     "mixer": {"width": 8, "depth": 1},
     "mlp": {"width": 8},
     "resnet": {"width": 4, "depth": 2},
+    "transformer": {"width": 4},
     "vgg": {"width": 4, "depth": 2, "hidden": 8},
 }
-JOINTS = {"cnn": 3, "linear": 0, "mixer": 2, "mlp": 2, "resnet": 2, "vgg": 3}  # of the small ones
+JOINTS = {"cnn": 3, "linear": 0, "mixer": 2, "mlp": 2, "resnet": 2, "transformer": 2, "vgg": 3}  # of the small ones
 SIZES = {
     ("cnn", (1, 28, 28)): 28_880,
     ("cnn", (3, 32, 32)): 34_480,
@@ -91,6 +93,17 @@ def test_default_sizes(name, shape):
     assert set(s) == {k for k, _ in model.named_parameters()}
     assert all(0 < delta <= 1.03 * math.sqrt(2) for delta in s.values())
     assert s.output_bound <= 1.03
+
+
+def test_a_transformer_is_looser_by_its_attention():
+    model = models.build("transformer", input_shape=(1, 28, 28), num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) == 9_632
+    s = lipdp.sensitivity(model, TauCrossEntropy(), input_shape=(1, 28, 28))
+    assert 1 < s.lipschitz * model[0].bound < 1.8  # 1 − λ + λ a
+    assert all(0 < delta < 1.8 * math.sqrt(2) for delta in s.values())
+    assert s["3.block.out.weight"] == pytest.approx(0.25 * math.sqrt(2 * 49 * spread(0.5, 49)[1]), rel=0.01)
+    with pytest.raises(errors.ParameterError, match="3 heads"):
+        models.build("transformer", input_shape=(1, 8, 8), num_classes=2, heads=3)
 
 
 @pytest.mark.parametrize("name", SMALL)

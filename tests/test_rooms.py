@@ -130,10 +130,11 @@ COVERS = {
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_features": "features/maps",
     "test_guards": "privacy/snapshot",
-    "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual",
+    "test_attention": "bounds/attention nn/attention",
+    "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual nn/shift",
     "test_losses": "losses/base losses/columns losses/criteria losses/labels losses/margin",
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
-    " models/stages models/starts models/tabular models/vgg",
+    " models/stages models/starts models/tabular models/transformer models/vgg",
     "test_records_people_bring": "batches/inputs",
     "test_tokens_and_weights": "bounds/lookups bounds/products bounds/refused bounds/weights",
     "test_planning": "planning/pictures planning/tan planning/workers",

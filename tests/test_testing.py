@@ -511,7 +511,7 @@ def test_a_case_that_asks_for_more_tightness_than_there_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear", "mlp", "tabular", "cnn", "vgg", "resnet", "mixer"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "tabular", "cnn", "vgg", "resnet", "mixer", "transformer"])
 def test_models_of_the_zoo_hold(name):
     models = pytest.importorskip("lipdp.models")
     shape = (20,) if name in ("tabular",) else (1, 8, 8)

@@ -1,6 +1,7 @@
 """Norm-bound propagation: from the weights as they are to certified bounds on values, cotangents and gradients."""
 
-from lipdp.bounds import convolution as _convolution  # noqa: F401  (each registers rules)
+from lipdp.bounds import attention as _attention  # noqa: F401  (each registers rules)
+from lipdp.bounds import convolution as _convolution  # noqa: F401
 from lipdp.bounds import curves as _curves  # noqa: F401
 from lipdp.bounds import functions as _functions  # noqa: F401
 from lipdp.bounds import layers as _layers  # noqa: F401

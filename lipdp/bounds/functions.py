@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from lipdp.bounds.rules import Call, Input, Local, Number, own_axes, rule, times
 from lipdp.bounds.steady import steady_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
-from lipdp.nn.activation import FullSort, GroupSort, GroupSort2
+from lipdp.nn.activation import BetaAbs, FullSort, GroupSort, GroupSort2
 from lipdp.nn.pooling import InvertibleDownSampling, InvertibleUpSampling
+from lipdp.nn.shift import SpatialShift
 
 # --- entrywise: f is L-Lipschitz on the line, so on vectors; f(0) ≠ 0 adds √n |f(0)| ---------------------------------
 
@@ -77,6 +78,19 @@ def _softmax(call: Call) -> Local:
 def _pair_sort(call: Call) -> Local:
     """A permutation that depends on the input, continuous and piecewise linear: an isometry almost everywhere."""
     own_axes(call, call.x, [call.module.dim])  # type: ignore[union-attr, list-item]
+    return Local(exact=True)
+
+
+@rule(BetaAbs)
+def _beta_abs(call: Call) -> Local:
+    """Signs of entries: | |a| − |b| | ≤ |a − b|."""
+    own_axes(call, call.x, [call.module.dim])  # type: ignore[union-attr, list-item]
+    return Local(exact=True)
+
+
+@rule(SpatialShift)
+def _spatial_shift(call: Call) -> Local:
+    """Every entry at one other place at most, zeros elsewhere."""
     return Local(exact=True)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from lipdp.bounds.rules import Call, Local, rule
 from lipdp.errors import UnsupportedLayerError, UnsupportedOperationError
 
 _RECURRENT = (
@@ -19,8 +21,9 @@ _RECURRENT = (
     " all steps at once: lipdp.nn.SpectralConv1d over time, a dense layer over all steps, an average of embeddings"
 )
 _ATTENTION = (
-    "computes dot-product attention, which is Lipschitz on a ball alone, with a constant that grows with the square of"
-    " its radius (Kim, Papamakarios & Mnih 2021). Use the mixer (lipdp.models), which mixes positions by dense layers"
+    "computes dot-product attention, whose scores grow with the square of its input: it has no Lipschitz constant, and on"
+    " a ball one that grows with the square of the radius (Kim, Papamakarios & Mnih 2021). Use"
+    " lipdp.nn.SpectralAttention, whose scores are bounded, or the mixer (lipdp.models)"
 )
 
 NO_BOUND: dict[type[nn.Module], str] = {
@@ -31,6 +34,11 @@ NO_BOUND: dict[type[nn.Module], str] = {
     nn.TransformerDecoderLayer: _ATTENTION,
     nn.LocalResponseNorm: "divides by powers of its input; use lipdp.nn.GroupNorm before the first trainable layer",
 }
+
+
+@rule(F.scaled_dot_product_attention)
+def _dot_product_attention(call: Call) -> Local:
+    raise UnsupportedOperationError(f"node '{call.name}' {_ATTENTION}")
 
 
 def refuse_without_bound(name: str, module: nn.Module) -> None:

@@ -159,7 +159,9 @@ def _trace(root: nn.Module, x: Tensor | None) -> fx.GraphModule:
         while True:  # once more for every branch: nothing can be run while the tracer holds torch's modules
             try:
                 with nothing_random(type(root).__name__):
-                    return fx.GraphModule(root, _Tracer(answers).trace(root))
+                    graph = _Tracer(answers).trace(root)
+                    _check_one_tensor(root, graph)
+                    return fx.GraphModule(root, graph)
             except Question as question:
                 if x is None:
                     raise
@@ -174,6 +176,17 @@ def _trace(root: nn.Module, x: Tensor | None) -> fx.GraphModule:
     finally:  # the tracer leaves the constants it met on the model
         for name in set(vars(root)) - attributes:
             delattr(root, name)
+
+
+def _check_one_tensor(root: nn.Module, graph: fx.Graph) -> None:
+    """Refuse a forward that takes a tuple or a dict: of a tensor, `x[0]` is the first sample."""
+    for node in graph.nodes:
+        first, key = node.args[:2] if node.target is operator.getitem else (None, None)
+        if isinstance(first, fx.Node) and first.op == "placeholder" and isinstance(key, (int, str)):
+            raise UnsupportedOperationError(
+                f"the forward of {type(root).__name__} takes its input apart as {first.name}[{key!r}]: a record is one"
+                " tensor. Join the parts into one tensor in the data set, and split it in the forward, x[:, :3]"
+            )
 
 
 def _script(graph: fx.Graph) -> list[str]:

@@ -1,6 +1,7 @@
 """Layers with certified norms. Layers that deel-torchlip has too keep its names."""
 
-from lipdp.nn.activation import FullSort, GroupSort, GroupSort2, HouseHolder, LPReLU, MaxMin
+from lipdp.nn.activation import BetaAbs, FullSort, GroupSort, GroupSort2, HouseHolder, LPReLU, MaxMin
+from lipdp.nn.attention import BoundedAttention, SpectralAttention
 from lipdp.nn.constrained import Constrained, project_
 from lipdp.nn.conv import SpectralConv1d, SpectralConv2d
 from lipdp.nn.convert import from_torchlip, to_torch
@@ -17,9 +18,12 @@ from lipdp.nn.pooling import (
 )
 from lipdp.nn.port import constrain, from_torch, porting_table
 from lipdp.nn.residual import Concat, LipResidual, Residual
+from lipdp.nn.shift import SpatialShift
 from lipdp.nn.table import TableFeatures
 
 __all__ = [
+    "BetaAbs",
+    "BoundedAttention",
     "Concat",
     "Constrained",
     "FrobeniusLinear",
@@ -42,6 +46,8 @@ __all__ = [
     "ScaledAdaptiveAvgPool2d",
     "ScaledAvgPool2d",
     "ScaledL2NormPool2d",
+    "SpatialShift",
+    "SpectralAttention",
     "SpectralConv1d",
     "SpectralConv2d",
     "SpectralLinear",

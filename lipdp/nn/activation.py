@@ -7,6 +7,7 @@ grow by √2. `GroupSort2` is ours for speed: it pairs channel j with channel j 
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from deel import torchlip
 from deel.torchlip import HouseHolder, LPReLU, MaxMin
 from torch import Tensor, nn
 
+from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
 
-__all__ = ["FullSort", "GroupSort", "GroupSort2", "HouseHolder", "LPReLU", "MaxMin"]
+__all__ = ["BetaAbs", "FullSort", "GroupSort", "GroupSort2", "HouseHolder", "LPReLU", "MaxMin"]
 
 
 def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -155,3 +157,38 @@ class GroupSort2(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"
+
+
+class BetaAbs(nn.Module):
+    """β-Abs: the absolute value of the first ⌊β C⌋ channels; the others stay as they are.
+
+    A change of signs, so the norm is preserved forwards and (but for entries that are 0) backwards: 1-Lipschitz, and
+    cheaper than sorting.
+
+    Args:
+        share: β in (0, 1], rounded to a fraction with a denominator of 1000 at most.
+        dim: the axis of the channels, 1 for (N, C, *), -1 for tokens (N, T, d).
+
+    Raises:
+        ParameterError: another share.
+
+    >>> lipdp.nn.BetaAbs(0.5)(torch.tensor([[-1.0, -2.0, -3.0, 4.0]]))
+    tensor([[ 1.,  2., -3.,  4.]])
+
+    Source: Hu, Hu & Fredrikson (2026), "LipNeXt".
+    """
+
+    def __init__(self, share: float = 0.5, dim: int = 1) -> None:
+        super().__init__()
+        if not 0 < check_positive("share", share) <= 1:
+            raise ParameterError(f"BetaAbs: share is the part of the channels, above 0 and at most 1, got {share!r}")
+        self.share, self.dim = Fraction(share).limit_denominator(1000), dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        channels = input.shape[self.dim]
+        count = channels * self.share.numerator // self.share.denominator
+        kept = input.narrow(self.dim, count, channels - count)
+        return torch.cat([input.narrow(self.dim, 0, count).abs(), kept], dim=self.dim)
+
+    def extra_repr(self) -> str:
+        return f"share={float(self.share):g}, dim={self.dim}"

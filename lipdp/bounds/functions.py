@@ -190,6 +190,10 @@ def _broadcast(call: Call, source: Input) -> float:
 def _numbers(call: Call) -> list[float]:
     """Absolute values of the operands that are numbers; anything else but a tensor has no bound."""
     operands = [*call.args, *(call.kwargs[k] for k in ("input", "other") if k in call.kwargs)]
+    if len(operands) != 2:  # torch.add(x, alpha, y), which torch still takes
+        raise UnsupportedOperationError(
+            f"node '{call.name}' is given {len(operands)} operands; give two, and a factor by its name (alpha=)"
+        )
     plain = [a for a in operands if not isinstance(a, Input)]
     constants = [*plain, call.kwargs.get("alpha", 1.0)]
     if not all(isinstance(c, (int, float)) for c in constants) or set(call.kwargs) - {"alpha", "input", "other"}:

@@ -204,14 +204,16 @@ def find_module_rule(module: nn.Module) -> Rule | None:
     for base in kind.__mro__:
         if base in _RULES:
             subclasses = kind.__mro__[: kind.__mro__.index(base)]
-            changed = any(_changes(name, base) for sub in subclasses for name in vars(sub))
+            changed = any(_changes(name, base, module) for sub in subclasses for name in vars(sub))
             return None if changed else _RULES[base]
     return None
 
 
-def _changes(name: str, base: type) -> bool:
+def _changes(name: str, base: type, module: nn.Module) -> bool:
+    """Whether an attribute of a subclass stands for one of its base, or for a tensor (a property named `weight`)."""
     special = name.startswith("__") and name not in ("__call__", "__getattr__", "__getattribute__")
-    return not special and name not in _HARMLESS and hasattr(base, name)
+    shown = hasattr(base, name) or name in module._parameters or name in module._buffers
+    return not special and name not in _HARMLESS and shown
 
 
 def module_rule(name: str, module: nn.Module) -> Rule:

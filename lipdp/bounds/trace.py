@@ -23,6 +23,13 @@ from lipdp.nn.compiled import original
 
 _SHAPE_QUERIES = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "get_device", len, torch.numel}
 _SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda"}
+_BY_NAME = ("input", "weight", "other", "mat2", "bias")
+
+
+_COMPUTED = (
+    "a tensor computed from trainable parameters outside the forward pass, through which they get gradients that no"
+    " rule sees: compute it in the forward pass, from attributes of the module (self.weight.t())"
+)
 
 
 class _Tracer(fx.Tracer):
@@ -47,6 +54,16 @@ class _Tracer(fx.Tracer):
             )
         name = parameters[0].name if parameters else "x"
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **more: Any) -> fx.Node:
+        """What is given by name in the order of the signature, in which rules state their gains."""
+        function = self.root.get_submodule(target).forward if kind == "call_module" else target
+        try:
+            names = tuple(inspect.signature(function).parameters)
+        except (TypeError, ValueError):  # a method, or a function of torch's core
+            names = _BY_NAME
+        order = sorted(kwargs, key=lambda name: names.index(name) if name in names else len(names))
+        return super().create_node(kind, target, args, {name: kwargs[name] for name in order}, *rest, **more)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """The answer to the branch; a `Question` where there is none yet."""
@@ -88,6 +105,9 @@ def check_modules(model: nn.Module) -> None:
                 f"{name} carries forward or backward hooks, which can change values or gradients where no rule sees it;"
                 " remove them before computing a sensitivity"
             )
+        computed = [k for k, v in {**vars(module), **module._buffers}.items() if isinstance(v, Tensor) and v.grad_fn]
+        if computed:
+            raise UnsupportedLayerError(f"{name} holds '{computed[0]}', {_COMPUTED}")
         if "forward" in vars(module) and path:
             raise UnsupportedLayerError(f"{name} has a `forward` patched onto the instance; subclass it instead")
     for path, parameter in model.named_parameters():
@@ -244,6 +264,7 @@ def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
                 " may be the first size of a view only, as in x.view(x.shape[0], -1)"
             )
         if isinstance(pair[0], Tensor):
+            _check_tensor(node, pair[0], [many[s] for s in node.all_input_nodes], x)
             repeated = node.target in REPEATS and tuple(pair[1].shape) == (1, *pair[0].shape[1:])
             by_sample = from_sample or (repeated and len(pair[0]) == len(x))
             nodes[node] = _sample_node(node, pair, len(x)) if by_sample else _constant_node(node, pair)
@@ -268,6 +289,19 @@ def _run(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, Any]:
             f"the model does not accept a batch of {len(x)} inputs of shape {tuple(x.shape[1:])}: {error}"
         ) from error
     return recorder.env
+
+
+def _check_tensor(node: fx.Node, value: Tensor, sources: list[Any], x: Tensor) -> None:
+    """Refuse what rounds activations to a narrower dtype, and constants that lead to parameters."""
+    if node.op == "get_attr" and value.grad_fn is not None:
+        raise UnsupportedOperationError(f"node '{node.name}' reads {_COMPUTED}")
+    wide = max((s.dtype.itemsize for s in sources if isinstance(s, Tensor) and s.is_floating_point()), default=0)
+    least = min(wide, max(4, x.dtype.itemsize if x.is_floating_point() else 4))
+    if node.op != "call_module" and wide and (not value.is_floating_point() or value.dtype.itemsize < least):
+        raise UnsupportedOperationError(
+            f"node '{node.name}' rounds to {value.dtype}; leave the cast out, or use torch.autocast for less than"
+            " float32"
+        )
 
 
 def _sample_node(node: fx.Node, pair: tuple[Tensor, Tensor], count: int) -> NodeInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,15 @@ UTILITY_EPILOG = """[bold]Examples[/bold]
 
 DIR then holds results.json, tuning.json and a picture for each data set; the same command goes on where it was killed.
 Runs are seeded and tuned on the data: they compare trainers, they are not private releases."""
+
+TABLES_EPILOG = """[bold]Examples[/bold]
+
+[green]lipdp compare tables --tables adbench/22_magic.gamma my.npz --out DIR[/green]  (ε = 1, 5 seeds)
+
+[green]lipdp compare tables --tables my.npz --epsilons 1 3 --trainers lipdp ebm --json[/green]
+
+DIR then holds results.json; the same command goes on where it was stopped. Runs are seeded: they compare, they are not
+private releases."""
 
 
 def _list(help: str) -> Any:
@@ -126,6 +136,36 @@ def utility(
     typer.echo(f"\n{legend(cell['trainer'] for cell in cells)}")
 
 
+@with_settings("data_dir", "delta")
+@interruptible
+def tables(
+    given: dict[str, Any],
+    tables: Annotated[list[str], _list("data sets, as for lipdp train")],
+    epsilons: Annotated[list[float] | None, _list("budgets; default 1")] = None,
+    trainers: Annotated[
+        list[str] | None, _list("lipdp, opacus_mlp, ebm, logistic_regression, diffprivlib; default: all but the last")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="runs of each trainer, each on its own random split")] = 5,
+    records: Annotated[int, typer.Option(help="of a table, at most, drawn at random")] = 30_000,
+    out: Annotated[Path | None, typer.Option(help="folder for results.json")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table")] = False,
+) -> None:
+    """AUROC or accuracy on tables at given budgets, under the private learners that people use."""
+    _require_extra()
+    from lipdp.comparison.tables import TablesConfig, legend, table
+    from lipdp.comparison.tables import tables as measure
+    from lipdp.comparison.utility import summary
+
+    lists: dict[str, Any] = {"tables": tables, "epsilons": epsilons, "trainers": trainers}
+    config = TablesConfig(**given, seeds=seeds, records=records, **_tuples(lists))
+    results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
+    if as_json:
+        typer.echo(json.dumps(summary(results), indent=2))
+        return
+    typer.echo(table(results))
+    typer.echo(f"\n{legend(results)}")
+
+
 def _tuples(given: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) for name, value in given.items() if value is not None}
 
@@ -154,4 +194,5 @@ def _require_extra() -> None:
 
 app.command(cls=Command, epilog=SPEED_EPILOG)(speed)
 app.command(cls=Command, epilog=UTILITY_EPILOG)(utility)
+app.command(cls=Command, epilog=TABLES_EPILOG)(tables)
 app.command(cls=Command, epilog=ROBUSTNESS_EPILOG)(robustness)

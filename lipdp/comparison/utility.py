@@ -219,7 +219,7 @@ def _plan(plain: str, epsilon: float | None) -> tuple[TrainConfig, PrivacyPlan]:
     return train, plan_of(train, split, measured=False)
 
 
-def _trial(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
+def trial_plan(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
     """The same q and σ on fewer records, both over k: what a trial runs at."""
     records = number_of_units(split)
     batch_size = max(1, round(plan.expected_batch_size * records / plan.dataset_size / scale))
@@ -236,7 +236,7 @@ def run(config: UtilityConfig, job: Job) -> Cell:
     train, plan = _plan(plain, job.epsilon)
     if job.trial:
         split = split_validation(split, fraction=config.validation)
-        plan = _trial(plan, split, config.tune_scale if job.contender.trainer.private else 1)
+        plan = trial_plan(plan, split, config.tune_scale if job.contender.trainer.private else 1)
     setup = Setup.of(train, split, input_bound)
     settings = dict(job.settings)
     session = trained(
@@ -267,7 +267,7 @@ def run(config: UtilityConfig, job: Job) -> Cell:
             if job.trial or split.task == "binary"
             else _calibration(session, setup.temperature(job.contender), split)
         ),
-        "chance": 0.5 if split.task == "binary" else _chance(split),
+        "chance": chance_of(split),
         "private": False,  # seeded, and trials look at private records
         "seconds": round(time.perf_counter() - begin, 2),
     }
@@ -282,8 +282,10 @@ def _calibration(session: Session, temperature: float, split: Split) -> Cell:
     return {"ece": found.ece, "nll": found.nll, "brier": found.brier}
 
 
-def _chance(split: Split) -> float:
-    """The accuracy of always answering the most frequent class of the test records."""
+def chance_of(split: Split) -> float:
+    """An AUROC of one half, or the accuracy of always answering the most frequent class of the test records."""
+    if split.task == "binary":
+        return 0.5
     return float(torch.bincount(split.test_y).max()) / len(split.test_y)
 
 
@@ -316,12 +318,13 @@ def table(cells: Sequence[Cell]) -> str:
     body = []
     for key in keys:
         mine = [c for c in cells if (c["dataset"], c["model"], c["trainer"], c["metric"]) == key]
-        at = {c["target_epsilon"]: _text(c) for c in mine}
+        at = {c["target_epsilon"]: shown(c) for c in mine}
         body.append([*key, *(at.get(budget, "") for budget in (*budgets, None))])
     header = ["data set", "model", "trainer", "metric, %", *(f"ε = {b:g}" for b in budgets), "no privacy"]
     return markdown(header, body)
 
 
-def _text(cell: Cell) -> str:
+def shown(cell: Cell) -> str:
+    """Mean ± spread in percent, and whether it learned."""
     spread = "(one seed)" if cell["spread"] is None else f"± {100 * cell['spread']:.1f}"
     return f"{100 * cell['mean']:.1f} {spread}" + ("" if cell["learned"] else ", did not learn")

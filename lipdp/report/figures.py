@@ -86,6 +86,26 @@ def score(runs: Labelled) -> Markup | None:
     )
 
 
+def roc(run: RecordedRun, *, key: str) -> Markup | None:
+    """True-positive against false-positive rate on the test records, of the last and of the averaged weights."""
+    found = run.evaluation
+    curves = [] if found is None else [("last weights", found.model.roc), ("averaged weights", found.ema.roc)]
+    known = [(what, one) for what, one in curves if one is not None and one.false_positive]
+    if not known:
+        return None
+    with _drawn():
+        figure, axes = _axes("false positives, % of the negative records", "true positives, % of the positive")
+        for i, (what, one) in enumerate(known):
+            xs, ys = ([100 * rate for rate in rates] for rates in (one.false_positive, one.true_positive))
+            axes.plot(xs, ys, linestyle=_STYLES[i], label=what, color=_SERIES[i])
+        axes.plot([0, 100], [0, 100], color=_LINE, linewidth=1.0, label="a coin")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.legend(loc="lower right")
+        text = "ROC curve: records of the positive class found against false alarms, at every threshold."
+        return _inline(figure, key=key, text=text)
+
+
 def reliability(found: Calibration, *, key: str) -> Markup:
     """`reliability_diagram`."""
     with _drawn():
@@ -105,7 +125,7 @@ def robustness(runs: Labelled) -> Markup | None:
     if not found:
         return None
     with _drawn():
-        figure, axes = _axes("L2 radius, in units of the raw input", "accuracy, %")
+        figure, axes = _axes(found[0][1].unit or "L2 radius, units of the raw input", "accuracy, %")
         for i, (label, one) in enumerate(found):
             prefix, colour = _of(label), _SERIES[i % len(_SERIES)]
             accuracies = [100 * a for a in one.curve.certified_accuracy]

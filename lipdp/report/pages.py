@@ -43,6 +43,7 @@ def as_html(report: Report) -> str:
         "utility": figures.utility(report.comparison),
     }
     for i, one in enumerate(report.runs):
+        drawn[f"roc{i}"] = figures.roc(one.run, key=f"roc{i}")
         if one.calibration is not None:
             drawn[f"reliability{i}"] = figures.reliability(one.calibration, key=f"reliability{i}")
         shown = [(row.name, row.signal) for row in one.parameters if row.signal is not None]

@@ -96,11 +96,48 @@ class Record:
     test_accuracy_ema: Share | None = None
     test_auroc: Share | None = None
     test_auroc_ema: Share | None = None
+    test_base_rate: Share | None = None
+    test_average_precision: Share | None = None
+    test_average_precision_ema: Share | None = None
 
     def score(self, metric: str, *, averaged: bool = False) -> float | None:
-        """On the test records, of the last or of the averaged weights; metric: "accuracy" or "auroc"."""
+        """On the test records, of the last or of the averaged weights; metric: "accuracy", "auroc", or
+        "average_precision"."""
         value: float | None = getattr(self, f"test_{metric}" + ("_ema" if averaged else ""))
         return value
+
+
+@dataclass(frozen=True)
+class Roc:
+    """The ROC curve of two classes, a point for each threshold."""
+
+    false_positive: tuple[Share, ...]
+    true_positive: tuple[Share, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.false_positive) != len(self.true_positive):
+            raise ValueError("a ROC curve has as many rates of either kind")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What some weights answer on the test records: counts, a row for each true class, and the ROC curve."""
+
+    confusion: tuple[tuple[Count, ...], ...] | None = None
+    roc: Roc | None = None
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.confusion or ()) for row in self.confusion or ()):
+            raise ValueError("a confusion matrix has as many columns as rows")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`evaluation.json`: after the last step, of the last and of the averaged weights."""
+
+    step: Count
+    model: Answers = Answers()
+    ema: Answers = Answers()
 
 
 @dataclass(frozen=True)
@@ -198,6 +235,7 @@ class RecordedRun:
         folder: its path. name: its last part. title: data and model.
         config: `config.json`. account: `privacy.json`. metrics: `metrics.jsonl`, in order of the steps.
         sessions: `environment.json`: where and by which command the run was started and resumed.
+        evaluation: `evaluation.json`, where the run is finished.
         robustness, audit: of `lipdp certify` and `lipdp audit`, if they are there.
     """
 
@@ -208,6 +246,7 @@ class RecordedRun:
     account: Account
     metrics: tuple[Record, ...]
     sessions: tuple[Mapping[str, str], ...] = ()
+    evaluation: Evaluation | None = None
     robustness: Robustness | None = None
     audit: Audit | None = None
 
@@ -232,7 +271,7 @@ def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
         raise CheckpointError(f"{path} is not a folder; give the folder that lipdp train wrote (its --out)")
     config = read(path / "config.json", dict[str, Any])
     metrics, sessions = path / "metrics.jsonl", path / "environment.json"
-    robustness, audit = path / "certificate.json", path / "audit.json"
+    evaluation, robustness, audit = (path / f"{name}.json" for name in ("evaluation", "certificate", "audit"))
     return RecordedRun(
         folder=path,
         name=path.resolve().name,
@@ -241,6 +280,7 @@ def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
         account=_account(path / "privacy.json"),
         metrics=_metrics(metrics) if metrics.exists() else (),
         sessions=read(sessions, tuple[dict[str, str], ...]) if sessions.exists() else (),
+        evaluation=read(evaluation, Evaluation) if evaluation.exists() else None,
         robustness=read(robustness, Robustness) if robustness.exists() else None,
         audit=read(audit, Audit) if audit.exists() else None,
     )

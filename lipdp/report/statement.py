@@ -162,9 +162,9 @@ def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
 
 
 def nist(account: Account) -> tuple[tuple[str, str], ...]:
-    """The statement under the headings of NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees".
+    """The statement under the words of NIST SP 800-226, "Guidelines for Evaluating Differential Privacy Guarantees".
 
-    Source: Near, Darais, Lefkovitz & Howarth (2025), NIST SP 800-226, sections 2 to 4.
+    Source: Near, Darais, Lefkovitz & Howarth (March 2025), doi:10.6028/NIST.SP.800-226.
     """
     unit, change = account.unit, account.relation.words
     sampling = {"poisson": "Poisson subsampling", "fixed_size": "subsampling without replacement"}
@@ -175,14 +175,13 @@ def nist(account: Account) -> tuple[tuple[str, str], ...]:
             + (
                 ", with all records of theirs"
                 if unit == "owner"
-                else "; somebody with several records is protected less, and not at all by this ε"
+                else "; for somebody with several records ε is larger"
             ),
         ),
         ("Neighbouring data sets", f"{change} {unit} ({'un' if change.startswith('add') else ''}bounded)"),
         (
             "Privacy parameters",
-            f"ε = {account.epsilon:.4g} at δ = {account.delta:g}, spent in {account.steps:,} steps that are composed"
-            " exactly, not by a sum of their ε",
+            f"ε = {account.epsilon:.4g} at δ = {account.delta:g}, for all {account.steps:,} steps together",
         ),
         ("Mechanism", f"Gaussian noise on sums of gradients, {sampling.get(account.sampling, account.sampling)}"),
         (

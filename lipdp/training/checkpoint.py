@@ -26,7 +26,8 @@ _STATED_AS = {"steps": "planned_steps", "accountant": "accountant_requested"}  #
 
 
 class RunFolder:
-    """The folder of a run: `config.json`, `environment.json`, `privacy.json`, `metrics.jsonl` and two checkpoints.
+    """The folder of a run: `config.json`, `environment.json`, `privacy.json`, `metrics.jsonl`, two checkpoints,
+    and at the end `evaluation.json`.
 
     Files are readable by their owner alone: the metrics hold a training loss that ε does not cover, and while a run is
     unfinished its checkpoints hold the keys of the noise to come (under `resume`). Whoever reads one can subtract that
@@ -82,6 +83,10 @@ class RunFolder:
     def write_privacy(self, report: Mapping[str, Any]) -> None:
         """Write `privacy.json`."""
         write_json(self.path / "privacy.json", report)
+
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Write `evaluation.json`: confusion matrix and ROC curve of the test records after the last step."""
+        write_json(self.path / "evaluation.json", evaluation)
 
     def write_metrics(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write `metrics.jsonl`, one JSON object a line."""

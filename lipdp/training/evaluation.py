@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from lipdp.batches.records import finite
@@ -15,6 +17,7 @@ from lipdp.errors import DataError, NonFiniteError
 
 _log = logging.getLogger(__name__)
 _OF_BOTH_CLASSES = ("auroc", "average_precision", "base_rate", "recall", "specificity")
+_MOST_CLASSES, _MOST_POINTS = 20, 200  # of a confusion matrix, and of a ROC curve
 
 
 @torch.no_grad()
@@ -94,6 +97,17 @@ def evaluate_batches(
     >>> evaluate_batches(torch.nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))] * 3)
     {'accuracy': 0.5}
     """
+    return metrics_of(*answers(model, batches, device=device), binary=binary)
+
+
+def answers(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The model's `outputs` on records that come in batches, and their labels (N,).
+
+    Raises:
+        DataError: no records. NonFiniteError: the model answers NaN.
+    """
     truths: list[Tensor] = []
 
     def inputs() -> Iterator[Tensor]:
@@ -104,11 +118,40 @@ def evaluate_batches(
     found = outputs(model, inputs(), device=device)
     if bool(torch.isnan(found).any()):
         raise NonFiniteError("the model's outputs are NaN")
-    truth = torch.cat(truths)
+    return found, torch.cat(truths)
+
+
+def metrics_of(found: Tensor, truth: Tensor, *, binary: bool) -> dict[str, float | None]:
+    """What `evaluate` says, from outputs (N, C) and labels (N,)."""
     if not binary:
         return {"accuracy": float((found.argmax(1) == truth).double().mean())}
-    scores = found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
-    return _binary_metrics(scores, truth.bool())
+    return _binary_metrics(_margin(found), truth.bool())
+
+
+def detail_of(found: Tensor, truth: Tensor, *, binary: bool, num_classes: int) -> dict[str, Any]:
+    """The confusion matrix, and the ROC curve of two classes, as plain values for a file.
+
+    Returns:
+        {"confusion": counts, a row for each true class and a column for each answer; null where there are more than
+        20 classes. "roc": {"false_positive": …, "true_positive": …}, rates at up to 200 thresholds; null where there
+        is no such curve}.
+
+    >>> detail_of(torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1, 0, 0]), binary=True, num_classes=2)
+    {'confusion': [[1, 1], [0, 1]], 'roc': {'false_positive': [0.0, 0.5, 0.5, 1.0], 'true_positive': [0.0, 0.0, 1.0, 1.0]}}
+    """
+    said = (_margin(found) > 0).long() if binary else found.argmax(1)
+    counts = torch.bincount(truth * num_classes + said, minlength=num_classes**2).view(num_classes, num_classes)
+    detail: dict[str, Any] = {"confusion": counts.tolist() if num_classes <= _MOST_CLASSES else None, "roc": None}
+    if binary and 0 < int(truth.sum()) < len(truth):
+        false, true, _ = roc_curve(truth.numpy(), _margin(found).numpy())
+        kept = np.unique(np.linspace(0, len(false) - 1, _MOST_POINTS).round().astype(int))
+        detail["roc"] = {"false_positive": false[kept].tolist(), "true_positive": true[kept].tolist()}
+    return detail
+
+
+def _margin(found: Tensor) -> Tensor:
+    """(N,): what the model says for the second of two classes, over the first."""
+    return found[:, 0] if found.shape[1] == 1 else found[:, 1] - found[:, 0]
 
 
 def _binary_metrics(scores: Tensor, positive: Tensor) -> dict[str, float | None]:

@@ -47,14 +47,16 @@ class Release:
         self._account, self._world = account, world
         self.saved_at: int | None = None
 
-    def save(self, folder: RunFolder | None) -> None:
-        """Account, checkpoint and metrics of the step that was taken."""
+    def save(self, folder: RunFolder | None, *, evaluation: Mapping[str, Any] | None = None) -> None:
+        """Account, checkpoint and metrics of the step that was taken; after the last one their details."""
         self.check_weights()
         with self._world.fail_together():
             if folder is not None:
                 folder.write_privacy(self._account.statement())
                 folder.save({**self._weights(), "resume": saved_state(self._parts, self._progress)})
                 folder.write_metrics(self._progress.records)
+                if evaluation is not None:
+                    folder.write_evaluation(evaluation)
         self.saved_at = self._progress.step
 
     def restate(self, folder: RunFolder | None) -> None:

@@ -25,7 +25,7 @@ from lipdp.training.assembly import assemble, decided, open_configured, prepare,
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.config import TrainConfig
 from lipdp.training.environment import environment
-from lipdp.training.evaluation import evaluate_batches, metrics_or_null
+from lipdp.training.evaluation import answers, detail_of, evaluate_batches, metrics_of, metrics_or_null
 from lipdp.training.monitor import Interrupted, Monitor, Result
 from lipdp.training.profile import StepProfile
 from lipdp.training.progress import Progress
@@ -308,7 +308,7 @@ class Trainer:
 
     def _record(self) -> None:
         self._release.check_weights()
-        progress = self._progress
+        progress, details = self._progress, {}
         sums = torch.stack([progress.loss, progress.loss.new_tensor(float(progress.samples))])
         self.world.all_reduce_([sums])
         loss, samples = sums.tolist()
@@ -323,21 +323,25 @@ class Trainer:
             record["gate"] = self.engine.state_dict()["gate"]["bound"]
         with self.world.fail_together():
             if self.world.rank == 0:
-                record |= {f"test_{n}": v for n, v in self._evaluate().items()}
+                record |= {f"test_{n}": v for n, v in self._evaluate("model", details).items()}
                 with self.ema.applied():
-                    record |= {f"test_{n}_ema": v for n, v in self._evaluate().items()}
+                    record |= {f"test_{n}_ema": v for n, v in self._evaluate("ema", details).items()}
         record = self.world.broadcast({**record, "seconds": round(progress.seconds, 2)})
         progress.since_record()
         self.records.append(record)
-        self._release.save(self.folder)
+        self._release.save(self.folder, evaluation={"step": self.step, **details} if details else None)
         self.monitor.record(record)
 
-    def _evaluate(self) -> dict[str, float | None]:
+    def _evaluate(self, weights: str, details: dict[str, Any]) -> dict[str, float | None]:
+        """Metrics on the test part; after the last step their details go to `details`."""
         split, binary = self.split, self.split.task == "binary"
 
         def evaluated() -> dict[str, float | None]:
             batches = split.test_batches(_EVALUATED, num_workers=self.config.num_workers)
-            return evaluate_batches(self.model, batches, binary=binary, device=self.device)
+            found, truth = answers(self.model, batches, device=self.device)
+            if self.step == self.total_steps:
+                details[weights] = detail_of(found, truth, binary=binary, num_classes=split.num_classes)
+            return metrics_of(found, truth, binary=binary)
 
         return metrics_or_null(evaluated, binary=binary, step=self.step)
 

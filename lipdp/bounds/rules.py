@@ -33,7 +33,7 @@ class Local:
         parameters: local parameter name → bound of the operator norm of ∂y/∂θ.
         value_cap: a bound on the output norm that holds whatever the input (clips, sigmoids).
         cotangent_cap: the backward pass scales each sample's cotangent to at most this norm (gates).
-        parameter_caps: local parameter name → a norm that each sample's gradient of it is scaled to at most, in each use
+        parameter_caps: local parameter name → a norm that a sample's gradient of it is scaled to at most, in each use
             (weight gates).
         orthogonal: the inputs land in orthogonal coordinates of the output (concatenation), so that norms add as
             √Σ L_j² X_j² instead of Σ L_j X_j.

@@ -97,9 +97,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gate: float | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, gate: float | None = None) -> Tensor:
     """`F.linear` in `dtype`, with the gradients of weight and bias in float32. `x`: (N, …, in); `gate`: C."""
     return _Linear.apply(x.to(dtype), weight, bias, math.inf if gate is None else gate)
 

@@ -376,7 +376,7 @@ def test_frozen_parameters_are_no_block():
 
 
 def test_what_has_no_kernel_is_refused():
-    with pytest.raises(UnsupportedLayerError, match="1: a GradientGate"):
+    with pytest.raises(UnsupportedLayerError, match="1: a gate"):
         ntk(nn.Sequential(nn.Linear(2, 2), lipdp.nn.GradientGate(1.0)), torch.ones(1, 2))
     with pytest.raises(ParameterError, match="empty"):
         ntk(nn.Linear(2, 2), torch.ones(0, 2))

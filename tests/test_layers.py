@@ -6,6 +6,7 @@ from deel import torchlip
 from torch import nn
 
 from lipdp import nn as lnn
+from lipdp.bounds import BoundGraph
 from lipdp.constraints import Spectral
 from lipdp.errors import MixesSamplesError, ParameterError, UnsupportedLayerError
 from lipdp.testing import LayerTestCase, falsify_layer
@@ -30,6 +31,7 @@ class Join(nn.Module):
         return self.join(x, self.block(x))
 
 
+GATED = {"gates_gradients": True, "effort": {"steps": 3}}
 IN_FLOAT32 = {"test_bounds_hold_under_autocast": None}  # refused there: torch sums their gradients in bfloat16
 
 CASES = {
@@ -76,6 +78,22 @@ CASES = {
     "Conv2dPaddedBeyondKernel": (lambda: lnn.SpectralConv2d(1, 2, 3, padding=4), (1, 3, 3), {}),
     "PlainConv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4), IN_FLOAT32),
     "PlainConv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2), (2, 8), IN_FLOAT32),
+    "LinearWeightGate": (
+        lambda: lnn.SpectralLinear(6, 4, True, k_coef_lip=2.0, weight_gate=0.3),
+        (6,),
+        {"tight": 0.999, **GATED},
+    ),
+    "LinearTokensWeightGate": (lambda: lnn.SpectralLinear(4, 5, weight_gate=0.2), (6, 4), {"tight": 0.999, **GATED}),
+    "Conv1dWeightGate": (
+        lambda: lnn.SpectralConv1d(2, 3, 3, padding=1, padding_mode="circular", weight_gate=0.2),
+        (2, 6),
+        {"tight": 0.999, **GATED},
+    ),
+    "Conv2dWeightGate": (
+        lambda: lnn.SpectralConv2d(4, 6, 3, stride=(2, 1), padding=1, groups=2, bias=True, weight_gate=0.2),
+        (4, 4, 4),
+        {"tight": 0.0, **GATED},
+    ),
     "ReLU": (nn.ReLU, (6,), {"tight": 0.999}),
     "LeakyReLU": (lambda: nn.LeakyReLU(0.2), (6,), {"tight": 0.999}),
     "LeakyReLUSteep": (lambda: nn.LeakyReLU(3.0), (6,), {"tight": 0.999}),
@@ -195,6 +213,7 @@ def test_convolutions_without_a_bound_are_refused(make, message):
         lambda: lnn.SpectralLinear(3, 2, k_coef_lip=0.0),
         lambda: lnn.SpectralLinear(3, 2, bias_radius=float("nan")),
         lambda: lnn.SpectralConv2d(1, 2, 3, k_coef_lip=-1.0),
+        lambda: lnn.SpectralLinear(3, 2, weight_gate=0.0),
         lambda: lnn.ValueClip(0.0),
         lambda: lnn.InputBound(float("inf")),
         lambda: lnn.GradientGate(-1.0),
@@ -291,3 +310,53 @@ def test_project_leaves_frozen_parameters_alone():
 def test_layers_hold_no_buffers():
     for make, _, _ in CASES.values():
         assert not list(make().buffers()) or not type(make()).__module__.startswith("lipdp")
+
+
+# --- weight gates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda gate: lnn.SpectralLinear(6, 4, True, k_coef_lip=2.0, weight_gate=gate), (6,)),
+        (lambda gate: lnn.SpectralLinear(6, 4, weight_gate=gate), (3, 5, 6)),
+        (lambda gate: lnn.SpectralConv1d(2, 3, 3, padding=1, padding_mode="circular", weight_gate=gate), (2, 9)),
+        (lambda gate: lnn.SpectralConv2d(4, 6, (3, 2), (2, 1), 1, groups=2, bias=True, weight_gate=gate), (4, 7, 6)),
+    ],
+    ids=["rows", "tokens", "conv1d", "conv2d"],
+)
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+def test_a_weight_gate_clips_every_samples_gradient_of_the_weight_alone(make, shape, chunk, monkeypatch):
+    monkeypatch.setattr("lipdp.nn.weight_gate._CHUNK", chunk)
+    torch.manual_seed(0)
+    plain, x = make(None).double(), torch.randn(12, *shape, dtype=torch.float64)
+    along = torch.rand(12, *[1] * len(shape), dtype=torch.float64) * torch.randn_like(plain(x))
+
+    def gradients(layer, rows):
+        inputs = x[rows].requires_grad_()
+        return torch.autograd.grad((layer(inputs) * along[rows]).sum(), [inputs, *layer.parameters()])
+
+    singles = [gradients(plain, slice(i, i + 1))[1] for i in range(12)]
+    norms = torch.stack([g.norm() for g in singles])
+    gate = float(norms.median())
+    gated = make(gate).double()
+    gated.load_state_dict(plain.state_dict())
+    assert torch.equal(gated(x), plain(x))
+    by_input, by_weight, *others = gradients(gated, slice(None))
+    expected = sum(g * min(1.0, gate / float(norm)) for g, norm in zip(singles, norms, strict=True))
+    assert torch.allclose(by_weight, expected, rtol=1e-9)
+    for found, other in zip(
+        [by_input, *others], [gradients(plain, slice(None))[i] for i in (0, *range(2, 2 + len(others)))], strict=True
+    ):
+        assert torch.allclose(found, other)
+    assert torch.equal(gradients(gated, slice(0, 0))[1], torch.zeros_like(by_weight))
+
+
+def test_a_weight_gate_bounds_each_use_of_a_layer():
+    layer = lnn.SpectralLinear(4, 4, weight_gate=0.25)
+    once, twice = nn.Sequential(lnn.InputBound(1.0), layer), nn.Sequential(lnn.InputBound(1.0), layer, layer)
+    assert float(BoundGraph(once, (4,)).sweep(3.0).parameters["1.weight"]) == pytest.approx(0.25, rel=1e-4)
+    assert float(BoundGraph(once, (4,)).sweep(0.1).parameters["1.weight"]) == pytest.approx(0.1, rel=1e-4)
+    assert float(BoundGraph(twice, (4,)).sweep(3.0).parameters["1.weight"]) == pytest.approx(0.5, rel=1e-4)
+    owners = BoundGraph(once, (4,), gated=False)  # an owner's gradient is a sum of several samples
+    assert float(owners.sweep(3.0).parameters["1.weight"]) == pytest.approx(3.0, rel=1e-4)

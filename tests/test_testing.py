@@ -42,6 +42,7 @@ def scaled(local, factor):
         parameters={k: p * factor for k, p in local.parameters.items()},
         value_cap=local.value_cap * factor,
         cotangent_cap=local.cotangent_cap * factor,
+        parameter_caps={k: c * factor for k, c in local.parameter_caps.items()},
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lipdp.bounds.layers import weight_caps
 from lipdp.bounds.rules import Call, Local, Number, rule, times
 from lipdp.bounds.windows import axis_overlap, most_visits, sides
 from lipdp.constraints import certified_norm, vector_norm
@@ -81,7 +82,7 @@ def _of_patches(
 def _spectral_convolution(call: Call) -> Local:
     lconv.check_convolution(call.module)  # type: ignore[arg-type]
     local = _convolution(call, _Convolution.of(call.module), call.module.scale)  # type: ignore[arg-type, union-attr]
-    return replace(local, sums_in=torch.float32)
+    return replace(local, sums_in=torch.float32, parameter_caps=weight_caps(call.module))  # type: ignore[arg-type]
 
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -14,6 +14,7 @@ from lipdp.bounds.rules import Call, Local, Number, least, own_axes, rule, times
 from lipdp.constraints import Constraint, Spectral, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
 from lipdp.nn import gates, linear, normalization, table
+from lipdp.nn.constrained import Constrained
 from lipdp.nn.normalization import check_centering_axes
 
 # --- dense -----------------------------------------------------------------------------------------------------------
@@ -32,10 +33,16 @@ def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -
     return Local(gains=(norm,), offset=offset, parameters=parameters, fan_in=max(layer.in_features, count))
 
 
+def weight_caps(layer: Constrained) -> dict[str, Number]:
+    """What a weight gate makes of ∇_W: C at most."""
+    return {} if layer.weight_gate is None else {"weight": layer.weight_gate}
+
+
 @rule(linear.SpectralLinear)
 def _spectral_linear(call: Call) -> Local:
     layer: linear.SpectralLinear = call.module  # type: ignore[assignment]
-    return replace(_dense(call, layer, layer.constraint, layer.scale), sums_in=torch.float32)
+    local = _dense(call, layer, layer.constraint, layer.scale)
+    return replace(local, sums_in=torch.float32, parameter_caps=weight_caps(layer))
 
 
 @rule(nn.Linear)

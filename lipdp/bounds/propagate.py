@@ -3,7 +3,7 @@
 Forward, in topological order:   X_v = min(cap, offset + Σ_j L_j X_j)      (√Σ L_j² X_j² for a concatenation)
 and, without caps and offsets,   K_v = Σ_j L_j K_j, K_input = 1            (the Lipschitz constant of v in the input)
 Backward:                        G_j += L_j · min(G_v, cap)                (cotangents of several users add)
-                                 Δ_θ += P_θ · min(G_v, cap)                (several uses of a parameter add)
+                                 Δ_θ += min(P_θ · min(G_v, cap), C_θ)      (several uses of a parameter add)
 """
 
 from __future__ import annotations
@@ -412,7 +412,8 @@ class BoundGraph:
             if own:
                 _check_sums(step.name, step.kind, local.sums_in or forward.rounding.dtype)
             for key, name in own.items():
-                deltas[name] = deltas[name] + times(local.parameters[key], inner)
+                cap = local.parameter_caps.get(key, math.inf) if self.gated else math.inf
+                deltas[name] = deltas[name] + least(times(local.parameters[key], inner), times(cap, slack))
             rows.append(NodeBound(step.name, step.kind, forward.values[step.index], g, tuple(own.values())))
         self._pull_to_weights(forward, cotangents, deltas, names)
         lipschitz = as_tensor(forward.lipschitz[end], device)

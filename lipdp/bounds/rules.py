@@ -33,6 +33,8 @@ class Local:
         parameters: local parameter name → bound of the operator norm of ∂y/∂θ.
         value_cap: a bound on the output norm that holds whatever the input (clips, sigmoids).
         cotangent_cap: the backward pass scales each sample's cotangent to at most this norm (gates).
+        parameter_caps: local parameter name → a norm that a sample's gradient of it is scaled to at most, in each use
+            (weight gates).
         orthogonal: the inputs land in orthogonal coordinates of the output (concatenation), so that norms add as
             √Σ L_j² X_j² instead of Σ L_j X_j.
         sums_in: the dtype in which the backward pass sums the gradients of `parameters` over the batch; None, what the
@@ -48,6 +50,7 @@ class Local:
     sums_in: torch.dtype | None = None
     value_cap: Number = math.inf
     cotangent_cap: Number = math.inf
+    parameter_caps: Mapping[str, Number] = field(default_factory=dict)
     orthogonal: bool = False
     fan_in: Number = 1
     exact: bool = False

@@ -65,10 +65,14 @@ class Probe:
     """A float64 copy of the model in evaluation mode, as a function of its trainable parameters and one sample."""
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
-        gates = [name for name, module in model.named_modules() if isinstance(module, GradientGate)]
+        gates = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, GradientGate) or getattr(module, "weight_gate", None) is not None
+        ]
         if gates:
             raise UnsupportedLayerError(
-                f"{', '.join(gates)}: a GradientGate's backward pass is not its Jacobian's, so there is no kernel;"
+                f"{', '.join(gates)}: a gate's backward pass is not its Jacobian's, so there is no kernel;"
                 " build the model without gates"
             )
         if not len(x):
@@ -121,7 +125,7 @@ def ntk(model: nn.Module, x: Tensor) -> Ntk:
         x: (n, *input_shape).
 
     Raises:
-        UnsupportedLayerError: the model has a `GradientGate`, whose backward pass is not that of its forward pass.
+        UnsupportedLayerError: the model has a gate, whose backward pass is not that of its forward pass.
         ParameterError: no sample, or no trainable parameter.
         NonFiniteError: a kernel with NaN or infinity.
 

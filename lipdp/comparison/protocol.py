@@ -139,15 +139,18 @@ class Trainer(ABC):
         return session
 
 
-def remove_gates(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Put the identity in place of every cotangent gate; returns (parent, name, gate), for `put_back`.
+def remove_gates(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """The identity in place of every cotangent gate, no weight gates; (owner, name, gate) of each, for `put_back`.
 
     A gate is the identity forwards, so the model computes the same. Behind it a sample's gradient is not linear in the
     sample's weight in the loss, on which ghost clipping relies: it clips by weighting the loss with C/‖g‖, and a gate
     would then let more than C through. Under the other ways of clipping a gate only adds a bias.
     """
-    found: list[tuple[nn.Module, str, nn.Module]] = []
+    found: list[tuple[nn.Module, str, Any]] = []
     for parent in list(model.modules()):
+        if getattr(parent, "weight_gate", None) is not None:
+            found.append((parent, "weight_gate", parent.weight_gate))
+            parent.weight_gate = None  # type: ignore[assignment]
         for name, child in list(parent.named_children()):
             if isinstance(child, GradientGate):
                 setattr(parent, name, nn.Identity())
@@ -155,7 +158,7 @@ def remove_gates(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return found
 
 
-def put_back(gates: Iterable[tuple[nn.Module, str, nn.Module]]) -> None:
+def put_back(gates: Iterable[tuple[nn.Module, str, Any]]) -> None:
     """Undo `remove_gates`."""
     for parent, name, gate in gates:
         setattr(parent, name, gate)

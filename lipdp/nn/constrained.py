@@ -27,20 +27,36 @@ class Constrained(nn.Module):
         constraint: the set W is projected on.
         scale: α, a constant.
         bias_radius: radius of the ball b is projected on.
+        weight_gate: C, the norm that every sample's gradient of W is scaled to at most; None: no gate.
     """
 
     constraint: Constraint
     scale: float
     bias_radius: float
+    weight_gate: float | None
     weight: Tensor
     bias: Any
 
-    def _constrain(self, constraint: Constraint | None, k_coef_lip: float, bias_radius: float, *, overlap: int) -> None:
+    def _constrain(
+        self,
+        constraint: Constraint | None,
+        k_coef_lip: float,
+        bias_radius: float,
+        *,
+        overlap: int,
+        weight_gate: float | None,
+    ) -> None:
         """Set the attributes and sample the first weight; α = k/√m for windows that overlap m times."""
         self.constraint = constraint or Orthogonal()
         self.scale = check_positive("k_coef_lip", k_coef_lip) / math.sqrt(overlap)
         self.bias_radius = check_positive("bias_radius", bias_radius)
+        self.weight_gate = None if weight_gate is None else check_positive("weight_gate", weight_gate)
         self.reset_parameters()
+
+    @property
+    def effective_gate(self) -> float | None:
+        """C/α, the gate at the gradient of α W."""
+        return None if self.weight_gate is None else self.weight_gate / self.scale
 
     def weight_matrix(self) -> Tensor:
         """The weight as the stack of matrices under the constraint: (groups, rows, columns); a view if possible."""

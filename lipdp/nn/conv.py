@@ -74,6 +74,7 @@ class _SpectralConv(Constrained):
         constraint: Constraint | None = None,
         k_coef_lip: float = 1.0,
         bias_radius: float = 1.0,
+        weight_gate: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,7 +85,7 @@ class _SpectralConv(Constrained):
         super().__init__(*geometry, device=device, dtype=dtype)
         check_convolution(self)  # type: ignore[arg-type]
         overlap = math.prod(map(window_overlap, self.kernel_size, self.stride))
-        self._constrain(constraint, k_coef_lip, bias_radius, overlap=overlap)
+        self._constrain(constraint, k_coef_lip, bias_radius, overlap=overlap, weight_gate=weight_gate)
 
     def weight_matrix(self) -> Tensor:
         """The kernel as a stack (groups, out/groups, in/groups · kernel size)."""
@@ -92,10 +93,10 @@ class _SpectralConv(Constrained):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, dtype = self.weight * self.scale, autocast.autocast_dtype(input)
-        if dtype is None:
+        if dtype is None and self.weight_gate is None:
             return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
-        x = padded(self, input)  # type: ignore[arg-type]
-        return autocast.convolution(x, weight, self.bias, dtype, stride=self.stride, groups=self.groups)
+        x, options = padded(self, input), {"stride": self.stride, "groups": self.groups}  # type: ignore[arg-type]
+        return autocast.convolution(x, weight, self.bias, dtype or x.dtype, gate=self.effective_gate, **options)
 
 
 _DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√m.
@@ -111,6 +112,7 @@ _DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√
         padding_mode: 'zeros' or 'circular'.
         constraint: where W is projected, `Orthogonal()` by default.
         k_coef_lip: k, the layer's Lipschitz constant.
+        weight_gate: C: every sample's ∇_W is scaled to norm C at most (`lipdp.nn.weight_gate`): ‖∇_W‖_F ≤ C as well.
 
     Raises:
         UnsupportedLayerError: dilation, or a padding mode that repeats border entries.

@@ -23,6 +23,7 @@ class SpectralLinear(Constrained, nn.Linear):
         constraint: where W is projected; `Orthogonal()` (all singular values 1, preserves gradient norms) or
             `Spectral()` (singular values at most 1).
         k_coef_lip: k, the layer's Lipschitz constant, as deel-torchlip calls it.
+        weight_gate: C: every sample's ∇_W is scaled to norm C at most (`lipdp.nn.weight_gate`): ‖∇_W‖_F ≤ C as well.
 
     >>> lipdp.nn.SpectralLinear(8, 4)(torch.zeros(2, 8)).shape
     torch.Size([2, 4])
@@ -39,19 +40,20 @@ class SpectralLinear(Constrained, nn.Linear):
         constraint: Constraint | None = None,
         k_coef_lip: float = 1.0,
         bias_radius: float = 1.0,
+        weight_gate: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_size("in_features", in_features)
         check_size("out_features", out_features)
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self._constrain(constraint, k_coef_lip, bias_radius, overlap=1)
+        self._constrain(constraint, k_coef_lip, bias_radius, overlap=1, weight_gate=weight_gate)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight if self.scale == 1.0 else self.weight * self.scale
         dtype = autocast.autocast_dtype(input)
-        if dtype is not None:
-            return autocast.linear(input, weight, self.bias, dtype)
+        if dtype is not None or self.weight_gate is not None:
+            return autocast.linear(input, weight, self.bias, dtype or input.dtype, self.effective_gate)
         return F.linear(input, weight, self.bias)
 
 

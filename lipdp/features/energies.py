@@ -61,6 +61,9 @@ class Energies:
 
     name: ClassVar[str] = "energies"
 
+    reach: ClassVar[float] = 0.18
+    """A head clips features at this share of √(CHW), the norm of what separates black from white."""
+
     def __post_init__(self) -> None:
         if self.pictures not in synthetic.PICTURES:
             raise UnknownNameError("pictures", self.pictures, synthetic.PICTURES)

@@ -145,6 +145,10 @@ class FeatureSpec:
             return math.sqrt(*self.output_shape(input_shape))
         return self.map.lipschitz(input_shape) * math.sqrt(math.prod(input_shape))
 
+    def input_bound(self, input_shape: Sequence[int]) -> float:
+        """Where a model on the features clips them if it is not told: `norm_bound`, less for `Energies` of images."""
+        return self.norm_bound(input_shape) * (self.map.reach if isinstance(self.map, Energies) else 1.0)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to features (N, d) of `dtype`."""
         self.output_shape(x.shape[1:])

@@ -175,9 +175,11 @@ def certified_features(dataset: str, input_shape: Sequence[int] | None) -> dict[
     """The settings that `certified` stands for; the kind of picture as in `default_features`, else things on black.
 
     >>> certified_features("mnist", None)
-    {'features': 'energies', 'feature_options': {'pictures': 'handwriting'}}
+    {'features': 'energies', 'feature_options': {'pictures': 'handwriting', 'window': 2}}
     """
-    return {"features": CERTIFIED, "feature_options": {"pictures": default_features(dataset, input_shape) or "objects"}}
+    kind = default_features(dataset, input_shape) or "objects"
+    window = {} if kind == "photographs" else {"window": 2}
+    return {"features": CERTIFIED, "feature_options": {"pictures": kind, **window}}
 
 
 def default_model(dataset: str, features: str | None = None, *, table: bool = False) -> str:

@@ -681,6 +681,24 @@ def test_certify_refuses_with_one_message(run, tmp_path, capsys):
         assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
+def test_the_certified_recipe_finds_radii_that_an_attack_does_not_break(tmp_path, capsys):
+    config = configure(dataset="digits", certified=True, seed=0, accountant="rdp")
+    assert (config.features, config.model) == ("energies", "linear")
+    assert configure(dataset="mnist", certified=True).feature_options["pictures"] == "handwriting"
+    with pytest.raises(ParameterError, match="leave out model"):
+        configure(certified=True, model="cnn")
+    with pytest.raises(ParameterError, match="certified=True is for energies"):
+        dataclasses.replace(config, features="dct", feature_options={})
+    folder = tmp_path / "run"
+    Trainer(config, out=folder).run()
+    arguments = ["certify", str(folder), "--radii", "36/255", "--attack", "--samples", "100", "--steps", "8", "--json"]
+    assert main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["attack"]["attacked_at_own_radius"] > 50
+    assert found["attack"]["broken_at_own_radius"] == 0
+    assert found["accuracy"] >= found["attacked_accuracy"][0] >= found["certified_accuracy"][0] > 0.4
+
+
 UNBOUNDED = """
 import torch, lipdp
 class Square(torch.nn.Module):

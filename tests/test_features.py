@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lipdp.data import Split, load
 from lipdp.errors import DataError, ParameterError, UnknownNameError
-from lipdp.features import Dct, FeatureSpec, apply, features
+from lipdp.features import Dct, Energies, FeatureSpec, apply, features
 from lipdp.features import cache as features_module
 from lipdp.features.scattering import Scattering, _kymatio, _padding, frame_bound, padded_bound
 
@@ -55,6 +55,43 @@ def test_dct_is_scipys():
     assert Dct(keep=7).output_shape((3, 9, 6)) == (3, 7, 6)
     constant = Dct(keep=1)(torch.ones(1, 1, 8, 8))
     assert constant.item() == pytest.approx(8.0)  # all the energy of a constant image: the constant 1 is reached
+
+
+# ---------------------------------------------------------------------------------------------------------- energies
+
+
+def moved(spec: Energies, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """By how much the map stretches the way from x to y."""
+    return (spec(x) - spec(y)).flatten(1).norm(dim=1) / (x - y).flatten(1).norm(dim=1)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12), (1, 13, 10)])
+def test_energies_stretch_nothing_and_some_ways_not_at_all(shape):
+    """Away from grey the map is homogeneous and keeps norms (where the stride divides the sides): 1 is attained."""
+    spec = Energies(pictures="objects")
+    x = torch.rand(30, *shape, dtype=torch.float64)
+    assert spec(x).shape[1:] == spec.output_shape(shape)
+    for y in (torch.rand_like(x), x + 1e-4 * torch.randn_like(x), 1 - x, torch.full_like(x, 0.5)):
+        assert moved(spec, x, y).max() <= 1 + 1e-9
+    if all(side % spec.stride == 0 for side in shape[1:]):
+        assert moved(spec, x, 0.5 + 0.9 * (x - 0.5)).min() >= 1 - 1e-9
+
+
+@pytest.mark.parametrize("options", [{"patch": 4, "stride": 1}, {"patch": 4, "stride": 2, "window": 1}, {"stride": 8}])
+def test_energies_keep_norms_at_every_overlap(options):
+    spec, x = Energies(pictures="objects", **options), torch.rand(5, 1, 16, 16, dtype=torch.float64)
+    assert spec(x).shape[1:] == spec.output_shape((1, 16, 16))
+    grey = torch.full_like(x, 0.5)
+    torch.testing.assert_close(moved(spec, x, grey), torch.ones(5, dtype=torch.float64))
+
+
+def test_energies_refuse():
+    with pytest.raises(UnknownNameError, match="pictures"):
+        Energies(pictures="cats")
+    with pytest.raises(ParameterError, match="stride=3 does not divide patch=8"):
+        Energies(stride=3)
+    with pytest.raises(ParameterError, match="1 or 3 channels"):
+        features("energies").output_shape((2, 8, 8))
 
 
 # -------------------------------------------------------------------------------------------------------- scattering
@@ -227,6 +264,7 @@ def test_normalisation_is_per_sample_and_as_declared():
         features("dct"),
         features("dct", keep=3),
         features("dct", group_norm=1),
+        features("energies", pictures="objects"),
         features("scattering"),
         features("scattering", unit_norm=False),
         features("scattering", group_norm=None, unit_norm=False),

@@ -89,7 +89,7 @@ def _model(config: TrainConfig, split: DataSplit, maps: Sequence[InputMap], raw:
     options = dict(config.model_options)
     if config.features is not None and ":" not in config.model:
         spec = features(config.features, **config.feature_options)
-        options.setdefault("input_bound", spec.norm_bound(split.input_shape))
+        options.setdefault("input_bound", spec.input_bound(split.input_shape))
     shape = tuple(apply_maps(maps, raw, torch.float32).shape[1:])
     return build(config.model, input_shape=shape, num_classes=outputs, **options)
 

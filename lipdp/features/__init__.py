@@ -7,13 +7,16 @@ record changes its own features and no other's. `photographs`, `objects` and `ha
 from synthetic pictures, drawn from a public seed.
 """
 
+from lipdp.features.cosine import Dct
+from lipdp.features.energies import Energies
 from lipdp.features.frozen import Frozen
-from lipdp.features.maps import NORM_FLOOR, Dct, FeatureMap, FeatureSpec, apply, features
+from lipdp.features.maps import NORM_FLOOR, FeatureMap, FeatureSpec, apply, features
 from lipdp.features.pictures import Handwriting, Objects, Pictures
 
 __all__ = [
     "NORM_FLOOR",
     "Dct",
+    "Energies",
     "FeatureMap",
     "FeatureSpec",
     "Frozen",

@@ -19,6 +19,8 @@ from lipdp.data.download import cache_root
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.features import synthetic
 from lipdp.features.cache import kept
+from lipdp.features.cosine import Dct
+from lipdp.features.energies import Energies
 from lipdp.features.frozen import Frozen
 from lipdp.features.pictures import Handwriting, Objects, Pictures
 from lipdp.features.scattering import Scattering
@@ -49,60 +51,9 @@ class FeatureMap(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Dct:
-    """Orthonormal two-dimensional discrete cosine transform (DCT-II) of each channel: `Y = D_H X D_Wᵀ`.
-
-    `D_n[k, i] = c_k cos(π (i + ½) k / n)`, `c_0 = √(1/n)`, else `√(2/n)`, so `D Dᵀ = I` and norms are kept; the low
-    frequencies alone are a projection. Lipschitz constant 1 either way.
-
-    Attributes:
-        keep: keep the `keep × keep` lowest frequencies (all where the image is smaller); None keeps all.
-
-    >>> Dct(keep=8).output_shape((3, 32, 32))
-    (3, 8, 8)
-    """
-
-    keep: int | None = None
-
-    name: ClassVar[str] = "dct"
-
-    def __post_init__(self) -> None:
-        if self.keep is not None and not is_size(self.keep):
-            raise ParameterError(f"keep={self.keep!r}: give the number of frequencies per axis, at least 1, or None")
-
-    def version(self) -> str:
-        """What computes the map: this library."""
-        return "lipdp"
-
-    def output_shape(self, input_shape: Sequence[int]) -> tuple[int, int, int]:
-        """(C, min(H, keep), min(W, keep))."""
-        channels, height, width = input_shape
-        return channels, min(height, self.keep or height), min(width, self.keep or width)
-
-    def lipschitz(self, input_shape: Sequence[int]) -> float:
-        """1: an orthogonal map, or a projection of it."""
-        return 1.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map images (N, C, H, W) to frequencies (N, C, H', W')."""
-        _, rows, columns = self.output_shape(x.shape[1:])
-        left, right = (_dct_matrix(n, k).to(x) for n, k in ((x.shape[2], rows), (x.shape[3], columns)))
-        return left @ x @ right.T
-
-
-def _dct_matrix(size: int, rows: int) -> Tensor:
-    """The first `rows` rows of the orthonormal DCT-II matrix of `size`, float64."""
-    k = torch.arange(rows, dtype=torch.float64)[:, None]
-    i = torch.arange(size, dtype=torch.float64)[None, :]
-    matrix = math.sqrt(2 / size) * torch.cos(math.pi * (i + 0.5) * k / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
-FEATURES: dict[str, type[Pictures] | type[Scattering] | type[Dct] | type[Frozen]] = {
+FEATURES: dict[str, type[Pictures] | type[Scattering] | type[Dct] | type[Energies] | type[Frozen]] = {
     "photographs": Pictures, "objects": Objects, "handwriting": Handwriting, "scattering": Scattering, "dct": Dct,
-    "frozen": Frozen,
+    "energies": Energies, "frozen": Frozen,
 }  # fmt: skip
 
 _OF_PICTURES = {"unit_norm": True, "dtype": "float16"}
@@ -186,13 +137,17 @@ class FeatureSpec:
         """Bound on the norm of one output for images in [0, 1], in exact arithmetic.
 
         1 with `unit_norm`; `√d` with `group_norm` (each group has mean square var/(var + eps) < 1); else
-        `lipschitz · √(CHW)`, since the maps send 0 to 0.
+        `lipschitz · √(CHW)`: the maps send 0 to 0, or the grey image to at most √(CHW)/2 (`Energies`).
         """
         if self.unit_norm:
             return 1.0
         if self.group_norm:
             return math.sqrt(*self.output_shape(input_shape))
         return self.map.lipschitz(input_shape) * math.sqrt(math.prod(input_shape))
+
+    def input_bound(self, input_shape: Sequence[int]) -> float:
+        """Where a model on the features clips them if it is not told: `norm_bound`, less for `Energies` of images."""
+        return self.norm_bound(input_shape) * (self.map.reach if isinstance(self.map, Energies) else 1.0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map images (N, C, H, W) to features (N, d) of `dtype`."""
@@ -220,12 +175,12 @@ def features(name: str, **options: Any) -> FeatureSpec:
 
     `photographs`, `objects`, `handwriting`: blocks whose filters and whitening are taken of synthetic pictures
     (`Pictures`), `unit_norm=True`, `dtype="float16"`. `scattering`: J = 2, L = 8, order 2, `group_norm=27`,
-    `unit_norm=True`. `dct`: all frequencies, no normalisation.
+    `unit_norm=True`. `dct`: all frequencies, `energies`: `Energies`, no normalisation.
 
     Args:
         name: of the map, or ``module:function``, which returns a frozen torch module (`Frozen`), with `unit_norm=True`.
-        options: of the map (`seed`, `pairs`, `filters`; `J`, `L`, `order`; `keep`) and of `FeatureSpec` (`group_norm`,
-            `unit_norm`, `eps`, `dtype`).
+        options: of the map (`seed`, `pairs`, `filters`; `J`, `L`, `order`; `keep`; `pictures`, `patch`, `stride`,
+            `window`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`, `dtype`).
 
     Raises:
         UnknownNameError: no such map; the message lists them.

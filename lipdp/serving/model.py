@@ -204,7 +204,7 @@ def _built(
     loss, outputs = make_loss(str(config.loss), classes, config.loss_options)
     model_options = dict(config.model_options)
     if spec is not None and ":" not in config.model:
-        model_options.setdefault("input_bound", spec.norm_bound(shape))
+        model_options.setdefault("input_bound", spec.input_bound(shape))
     network = make_model(config.model, shape if spec is None else spec.output_shape(shape), outputs, model_options)
     try:
         network.load_state_dict(dict(weights))

@@ -85,7 +85,7 @@ def prepare(
         opened: is told when the data are open, before any features are computed.
 
     Returns:
-        The split, and a bound on the norm of its inputs where the features have one.
+        The split, and where a model clips its inputs, if they are features.
     """
     split = open_configured(config) if raw is None else raw
     split = split.bounded(bounding_of(config, split))
@@ -94,7 +94,7 @@ def prepare(
     if config.features is None:
         return split, None
     spec = features(config.features, **config.feature_options)
-    bound = spec.norm_bound(split.input_shape)
+    bound = spec.input_bound(split.input_shape)
     return apply(split.in_memory(), spec, progress=progress), bound
 
 
@@ -266,6 +266,7 @@ def learning_rate(
         gate=min(config.gate or loss.lipschitz, loss.lipschitz),
         bound=config.model_options.get("input_bound", input_bound or 1.0),
         tau=getattr(loss, "tau", 1.0),
+        features=config.features,
     )
 
 

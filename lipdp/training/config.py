@@ -75,6 +75,9 @@ class TrainConfig:
         NAME, DATA, f"a fixed feature map: {', '.join(n for n in FEATURES if n != 'frozen')}, or module:function"
     )
     feature_options: Mapping[str, Any] = _data(OPTIONS, DATA, "key=value, e.g. J=2, group_norm=27")
+    certified: bool = _data(
+        FLAG, DATA, "a head on features of Lipschitz constant 1, for the radii of `lipdp certify`", False
+    )
     bounding: str | None = _data(NAME, DATA, "public map of the inputs", choices=BOUNDINGS, words="the data set's")
     bounding_options: Mapping[str, Any] = _data(OPTIONS, DATA, "key=value, e.g. upper=120")
 
@@ -135,6 +138,8 @@ class TrainConfig:
             SETTINGS[each.name].check(getattr(self, each.name))
         if self.features is not None and ":" not in self.features and self.features not in FEATURES:
             raise UnknownNameError("features", self.features, FEATURES)
+        if self.certified and self.features != recipes.CERTIFIED:
+            raise ParameterError(f"certified=True is for {recipes.CERTIFIED} features, not for {self.features!r}")
         if self.augment_multiplicity > 1 and self.augment is None:
             raise ParameterError(
                 f"augment_multiplicity={self.augment_multiplicity}, but no augment: all views of a record would be the"
@@ -232,7 +237,14 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
         if name not in SETTINGS:
             raise UnknownNameError("setting", name, SETTINGS)
         SETTINGS[name].check(value)
-    if not {"model", "features", "augment"} & set(given):
+    chosen = sorted({"model", "features", "augment"} & set(given))
+    if given.get("certified"):
+        if chosen:
+            raise ParameterError(f"certified=True chooses the model and its features: leave out {', '.join(chosen)}")
+        settled = recipes.certified_features(dataset, _image_shape(given))
+        settled["feature_options"] |= given.get("feature_options", {})
+        given |= settled
+    elif not chosen:
         given["features"] = recipes.default_features(dataset, _image_shape(given))
     features = given.get("features")
     table = "model" not in given and is_table(dataset, given.get("data_dir"))

@@ -79,8 +79,8 @@ class Folder:
             return open_image_folder(folder, classes=columns.classes, name=name)
         if kind == _ARRAYS:
             return open_npy(folder, owner=columns.owner, classes=columns.listed, name=name)
-        options = {"input": columns.input, "label": columns.label, "owner": columns.owner, "classes": columns.listed}
-        return open_hub(folder, **options, name=name)
+        names: dict[str, Any] = {"input": columns.input, "label": columns.label, "owner": columns.owner}
+        return open_hub(folder, **names, classes=columns.listed, name=name)
 
     @staticmethod
     def _kind(folder: Path) -> tuple[tuple[str, ...], str]:

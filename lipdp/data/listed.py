@@ -21,7 +21,8 @@ class Listed:
     """Looks values up in a public list, one by one. Every value has an answer.
 
     Text is compared without the spaces around it. A number of the list is found as a number and as the text of one, so
-    that 1, 1.0 and "1" are the same; a truth value also as "True", "true" or "TRUE". What the list has is never missing.
+    that 1, 1.0 and "1" are the same; a truth value also as "True", "true" or "TRUE". What the list has is never
+    missing.
 
     Args:
         values: of the list: texts, numbers, truth values; at least one, none of them twice.

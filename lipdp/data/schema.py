@@ -188,7 +188,7 @@ KINDS = ("number", "category", "label", "ignore")
 
 @dataclass(frozen=True)
 class Schema:
-    """The public map of a table: its columns in the order in which they are the model's inputs, and the label's classes.
+    """The public map of a table: its columns in the order in which they are the model's inputs, and the classes.
 
     Guarantees: nothing is learnt. A record changes its own row alone and raises no error.
 

@@ -328,25 +328,31 @@ def largest_label(
             f"{path} holds labels of shape {labels.shape} and dtype {labels.dtype} for {count} records; give one whole"
             f" number per record, or {_LIST}"
         )
-    largest, zeros = 0, 0
+    largest, found = 0, set[int]()
     missing = int((whole_labels(labels[:_HEAD], classes) < 0).sum()) - 1 if private else 0
     for start in range(0, count, _BLOCK):
         block = whole_labels(labels[start : start + _BLOCK], classes)
-        largest, zeros = max(largest, int(block.max())), zeros + int((block == 0).sum())
-        missing += 0 if private else int((block < 0).sum())
+        largest = max(largest, int(block.max()))
+        if not private:
+            missing += int((block < 0).sum())
+            found |= set(np.unique(block).tolist())
     if classes is not None:
         if missing > 0:
             raise DataError(f"{path} holds labels that are none of the classes {listing(classes.values)}")
         return len(classes.values) - 1
     if missing > 0:
         raise DataError(f"{path} holds labels that are not whole numbers 0, 1, 2, … (below 65536): {_LIST}")
-    if not private and not zeros and largest > 1:
+    if largest > 1 and found == set(range(1, largest + 1)):
         raise DataError(
-            f"{path} has labels up to {largest} and none is 0. If they count from 1, give"
-            f" --classes {','.join(map(str, range(1, min(largest, 3) + 1)))}{',…' * (largest > 3)} (classes=); if none"
-            " of the test records is of class 0, begin that list with 0"
+            f"{path} holds all of the labels 1 to {largest} and no 0. If they count from 1, give --classes"
+            f" {_counted(1, largest)} (classes=); if class 0 is not in the test part, {_counted(0, largest)}"
         )
     return largest
+
+
+def _counted(first: int, last: int) -> str:
+    numbers = [str(number) for number in range(first, last + 1)]
+    return ",".join(numbers if last < 12 else [*numbers[:3], "…", numbers[-1]])
 
 
 _LIST = "the public list of the labels, in the order of their numbers: --classes no,yes (classes=)"

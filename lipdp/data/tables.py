@@ -16,7 +16,7 @@ from lipdp.batches.records import NO_LABEL
 from lipdp.data.files import parsing
 from lipdp.data.listed import Listed, is_missing, listing
 from lipdp.data.schema import Schema
-from lipdp.data.split import Split, first_fifth
+from lipdp.data.split import Split, Task, first_fifth
 from lipdp.data.stored import owner_ids
 from lipdp.errors import DataError, ParameterError
 
@@ -115,7 +115,7 @@ def reader(path: Path) -> _Reader:
 
 @dataclass(frozen=True)
 class TableFile:
-    """A table in one file, of which a fifth is for test, or in `train.csv` and `test.csv` (or `.parquet`) of a folder."""
+    """A table in one file, of which a fifth is for test, or in `train.csv` and `test.csv` of a folder (or `.parquet`)."""
 
     path: Path
     schema: Schema | None
@@ -157,12 +157,10 @@ class TableFile:
                 f"{path}: {lost} of {len(test_y)} test records have no label of {listing(self.schema.classes)} in"
                 f" {self.schema.label!r}; drop them, or complete the classes"
             )
-        parts = map(torch.from_numpy, (x, y, test_x, test_y))
+        train_x, train_y, held_x, held_y = map(torch.from_numpy, (x, y, test_x, test_y))
         classes = len(self.schema.classes)
-        return Split(
-            str(self.path), *parts, num_classes=classes, task="binary" if classes == 2 else "multiclass",
-            train_owner=owner,
-        )  # fmt: skip
+        task: Task = "binary" if classes == 2 else "multiclass"
+        return Split(str(self.path), train_x, train_y, held_x, held_y, classes, task, train_owner=owner)
 
     def _arrays(self, path: Path, *, owned: bool = True) -> tuple[Any, Any, torch.Tensor | None]:
         """Inputs, labels and owners of one file."""
@@ -171,7 +169,8 @@ class TableFile:
             raise ParameterError(f"{path} needs a schema")
         _check_names(path, reader(path).names, schema, owner)
         columns = [*schema.names, schema.label, *([] if owner is None or owner in schema.names else [owner])]
-        x, y, owners = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)], []
+        x, y = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)]
+        owners: list[Any] = []
         known = Listed(schema.classes)
         for number, piece in enumerate(reader(path).pieces(columns)):
             places = known(piece[schema.label])

@@ -27,10 +27,12 @@ from lipdp.data.schema import Schema, plain_schema
 from lipdp.data.sources import DATASETS
 from lipdp.data.split import DataSplit, Split, number_of_units
 from lipdp.data.stored import Stored
+from lipdp.data.tables import SUFFIXES, read_columns, schema_template
 
 __all__ = [
     "BOUNDINGS",
     "DATASETS",
+    "SUFFIXES",
     "Augmented",
     "Bounding",
     "Clip",
@@ -54,5 +56,7 @@ __all__ = [
     "open_split",
     "plain_schema",
     "public_standardisation",
+    "read_columns",
+    "schema_template",
     "split_validation",
 ]

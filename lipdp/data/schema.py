@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,11 @@ import numpy.typing as npt
 
 from lipdp.data.listed import ABSENT, OTHER, Listed, as_numbers, is_missing, listing
 from lipdp.errors import DataError, ParameterError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 Floats = npt.NDArray[np.float64]
 _LARGEST = float(np.finfo(np.float32).max)
@@ -338,10 +344,6 @@ def plain_schema(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     if isinstance(given, Mapping):
         Schema.of(given)
         return dict(given)
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
     path = Path(given)
     try:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import torch
 from lipdp.batches.records import NO_LABEL
 from lipdp.data.files import parsing
 from lipdp.data.listed import Listed, is_missing, listing
-from lipdp.data.schema import Schema
+from lipdp.data.schema import Schema, template
 from lipdp.data.split import Split, Task, first_fifth
 from lipdp.data.stored import owner_ids
 from lipdp.errors import DataError, ParameterError
@@ -115,7 +115,7 @@ def reader(path: Path) -> _Reader:
 
 @dataclass(frozen=True)
 class TableFile:
-    """A table in one file, of which a fifth is for test, or in `train.csv` and `test.csv` of a folder (or `.parquet`)."""
+    """A table in one file, of which a fifth is for test; or in two files of a folder, train.csv and test.csv."""
 
     path: Path
     schema: Schema | None
@@ -220,6 +220,11 @@ def check_head(path: Path, piece: Piece, schema: Schema) -> None:
         told = column.check(piece[column.name][:_HEAD])
         if told is not None:
             raise DataError(f"{path}: in the first {_HEAD} records the column {column.name!r} {told}")
+
+
+def schema_template(path: Path) -> str:
+    """A schema to fill in, from the names of a file's columns alone."""
+    return template(path.name, reader(path).names)
 
 
 def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
 _COMMANDS = lazily(
     train=Entry("train", "train", "Train a model with differential privacy; report ε and the test accuracy."),
+    schema=Entry("schema", "schema", "A schema to fill in, from the names of a table's columns alone."),
     sensitivity=Entry("sensitivity", "sensitivity", "What each parameter of a model costs: Δ, its noise, its share."),
     epsilon=Entry("account", "epsilon", "ε of a run, from its noise, by every accountant.", "EPSILON_EPILOG"),
     calibrate=Entry("account", "calibrate", "The least noise for a target ε, by every accountant.", "CALIBRATE_EPILOG"),

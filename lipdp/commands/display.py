@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,7 +23,7 @@ from rich.table import Table
 from lipdp import __version__
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.commands.tables import LEGEND, number, parameter_table
-from lipdp.data import DataSplit, SignedLog, number_of_units
+from lipdp.data import DataSplit, Schema, SignedLog, number_of_units
 from lipdp.report.parameters import parameter_rows
 from lipdp.suggestion.learning import drowned
 from lipdp.training import TrainConfig, Trainer
@@ -139,6 +140,8 @@ def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: P
             f" ({plan.predicted.accountant})",
         },
     )
+    if config.schema is not None:
+        console.print(schema_table(Schema.of(config.schema)))
 
 
 def show_plan(console: Console, trainer: Trainer) -> None:
@@ -168,11 +171,32 @@ def show_plan(console: Console, trainer: Trainer) -> None:
 
 def _inputs(config: TrainConfig, split: DataSplit) -> str:
     """The public map of the inputs, and what would be better where the columns' ranges are not known."""
+    if config.schema is not None:
+        schema = Schema.of(config.schema)
+        bounded = "in [−1, 1] by public ranges" if schema.is_bounded else "ranges measured privately"
+        return f"{len(schema.inputs)} numbers of {len(schema.columns)} columns, {bounded}"
     bounding = bounding_of(config, split)
     text = f"{'×'.join(map(str, split.input_shape))}, mapped by {bounding}"
     if isinstance(bounding, SignedLog):
         text += "; if you know the columns' ranges: --bounding rescale --bounding-option lower=... upper=..."
     return text
+
+
+_COLUMNS = 40
+"""Columns of a schema that are shown."""
+
+
+def schema_table(schema: Schema) -> Table:
+    """The map of the columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading, justify in (("column", "left"), ("is", "left"), ("inputs", "right")):
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    lines = schema.lines()
+    for name, text, inputs in lines[:_COLUMNS]:
+        table.add_row(escape(name), escape(text), str(inputs or ""))
+    if len(lines) > _COLUMNS:
+        table.add_row("…", f"{len(lines) - _COLUMNS} further columns", "")
+    return table
 
 
 def _measurements(plan: PrivacyPlan) -> dict[str, str]:
@@ -184,7 +208,7 @@ def _measurements(plan: PrivacyPlan) -> dict[str, str]:
 def show_settings(console: Console, config: TrainConfig) -> None:
     """Every setting that has a value, a line for each panel of the help."""
     panels: dict[str, list[str]] = {}
-    for name, value in config.as_dict().items():
+    for name, value in {**config.as_dict(), "schema": "see above" if config.schema else None}.items():
         if value not in (None, {}, False):
             panels.setdefault(SETTINGS[name].panel, []).append(f"{name} = {value}")
     for panel, values in panels.items():

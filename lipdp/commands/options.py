@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from lipdp.errors import ParameterError
-from lipdp.training.settings import GATE, OPTIONS, Setting
+from lipdp.training.settings import GATE, LIST, OPTIONS, Setting
 
 INTERRUPTED = 130
 Subcommand = Callable[..., None]
@@ -133,6 +133,8 @@ def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcom
 def _parsed(one: Setting, value: Any) -> Any:
     if one.kind is OPTIONS:
         return parse_options(one.flag, value)
+    if one.kind is LIST and value is not None:
+        return [_value(text.strip()) for text in value.split(",")]
     return parse_gate(value) if one.kind is GATE else value
 
 

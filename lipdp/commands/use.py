@@ -45,7 +45,7 @@ def export(
 @interruptible
 def predict(
     run: _Run,
-    file: Annotated[Path, typer.Argument(help="raw records: .npy, .npz (X) or .csv", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="raw records: .npy, .npz (X), .csv or .parquet", metavar="FILE")],
     weights: _Weights = "model",
     run_code: _Code = False,
     out: Annotated[Path | None, typer.Option(help="a CSV file; default: standard output", show_default=False)] = None,
@@ -55,7 +55,8 @@ def predict(
     from lipdp.serving import load, read_records
     from lipdp.serving.files import predictions_csv
 
-    text = predictions_csv(load(run, weights=weights, run_code=run_code), read_records(file))
+    model = load(run, weights=weights, run_code=run_code)
+    text = predictions_csv(model, read_records(file, model.schema))
     if out is None:
         typer.echo(text, nl=False)
     else:

@@ -3,8 +3,9 @@
     split = load("mnist", data_dir="~/data")
     split.train_x.shape, split.num_classes, split.task
 
-What a set is to training is in `split`, sets that stay on disk in `stored` and `hub`, the readers of each format in
-`files`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
+What a set is to training is in `split`, sets that stay on disk in `stored`, `hub` and `imagefolder`, tables in `tables`
+and what is public of their columns in `schema`, the readers of each format in `files`, the sets in `sources`, the
+bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
 from lipdp.data.augment import Augmented, augment
@@ -22,19 +23,23 @@ from lipdp.data.scaling import (
     clip_features,
     public_standardisation,
 )
+from lipdp.data.schema import Schema, plain_schema
 from lipdp.data.sources import DATASETS
 from lipdp.data.split import DataSplit, Split, number_of_units
 from lipdp.data.stored import Stored
+from lipdp.data.tables import SUFFIXES, read_columns, schema_template
 
 __all__ = [
     "BOUNDINGS",
     "DATASETS",
+    "SUFFIXES",
     "Augmented",
     "Bounding",
     "Clip",
     "Columns",
     "DataSplit",
     "Rescale",
+    "Schema",
     "SignedLog",
     "Split",
     "Standardise",
@@ -49,6 +54,9 @@ __all__ = [
     "load",
     "number_of_units",
     "open_split",
+    "plain_schema",
     "public_standardisation",
+    "read_columns",
+    "schema_template",
     "split_validation",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lipdp.batches.records import looked_at, pattern
 from lipdp.data.files import parsing
+from lipdp.data.listed import Listed
 from lipdp.data.split import resize
 from lipdp.data.stored import Stored, StoredDataset, largest_label, owner_ids, whole_labels
 from lipdp.errors import DataError, ParameterError, RecordError
@@ -34,12 +35,14 @@ class HubRecords:
     Attributes:
         path: the part's folder. x, y: columns of inputs and labels.
         mode: "L" or "RGB", what images are brought to; None for a column of numbers.
+        classes: of the labels, if they are listed.
     """
 
     path: Path
     x: str
     y: str
     mode: str | None
+    classes: Listed | None = None
 
     @cached_property
     def _table(self) -> Any:
@@ -63,14 +66,7 @@ class HubRecords:
             self._image(f"{self.path}, record {row}", stored, size)
             for row, stored in zip(rows, batch.column(self.x).to_pylist(), strict=True)
         ]
-        odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
-        if odd is not None:
-            this, first = ("×".join(map(str, images[i].shape[1:])) for i in (odd, 0))
-            raise RecordError(
-                f"{self.path}: record {rows[odd]} is an image of {this} pixels, record {rows[0]} one of {first}: give"
-                " --image-size (image_size=) to bring all images to one size"
-            )
-        return torch.stack(images), torch.from_numpy(whole_labels(np.asarray(batch.column(self.y).to_numpy())))
+        return stacked(self.path, rows, images), self._labels(batch.column(self.y).to_numpy())
 
     def _image(self, where: str, stored: Any, size: Sequence[int] | None) -> Tensor:
         image = decode(_content(where, stored), self.mode or "RGB", where)
@@ -82,7 +78,22 @@ class HubRecords:
         if x.dtype.kind not in "biuf" or x.ndim != 2:
             raise RecordError(f"{self.path}: the records in {self.x!r} are not lists of numbers of one length")
         with np.errstate(over="ignore"):
-            return torch.from_numpy(x.astype(np.float32)), torch.from_numpy(whole_labels(np.asarray(batch[self.y])))
+            return torch.from_numpy(x.astype(np.float32)), self._labels(batch[self.y])
+
+    def _labels(self, values: Any) -> Tensor:
+        return torch.from_numpy(whole_labels(np.asarray(values), self.classes))
+
+
+def stacked(path: Path, rows: Sequence[int], images: Sequence[Tensor]) -> Tensor:
+    """Images of one size as a batch; RecordError where they are of several."""
+    odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
+    if odd is not None:
+        this, first = ("×".join(map(str, images[i].shape[1:])) for i in (odd, 0))
+        raise RecordError(
+            f"{path}: record {rows[odd]} is an image of {this} pixels, record {rows[0]} one of {first}: give"
+            " --image-size (image_size=) to bring all images to one size"
+        )
+    return torch.stack(list(images))
 
 
 def _content(where: str, stored: Any) -> bytes:
@@ -132,6 +143,7 @@ def open_hub(
     input: str | None = None,
     label: str | None = None,
     owner: str | None = None,
+    classes: Listed | None = None,
     name: str | None = None,
 ) -> Stored:
     """A `datasets` folder with splits `train` and `test`; labels are read, of the inputs a first one that can be.
@@ -142,6 +154,7 @@ def open_hub(
 
     Args:
         path: the folder. input, label: columns. owner: the column of whose the records are.
+        classes: the public list of the labels, where they are not numbered 0, 1, 2, ….
 
     Raises:
         DataError: no such folder, split or column, labels that are not 0, 1, 2, …, or no image among those looked at.
@@ -159,22 +172,25 @@ def open_hub(
     columns = train.features
     x = _column(path, columns, input, "input", (_is_image, _is_list))
     y = _column(path, columns, label, "label", (_is_class, lambda c: _is_integer(c) and c is not columns.get(owner)))
-    if not (_is_class(columns[y]) or _is_integer(columns[y])):
-        raise DataError(f"{path}: the labels in {y!r} are {columns[y]}, not whole numbers; choose a --label-column")
+    if classes is None and not (_is_class(columns[y]) or _is_integer(columns[y])):
+        raise DataError(
+            f"{path}: the labels in {y!r} are {columns[y]}, not whole numbers; choose a --label-column, or list the"
+            " labels: --classes no,yes (classes=)"
+        )
     if not len(train) or not len(test):
         raise DataError(f"{path}: train has {len(train)} records and test {len(test)}; both must have some")
     parts = ((train, True), (test, False))
-    largest = max(largest_label(path / y, _values(part, y), count=len(part), private=own) for part, own in parts)
-    classes = max(2, largest + 1, getattr(columns[y], "num_classes", 0))
+    largest = max(largest_label(path / y, _values(part, y), len(part), own, classes) for part, own in parts)
+    count = largest + 1 if classes else max(2, largest + 1, getattr(columns[y], "num_classes", 0))
     mode = _first_mode(path / "train", train, x) if _is_image(columns[x]) else None
-    records = HubRecords(path / "train", x, y, mode)
+    records = HubRecords(path / "train", x, y, mode, classes)
     return Stored(
         name=name or str(path),
         train=records,
-        test=HubRecords(path / "test", x, y, mode),
+        test=HubRecords(path / "test", x, y, mode, classes),
         input_shape=tuple(pattern(StoredDataset(records))[0].shape[1:]),
-        num_classes=classes,
-        task="binary" if classes == 2 and mode is None else "multiclass",
+        num_classes=count,
+        task="binary" if count == 2 and mode is None else "multiclass",
         train_owner=None if owner is None else _owners(path, train, owner),
     )
 
@@ -224,18 +240,30 @@ def _owners(path: Path, train: Any, owner: str) -> Tensor:
 
 
 def _first_mode(path: Path, part: Any, column: str) -> str:
-    """What all images are brought to, by the first one looked at that can be decoded: grey or RGB."""
+    inputs = part.select_columns([column]).with_format("arrow")
+
+    def content(row: int) -> bytes:
+        return _content(f"{path}, record {row}", inputs[row : row + 1].column(0)[0].as_py())
+
+    return first_mode(path, len(part), content)
+
+
+def first_mode(path: Path, count: int, content: Callable[[int], bytes]) -> str:
+    """What all images are brought to, by the first one looked at that can be decoded: grey or RGB.
+
+    Args:
+        content: the encoded image of a record.
+    """
     from PIL import Image
 
-    inputs, refused = part.select_columns([column]).with_format("arrow"), DataError(f"{path} holds no images")
-    for row in looked_at(len(part)):
-        where = f"{path}, record {row}"
+    refused = DataError(f"{path} holds no images")
+    for row in looked_at(count):
         try:
-            content = _content(where, inputs[row : row + 1].column(0)[0].as_py())
-            decode(content, "RGB", where)
+            encoded = content(row)
+            decode(encoded, "RGB", f"{path}, record {row}")
         except RecordError as error:
             refused = error
             continue
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             return "L" if image.mode in ("1", "L", "LA") else "RGB"
     raise refused

@@ -22,6 +22,7 @@ from lipdp.data.scaling import (
 )
 from lipdp.data.sources import WHERE, source_of
 from lipdp.data.split import DataSplit, Split
+from lipdp.data.tables import SUFFIXES
 from lipdp.errors import DataError, ParameterError
 
 
@@ -59,15 +60,15 @@ def open_split(
         name: `digits`, `mnist`, `fashion-mnist`, `cifar10`, `adbench/NAME` (`11_donors`, or `donors`), or the path of
             an `.npz` file with numeric arrays `X` and `y`, and optionally `X_test` and `y_test`. There `X` is a table
             (N, d), or images (N, H, W) or (N, C, H, W) as bytes or as floats in [0, 1]; the set of labels is public.
-            Or a folder, which is not read but mapped: `train_x.npy`, `train_y.npy`, `test_x.npy`, `test_y.npy` (see
-            `open_npy`), or what `datasets.DatasetDict.save_to_disk` writes
-            (`open_hub`).
+            Or a `.csv`, `.tsv` or `.parquet` file, with `columns=Columns(schema=...)`. Or a folder, which is not read
+            but mapped: `train_x.npy`, `train_y.npy`, `test_x.npy`, `test_y.npy` (see `open_npy`), images in
+            `train/CLASS` and `test/CLASS`, or what `datasets.DatasetDict.save_to_disk` writes (`open_hub`).
         data_dir: where to look; by default `$LIPDP_DATA`. It holds `MNIST/raw/*-ubyte[.gz]`,
             `FashionMNIST/raw/*-ubyte[.gz]`, `cifar-10-batches-py/*`, `adbench/*.npz`, or the files themselves.
         download: if the files are absent, fetch them from OpenML into that layout (images only), under `data_dir`,
             else `$LIPDP_DATA`, else `$LIPDP_CACHE/data`. CIFAR-10 then has OpenML's order: its first 50 000 records
             are taken for training.
-        columns: of a `datasets` folder, or whose the records are, where that is to be read.
+        columns: what to take of a folder or file, and what is public of it.
         image_size: (height, width), a public choice: what images are brought to.
 
     Raises:
@@ -83,13 +84,15 @@ def open_split(
 
 
 def is_table(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
-    """Whether a file or folder of `.npy` files is known to hold a table, by the header of its inputs alone.
+    """Whether a file or folder is known to hold a table: by its kind, or the header of its inputs alone.
 
-    >>> is_table("digits")
-    False
+    >>> is_table("digits"), is_table("my.csv")
+    (False, True)
     """
     if not isinstance(name, str):
         return False
+    if name.endswith(SUFFIXES):
+        return True
     given = data_dir or os.environ.get("LIPDP_DATA")
     roots = [Path(), *([Path(given).expanduser()] if isinstance(given, (str, os.PathLike)) else [])]
     paths = [root / Path(name).expanduser() for root in roots]
@@ -98,7 +101,7 @@ def is_table(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
         return False
     if found.suffix == ".npz":
         return npz_axes(found, "X") == 2
-    return npy_axes(found / "train_x.npy") == 2
+    return npy_axes(found / "train_x.npy") == 2 or any((found / f"train{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, columns: Columns) -> DataSplit:

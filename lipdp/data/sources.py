@@ -16,8 +16,10 @@ from lipdp.batches.records import finite
 from lipdp.data.download import fetch_images
 from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
 from lipdp.data.folders import Columns, Folder, lies_in
-from lipdp.data.split import DataSplit, Split, Task
-from lipdp.data.stored import check_range, largest_label, owner_ids, whole_labels
+from lipdp.data.listed import Listed
+from lipdp.data.split import DataSplit, Split, Task, first_fifth
+from lipdp.data.stored import channels_last, check_range, largest_label, owner_ids, whole_labels
+from lipdp.data.tables import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 
 Array = npt.NDArray[Any]
@@ -57,9 +59,6 @@ def _images(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.divide(pixels, np.float32(255), dtype=np.float32))
 
 
-_CHANNELS = (1, 3, 4)
-
-
 def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
     """A table (N, d), or images (N, C, H, W) in [0, 1], from (N, H, W, C) too. What is not finite is 0."""
     if array.ndim not in (2, 3, 4) or array.size == 0:
@@ -67,7 +66,7 @@ def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
             f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, H, W), (N, C, H, W) or (N, H, W,"
             " C), not empty"
         )
-    if array.ndim == 4 and array.shape[1] not in _CHANNELS and array.shape[3] in _CHANNELS:
+    if channels_last(f"{path}: {key}", array.shape):
         array = np.ascontiguousarray(np.moveaxis(array, -1, 1))
     with np.errstate(over="ignore"):
         values = np.divide(array, 255, dtype=np.float32) if _is_bytes(array) else array.astype(np.float32)
@@ -88,13 +87,6 @@ def _labels(path: Path, key: str, array: Array, *, count: int, classes: int) -> 
     if not ((array >= 0) & (array < classes) & (array == np.floor(array))).all():
         raise DataError(f"{path}: {key} holds labels that are not integers in 0..{classes - 1}; {REMEDY}")
     return array.astype(np.int64)
-
-
-def _first_fifth(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices for train and test: a fixed pseudo-random order of 0..count − 1, whose first fifth is for test."""
-    order = np.random.default_rng(0).permutation(count)
-    cut = max(1, count // 5)
-    return np.sort(order[cut:]), np.sort(order[:cut])
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -210,10 +202,14 @@ class _Cifar10:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """Arrays X and y, optionally X_test and y_test, in one npz file; and whose the records of X are, under any name."""
+    """Arrays X and y, optionally X_test and y_test, in one npz file; and whose the records of X are, under any name.
+
+    `classes`: the public list of the labels, where they are not numbered 0, 1, 2, ….
+    """
 
     path: Path
     owner: str | None = None
+    classes: Listed | None = None
 
     @property
     def needs_folder(self) -> bool:
@@ -228,24 +224,25 @@ class NpzFile:
     def read(self, root: Path) -> Split:
         path = root / self.path
         named = () if self.owner is None else (self.owner,)
-        arrays = read_npz(path, ("X", "y", *named), ("X_test", "y_test"), text=named)
+        arrays = read_npz(path, ("X", "y", *named), ("X_test", "y_test"), text=("y", "y_test", *named))
         if ("X_test" in arrays) != ("y_test" in arrays):
             raise DataError(f"{path} holds only one of X_test and y_test; give both or neither")
         x = _inputs(path, "X", arrays["X"])
-        largest = largest_label(path / "y", arrays["y"], count=len(x), private=True)
-        y = whole_labels(arrays["y"])
+        largest = largest_label(path / "y", arrays["y"], len(x), True, self.classes)
+        y = whole_labels(arrays["y"], self.classes)
         owner = None if self.owner is None else owner_ids(path, arrays[self.owner], count=len(x))
         if "X_test" in arrays:
             test_x = _inputs(path, "X_test", arrays["X_test"])
-            largest = max(largest, largest_label(path / "y_test", arrays["y_test"], count=len(test_x), private=False))
-            test_y = whole_labels(arrays["y_test"])
+            test_largest = largest_label(path / "y_test", arrays["y_test"], len(test_x), False, self.classes)
+            largest = max(largest, test_largest)
+            test_y = whole_labels(arrays["y_test"], self.classes)
             if test_x.shape[1:] != x.shape[1:]:
                 raise DataError(f"{path}: X has inputs of shape {x.shape[1:]} but X_test {test_x.shape[1:]}")
             return replace(_split(str(self.path), (x, y, test_x, test_y), largest), train_owner=owner)
         if len(x) < 2:
             raise DataError(f"{path} holds one record, too few to split in train and test")
-        train, test = _first_fifth(len(x))
-        largest_label(path / "y", arrays["y"][test], count=len(test), private=False)
+        train, test = first_fifth(len(x))
+        largest_label(path / "y", arrays["y"][test], len(test), False, self.classes)
         split = _split(str(self.path), (x[train], y[train], x[test], y[test]), largest)
         return split if owner is None else replace(split, train_owner=owner[torch.from_numpy(train)])
 
@@ -291,7 +288,7 @@ class _AdBench:
             raise UnknownNameError("ADBench table", self.table, found or tables)
         split = NpzFile(tables[found[0]]).read(root)
         if split.num_classes != 2 or len(split.input_shape) != 1:
-            raise DataError(f"{tables[found[0]]} is not a table with labels 0 and 1; {REMEDY}")
+            raise DataError(f"{tables[found[0]]} is not a table with labels 0 and 1; give it by its path")
         return replace(split, name=f"adbench/{found[0]}")
 
 
@@ -303,8 +300,8 @@ _SOURCES: dict[str, Source] = {
 }
 
 
-DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz", "DIR")
-"""The names `open_split` takes; the last three stand for a table's name, a file's path and a folder's."""
+DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz", "FILE.csv", "FILE.parquet", "DIR")
+"""The names `open_split` takes; the last five stand for a table's name, a file's path and a folder's."""
 
 
 def source_of(name: str, columns: Columns, *, root: Path | None = None) -> Source:
@@ -317,14 +314,16 @@ def source_of(name: str, columns: Columns, *, root: Path | None = None) -> Sourc
         raise UnknownNameError("data set", name, DATASETS)
     path = Path(name).expanduser()
     known = name in _SOURCES or name.startswith("adbench/")
-    if not known and name.endswith(".npz") and columns.input is None and columns.label is None:
-        return NpzFile(path, columns.owner)
-    if not known and not name.endswith(".npz") and (path.is_dir() or lies_in(root, path) or len(path.parts) > 1):
+    unnamed = columns.input is None and columns.label is None
+    if not known and unnamed and path.suffix in SUFFIXES and columns.classes is None:
+        return TableFile(path, columns.schema, columns.owner)
+    if not known and unnamed and name.endswith(".npz") and columns.schema is None:
+        return NpzFile(path, columns.owner, columns.listed)
+    suffixed = path.suffix in (".npz", *SUFFIXES)
+    if not known and not suffixed and (path.is_dir() or lies_in(root, path) or len(path.parts) > 1):
         return Folder(path, columns)
     if columns != Columns():
-        raise ParameterError(
-            f"{name} has no columns to choose: leave out --input-column, --label-column, --owner-column"
-        )
+        raise ParameterError(f"{name} has no {' and no '.join(columns.given)} to choose: leave it out")
     if name in _SOURCES:
         return _SOURCES[name]
     if known:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
@@ -155,6 +157,13 @@ class Split:
 def number_of_units(split: DataSplit) -> int:
     """The public N of the account: the number of owners if they are known, else of training records."""
     return split.records if split.train_owner is None else len(split.train_owner.unique())
+
+
+def first_fifth(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices for train and test: a fixed pseudo-random order of 0..count − 1, whose first fifth is for test."""
+    order = np.random.default_rng(0).permutation(count)
+    cut = max(1, count // 5)
+    return np.sort(order[cut:]), np.sort(order[:cut])
 
 
 def require_images(input_shape: Sequence[int], setting: str) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from lipdp.batches.loader import in_order
 from lipdp.batches.records import NO_LABEL, finite, look
 from lipdp.data.files import parsing
+from lipdp.data.listed import Listed, listing
 from lipdp.data.scaling import Bounding
 from lipdp.data.split import Split, Task, require_images, resize
 from lipdp.errors import DataError
@@ -155,12 +156,13 @@ class NpyRecords:
     """Inputs and labels in two memory-mapped `.npy` files.
 
     Attributes:
-        x, y: the files. channels_last: whether images are (N, H, W, C).
+        x, y: the files. channels_last: whether images are (N, H, W, C). classes: of the labels, if they are listed.
     """
 
     x: Path
     y: Path
     channels_last: bool = False
+    classes: Listed | None = None
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -185,7 +187,9 @@ class NpyRecords:
             x = finite(torch.from_numpy(np.divide(raw, scale, dtype=np.float32, casting="unsafe")))
         x = x.clamp(0, 1) if raw.ndim > 2 and raw.dtype.kind == "f" else x
         x = x[:, None] if x.dim() == 3 else x.movedim(-1, 1).contiguous() if self.channels_last else x
-        return (x if size is None else resize(x, size)), torch.from_numpy(whole_labels(self._labels[picked]))
+        return (x if size is None else resize(x, size)), torch.from_numpy(
+            whole_labels(self._labels[picked], self.classes)
+        )
 
 
 def map_npy(path: Path) -> npt.NDArray[Any]:
@@ -198,11 +202,11 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
         return array
 
 
-def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -> Stored:
+def open_npy(path: Path, *, owner: str | None = None, classes: Listed | None = None, name: str | None = None) -> Stored:
     """A folder with `train_x.npy`, `train_y.npy`, `test_x.npy` and `test_y.npy`, memory-mapped, inputs not read whole.
 
     Inputs are tables (N, d) of numbers or images (N, H, W), (N, C, H, W) or (N, H, W, C), of bytes or of floats in [0,
-    1]. Channels are last where the last axis has 1, 3 or 4 entries and the second has not.
+    1]. Which axis the channels are: `channels_last`.
 
     Guarantees: shapes, dtypes, counts and all labels are looked at, and 64 records of each part; nothing else is read.
     Of the training part two or more of the first 64 must be wrong to be refused; what one record holds stops nothing.
@@ -210,6 +214,7 @@ def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -
     Args:
         path: the folder.
         owner: read whose the records are from `train_OWNER.npy`, integers or text.
+        classes: the public list of the labels, where they are not numbered 0, 1, 2, ….
 
     Raises:
         DataError: a file that is missing or not whole, or does not fit the others.
@@ -223,13 +228,13 @@ def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -
         _check_inputs(files[key], array)
     if train_x.shape[1:] != test_x.shape[1:]:
         raise DataError(f"{path}: train_x has inputs of shape {train_x.shape[1:]} but test_x {test_x.shape[1:]}")
-    channels_last = _has_channels_last(files["train_x"], train_x.shape)
+    last = channels_last(str(files["train_x"]), train_x.shape)
     largest = max(
-        largest_label(files[f"{part}_y"], map_npy(files[f"{part}_y"]), count=len(inputs), private=part == "train")
+        largest_label(files[f"{part}_y"], map_npy(files[f"{part}_y"]), len(inputs), part == "train", classes)
         for part, inputs in (("train", train_x), ("test", test_x))
     )
-    classes = max(2, largest + 1)
-    train, test = (NpyRecords(files[f"{part}_x"], files[f"{part}_y"], channels_last) for part in ("train", "test"))
+    count = max(2, largest + 1)
+    train, test = (NpyRecords(files[f"{part}_x"], files[f"{part}_y"], last, classes) for part in ("train", "test"))
     for key, array in (("train_x", train_x), ("test_x", test_x)):
         check_range(f"{files[key]}: the images", array)
     return Stored(
@@ -237,8 +242,8 @@ def open_npy(path: Path, *, owner: str | None = None, name: str | None = None) -
         train=train,
         test=test,
         input_shape=tuple(train.read([0])[0].shape[1:]),
-        num_classes=classes,
-        task="binary" if classes == 2 and train_x.ndim == 2 else "multiclass",
+        num_classes=count,
+        task="binary" if count == 2 and train_x.ndim == 2 else "multiclass",
         train_owner=None if owner is None else _owners(path / f"train_{owner}.npy", count=len(train_x)),
     )
 
@@ -257,11 +262,27 @@ def _check_inputs(path: Path, array: npt.NDArray[Any]) -> None:
         )
 
 
-def _has_channels_last(path: Path, shape: tuple[int, ...]) -> bool:
-    last, first = len(shape) == 4 and shape[3] in (1, 3, 4), len(shape) == 4 and shape[1] in (1, 3, 4)
-    if last and first:
-        raise DataError(f"{path} has shape {shape}: the channels may be axis 1 or axis 3; write images wider than 4")
-    return last
+def channels_last(what: str, shape: tuple[int, ...]) -> bool:
+    """Whether images of this shape are (N, H, W, C), not (N, C, H, W): one of the two has 1, 3 or 4 entries, or else
+    the fewest.
+
+    Raises:
+        DataError: it can't be told.
+
+    >>> channels_last("x", (9, 32, 32, 3)), channels_last("x", (9, 32, 32, 12)), channels_last("x", (9, 12, 32, 32))
+    (True, True, False)
+    """
+    if len(shape) != 4:
+        return False
+    _, first, height, last = shape
+    usual = first in (1, 3, 4), last in (1, 3, 4)
+    if usual[0] != usual[1]:
+        return usual[1]
+    if not usual[0] and first != last and min(first, last) < height:
+        return last < first
+    raise DataError(
+        f"{what} has shape {shape}: the channels may be axis 1 or axis 3; write images wider than their channels"
+    )
 
 
 def check_range(what: str, images: npt.NDArray[Any]) -> None:
@@ -272,41 +293,69 @@ def check_range(what: str, images: npt.NDArray[Any]) -> None:
             raise DataError(f"{what} leave [0, 1]; store bytes, or divide by their public range")
 
 
-def whole_labels(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Labels as int64, `NO_LABEL` for what is no whole number from 0 to 65535.
+def whole_labels(labels: npt.NDArray[Any], classes: Listed | None = None) -> npt.NDArray[np.int64]:
+    """Labels as int64: their places in the list of classes, or as they are. `NO_LABEL` for what is not in the list, or
+    no whole number from 0 to 65535.
 
     >>> whole_labels(np.array([2.0, -1.0, 0.5, np.nan])).clip(-1).tolist()
     [2, -1, -1, -1]
+    >>> whole_labels(np.array(["yes", "?"]), Listed(["no", "yes"])).clip(-1).tolist()
+    [1, -1]
     """
+    if classes is not None:
+        places = classes(labels.tolist())
+        return np.where(places < 0, NO_LABEL, places)
     good = (labels >= 0) & (labels < 2**16) & (labels == np.floor(labels))
     whole = np.where(good, labels, 0).astype(np.int64)
     whole[~good] = NO_LABEL
     return whole
 
 
-def largest_label(path: Path, labels: npt.NDArray[Any], *, count: int, private: bool) -> int:
-    """The largest of `count` labels, which are whole numbers from 0 on.
+def largest_label(
+    path: Path, labels: npt.NDArray[Any], count: int, private: bool, classes: Listed | None = None
+) -> int:
+    """The largest of `count` labels, which are whole numbers from 0 on, or of a list of classes.
 
     Args:
         private: of a training part, where a label that is none stops nothing, unless two or more of the first 64 are.
 
     Raises:
-        DataError: they are not.
+        DataError: they are not; or, of a test part, they seem to count from 1.
     """
-    if labels.shape != (count,) or labels.dtype.kind not in "biuf":
+    kinds = "biuf" if classes is None else "biufUSO"
+    if labels.shape != (count,) or labels.dtype.kind not in kinds:
         raise DataError(
             f"{path} holds labels of shape {labels.shape} and dtype {labels.dtype} for {count} records; give one whole"
-            " number per record"
+            f" number per record, or {_LIST}"
         )
-    largest = 0
-    missing = int((whole_labels(labels[:_HEAD]) < 0).sum()) - 1 if private else 0
+    largest, found = 0, set[int]()
+    missing = int((whole_labels(labels[:_HEAD], classes) < 0).sum()) - 1 if private else 0
     for start in range(0, count, _BLOCK):
-        block = whole_labels(labels[start : start + _BLOCK])
+        block = whole_labels(labels[start : start + _BLOCK], classes)
         largest = max(largest, int(block.max()))
-        missing += 0 if private else int((block < 0).sum())
+        if not private:
+            missing += int((block < 0).sum())
+            found |= set(np.unique(block).tolist())
+    if classes is not None:
+        if missing > 0:
+            raise DataError(f"{path} holds labels that are none of the classes {listing(classes.values)}")
+        return len(classes.values) - 1
     if missing > 0:
-        raise DataError(f"{path} holds labels that are not whole numbers 0, 1, 2, … (below 65536)")
+        raise DataError(f"{path} holds labels that are not whole numbers 0, 1, 2, … (below 65536): {_LIST}")
+    if largest > 1 and found == set(range(1, largest + 1)):
+        raise DataError(
+            f"{path} holds all of the labels 1 to {largest} and no 0. If they count from 1, give --classes"
+            f" {_counted(1, largest)} (classes=); if class 0 is not in the test part, {_counted(0, largest)}"
+        )
     return largest
+
+
+def _counted(first: int, last: int) -> str:
+    numbers = [str(number) for number in range(first, last + 1)]
+    return ",".join(numbers if last < 12 else [*numbers[:3], "…", numbers[-1]])
+
+
+_LIST = "the public list of the labels, in the order of their numbers: --classes no,yes (classes=)"
 
 
 def _owners(path: Path, *, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lipdp.data import SUFFIXES, Schema, read_columns
 from lipdp.errors import CheckpointError, DataError, LipdpError, ParameterError
 from lipdp.files import write_bytes, write_json
 
@@ -120,12 +123,21 @@ def _report(run: Path) -> str:
         return f"No report: {error}\n"
 
 
-def read_records(path: Path) -> npt.NDArray[Any]:
+def read_records(path: Path, schema: Schema | None = None) -> Any:
     """Raw inputs of a file: `.npy`, the array X of an `.npz`, or a `.csv` of numbers with or without a header.
+
+    Args:
+        schema: of the model. Then the file is a table with a header, `.csv`, `.tsv` or `.parquet`.
 
     Raises:
         DataError: another kind of file, or one that can't be read.
     """
+    if schema is not None:
+        if path.suffix not in SUFFIXES:
+            raise DataError(
+                f"{path}: the model was trained on a table with a schema; give a {', '.join(SUFFIXES)} file"
+            )
+        return read_columns(path, schema)
     try:
         if path.suffix == ".npy":
             return np.asarray(np.load(path, allow_pickle=False))
@@ -157,10 +169,10 @@ def _is_number(cell: str) -> bool:
 
 def predictions_csv(model: TrainedModel, x: Any) -> str:
     """A line for each record: the label, and its probabilities where the loss makes them."""
-    labels = model.predict(x)
-    if model.tau is None:
-        return "label\n" + "".join(f"{label}\n" for label in labels)
-    shares = model.predict_proba(x)
-    head = ",".join(["label", *(f"probability_{c}" for c in range(shares.shape[1]))])
-    rows = (",".join([str(label), *(f"{p:.6g}" for p in row)]) for label, row in zip(labels, shares, strict=True))
-    return "\n".join([head, *rows]) + "\n"
+    names = [str(model.classes[label]) for label in model.predict(x)]
+    shares = np.zeros((len(names), 0)) if model.tau is None else model.predict_proba(x)
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["label", *(f"probability_{model.classes[c]}" for c in range(shares.shape[1]))])
+    lines.writerows([name, *(f"{p:.6g}" for p in row)] for name, row in zip(names, shares, strict=True))
+    return text.getvalue()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.batches.records import finite
-from lipdp.data import Bounding, bounding
+from lipdp.data import Bounding, Schema, bounding
 from lipdp.data.split import resize
 from lipdp.errors import CheckpointError, DataError, ParameterError, UnknownNameError
 from lipdp.features.maps import FeatureSpec, features
@@ -76,12 +76,29 @@ class TrainedModel:
     data: Mapping[str, Any]
     folder: Path
 
+    @property
+    def schema(self) -> Schema | None:
+        """What is public of the columns, where the model was trained on a table with a schema."""
+        return None if self.config.schema is None else Schema.of(self.config.schema)
+
+    @property
+    def classes(self) -> tuple[Any, ...]:
+        """What the labels 0 … C − 1 stand for."""
+        schema = self.schema
+        return tuple(self.config.classes or (range(self.num_classes) if schema is None else schema.classes))
+
     def inputs(self, x: Any) -> Tensor:
         """Raw inputs as training read them: (N, *input_shape) float32. Bytes are pixels of 0 to 255.
 
+        Args:
+            x: an array; where the model has a schema, a DataFrame or a mapping from names to columns.
+
         Raises:
-            DataError: another shape, or no numbers.
+            DataError: another shape, no numbers, or a column that is missing.
         """
+        schema = self.schema
+        if schema is not None:
+            return torch.from_numpy(schema.rows(x))
         array = x.numpy(force=True) if isinstance(x, Tensor) else np.asarray(x)
         if array.dtype.kind not in "biuf":
             raise DataError(f"inputs of type {array.dtype}: numbers are needed, {self._wanted()}")

@@ -16,7 +16,7 @@ from lipdp.accounting.accountants import Spent
 from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
-from lipdp.data import BOUNDINGS, Bounding, Columns, DataSplit, bounding, default_bounding, number_of_units, open_split
+from lipdp.data import BOUNDINGS, Bounding, DataSplit, bounding, default_bounding, number_of_units, open_split
 from lipdp.data.augment import Augmented, augment
 from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
@@ -27,7 +27,7 @@ from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
 from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
-from lipdp.training.config import TrainConfig
+from lipdp.training.config import TrainConfig, columns_of
 from lipdp.training.ema import Ema, average_of
 from lipdp.training.forward import Forward, precision
 from lipdp.training.recipes import TABLES, head_rate
@@ -37,12 +37,11 @@ from lipdp.training.tables import Preconditioner, TableRun, measured_shares, row
 
 def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | None = None) -> DataSplit:
     """The data of a run as they are, resized if it says so. `data_dir`: where, if not where the configuration says."""
-    columns = Columns(config.input_column, config.label_column, config.owner_column)
     return open_split(
         config.dataset,
         data_dir=data_dir or config.data_dir,
         download=config.download,
-        columns=columns,
+        columns=columns_of(vars(config)),
         image_size=config.image_size,
     )
 

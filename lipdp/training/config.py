@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from lipdp.accounting.plan import Subsampling, default_delta
-from lipdp.data import BOUNDINGS, DATASETS, Columns, is_table, open_split
+from lipdp.data import BOUNDINGS, DATASETS, Columns, Schema, is_table, open_split, plain_schema
 from lipdp.data.augment import AUGMENTS
 from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeError, UnknownNameError
 from lipdp.features.maps import FEATURES
@@ -22,9 +22,11 @@ from lipdp.training.forward import OFF, PRECISIONS
 from lipdp.training.settings import (
     FLAG,
     GATE,
+    LIST,
     MAX_THREADS,
     NAME,
     OPTIONS,
+    SCHEMA,
     SIZE,
     Role,
     Setting,
@@ -52,8 +54,8 @@ class TrainConfig:
     dataset: str = _data(
         NAME,
         DATA,
-        f"{', '.join(DATASETS[:-2])}, an .npz file, or a folder of .npy files or of Hugging Face datasets, read batch"
-        " by batch",
+        f"{', '.join(DATASETS[:-4])}, an .npz, .csv or .parquet file, or a folder of .npy files, of images by class or"
+        " of Hugging Face datasets, read batch by batch",
         MISSING,
         words="digits",
     )
@@ -63,6 +65,12 @@ class TrainConfig:
     label_column: str | None = _data(NAME, DATA, "of a datasets folder", words="its only class column")
     owner_column: str | None = _data(
         NAME, DATA, "array or column of owners: batches of owners, ε for an owner with all records"
+    )
+    schema: Mapping[str, Any] | None = _data(
+        SCHEMA, DATA, "what is public of the columns of a .csv or .parquet file", metavar="FILE.toml", required=False
+    )
+    classes: Sequence[Any] | None = _data(
+        LIST, DATA, "public list of the labels, such as 1,2,3 or no,yes", words="0, 1, 2, …", metavar="A,B,..."
     )
     image_size: Sequence[int] | None = _data(SIZE, DATA, "bring images to this height and width", metavar="H W")
     augment: str | None = _data(NAME, METHOD, "random views of images", choices=AUGMENTS)
@@ -136,6 +144,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for each in fields(self):
             SETTINGS[each.name].check(getattr(self, each.name))
+        if self.schema is not None:
+            Schema.of(self.schema)
+            if self.classes is not None:
+                raise ParameterError("schema and classes were both given: the schema lists the classes of its label")
         if self.features is not None and ":" not in self.features and self.features not in FEATURES:
             raise UnknownNameError("features", self.features, FEATURES)
         if self.certified and self.features != recipes.CERTIFIED:
@@ -182,7 +194,7 @@ class TrainConfig:
             ResumeError: `given` holds anything else that differs; ε would be wrong, or the run another one.
         """
         try:
-            plain, asked = self.as_dict(), json.loads(json.dumps(dict(given)))
+            plain, asked = self.as_dict(), json.loads(json.dumps(_with_schema_read(given)))
         except (TypeError, ValueError) as error:
             raise ResumeError(f"not the settings of a run: {error}") from error
         if "tau" in asked:
@@ -229,7 +241,7 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     >>> configure(lr=0.1).lr, configure().epsilon
     (0.1, 3.0)
     """
-    given = {name: value for name, value in {"dataset": dataset, **given}.items() if value is not None}
+    given = _with_schema_read({n: value for n, value in {"dataset": dataset, **given}.items() if value is not None})
     ungated = given.get("gate") == OFF
     if ungated:
         del given["gate"]
@@ -250,6 +262,10 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     table = "model" not in given and is_table(dataset, given.get("data_dir"))
     given.setdefault("model", recipes.default_model(dataset, features, table=table))
     settings = dict(recipes.recipe(dataset, given["model"], features))
+    if "schema" in given and "bounding" in given:
+        raise ParameterError("schema and bounding were both given: the schema's ranges are the map of the inputs")
+    if "schema" in given and Schema.of(given["schema"]).is_bounded:
+        settings |= {"bounding": "clip", "bounding_options": {"lower": -1.0, "upper": 1.0}}
     if "bounding" in given:
         settings.pop("bounding_options", None)  # they belong to the recipe's map
     if "epochs" in given:
@@ -283,12 +299,31 @@ def _image_shape(given: Mapping[str, Any]) -> tuple[int, ...] | None:
     name = given["dataset"]
     if name in DATASETS or name.startswith("adbench/"):
         return None
-    columns = Columns(*(given.get(f"{column}_column") for column in ("input", "label", "owner")))
+    if is_table(name, given.get("data_dir")):
+        return None
+    columns = columns_of(given)
     with suppress(LipdpError):
         split = open_split(name, data_dir=given.get("data_dir"), columns=columns)
         if split.is_small:
             return (split.input_shape[0], *given.get("image_size", split.input_shape[1:]))
     return None
+
+
+def columns_of(settings: Mapping[str, Any]) -> Columns:
+    """What the settings of a run say of its data's columns."""
+    schema = settings.get("schema")
+    return Columns(
+        input=settings.get("input_column"),
+        label=settings.get("label_column"),
+        owner=settings.get("owner_column"),
+        classes=settings.get("classes"),
+        schema=None if schema is None else Schema.of(schema),
+    )
+
+
+def _with_schema_read(given: Mapping[str, Any]) -> dict[str, Any]:
+    schema = given.get("schema")
+    return dict(given) if schema is None else {**given, "schema": plain_schema(schema)}
 
 
 def config_from_dict(plain: Mapping[str, Any]) -> TrainConfig:

@@ -45,6 +45,14 @@ class Kind:
 
 FLAG = Kind(bool, lambda value: isinstance(value, bool), "true or false")
 NAME = Kind(str, lambda value: isinstance(value, str), "a name")
+LIST = Kind(
+    str,
+    lambda value: isinstance(value, (list, tuple)) and all(type(one) in (str, int, float, bool) for one in value),
+    "a list of texts or numbers",
+)
+"""Its option takes them with commas between."""
+SCHEMA = Kind(str, lambda value: isinstance(value, Mapping), "the path of a .toml file")
+"""Its option takes a path; the value is what the file holds, so that a run's folder says all of it."""
 OPTIONS = Kind(list[str], lambda value: isinstance(value, Mapping), "a mapping of options")
 SIZE = Kind(
     tuple[int, int],

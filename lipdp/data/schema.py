@@ -1,0 +1,385 @@
+"""What is public of a table in a file: of each column its kind, its range or list, and what a missing value counts as.
+
+[columns]
+age = {kind = "number", lower = 0, upper = 120}
+work = {kind = "category", categories = ["private", "state"], other = true}
+income = {kind = "label", classes = ["<=50K", ">50K"]}
+id = {kind = "ignore"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lipdp.data.listed import ABSENT, OTHER, Listed, as_numbers, is_missing, listing
+from lipdp.errors import DataError, ParameterError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Floats = npt.NDArray[np.float64]
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def scaled(values: Floats, low: float, high: float) -> Floats:
+    """[low, high] onto [−1, 1], what lies outside clipped; NaN stays NaN.
+
+    >>> scaled(np.array([0.0, 30.0, np.inf]), 0.0, 120.0).tolist()
+    [-1.0, -0.5, 1.0]
+    """
+    return 2 * (np.clip(values, low, high) - low) / (high - low) - 1
+
+
+class Column(Protocol):
+    """A column as inputs of a model: a fixed map of each cell by itself, with an answer for every cell."""
+
+    name: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs it makes."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """What it is, in words."""
+        ...
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether its inputs lie in [−1, 1]."""
+        ...
+
+    def encode(self, cells: Sequence[Any]) -> Floats:
+        """(n, inputs), finite."""
+        ...
+
+    def check(self, cells: Sequence[Any]) -> str | None:
+        """What shows in the first records that the column is of another kind; None: nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number x of the public range [lower, upper] becomes 2 (clip(x) − lower)/(upper − lower) − 1 in [−1, 1].
+
+    What is missing, or no number, counts as `missing`, a public number; by default the middle of the range, or 0 where
+    the column has none. With `indicator` a further input says so by 1. Without a range numbers stay as they are.
+
+    >>> Number("age", 0, 120, indicator=True).encode(["30", "", "999"]).tolist()
+    [[-0.5, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    """
+
+    name: str
+    lower: float | None = None
+    upper: float | None = None
+    missing: float | None = None
+    indicator: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.lower is None) != (self.upper is None):
+            raise ParameterError("only one of lower and upper; give both, or neither to have the range measured")
+        if not all(value is None or _is_number(value) for value in (self.lower, self.upper, self.missing)):
+            raise ParameterError("lower, upper and missing are finite numbers")
+        if self.lower is not None and self.upper is not None and not self.lower < self.upper:
+            raise ParameterError(f"lower = {self.lower:g}, upper = {self.upper:g}: lower < upper is needed")
+        if not isinstance(self.indicator, bool):
+            raise ParameterError(f"indicator = {self.indicator!r}: true or false is needed")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.name, f"{self.name} is missing") if self.indicator else (self.name,)
+
+    @property
+    def text(self) -> str:
+        said = f"number, {self.lower:g} to {self.upper:g}" if self.is_bounded else "number, range measured privately"
+        rule = "" if self.missing is None else f"missing counts as {self.missing:g}"
+        rule = rule or ("missing as the middle" if self.is_bounded else "missing as 0")
+        return f"{said}; {rule}{', with an indicator' if self.indicator else ''}"
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.lower is not None
+
+    def encode(self, cells: Sequence[Any]) -> Floats:
+        values = as_numbers(cells)
+        missing = np.isnan(values)
+        if self.missing is not None:
+            values = np.where(missing, self.missing, values)
+        if self.lower is not None and self.upper is not None:
+            values = scaled(values, self.lower, self.upper)
+        column = np.nan_to_num(values.clip(-_LARGEST, _LARGEST), nan=0.0)
+        return np.stack([column, missing.astype(np.float64)] if self.indicator else [column], axis=1)
+
+    def check(self, cells: Sequence[Any]) -> str | None:
+        held = [cell for cell in cells if not is_missing(cell)]
+        none = len(held) > 1 and bool(np.isnan(as_numbers(held)).all())
+        return "holds no numbers: make it a category, with a public list, or ignore it" if none else None
+
+
+@dataclass(frozen=True)
+class Category:
+    """A category becomes an input for each in the public list, 1 for its own.
+
+    One that the list does not have is 0 in all of them, or with `other` 1 in a further one. What is missing counts as
+    `missing`, a category of the list, or as one that the list does not have. With `indicator` a last input says so.
+
+    >>> Category("work", ["private", "state"], other=True).encode(["state", "?", ""]).tolist()
+    [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    """
+
+    name: str
+    categories: Sequence[Any] = ()
+    missing: Any = None
+    other: bool = False
+    indicator: bool = False
+
+    def __post_init__(self) -> None:
+        known = self._known
+        if self.missing is not None and known.place(self.missing) < 0:
+            raise ParameterError(f"missing = {self.missing!r} is none of its categories")
+        if not (isinstance(self.other, bool) and isinstance(self.indicator, bool)):
+            raise ParameterError("other and indicator are true or false")
+
+    @property
+    def _known(self) -> Listed:
+        return Listed(self.categories, "categories")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        further = (["other"] if self.other else []) + (["is missing"] if self.indicator else [])
+        return (*(f"{self.name} = {value}" for value in self.categories), *(f"{self.name} {one}" for one in further))
+
+    @property
+    def text(self) -> str:
+        rule = "others have an input" if self.other else "others are 0 in all"
+        rule += "" if self.missing is None else f"; missing counts as {self.missing!r}"
+        return f"category, {listing(self.categories, 4)}; {rule}{', with an indicator' if self.indicator else ''}"
+
+    @property
+    def is_bounded(self) -> bool:
+        return True
+
+    def encode(self, cells: Sequence[Any]) -> Floats:
+        known = self._known
+        places = known(cells)
+        missing = places == ABSENT
+        if self.missing is not None:
+            places = np.where(missing, known.place(self.missing), places)
+        places = np.where(places < 0, len(self.categories), places)
+        one_hot = np.zeros((len(places), len(self.categories) + 1))
+        one_hot[np.arange(len(places)), places] = 1.0
+        parts = [one_hot if self.other else one_hot[:, :-1]]
+        return np.concatenate([*parts, missing[:, None].astype(np.float64)] if self.indicator else parts, axis=1)
+
+    def check(self, cells: Sequence[Any]) -> str | None:
+        places = self._known(cells)
+        none = int((places == OTHER).sum()) > 1 and not bool((places >= 0).any())
+        return f"has none of its categories {listing(self.categories)}" if none else None
+
+
+KINDS = ("number", "category", "label", "ignore")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The public map of a table: its columns in the order in which they are the model's inputs, and the classes.
+
+    Guarantees: nothing is learnt. A record changes its own row alone and raises no error.
+
+    Attributes:
+        columns: that are inputs. label: the column of the label; None where a table has none.
+        classes: its public list; a label's number is its place there. ignored: columns of no use.
+
+    >>> schema = Schema.of({"columns": {"age": {"kind": "number", "lower": 0, "upper": 120},
+    ...                                 "sick": {"kind": "label", "classes": ["no", "yes"]}}})
+    >>> schema.rows({"age": [30, None], "sick": ["no", "yes"]}).tolist(), schema.classes
+    ([[-0.5], [0.0]], ('no', 'yes'))
+    """
+
+    columns: tuple[Column, ...]
+    label: str
+    classes: tuple[Any, ...]
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, plain: Any, where: str = "the schema") -> Schema:
+        """From what a schema file holds.
+
+        Raises:
+            ParameterError: not a schema; one line says where, what was given and what would be right.
+        """
+        columns = plain.get("columns") if isinstance(plain, Mapping) and set(plain) <= {"columns"} else None
+        if not isinstance(columns, Mapping) or not columns:
+            raise ParameterError(f"{where}: a table [columns] alone is needed, with lines such as {_EXAMPLE}")
+        inputs, labels, ignored = [], [], []
+        for name, given in columns.items():
+            at = f"{where}: the column {name!r}"
+            if not isinstance(given, Mapping) or given.get("kind") not in KINDS:
+                raise ParameterError(f"{at} is {given!r}: {{kind = {' | '.join(map(repr, KINDS))}, …}} is needed")
+            made = _column(at, name, given)
+            if isinstance(made, Listed):
+                labels.append((name, made.values))
+            elif made is None:
+                ignored.append(name)
+            else:
+                inputs.append(made)
+        if len(labels) != 1:
+            raise ParameterError(
+                f"{where}: {len(labels)} columns of kind 'label', one is needed, such as"
+                ' income = {kind = "label", classes = ["no", "yes"]}'
+            )
+        if not inputs:
+            raise ParameterError(f"{where}: no column is a number or a category, such as {_EXAMPLE}")
+        return cls(tuple(inputs), *labels[0], tuple(ignored))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all columns that are inputs."""
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Of the inputs that the model sees."""
+        return tuple(name for column in self.columns for name in column.inputs)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether every number has a public range, so that all inputs lie in [−1, 1]."""
+        return all(column.is_bounded for column in self.columns)
+
+    def rows(self, table: Any) -> npt.NDArray[np.float32]:
+        """(n, inputs) of a table: a mapping from names to columns, a DataFrame, or a structured array.
+
+        Raises:
+            DataError: a column is missing.
+        """
+        held = _held(table)
+        absent = [name for name in self.names if name not in held]
+        if absent:
+            raise DataError(f"the table lacks the columns {listing(absent)} of its schema")
+        parts = [column.encode(_cells(table[column.name])) for column in self.columns]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def lines(self) -> list[tuple[str, str, int]]:
+        """Of every column its name, what is made of it, and how many inputs that is."""
+        inputs = [(column.name, column.text, len(column.inputs)) for column in self.columns]
+        label = (self.label, f"label, {listing(self.classes)}", 0)
+        return [*inputs, label, *((name, "ignored", 0) for name in self.ignored)]
+
+
+_EXAMPLE = 'age = {kind = "number", lower = 0, upper = 120}'
+
+
+def _column(at: str, name: str, given: Mapping[str, Any]) -> Column | Listed | None:
+    """The column as it is declared; of a label its list, of one that is ignored None."""
+    kind, options = given["kind"], {key: value for key, value in given.items() if key != "kind"}
+    makers: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "number": (Number, tuple(field.name for field in fields(Number))[1:]),
+        "category": (Category, tuple(field.name for field in fields(Category))[1:]),
+        "label": (None, ("classes",)),
+        "ignore": (None, ()),
+    }
+    make, known = makers[kind]
+    odd = next((key for key in options if key not in known), None)
+    if odd is not None:
+        raise ParameterError(f"{at} has {odd!r}: of a {kind} {', '.join(known) or 'nothing else'} can be said")
+    try:
+        if kind == "label":
+            listed = Listed(options.get("classes"), "classes")  # type: ignore[arg-type]
+            if len(listed.values) < 2:
+                raise ParameterError(f"classes={options['classes']!r}: two or more are needed")
+            return listed
+        return None if make is None else make(name, **options)
+    except ParameterError as error:
+        raise ParameterError(f"{at}: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def _held(table: Any) -> Sequence[str] | Mapping[str, Any]:
+    columns = getattr(table, "columns", None)
+    if columns is not None:
+        return list(columns)
+    if isinstance(table, np.ndarray) and table.dtype.names:
+        return list(table.dtype.names)
+    if isinstance(table, Mapping):
+        return table
+    raise DataError(
+        f"{type(table).__name__}: the model was trained on a table with a schema; give a DataFrame, or a mapping from"
+        " its columns' names to their values"
+    )
+
+
+def _cells(column: Any) -> Sequence[Any]:
+    """The values of a column; those that pandas says to be missing are None."""
+    absent = getattr(column, "isna", None)
+    if callable(absent):
+        return [None if none else value for value, none in zip(column.tolist(), absent().tolist(), strict=True)]
+    return column.tolist() if isinstance(column, np.ndarray) else column
+
+
+def plain_schema(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """What a schema file holds, as plain values; checked.
+
+    Args:
+        given: the path of a `.toml` file, or what it holds.
+
+    Raises:
+        DataError: no such file. ParameterError: not a schema.
+    """
+    if isinstance(given, Mapping):
+        Schema.of(given)
+        return dict(given)
+    path = Path(given)
+    try:
+        plain = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror}; --schema takes a .toml file that says what the columns are"
+        ) from error
+    except ValueError as error:
+        raise ParameterError(f"{path} is no TOML ({error}); a column is a line such as {_EXAMPLE}") from error
+    Schema.of(plain, str(path))
+    return plain
+
+
+_TEMPLATE = """\
+# What is public of the columns of {name}: `lipdp train --dataset {name} --schema THIS_FILE`.
+# Made from the names of the columns alone. Write ranges and lists from what you know without looking at the records:
+# a minimum or a list of values read off the data is not covered by ε.
+#
+#   {{kind = "number", lower = 0, upper = 120}}         values outside count as the nearer end
+#   {{kind = "number"}}                                 no range known: it is measured privately
+#   {{kind = "category", categories = ["a", "b"]}}      others are 0 in all inputs; other = true gives them one
+#   {{kind = "label", classes = ["no", "yes"]}}         exactly one column
+#   {{kind = "ignore"}}
+#
+# missing = VALUE says what a missing value counts as; indicator = true adds an input that says that it is missing.
+
+[columns]
+"""
+
+
+def template(name: str, columns: Sequence[str]) -> str:
+    """A schema to fill in, in which every column is ignored.
+
+    >>> print(template("a.csv", ["age", "zip code"]).partition("[columns]")[2].strip())
+    "age" = {kind = "ignore"}
+    "zip code" = {kind = "ignore"}
+    """
+    keys = [json.dumps(column, ensure_ascii=False) for column in columns]
+    return _TEMPLATE.format(name=name) + "".join(f'{key} = {{kind = "ignore"}}\n' for key in keys)

@@ -50,14 +50,14 @@ class Request:
     allocation: str | Allocation
     gate: float | FixedGate | QuantileGate | None
     joints: tuple[Joint, ...]
-    input_shape: tuple[int, ...] | None
-    forward_dtype: torch.dtype | None
-    group: Group | None
-    multiplicity: int
-    shards: bool
     passes: float | None
-    num_workers: int
-    pin_memory: bool
+    input_shape: tuple[int, ...] | None = None
+    forward_dtype: torch.dtype | None = None
+    group: Group | None = None
+    multiplicity: int = 1
+    shards: bool = False
+    num_workers: int = 0
+    pin_memory: bool = False
 
     @property
     def gating(self) -> FixedGate | QuantileGate:

@@ -21,6 +21,7 @@ from lipdp.nn import GradientGate
 from lipdp.training.choices import make_scheduler
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Grid = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class Trainer(ABC):
     private: ClassVar[bool] = True
     lipschitz: ClassVar[bool] = True
     plain: ClassVar[bool] = True
-    grid: ClassVar[Mapping[str, Sequence[Any]]]
+    grid: ClassVar[Grid]
 
     @abstractmethod
     def start(self, model: nn.Module, task: Task) -> Session:

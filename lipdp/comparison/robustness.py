@@ -17,7 +17,7 @@ from lipdp.comparison.contenders import Contender, Setup, contenders, trained
 from lipdp.comparison.plots import pareto
 from lipdp.comparison.protocol import Trainer
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.trainers.clipless import Clipless
+from lipdp.comparison.trainers.engine import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 from lipdp.data import Split, load, number_of_units
 from lipdp.errors import (

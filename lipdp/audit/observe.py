@@ -25,6 +25,7 @@ Tensors = dict[str, Tensor]
 Progress = Callable[[int, int], None]
 """Is told how many steps are taken, and of how many."""
 
+_MOST_GAMES = 10_000_000
 _CHUNK_WEIGHTS = 2**23  # per-sample gradients held at once
 
 
@@ -265,7 +266,12 @@ def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> 
 
 
 def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:
-    """(count,) independent fair coins."""
+    """(count,) independent fair coins, one a game."""
+    if not 40 <= count <= _MOST_GAMES:
+        raise ParameterError(
+            f"{count} games (runs, or canaries of one run): 40 to {_MOST_GAMES} are needed, and thousands for a bound"
+            " that says something"
+        )
     check_seed(seed)
     return np.random.default_rng(seed).integers(0, 2, size=count).astype(bool)
 

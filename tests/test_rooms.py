@@ -107,7 +107,6 @@ def test_all_packages_are_in_the_wheel():
 
 
 COVERS = {
-    "engine/test_closures": "privacy/closure",
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
     "engine/test_state_of_run": "privacy/engine",
     "test_accelerator": "nn/autocast nn/compiled training/runtime",

@@ -193,7 +193,6 @@ class _Orthogonal:
         self._total += _log_likelihood(along.double(), self._shift, self._plan.sampling_rate)
 
     def scores(self) -> dict[str, Tensor]:
-        """See `simultaneous`."""
         return {"likelihood": self._total}
 
 
@@ -212,7 +211,6 @@ class _Joint:
         self._gram, self._seen = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
 
     def see(self, model: nn.Module, weights: Tensors, release: Tensors, stds: dict[str, float]) -> None:
-        """As `_Orthogonal.see`."""
         loss, q = self._experiment.loss, self._plan.sampling_rate
 
         def value(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -231,7 +229,6 @@ class _Joint:
             self._seen += q * along
 
     def scores(self) -> dict[str, Tensor]:
-        """See `simultaneous`."""
         prior = 4.0 * torch.eye(len(self._seen), dtype=torch.float64)
         joint = torch.linalg.solve(self._gram + prior, self._seen - self._gram.sum(1) / 2)
         return {"likelihood": self._total, "joint": joint}

@@ -24,12 +24,12 @@ from lipdp.distributed.wrappers import own_reduction
 from lipdp.errors import CheckpointError, EngineError, ParameterError
 from lipdp.files import write_bytes
 from lipdp.noise.allocation import Allocation
-from lipdp.privacy.attach import Draws, Request, attach
+from lipdp.privacy.attach import attach
 from lipdp.privacy.complete import complete
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
-from lipdp.privacy.options import Given, Options, refuse_unknown
+from lipdp.privacy.options import Draws, Given, Options, Request, refuse_unknown
 from lipdp.suggestion.joints import Joint
 from lipdp.suggestion.settings import Settings
 from lipdp.timing import Timer

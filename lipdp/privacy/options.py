@@ -1,18 +1,25 @@
-"""The options of `make_private`, and what stands here for those of Opacus."""
+"""What an engine and `make_private` are given, and what stands here for the options of Opacus."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lipdp.accounting.events import Ledger
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.inputs import Fields
 from lipdp.batches.population import Group
+from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.errors import ParameterError
 from lipdp.noise.allocation import Allocation
+from lipdp.noise.gaussian import GaussianNoise
+from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.suggestion.joints import Joint
 
@@ -48,6 +55,58 @@ class Given(Options, total=False):
     gate: float | FixedGate | QuantileGate | None
     allocation: str | Allocation | None
     joints: tuple[Joint, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `make_private_with_plan` was given; see there."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    criterion: nn.Module
+    dataset: Dataset[Any]
+    allocation: str | Allocation
+    gate: float | FixedGate | QuantileGate | None
+    joints: tuple[Joint, ...]
+    passes: float | None
+    input_shape: tuple[int, ...] | None = None
+    forward_dtype: torch.dtype | None = None
+    group: Group | None = None
+    multiplicity: int = 1
+    shards: bool = False
+    num_workers: int = 0
+    pin_memory: bool = False
+
+    @property
+    def gating(self) -> FixedGate | QuantileGate:
+        """The gate as an object."""
+        if isinstance(self.gate, (FixedGate, QuantileGate)):
+            return self.gate
+        return FixedGate(math.inf if self.gate is None else self.gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How an engine draws and looks: what `PrivacyEngine` was given."""
+
+    accountant: str
+    seed: int | None
+    secure: bool
+    check_every: int | None
+    deferred: bool | None
+    ledger: Ledger
+    measured: list[str]
+
+    def sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
+        """Of the batches."""
+        options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
+        if plan.sampling == "poisson":
+            return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
+        return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)
+
+    def noise(self, device: torch.device) -> GaussianNoise:
+        """Of the steps."""
+        return (SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=device)
 
 
 _ANSWERS = {

@@ -114,7 +114,6 @@ class StepInProgress(Listener):
             )
 
     def after_draw(self, drawn: Draw | None) -> None:
-        """See `Listener`."""
         self.drawn = drawn
         if drawn is None:
             self.forget()

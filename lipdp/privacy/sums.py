@@ -103,7 +103,6 @@ class OwnGradients:
         self._found: list[Claim] = []
 
     def add(self, call: RootCall) -> list[Tensor | None]:
-        """See `Gradients.add`."""
         if any(p._backward_hooks for p in call.parameters):
             raise EngineError("a parameter carries a gradient hook, which can scale its gradient; remove it")
         for p in call.parameters:
@@ -120,7 +119,6 @@ class OwnGradients:
         return [found.get(id(t)) for t in call.inputs]
 
     def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """See `Gradients.claims`."""
         found = list(self._found)
         for p in parameters:
             own, held = self._sums.get(p), p.grad
@@ -132,13 +130,11 @@ class OwnGradients:
         return found
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See `Gradients.take`."""
         for p in parameters:
             own = self._sums.get(p)
             p.grad = torch.zeros_like(p) if own is None else own
 
     def forget(self) -> None:
-        """See `Gradients.forget`."""
         self._sums, self._found = {}, []
 
 
@@ -156,18 +152,15 @@ class SealedGradients:
         return []
 
     def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """See `Gradients.claims`."""
         self._seal.check()
         return [claim for call in self._calls for claim in call.claims]
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See `Gradients.take`."""
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
 
     def forget(self) -> None:
-        """See `Gradients.forget`."""
         self._seal.open()
         self._calls = []
 

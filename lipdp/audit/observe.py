@@ -31,14 +31,7 @@ _CHUNK_WEIGHTS = 2**23  # per-sample gradients held at once
 
 @dataclass(frozen=True)
 class Setting:
-    """How the engine is asked to protect the run.
-
-    Attributes:
-        plan: of one run.
-        allocation: as `PrivacyEngine.make_private` takes it.
-        seed: for tests.
-        progress: is told of every step.
-    """
+    """How the engine is asked to protect one run; `progress` is told of every step."""
 
     plan: PrivacyPlan
     allocation: str = "per_layer"

@@ -22,17 +22,12 @@ __all__ = ["METHODS", "Suite", "SuiteResult", "draw", "write"]
 
 @dataclass(frozen=True)
 class Suite:
-    """What to audit and how hard.
+    """What to audit and how hard; see `many_runs` and `one_run`.
 
     Attributes:
-        epsilon, delta: the claim.
         confidence: of all lower bounds together: of k audits each has 1 − (1 − confidence)/k.
         methods: names in `METHODS`.
-        runs: of each audit by many runs.
-        canaries: gradient canaries in one run.
-        input_canaries: records among the digits.
-        allocation, accountant: of the engine.
-        seed: repeat the audits exactly.
+        canaries, input_canaries: gradient canaries, and records among the digits, in one run.
     """
 
     epsilon: float

@@ -64,14 +64,10 @@ def contenders(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The model and the loss of a comparison, in both kinds.
+    """What every contender is trained on: a model of the zoo, its loss, and the shape of the data.
 
-    Attributes:
-        model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz
-            kind.
-        input_shape, num_classes: of the data.
-        loss, loss_options: as `lipdp.training.make_loss` takes them, for the Lipschitz kind: its temperature
-            makes up for small logits. The twin has none to make up for: its temperature is 1.
+    `model_options` are for both kinds, of which gates and input bound are of the Lipschitz kind; `loss_options` for the
+    Lipschitz kind: its temperature makes up for small logits. The twin has none to make up for: its temperature is 1.
     """
 
     model: str

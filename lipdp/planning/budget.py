@@ -28,12 +28,7 @@ _NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant �
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of a run: N records, (ε, δ) for *add or remove one record*, and the accountant.
-
-    Args:
-        records: N, a public constant.
-        epsilon, delta: the target.
-        accountant: "prv", "pld" or "rdp", as for the run that will follow.
+    """The budget of a run: N records, (ε, δ) for *add or remove one record*, and the accountant of the run to follow.
 
     Raises:
         ParameterError, UnknownNameError: a value outside its range.
@@ -111,13 +106,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """A budget, the setting chosen for it, and the settings around it.
-
-    Attributes:
-        budget: what was given; max_samples: the compute limit, if any.
-        chosen: (B, σ, T).
-        beside: settings to compare with, accounted exactly.
-    """
+    """A budget, the compute limit if any, the setting (B, σ, T) chosen, and settings to compare it with."""
 
     budget: Budget
     max_samples: int | None

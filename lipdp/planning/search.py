@@ -27,12 +27,7 @@ Progress = Callable[[int, dict[str, Any], "Found"], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found so far.
-
-    Attributes:
-        simulation: what was simulated.
-        trials: the records of the finished runs, by number.
-    """
+    """What a search has found so far: the records of the finished runs, by number."""
 
     simulation: Simulation
     trials: Mapping[int, Mapping[str, Any]]

@@ -39,7 +39,7 @@ def complete(
         account: N, sampling, unit, σ or (ε, δ), accountant.
 
     Returns:
-        The plan, the arguments of `make_private_with_plan` beside it, and the settings that were suggested together.
+        The plan, further arguments of `make_private_with_plan`, and the settings that were suggested together.
     """
     if optimizer is None:
         settings = suggest(

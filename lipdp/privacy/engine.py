@@ -304,24 +304,15 @@ class PrivacyEngine:
 
         Nothing between the loader and the step can then be wrong; `criterion(model(x), y).backward()` does the same.
 
+            >>> for batch in loader:  # doctest: +SKIP
+            ...     optimizer.zero_grad(); engine.backward(*batch, microbatch=256); optimizer.step()
+
         Args:
             x, y, weight: what the loader yielded.
             microbatch: at most so many rows at a time; by default all at once.
 
         Returns:
             () the mean loss of the batch, which ε does not cover.
-
-        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
-        >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
-        >>> engine = lipdp.PrivacyEngine()
-        >>> model, optimizer, loader, criterion = engine.make_private(
-        ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        ...     criterion=lipdp.losses.TauCrossEntropy(8.0), dataset=torch.utils.data.TensorDataset(x, y),
-        ...     expected_batch_size=16, steps=3, noise_multiplier=2.0)
-        >>> for batch in loader:
-        ...     optimizer.zero_grad(); _ = engine.backward(*batch, microbatch=8); optimizer.step()
-        >>> engine.steps_taken
-        3
         """
         run = self._current()
         total = torch.zeros((), device=run.graph.device)
@@ -361,9 +352,7 @@ class PrivacyEngine:
         """Give up the batches drawn since the last step: each counts as a step of the account, nothing is released.
 
         For an interrupted loop, or a batch that a script does not want: that it was given up may depend on its records.
-
-        Returns:
-            How many steps were counted.
+        Returns how many steps were counted.
         """
         return self._current().skip_batch()
 
@@ -371,10 +360,7 @@ class PrivacyEngine:
         """Add a term that depends on the weights alone: its gradient is added to the noisy one at every step, for free.
 
         Args:
-            penalty: of the model, in units of the *mean* loss: λ Σ‖W‖² is not to be divided by the batch size.
-
-        >>> engine = lipdp.PrivacyEngine()
-        >>> l1 = lambda model: 1e-4 * sum(p.abs().sum() for p in model.parameters())  # engine.add_penalty(l1)
+            penalty: of the model, such as an L1 norm, in units of the *mean* loss: it is not divided by the batch size.
         """
         self._current().penalties.append(penalty)
 

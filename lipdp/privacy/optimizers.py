@@ -44,12 +44,7 @@ def matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> t
 
 
 def refuse_unsuitable(model: nn.Module, optimizer: torch.optim.Optimizer, before_step: Callable[..., Any]) -> None:
-    """Refuse an optimiser or a model that is private already, and optimisers that would step without noise.
-
-    Args:
-        model, optimizer: those that are to be private.
-        before_step: the hook in front of a private step.
-    """
+    """Refuse what is private already (`before_step` is the hook of a private step), or would step without noise."""
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(getattr(hook, "__func__", None) is before_step for hook in hooks):
         raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")
@@ -93,9 +88,6 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], An
 
     Raises:
         OptimizerError: something else is among them, or a GradScaler drives the step.
-
-    >>> closure_of((None,), {"closure": None}) is None
-    True
     """
     optimizer, *given = args
     if "grad_scaler" in kwargs or getattr(optimizer, "found_inf", None) is not None:
@@ -114,13 +106,7 @@ def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], An
 
 
 def refuse_reevaluating(optimizer: torch.optim.Optimizer) -> None:
-    """An optimiser that can't step without a closure evaluates it again within the step, without noise.
-
-    Raises:
-        OptimizerError: this is one.
-
-    >>> refuse_reevaluating(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
-    """
+    """OptimizerError where it can't step without a closure: it evaluates it again within the step, without noise."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise OptimizerError(

@@ -65,12 +65,8 @@ OVERWRITTEN = (
 class StepInProgress(Listener):
     """The passes since the last private step: which rows went through, at which weights, and what came of it.
 
-    Args:
-        gradients: how the sum is formed.
-        grouped: whether owners are drawn, whose rows have weights.
-        forgotten: what else begins anew with a step: the count of a quantile gate.
-
     Attributes:
+        gradients: how the sum is formed. grouped: whether owners are drawn, whose rows have weights.
         drawn: the batch that the loader handed out last.
         reason: why the last call of the model was no private one.
     """
@@ -100,11 +96,7 @@ class StepInProgress(Listener):
     # -- the loader ----------------------------------------------------------------------------------------------------
 
     def before_draw(self) -> None:
-        """Keep the next batch back while gradients of the last one wait for their noise.
-
-        Raises:
-            EngineError: they do.
-        """
+        """Keep the next batch back (EngineError) while gradients of the last one wait for their noise."""
         if self.pending:
             raise EngineError(
                 "the last batch was back-propagated, but no private step followed: another optimiser, or a copy, would"
@@ -123,13 +115,9 @@ class StepInProgress(Listener):
     def release(self, call: RootCall, upstream: Tensor) -> list[Tensor | None]:
         """One backward pass, from the gated cotangents of one root call; its gradients, by input of the call.
 
-        Args:
-            call: the criterion has left its cotangent there.
-            upstream: () the cotangent of the criterion's value.
-
         Raises:
             EngineError: the weights are not those of the step's first forward pass, a gradient hook is there, or the
-                value was back-propagated before.
+                value, whose cotangent is `upstream`, was back-propagated before.
         """
         if call.released:
             raise EngineError("the criterion's value is back-propagated twice: a record would count more than once")

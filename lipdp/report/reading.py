@@ -195,8 +195,7 @@ class RecordedRun:
     """Everything a run's folder says.
 
     Attributes:
-        folder: its path. name: its last part. title: data and model.
-        config: `config.json`. account: `privacy.json`. metrics: `metrics.jsonl`, in order of the steps.
+        name: the folder's last part. title: data and model.
         sessions: `environment.json`: where and by which command the run was started and resumed.
         robustness, audit: of `lipdp certify` and `lipdp audit`, if they are there.
     """

@@ -138,12 +138,12 @@ def private_step(workload: Workload, samples: int, microbatch: int) -> Callable[
     torch.manual_seed(0)
     model, size = workload.build(), max(samples, 1)
     x = torch.rand(1, *workload.input_shape, device=workload.device)
-    y = torch.zeros(1, dtype=torch.int64, device=workload.device)
+    labels = torch.zeros(2 * size, dtype=torch.int64, device=workload.device)
     module, optimizer, loader, criterion = PrivacyEngine().make_private(
         module=model,
         optimizer=make_optimizer("sgd", model.parameters(), lr=0.01, momentum=0.9),
         criterion=make_loss("cross-entropy", workload.num_classes, {"tau": 32.0})[0],
-        dataset=TensorDataset(*(one.expand(2 * size, *one.shape[1:]) for one in (x, y))),  # in the memory of one
+        dataset=TensorDataset(x.expand(2 * size, *x.shape[1:]), labels),  # all inputs in the memory of one
         expected_batch_size=size,
         steps=10**6,  # more than are taken
         noise_multiplier=2.0,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.comparison.protocol import Session, Task, Trainer
+from lipdp.comparison.protocol import ComparedTrainer, Session, Task
 from lipdp.comparison.trainers import TRAINERS, get_trainer
 from lipdp.data import Split
 from lipdp.errors import ParameterError
@@ -29,7 +29,7 @@ _BLOCK = 64 << 20  # per-sample gradients, in numbers, that a forward pass may l
 class Contender:
     """A trainer and a kind of model: with certified norms, or the unconstrained twin of the same shape."""
 
-    trainer: Trainer
+    trainer: ComparedTrainer
     plain: bool
 
     def model_name(self, name: str) -> str:
@@ -112,7 +112,7 @@ class Setup:
 
 def trained(
     contender: Contender,
-    trainer: Trainer,
+    trainer: ComparedTrainer,
     setup: Setup,
     train: TrainConfig,
     split: Split,

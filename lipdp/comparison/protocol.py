@@ -100,7 +100,7 @@ class Session(ABC):
 
 
 @dataclass(frozen=True)
-class Trainer(ABC):
+class ComparedTrainer(ABC):
     """A way to train, with its settings: a frozen dataclass that starts sessions.
 
     Attributes:

@@ -15,7 +15,7 @@ from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
 from lipdp.comparison.contenders import Contender, Setup, contenders, trained
 from lipdp.comparison.plots import pareto
-from lipdp.comparison.protocol import Trainer
+from lipdp.comparison.protocol import ComparedTrainer
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.comparison.trainers.engine import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
@@ -213,7 +213,7 @@ def _accuracy(model: nn.Module, bench: _Bench) -> float:
     return float(((answers == y) & found.isfinite().all(1)).double().mean())
 
 
-def _configured(trainer: Trainer, bench: _Bench) -> Trainer:
+def _configured(trainer: ComparedTrainer, bench: _Bench) -> ComparedTrainer:
     """The trainer with the recipe's gate and allocation, or with the clipping norm."""
     if isinstance(trainer, Clipless):
         return replace(trainer, gate=bench.train.gate, allocation=bench.train.allocation)

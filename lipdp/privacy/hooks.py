@@ -83,7 +83,7 @@ class StepHooks:
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
-        self._spread = torch.empty(0)
+        self._sharded_grads = torch.empty(0)
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size
         self._gradients = GradientCheck(
@@ -243,7 +243,7 @@ class StepHooks:
         self.step_in_progress.gradients.take(self.parameters)
         held = [p.grad for p in self.parameters if p.grad is not None]
         gradients = [local_tensor(g) for g in held]
-        self._spread = torch.tensor([is_dtensor(g) for g in held])
+        self._sharded_grads = torch.tensor([is_dtensor(g) for g in held])
         with self.clock("exchange"):
             self.world.all_reduce_([own for g, own in zip(held, gradients, strict=True) if own is g])
         if self.loader.views > 1:
@@ -255,9 +255,9 @@ class StepHooks:
         if not self._sharded:
             self.noise.add_(gradients, stds)
             return
-        spread = self._spread.tolist()
+        sharded = self._sharded_grads.tolist()
         for noise, wanted in ((self.noise, False), (self.noise.lane(shard_index(self._sharded)), True)):
-            chosen = [i for i, is_dtensor in enumerate(spread) if is_dtensor == wanted]
+            chosen = [i for i, own in enumerate(sharded) if own == wanted]
             noise.add_([gradients[i] for i in chosen], stds[chosen])
 
     def _combined(self, norms: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class StepHooks:
             return norms
         parts = norms.square()
         self.world.all_reduce_([parts])
-        return torch.where(self._spread.to(norms.device), parts.sqrt(), norms)
+        return torch.where(self._sharded_grads.to(norms.device), parts.sqrt(), norms)
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""

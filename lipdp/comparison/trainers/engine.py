@@ -8,12 +8,12 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lipdp.comparison.backprop_clipping import with_backprop_clipping
-from lipdp.comparison.protocol import Grid, Session, Task, Trainer
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task
 from lipdp.privacy.engine import PrivacyEngine
 
 
 @dataclass(frozen=True)
-class Clipless(Trainer):
+class Clipless(ComparedTrainer):
     """`lipdp.PrivacyEngine` as it is.
 
     Attributes:
@@ -61,7 +61,7 @@ class EngineSession(Session):
 
 
 @dataclass(frozen=True)
-class BackpropClipping(Trainer):
+class BackpropClipping(ComparedTrainer):
     """`with_backprop_clipping` and `lipdp.PrivacyEngine`: no per-sample gradients, no constraint.
 
     Attributes:

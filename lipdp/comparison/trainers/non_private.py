@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lipdp.comparison.protocol import Grid, Session, Task, Trainer, put_back, remove_gates
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, put_back, remove_gates
 from lipdp.nn import project_
 
 
 @dataclass(frozen=True)
-class NonPrivate(Trainer):
+class NonPrivate(ComparedTrainer):
     """The sum of the batch's gradients over B, the optimiser's step, the projection: no noise, no ε."""
 
     name = "non_private"

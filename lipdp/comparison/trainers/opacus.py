@@ -15,7 +15,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 
 import lipdp.comparison.opacus_layers  # noqa: F401  (registers lipdp's layers with Opacus)
-from lipdp.comparison.protocol import Grid, Session, Task, Trainer, put_back, remove_gates
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, put_back, remove_gates
 from lipdp.errors import ParameterError, UnsupportedLayerError
 from lipdp.nn import project_
 
@@ -23,7 +23,7 @@ CLIP_GRID: Grid = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
 
 
 @dataclass(frozen=True)
-class OpacusTrainer(Trainer):
+class OpacusTrainer(ComparedTrainer):
     """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped.
 
     Attributes:

@@ -31,7 +31,7 @@ the value's cotangent with 1, which says no more than whether the script did so.
 attack whose own loss mixes records is not seen; memory that is written through numpy or `.data` between a forward pass
 and the step is seen in gradients and not in weights. Under `fully_shard`, which reduces within the backward pass, 2
 and 4 are replaced by watching: the root's cotangent is the engine's, and gradients must stay as that pass left them
-(`GradientSeal`).
+(`SealedGradients`).
 
 Source: ours. Steps 1 to 5 replace the per-sample clipping of DP-SGD (Abadi et al. 2016), which is robust by nature.
 """

@@ -145,36 +145,35 @@ class Robustness:
             raise ValueError("the curve has as many radii as accuracies")
 
 
-@dataclass(frozen=True)
-class AuditRow:
+@dataclass(frozen=True, kw_only=True)
+class _Bounded:
+    """An empirical lower bound on ε beside the claim."""
+
+    claimed_epsilon: Positive
+    lower_bound: Positive
+
+    @property
+    def violated(self) -> bool:
+        """The lower bound is above the claim."""
+        return self.lower_bound > self.claimed_epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow(_Bounded):
     """One audit among those of `audit.json`."""
 
     method: str
     experiment: str
-    lower_bound: Positive
-    claimed_epsilon: Positive
     trials: Count = 0
 
-    @property
-    def violated(self) -> bool:
-        """The lower bound is above the claim."""
-        return self.lower_bound > self.claimed_epsilon
 
+@dataclass(frozen=True, kw_only=True)
+class Audit(_Bounded):
+    """`audit.json`: the strongest audit's bound, and all."""
 
-@dataclass(frozen=True)
-class Audit:
-    """`audit.json`: an empirical lower bound on ε beside the claim."""
-
-    claimed_epsilon: Positive
-    lower_bound: Positive
     confidence: Share
     delta: Share | None = None
     audits: tuple[AuditRow, ...] = ()
-
-    @property
-    def violated(self) -> bool:
-        """The lower bound is above the claim."""
-        return self.lower_bound > self.claimed_epsilon
 
 
 @dataclass(frozen=True)

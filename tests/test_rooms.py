@@ -107,7 +107,6 @@ def test_all_packages_are_in_the_wheel():
 
 
 COVERS = {
-    "engine/test_closures": "privacy/closure",
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
     "engine/test_state_of_run": "privacy/engine",
     "test_accelerator": "nn/autocast nn/compiled training/runtime",
@@ -122,7 +121,7 @@ COVERS = {
     "test_cost": "commands/scale",
     "test_data": "data/download data/opening data/sources",
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
-    "test_dynamics": "comparison/clipping comparison/kernel",
+    "test_dynamics": "comparison/kernel",
     "test_estimators": "estimators/base estimators/classifier estimators/recipe estimators/regressor estimators/scaler"
     " estimators/scikit",
     "test_serving": "features/frozen serving/model serving/files commands/use",
@@ -145,11 +144,10 @@ COVERS = {
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
     "test_stored": "data/folders data/hub",
-    "test_suggestion": "privacy/attach privacy/complete privacy/foreign privacy/saved",
+    "test_suggestion": "privacy/attach privacy/complete privacy/options",
     "test_tables": "training/fitted",
     "test_testing": "testing/attack testing/case testing/loss testing/nodes",
-    "test_trainers": "comparison/backprop_clipping comparison/trainers/adaptive comparison/trainers/automatic"
-    " comparison/trainers/backprop_clipping comparison/trainers/clipless comparison/trainers/global_clipping"
+    "test_trainers": "comparison/backprop_clipping comparison/trainers/clipping comparison/trainers/engine"
     " comparison/trainers/non_private comparison/trainers/registry",
     "test_training": "training/account training/environment training/monitor training/progress training/release"
     " training/resume training/trainer",

@@ -25,19 +25,13 @@ Tensors = dict[str, Tensor]
 Progress = Callable[[int, int], None]
 """Is told how many steps are taken, and of how many."""
 
+_MOST_GAMES = 10_000_000
 _CHUNK_WEIGHTS = 2**23  # per-sample gradients held at once
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the engine is asked to protect the run.
-
-    Attributes:
-        plan: of one run.
-        allocation: as `PrivacyEngine.make_private` takes it.
-        seed: for tests.
-        progress: is told of every step.
-    """
+    """How the engine is asked to protect one run; `progress` is told of every step."""
 
     plan: PrivacyPlan
     allocation: str = "per_layer"
@@ -192,7 +186,6 @@ class _Orthogonal:
         self._total += _log_likelihood(along.double(), self._shift, self._plan.sampling_rate)
 
     def scores(self) -> dict[str, Tensor]:
-        """See `simultaneous`."""
         return {"likelihood": self._total}
 
 
@@ -211,7 +204,6 @@ class _Joint:
         self._gram, self._seen = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
 
     def see(self, model: nn.Module, weights: Tensors, release: Tensors, stds: dict[str, float]) -> None:
-        """As `_Orthogonal.see`."""
         loss, q = self._experiment.loss, self._plan.sampling_rate
 
         def value(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
@@ -230,7 +222,6 @@ class _Joint:
             self._seen += q * along
 
     def scores(self) -> dict[str, Tensor]:
-        """See `simultaneous`."""
         prior = 4.0 * torch.eye(len(self._seen), dtype=torch.float64)
         joint = torch.linalg.solve(self._gram + prior, self._seen - self._gram.sum(1) / 2)
         return {"likelihood": self._total, "joint": joint}
@@ -265,7 +256,12 @@ def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> 
 
 
 def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:
-    """(count,) independent fair coins."""
+    """(count,) independent fair coins, one a game."""
+    if not 40 <= count <= _MOST_GAMES:
+        raise ParameterError(
+            f"{count} games (runs, or canaries of one run): 40 to {_MOST_GAMES} are needed, and thousands for a bound"
+            " that says something"
+        )
     check_seed(seed)
     return np.random.default_rng(seed).integers(0, 2, size=count).astype(bool)
 

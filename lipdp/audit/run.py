@@ -18,7 +18,6 @@ from lipdp.audit.observe import Progress, Setting, Training, fair_coins, simulta
 from lipdp.audit.statistics import independent_lower_bound, one_run_lower_bound
 from lipdp.errors import ParameterError
 
-_MOST_GAMES = 10_000_000
 _HELD_OUT = 0.25  # share of the games on which the guessing rule is chosen
 
 Array = NDArray[np.float64]
@@ -132,22 +131,15 @@ def many_runs(
             f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0"
             f" (given {experiment.learning_rate:g}), so that runs do not differ in anything else"
         )
-    coins = fair_coins(_enough("runs", runs), seed)
+    coins = fair_coins(runs, seed)
     setting = _setting(experiment, epsilon, delta, allocation, accountant, seed, progress)
     scores, training = worlds(experiment, setting, coins)
     early, late = _split(Games(scores, coins))
     rule = choose(early.scores, early.coins, delta=delta, confidence=confidence, games=len(late.coins))
     correct, guesses = rule.by_threshold(late.scores, late.coins)
     bound = independent_lower_bound(correct, guesses, len(late.coins), delta=delta, confidence=confidence)
-    return AuditResult(
-        method="many runs",
-        lower_bound=float(bound),
-        confidence=confidence,
-        guesses=guesses,
-        correct=correct,
-        **_facts(training, delta),
-        **_shown(Games(scores, coins), rule.score),
-    )
+    guessed: dict[str, Any] = {"score": rule.score, "guesses": guesses, "correct": correct, "lower_bound": float(bound)}
+    return _result("many runs", training, Games(scores, coins), delta=delta, confidence=confidence, **guessed)
 
 
 def one_run(
@@ -181,32 +173,17 @@ def one_run(
     Source: Steinke, Nasr & Jagielski (2023), "Privacy auditing with one (1) training run", algorithm 1.
     """
     experiment = gradient_canaries(32_768) if experiment is None else experiment
-    coins = fair_coins(_enough("canaries", len(experiment.canaries[0])), seed)
+    coins = fair_coins(len(experiment.canaries[0]), seed)
     setting = _setting(experiment, epsilon, delta, allocation, accountant, seed, progress)
     scores, training = simultaneous(experiment, setting, torch.from_numpy(coins))
-    order = np.random.default_rng(seed).permutation(
-        len(coins)
-    )  # canaries may be sorted; which are held out must not be
+    # canaries may be sorted; which are held out must not be
+    order = np.random.default_rng(seed).permutation(len(coins))
     early, late = _split(Games({name: values[order] for name, values in scores.items()}, coins[order]))
     rule = choose(early.scores, early.coins, delta=delta, confidence=confidence, games=len(late.coins))
     correct, guesses = rule.by_rank(late.scores, late.coins)
-    return AuditResult(
-        method="one run",
-        lower_bound=one_run_lower_bound(correct, guesses, len(late.coins), delta=delta, confidence=confidence),
-        confidence=confidence,
-        guesses=guesses,
-        correct=correct,
-        **_facts(training, delta),
-        **_shown(Games(scores, coins), rule.score),
-    )
-
-
-def _enough(what: str, count: int) -> int:
-    if not 40 <= count <= _MOST_GAMES:
-        raise ParameterError(
-            f"{what}={count}: 40 to {_MOST_GAMES} are needed, and thousands for a bound that says something"
-        )
-    return count
+    bound = one_run_lower_bound(correct, guesses, len(late.coins), delta=delta, confidence=confidence)
+    guessed: dict[str, Any] = {"score": rule.score, "guesses": guesses, "correct": correct, "lower_bound": bound}
+    return _result("one run", training, Games(scores, coins), delta=delta, confidence=confidence, **guessed)
 
 
 def _setting(
@@ -239,23 +216,19 @@ def _split(games: Games) -> tuple[Games, Games]:
     return early, late
 
 
-def _facts(training: Training, delta: float) -> dict[str, Any]:
-    plan = training.engine.plan
-    return {
-        "experiment": training.experiment.name,
-        "claimed_epsilon": training.claimed_epsilon(delta),
-        "delta": delta,
-        "noise_multiplier": plan.noise_multiplier,
-        "sampling_rate": plan.sampling_rate,
-        "steps": training.experiment.steps,
-    }
-
-
-def _shown(games: Games, score: str) -> dict[str, Any]:
-    values = games.scores[score]
-    return {
-        "score": score,
-        "trials": len(games.coins),
-        "scores_in": values[games.coins],
-        "scores_out": values[~games.coins],
-    }
+def _result(method: str, training: Training, games: Games, *, score: str, delta: float, **found: Any) -> AuditResult:
+    plan, values = training.engine.plan, games.scores[score]
+    return AuditResult(
+        method=method,
+        experiment=training.experiment.name,
+        claimed_epsilon=training.claimed_epsilon(delta),
+        delta=delta,
+        noise_multiplier=plan.noise_multiplier,
+        sampling_rate=plan.sampling_rate,
+        steps=training.experiment.steps,
+        trials=len(games.coins),
+        score=score,
+        scores_in=values[games.coins],
+        scores_out=values[~games.coins],
+        **found,
+    )

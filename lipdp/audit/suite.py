@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,17 +22,12 @@ __all__ = ["METHODS", "Suite", "SuiteResult", "draw", "write"]
 
 @dataclass(frozen=True)
 class Suite:
-    """What to audit and how hard.
+    """What to audit and how hard; see `many_runs` and `one_run`.
 
     Attributes:
-        epsilon, delta: the claim.
         confidence: of all lower bounds together: of k audits each has 1 − (1 − confidence)/k.
         methods: names in `METHODS`.
-        runs: of each audit by many runs.
-        canaries: gradient canaries in one run.
-        input_canaries: records among the digits.
-        allocation, accountant: of the engine.
-        seed: repeat the audits exactly.
+        canaries, input_canaries: gradient canaries, and records among the digits, in one run.
     """
 
     epsilon: float
@@ -60,7 +54,8 @@ class Suite:
     def run(self, progress: Callable[[str, int, int], None] = lambda name, done, total: None) -> SuiteResult:
         """Every audit in turn; `progress` is told of each step: in which audit, how many are taken, of how many."""
         results = []
-        with _random_state(self.seed):
+        with torch.random.fork_rng(devices=[]):  # the models' weights are drawn from torch's generator
+            torch.manual_seed(torch.seed() if self.seed is None else self.seed)
             for name in self.methods:
                 results.append(METHODS[name](self, partial(progress, name)))
         return SuiteResult(tuple(results), self.confidence)
@@ -81,14 +76,6 @@ METHODS: dict[str, Callable[[Suite, Progress], AuditResult]] = {
     "gradient-canaries": lambda suite, told: one_run(gradient_canaries(suite.canaries), progress=told, **suite.options),
     "input-canaries": lambda suite, told: one_run(input_canaries(suite.input_canaries), progress=told, **suite.options),
 }
-
-
-@contextmanager
-def _random_state(seed: int | None) -> Iterator[None]:
-    """torch's generator as it was afterwards; the models' weights are drawn from it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.seed() if seed is None else seed)
-        yield
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,8 @@ def apply_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def moduli_of_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> list[Modulus]:
-    """The moduli of the maps at each sample, and of the rounding to the model's dtype.
-
-    Args:
-        maps: in the order they are applied.
-        x: raw inputs (N, …).
-        dtype: of the model.
+    """The moduli of the maps, in the order they are applied, at each raw input, and of the rounding to the model's
+    dtype.
 
     Raises:
         UnboundedError: a map without a constant.

@@ -31,13 +31,7 @@ _CURVE_POINTS = 61
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What was trained, with the raw test records.
-
-    Attributes:
-        config: of the run. model: with the checkpoint's weights, in evaluation mode, on the CPU.
-        x, y: raw test inputs, and labels. maps: from them to what the model was given.
-        step: noisy steps the weights have behind them.
-    """
+    """What was trained (in evaluation mode, on the CPU) with the raw test records, labels, and the maps in between."""
 
     config: TrainConfig
     model: nn.Module
@@ -96,13 +90,10 @@ def _model(config: TrainConfig, split: DataSplit, maps: Sequence[InputMap], raw:
 
 @dataclass(frozen=True)
 class Robustness:
-    """Certified accuracy against radius, beside what an attack leaves.
+    """Certified accuracy at the radii asked for, beside the accuracy that an attack leaves there, if there was one.
 
     Attributes:
-        certificate: of the samples.
-        radii: asked for. attacked: the accuracy an attack leaves at each, if there was one.
         attacked_inside, broken_inside: samples attacked at their own certified radius, and those that gave way (none).
-        steps, restarts: of the attack.
     """
 
     certificate: Certificate

@@ -135,9 +135,7 @@ def _show(facts: dict[str, Any], notes: dict[str, str], as_json: bool, symbol: s
     if as_json:
         typer.echo(json.dumps({**facts, "notes": notes}, indent=2))
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from lipdp.commands.tables import plain_console, plain_table
 
     texts: dict[str, Callable[[Any], str]] = {
         "noise_multiplier": lambda v: f"σ = {v:g}",
@@ -148,18 +146,13 @@ def _show(facts: dict[str, Any], notes: dict[str, str], as_json: bool, symbol: s
         "relation": lambda v: v.replace("_", " "),
     }
     plain = {name: value for name, value in facts.items() if not isinstance(value, dict)}
-    console = Console()
-    console.print(", ".join(text(plain[name]) for name, text in texts.items() if name in plain), highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("accountant")
-    table.add_column(symbol, justify="right")
-    table.add_column("")
+    console = plain_console()
+    console.print(", ".join(text(plain[name]) for name, text in texts.items() if name in plain))
+    table = plain_table("accountant", symbol, "")
     for name in _ACCOUNTANTS:
         table.add_row(name, f"{values[name]:.5g}" if name in values else "-", notes.get(name, ""))
     console.print(table)
     if "mu" in facts:
         for rate, bound in facts["tpr"].items():
-            console.print(
-                f"at {float(rate):.3g} false positives an attacker finds at most {bound:.3g}", highlight=False
-            )
-        console.print(f"μ = {facts['mu']:.4g} (Gaussian DP, up to a δ of {facts['mu_floor']:g})", highlight=False)
+            console.print(f"at {float(rate):.3g} false positives an attacker finds at most {bound:.3g}")
+        console.print(f"μ = {facts['mu']:.4g} (Gaussian DP, up to a δ of {facts['mu_floor']:g})")

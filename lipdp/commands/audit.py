@@ -48,12 +48,9 @@ def audit(
 
     The better the attacks guess who took part, the larger the bound.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
     from lipdp.audit.suite import METHODS, Suite, write
     from lipdp.commands.bars import step_bar
+    from lipdp.commands.tables import plain_console, plain_table
 
     if out is not None and out.exists() and not out.is_dir():
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
@@ -67,14 +64,14 @@ def audit(
         **given,
         seed=seed,
     )
-    with step_bar(Console(stderr=True)) as told:
+    with step_bar(plain_console(stderr=True)) as told:
         result = suite.run(told)
     paths = write(result, out) if out is not None else ()
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        console = Console()
-        table = Table("audit", "trials", "right", "claimed", "ε at least", "conf.", "verdict", box=SIMPLE_HEAD)
+        console = plain_console()
+        table = plain_table("audit", "trials", "right", "claimed", "ε at least", "conf.", "verdict")
         for one in result.results:
             table.add_row(
                 one.experiment,
@@ -89,10 +86,9 @@ def audit(
         best = result.strongest
         console.print(
             f"ε ≥ {best.lower_bound:.3f} at δ = {suite.delta:g} with confidence {confidence:g} (all audits together);"
-            f" claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]",
-            highlight=False,
+            f" claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]"
         )
         for path in paths:
-            console.print(f"[dim]written to {path}[/dim]", highlight=False, soft_wrap=True)
+            console.print(f"[dim]written to {path}[/dim]", soft_wrap=True)
     if result.violated:
         raise typer.Exit(VIOLATED)

@@ -26,7 +26,7 @@ def step_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
                 bars[name] = progress.add_task(name, total=total)
             progress.update(bars[name], completed=done)
             if done == total and not console.is_terminal:
-                console.print(f"{name}: done", highlight=False)
+                console.print(f"{name}: done")
 
         yield told
 

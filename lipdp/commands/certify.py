@@ -104,26 +104,16 @@ def _spent(run: Path) -> dict[str, float]:
 
 
 def _show(result: Robustness, loaded: LoadedRun, run: Path) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from lipdp.commands.tables import number
+    from lipdp.commands.tables import number, plain_console, plain_table
 
     certificate = result.certificate
-    console = Console()
+    console = plain_console()
     console.print(
         f"[bold]{loaded.config.dataset}, {loaded.config.model}[/bold]: accuracy {certificate.accuracy():.2%} on"
-        f" {len(certificate):,} test records; network {number(certificate.lipschitz)}-Lipschitz",
-        highlight=False,
+        f" {len(certificate):,} test records; network {number(certificate.lipschitz)}-Lipschitz"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(_unit(loaded))
-    table.add_column("certified", justify="right")
-    if result.attacked is not None:
-        table.add_column("under PGD", justify="right")
-    if result.is_binary:
-        table.add_column("certified AUROC", justify="right")
+    shown = {"under PGD": result.attacked is not None, "certified AUROC": result.is_binary}
+    table = plain_table(_unit(loaded), "certified", *(heading for heading, wanted in shown.items() if wanted))
     for i, (radius, certified) in enumerate(zip(result.radii, result.certified, strict=True)):
         cells = [number(radius), f"{certified:.2%}"]
         cells += [] if result.attacked is None else [f"{result.attacked[i]:.2%}"]
@@ -132,11 +122,7 @@ def _show(result: Robustness, loaded: LoadedRun, run: Path) -> None:
     console.print(table)
     if result.attacked is not None:
         console.print(
-            f"PGD inside certified radii: {result.broken_inside} of {result.attacked_inside:,} samples gave way",
-            highlight=False,
+            f"PGD inside certified radii: {result.broken_inside} of {result.attacked_inside:,} samples gave way"
         )
-    console.print(
-        f"[dim]{number(certificate.seconds_per_10_000)} s per 10,000 samples; {certificate.method}[/dim]",
-        highlight=False,
-    )
-    console.print(f"[dim]written to {run / 'certificate.json'}, .png and .svg[/dim]", highlight=False, soft_wrap=True)
+    console.print(f"[dim]{number(certificate.seconds_per_10_000)} s per 10,000 samples; {certificate.method}[/dim]")
+    console.print(f"[dim]written to {run / 'certificate.json'}, .png and .svg[/dim]", soft_wrap=True)

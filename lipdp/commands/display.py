@@ -6,7 +6,6 @@ import shlex
 from types import TracebackType
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -18,11 +17,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from lipdp import __version__
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.commands.tables import LEGEND, number, parameter_table
+from lipdp.commands.tables import LEGEND, number, parameter_table, plain_table
 from lipdp.data import DataSplit, Schema, SignedLog, number_of_units
 from lipdp.report.parameters import parameter_rows
 from lipdp.suggestion.learning import drowned
@@ -59,7 +57,7 @@ class LineMonitor(Monitor):
     def features(self, done: int, total: int) -> None:
         """Say so once, when they are there."""
         if done == total:
-            self.console.print(f"features of {total:,} records ready", highlight=False)
+            self.console.print(f"features of {total:,} records ready")
 
     def begin(self, trainer: Trainer) -> None:
         """Relation, q, T, B, σ, predicted ε, and the table of parameters."""
@@ -69,7 +67,7 @@ class LineMonitor(Monitor):
 
     def record(self, record: dict[str, Any]) -> None:
         """One line."""
-        self.console.print(describe(record), highlight=False)
+        self.console.print(describe(record))
 
 
 class BarMonitor(LineMonitor):
@@ -159,14 +157,14 @@ def show_plan(console: Console, trainer: Trainer) -> None:
         lines["learning"] = f"all steps' signal over their noise: {number(signals[weakest])} or more ({weakest})"
     _show_lines(console, lines)
     if told := drowned(signals):
-        console.print(f"[yellow]{told}[/yellow]", highlight=False)
+        console.print(f"[yellow]{told}[/yellow]")
     if plan.seeded:
         console.print("[yellow]seeded: the noise can be repeated, so this run is NOT private[/yellow]")
     console.print()
     console.print(parameter_table(rows))
-    console.print(f"[dim]{LEGEND}[/dim]\n", highlight=False)
+    console.print(f"[dim]{LEGEND}[/dim]\n")
     if trainer.step:
-        console.print(f"resumed after step {trainer.step}", highlight=False)
+        console.print(f"resumed after step {trainer.step}")
 
 
 def _inputs(config: TrainConfig, split: DataSplit) -> str:
@@ -212,12 +210,12 @@ def show_settings(console: Console, config: TrainConfig) -> None:
         if value not in (None, {}, False):
             panels.setdefault(SETTINGS[name].panel, []).append(f"{name} = {value}")
     for panel, values in panels.items():
-        console.print(f"[bold]{panel}[/bold]: {', '.join(values)}", highlight=False)
+        console.print(f"[bold]{panel}[/bold]: {', '.join(values)}")
 
 
 def _show_lines(console: Console, lines: dict[str, str]) -> None:
     for name, text in lines.items():
-        console.print(f"[bold]{name:<11}[/bold] {text}", highlight=False)
+        console.print(f"[bold]{name:<11}[/bold] {text}")
 
 
 def _gate(trainer: Trainer) -> str:
@@ -229,11 +227,8 @@ def _gate(trainer: Trainer) -> str:
 def show_profile(console: Console, table: dict[str, Any]) -> None:
     """The parts of a step, the longest first."""
     first, last = table["steps"]
-    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    rows.add_column(f"steps {first} to {last}")
     processor = "processor_seconds" in table["parts"]["other"]
-    for heading in ("ms", "share", *(["cpu ms"] if processor else [])):
-        rows.add_column(heading, justify="right")
+    rows = plain_table(f"steps {first} to {last}", "ms", "share", *(["cpu ms"] if processor else []))
     for name, part in sorted(table["parts"].items(), key=lambda item: -item[1]["seconds"]):
         own = [f"{1e3 * part['processor_seconds']:.2f}"] if processor else []
         rows.add_row(name, f"{1e3 * part['seconds']:.2f}", f"{part['share']:.1%}", *own)
@@ -244,7 +239,7 @@ def show_profile(console: Console, table: dict[str, Any]) -> None:
     load = "" if table["load"] is None else f", load {table['load'][0]:.1f}"
     console.print()
     console.print(rows)
-    console.print(f"[dim]{table['device']}, {table['threads']} threads{load}[/dim]", highlight=False)
+    console.print(f"[dim]{table['device']}, {table['threads']} threads{load}[/dim]")
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -287,12 +282,11 @@ def show_result(console: Console, result: Result) -> None:
     console.print(
         f"\n[bold]ε = {result.epsilon:.4g}[/bold] at δ = {result.delta:g} after {result.steps} steps;"
         f" test {name} [bold]{share(metrics[f'test_{name}'])}[/bold],"
-        f" averaged weights [bold]{share(metrics[f'test_{name}_ema'])}[/bold]",
-        highlight=False,
+        f" averaged weights [bold]{share(metrics[f'test_{name}_ema'])}[/bold]"
     )
     if "test_base_rate" in metrics:
-        console.print(_balance(metrics), highlight=False)
-    console.print(f"[dim]* training loss is not covered by ε; {number(metrics['seconds'])} s[/dim]", highlight=False)
+        console.print(_balance(metrics))
+    console.print(f"[dim]* training loss is not covered by ε; {number(metrics['seconds'])} s[/dim]")
     if result.folder is not None:
-        console.print(f"[dim]written to {result.folder}[/dim]", highlight=False, soft_wrap=True)
-        console.print(f"next: lipdp report {shlex.quote(str(result.folder))}", highlight=False, soft_wrap=True)
+        console.print(f"[dim]written to {result.folder}[/dim]", soft_wrap=True)
+        console.print(f"next: lipdp report {shlex.quote(str(result.folder))}", soft_wrap=True)

@@ -49,7 +49,6 @@ class _Stub(TyperCommand):
         self._load = entry.load
 
     def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """That of the command itself."""
         return self._load(str(self.name)).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -73,13 +73,7 @@ def repeat_options(arguments: Sequence[str], repeated: Collection[str]) -> list[
 
 
 def option(name: str, *, default: str | None = None, panel: str | None = None) -> Any:
-    """The option of a setting of a run as it is declared, for a command that means the same by it.
-
-    Args:
-        name: of the setting.
-        default: in words, where it is not the declared one.
-        panel: of the help.
-    """
+    """The option of a setting of a run as it is declared; `default`, in words, where this command's is another."""
     from lipdp.training.config import SETTINGS
 
     one = SETTINGS[name]

@@ -167,42 +167,34 @@ def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
 
 
 def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from lipdp.commands.tables import plain_console, plain_table
 
-    console, chosen, budget = Console(), found.chosen, found.budget
+    console, chosen, budget = plain_console(), found.chosen, found.budget
     limit = "" if found.max_samples is None else f", at most {found.max_samples:,} records processed"
     console.print(
-        f"N = {budget.records:,}, ε ≤ {budget.epsilon:g} at δ = {budget.delta:g} (add or remove one record){limit}",
-        highlight=False,
+        f"N = {budget.records:,}, ε ≤ {budget.epsilon:g} at δ = {budget.delta:g} (add or remove one record){limit}"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("", "B", "σ", "T", "η", "ε exact", "ε_TAN", "B/σ", "B·T", "epochs"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = plain_table("", "B", "σ", "T", "η", "ε exact", "ε_TAN", "B/σ", "B·T", "epochs")
     for point in found.iso_budget:
         plan_here = point.batch_size == chosen.batch_size
         table.add_row("plan" if plan_here else "", *_cells(point), style="bold" if plan_here else None)
     for point in found.beside:
         table.add_row("beside", *_cells(point), style="dim")
     console.print(table)
-    console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}", highlight=False)
+    console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}")
     for sigma, epsilon in found.wall:
         batch = max(1, round(chosen.batch_size * sigma / chosen.noise_multiplier))
-        console.print(
-            f"the same η at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}: the wall", highlight=False
-        )
+        console.print(f"the same η at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}: the wall")
     if "private_search" in facts:
         search = facts["private_search"]
         console.print(
             f"a private search of {search['mean']:g} runs on average ({search['law']}):"
             f" ε = {search['epsilon_at_plan']:.4g} as a whole at this σ; within the budget"
-            f" with σ = {search['noise_multiplier_within_budget']:.4g}",
-            highlight=False,
+            f" with σ = {search['noise_multiplier_within_budget']:.4g}"
         )
-    console.print(f"[bold]{facts['command']}[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{facts['command']}[/bold]", soft_wrap=True)
     if out is not None:
-        console.print(f"[dim]written to {out}[/dim]", highlight=False, soft_wrap=True)
+        console.print(f"[dim]written to {out}[/dim]", soft_wrap=True)
 
 
 def _cells(point: Point) -> list[str]:

@@ -65,16 +65,14 @@ def scale(
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from lipdp.commands.tables import plain_console, plain_table
 
-    table = Table("B", "W", "step, s", "quartiles", "empty", "all-reduce", "run, h", "MiB each", box=box.SIMPLE_HEAD)
+    table = plain_table("B", "W", "step, s", "quartiles", "empty", "all-reduce", "run, h", "MiB each", left=0)
     for p in found:
         step, (low, high), peak = p["step_seconds"], p["step_quartiles"], p["peak_bytes"]
         shares = (f"{p[name] / step:.0%}" for name in ("fixed_seconds", "reduce_seconds"))
         counts = (f"{p['scale'][name]:,}" for name in ("batch_size", "devices"))
         hours, held = f"{p['run_seconds'] / 3600:.3g}", "" if peak is None else f"{peak / 2**20:,.0f}"
         table.add_row(*counts, f"{step:.3g}", f"{low:.3g}–{high:.3g}", *shares, hours, held)
-    Console().print(table)
+    plain_console().print(table)
     typer.echo("Assumed: bandwidth and latency. Left out: waiting for data, evaluation, checkpoints.")

@@ -60,9 +60,7 @@ def sensitivity(
     With --dataset: of the run that lipdp train would begin. With --model and --input-shape: of the model alone, under
     cross-entropy, noise multiplier 1, batches of 256 and a share for each layer, where nothing else is given.
     """
-    from rich.console import Console
-
-    from lipdp.commands.tables import LEGEND, number, parameter_table
+    from lipdp.commands.tables import LEGEND, number, parameter_table, plain_console
     from lipdp.report.parameters import parameter_rows
 
     if ("dataset" in given) == (input_shape is not None):
@@ -79,15 +77,14 @@ def sensitivity(
             )
         )
         return
-    console = Console()
+    console = plain_console()
     console.print(parameter_table(rows))
     console.print(
         f"\n{sum(sizes[name] for name in bounds):,} weights; Δ of all {number(bounds.total)};"
         f" network {number(bounds.lipschitz)}-Lipschitz; {criterion},"
-        f" gradient at the logits ≤ {number(bounds.loss_constant)}\n",
-        highlight=False,
+        f" gradient at the logits ≤ {number(bounds.loss_constant)}\n"
     )
-    console.print(f"[dim]{LEGEND}[/dim]", highlight=False)
+    console.print(f"[dim]{LEGEND}[/dim]")
 
 
 def _of_a_run(given: dict[str, Any]) -> _Bounded:

@@ -65,17 +65,16 @@ def simulate(
     given_options = {name: value for name, value in options.items() if value is not None}
     settings, texts, search_options = _stored(out, given, search, given_options)
 
-    from rich.console import Console
-
+    from lipdp.commands.tables import plain_console
     from lipdp.planning.search import simulate as go
     from lipdp.planning.simulation import LABEL
     from lipdp.planning.space import parse_space
 
-    console = Console()
-    console.print(f"[yellow]{LABEL}[/yellow]", highlight=False)
+    console = plain_console()
+    console.print(f"[yellow]{LABEL}[/yellow]")
 
     def progress(number: int, record: Mapping[str, Any], found: Found) -> None:
-        console.print(_line(number, record, found), highlight=False, soft_wrap=True)
+        console.print(_line(number, record, found), soft_wrap=True)
 
     try:
         found = go(settings, parse_space(texts), out=out, trials=trials, jobs=jobs, progress=progress, **search_options)
@@ -131,20 +130,17 @@ def _show(console: Console, found: Found, out: Path) -> None:
     compute = result["compute"]
     console.print(
         f"full run: {given.plan}\nsimulated at B = {given.simulated.expected_batch_size},"
-        f" σ = {given.simulated.noise_multiplier:.4g} (not private)",
-        highlight=False,
+        f" σ = {given.simulated.noise_multiplier:.4g} (not private)"
     )
     console.print(
         f"{result['trials']} runs of 1/{compute['ratio']:.3g} the compute each: {compute['samples_searched']:,}"
-        f" {given.plan.unit}s processed, {compute['samples_saved']:,} saved",
-        highlight=False,
+        f" {given.plan.unit}s processed, {compute['samples_saved']:,} saved"
     )
     console.print(
         f"predicted {given.metric}: [bold]{result[f'predicted_{given.metric}']:.2%}[/bold] (best of the simulated runs,"
-        " on validation records; the choice looks at private records, which ε does not cover)",
-        highlight=False,
+        " on validation records; the choice looks at private records, which ε does not cover)"
     )
-    console.print(f"[bold]{result['command']}[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{result['command']}[/bold]", soft_wrap=True)
 
 
 def _train(console: Console, found: Found, folder: Path) -> None:
@@ -178,6 +174,5 @@ def _confirm(console: Console, found: Found, out: Path, folder: Path) -> None:
     console.print(
         f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved"
         f" [bold]{facts[f'achieved_{metric}']:.2%}[/bold] at ε = {facts['epsilon']:.4g}; the search took"
-        f" {facts['seconds_searched']:.0f} s, the full run {facts['seconds_of_the_full_run']:.0f} s",
-        highlight=False,
+        f" {facts['seconds_searched']:.0f} s, the full run {facts['seconds_of_the_full_run']:.0f} s"
     )

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from lipdp.report.parameters import ParameterRow
+
+
+def plain_console(**options: Any) -> Console:
+    """One that colours nothing by itself."""
+    return Console(highlight=False, **options)
+
+
+def plain_table(*headings: str, left: int = 1) -> Table:
+    """A table without a frame: the first columns to the left, figures to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i < left else "right")
+    return table
 
 
 def number(value: float | None) -> str:

@@ -75,32 +75,30 @@ def train(
 
 def _dry_run(given: dict[str, Any]) -> None:
     """All that is decided before the first step."""
-    from rich.console import Console
-
     from lipdp.commands.display import show_settings, terminal_monitor
+    from lipdp.commands.tables import plain_console
     from lipdp.training import Trainer, configure
 
-    console = Console()
+    console = plain_console()
     with terminal_monitor(console) as screen:
         trainer = Trainer(configure(**given), monitor=screen)
         screen.begin(trainer)
     show_settings(console, trainer.config)
-    console.print("[bold]dry run[/bold]: no step was taken, nothing was written", highlight=False)
+    console.print("[bold]dry run[/bold]: no step was taken, nothing was written")
 
 
 def _run(
     given: dict[str, Any], out: Path | None, resume: Path | None, world: World, *, tensorboard: bool, profile: bool
 ) -> None:
     """One process's part; the first one speaks."""
-    from rich.console import Console
-
     from lipdp.commands.display import show_profile, show_result, terminal_monitor
+    from lipdp.commands.tables import plain_console
     from lipdp.distributed.launch import resumed_folder
     from lipdp.training import Monitor, Trainer, configure
     from lipdp.training.profile import StepProfile
 
     first = world.rank == 0
-    console = Console(quiet=not first)
+    console = plain_console(quiet=not first)
     screen = terminal_monitor(console)
     resume = resume or resumed_folder(out)
     config = configure(**given) if resume is None else None

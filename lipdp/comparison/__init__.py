@@ -10,7 +10,7 @@ from lipdp.lazy import facade
 _NAMES = {
     "TRAINERS": "lipdp.comparison.trainers",
     "Task": "lipdp.comparison.protocol",
-    "Trainer": "lipdp.comparison.protocol",
+    "ComparedTrainer": "lipdp.comparison.protocol",
     "calibration": ".calibration",
     "dynamics": ".dynamics",
     "get_trainer": "lipdp.comparison.trainers",

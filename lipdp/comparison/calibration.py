@@ -32,14 +32,7 @@ _BELOW_ONE = 1 - 2.0**-24
 
 @dataclass(frozen=True)
 class Bin:
-    """The records whose confidence is in [lower, upper); the last bin has its upper end too.
-
-    Attributes:
-        lower, upper: the ends.
-        count: how many records.
-        confidence: their mean confidence, 0 if there are none.
-        accuracy: the share predicted rightly, 0 if there are none.
-    """
+    """The records with confidence in [lower, upper), the last bin closed: count, mean confidence, accuracy (or 0)."""
 
     lower: float
     upper: float

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.comparison.protocol import Session, Task, Trainer
+from lipdp.comparison.protocol import ComparedTrainer, Session, Task
 from lipdp.comparison.trainers import TRAINERS, get_trainer
 from lipdp.data import Split
 from lipdp.errors import ParameterError
@@ -29,7 +29,7 @@ _BLOCK = 64 << 20  # per-sample gradients, in numbers, that a forward pass may l
 class Contender:
     """A trainer and a kind of model: with certified norms, or the unconstrained twin of the same shape."""
 
-    trainer: Trainer
+    trainer: ComparedTrainer
     plain: bool
 
     def model_name(self, name: str) -> str:
@@ -64,14 +64,10 @@ def contenders(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """The model and the loss of a comparison, in both kinds.
+    """What every contender is trained on: a model of the zoo, its loss, and the shape of the data.
 
-    Attributes:
-        model, model_options: as `lipdp.models.build` takes them; clips, gates and input bound are of the Lipschitz
-            kind.
-        input_shape, num_classes: of the data.
-        loss, loss_options: as `lipdp.training.make_loss` takes them, for the Lipschitz kind: its temperature
-            makes up for small logits. The twin has none to make up for: its temperature is 1.
+    `model_options` are for both kinds, of which gates and input bound are of the Lipschitz kind; `loss_options` for the
+    Lipschitz kind: its temperature makes up for small logits. The twin has none to make up for: its temperature is 1.
     """
 
     model: str
@@ -116,7 +112,7 @@ class Setup:
 
 def trained(
     contender: Contender,
-    trainer: Trainer,
+    trainer: ComparedTrainer,
     setup: Setup,
     train: TrainConfig,
     split: Split,

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from lipdp.comparison.factors import Clipping, Flat, GlobalFlat, GlobalPerLayer, PerLayer, Unclipped
 from lipdp.comparison.kernel import Ntk, PerSampleLoss, Probe, Spectrum, kernel_of, ntk, spectrum
+from lipdp.comparison.results import markdown as table
 from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
 
@@ -252,11 +253,16 @@ def markdown(rows: Sequence[ClippingRow]) -> str:
         said = "" if found == claimed else " (claimed: yes)" if claimed else " (no claim)"
         return f"{'yes' if found else '**no**'}{said}, {figure}"
 
-    lines = [
-        "| clipping | kept, least | symmetric: ‖M−Mᵀ‖/‖M‖ | form ≥ 0: λmin/‖M‖ | eigenvalues real, ≥ 0: min Re, max Im"
-        " /‖M‖ | loss monotone: largest dL/dt | L from, to |",
-        "|---|---|---|---|---|---|---|",
+    header = [
+        "clipping",
+        "kept, least",
+        "symmetric: ‖M−Mᵀ‖/‖M‖",
+        "form ≥ 0: λmin/‖M‖",
+        "eigenvalues real, ≥ 0: min Re, max Im /‖M‖",
+        "loss monotone: largest dL/dt",
+        "L from, to",
     ]
+    body = []
     for row in rows:
         s, flow = row.spectrum, row.flow
         scale = s.norm or 1.0
@@ -269,5 +275,5 @@ def markdown(rows: Sequence[ClippingRow]) -> str:
             cell(row, "monotone", f"{float(flow.rates.max()):.1e}"),
             f"{float(flow.losses[0]):.3f}, {float(flow.losses[-1]):.3f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        body.append(cells)
+    return table(header, body)

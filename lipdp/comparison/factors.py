@@ -35,7 +35,6 @@ class Unclipped:
     name: ClassVar[str] = "none"
 
     def factors(self, norms: Tensor) -> Tensor:
-        """See `Clipping.factors`."""
         return torch.ones_like(norms)
 
 
@@ -57,7 +56,6 @@ class Flat:
         check_positive("bound", self.bound)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """See `Clipping.factors`."""
         whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
         return (self.bound / whole.clamp_min(self.bound)).expand_as(norms)
 
@@ -80,7 +78,6 @@ class PerLayer:
         _check_bounds("bound", self.bound)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """See `Clipping.factors`."""
         bounds = _shared_out("bound", self.bound, norms)
         return bounds / torch.maximum(norms, bounds)
 
@@ -104,7 +101,6 @@ class Automatic:
         check_positive("bound", self.bound)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """See `Clipping.factors`."""
         whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
         return (self.bound / (whole + self.stability)).expand_as(norms)
 
@@ -134,7 +130,6 @@ class GlobalFlat:
             raise ParameterError(f"threshold={self.threshold} is below bound={self.bound}: factors would exceed 1")
 
     def factors(self, norms: Tensor) -> Tensor:
-        """See `Clipping.factors`."""
         threshold = self.bound if self.threshold is None else self.threshold
         whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
         return ((whole <= threshold).to(norms.dtype) * (self.bound / threshold)).expand_as(norms)
@@ -159,7 +154,6 @@ class GlobalPerLayer:
             _check_bounds("threshold", self.threshold)
 
     def factors(self, norms: Tensor) -> Tensor:
-        """See `Clipping.factors`."""
         bounds = _shared_out("bound", self.bound, norms)
         thresholds = bounds if self.threshold is None else _shared_out("threshold", self.threshold, norms)
         if bool((thresholds < bounds).any()):

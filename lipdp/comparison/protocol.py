@@ -21,6 +21,7 @@ from lipdp.nn import GradientGate
 from lipdp.training.choices import make_scheduler
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Grid = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class Session(ABC):
 
 
 @dataclass(frozen=True)
-class Trainer(ABC):
+class ComparedTrainer(ABC):
     """A way to train, with its settings: a frozen dataclass that starts sessions.
 
     Attributes:
@@ -115,7 +116,7 @@ class Trainer(ABC):
     private: ClassVar[bool] = True
     lipschitz: ClassVar[bool] = True
     plain: ClassVar[bool] = True
-    grid: ClassVar[Mapping[str, Sequence[Any]]]
+    grid: ClassVar[Grid]
 
     @abstractmethod
     def start(self, model: nn.Module, task: Task) -> Session:

@@ -15,9 +15,9 @@ from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
 from lipdp.comparison.contenders import Contender, Setup, contenders, trained
 from lipdp.comparison.plots import pareto
-from lipdp.comparison.protocol import Trainer
+from lipdp.comparison.protocol import ComparedTrainer
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.comparison.trainers.clipless import Clipless
+from lipdp.comparison.trainers.engine import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 from lipdp.data import Split, load, number_of_units
 from lipdp.errors import (
@@ -38,20 +38,16 @@ _MARKERS = "os^Dv"
 
 @dataclass(frozen=True, kw_only=True)
 class RobustnessConfig:
-    """What is compared.
+    """What is compared; the options of `lipdp compare robustness`.
 
     Attributes:
-        dataset, data_dir, model, features, model_options: as for `lipdp.training.configure`.
-        epsilon, delta: the one budget of all private trainers.
         trainers: of the Lipschitz model; of those without privacy, the unconstrained twin is trained too, at τ = 1,
             with learning rate `twin_lr`: nothing keeps its constant small.
         taus: temperatures of the loss CE(τz)/τ. A large τ asks for a margin of about 1/τ and no more: accuracy; a small
             one rewards any margin: radius.
         radii: in units of the raw input.
         seeds: number of runs of each cell; they are seeded, so repeatable and not private themselves.
-        batch_size, epochs, lr: None takes the recipe's. max_grad_norm: C of trainers that clip.
         samples: test records certified, the first ones; None for all.
-        attack: run PGD as well.
     """
 
     dataset: str = "digits"
@@ -217,7 +213,7 @@ def _accuracy(model: nn.Module, bench: _Bench) -> float:
     return float(((answers == y) & found.isfinite().all(1)).double().mean())
 
 
-def _configured(trainer: Trainer, bench: _Bench) -> Trainer:
+def _configured(trainer: ComparedTrainer, bench: _Bench) -> ComparedTrainer:
     """The trainer with the recipe's gate and allocation, or with the clipping norm."""
     if isinstance(trainer, Clipless):
         return replace(trainer, gate=bench.train.gate, allocation=bench.train.allocation)

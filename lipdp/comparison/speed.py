@@ -39,16 +39,14 @@ Entry = tuple[Contender, int]
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedConfig:
-    """What is measured.
+    """What is measured; the options of `lipdp compare speed`.
 
     Attributes:
         dataset: gives the shape of the images, which are random: a step takes as long on them as on real ones.
-        model, model_options: of the zoo; None takes the options of the data set's recipe.
+        model_options: None takes those of the data set's recipe.
         batch_sizes: expected batch sizes B, measured from the smallest on.
         views: K, how many views of each record are averaged; every B is measured with every K, in the same rounds.
-        trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
         repeat: interleaved repetitions: every trainer takes one step on the same batch, then the next round begins.
-        device: "cpu" or a CUDA device.
         memory_limit: bytes that one process may allocate on a CPU; None takes 80 % of what is available.
         memory: measure the peak memory too, each cell in a process of its own.
     """

@@ -19,7 +19,7 @@ import torch
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.calibration import calibration
 from lipdp.comparison.contenders import Contender, Setup, contenders, trained
-from lipdp.comparison.protocol import Session, Trainer
+from lipdp.comparison.protocol import ComparedTrainer, Session
 from lipdp.comparison.results import Cell, Results, markdown
 from lipdp.data import Split, number_of_units, split_validation
 from lipdp.errors import NonFiniteError, ParameterError
@@ -151,7 +151,7 @@ def utility(
     return results
 
 
-def _grid(trainer: Trainer, trials: int) -> Iterator[tuple[tuple[str, Any], ...]]:
+def _grid(trainer: ComparedTrainer, trials: int) -> Iterator[tuple[tuple[str, Any], ...]]:
     """The first combinations of the declared grid; they begin with all learning rates."""
     names = sorted(trainer.grid, key="lr".__eq__)  # the last one varies fastest
     combinations = itertools.product(*(trainer.grid[name] for name in names))

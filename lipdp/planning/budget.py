@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
-from lipdp.accounting.plan import PrivacyPlan
+from lipdp.accounting.plan import PrivacyPlan, whole
 from lipdp.errors import CalibrationError, ParameterError
 from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
 
@@ -28,12 +28,7 @@ _NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant �
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of a run: N records, (ε, δ) for *add or remove one record*, and the accountant.
-
-    Args:
-        records: N, a public constant.
-        epsilon, delta: the target.
-        accountant: "prv", "pld" or "rdp", as for the run that will follow.
+    """The budget of a run: N records, (ε, δ) for *add or remove one record*, and the accountant of the run to follow.
 
     Raises:
         ParameterError, UnknownNameError: a value outside its range.
@@ -45,8 +40,7 @@ class Budget:
     accountant: str = "prv"
 
     def __post_init__(self) -> None:
-        if isinstance(self.records, bool) or not isinstance(self.records, int) or self.records < 1:
-            raise ParameterError(f"records={self.records!r}: a whole number of at least 1 is needed")
+        whole("records", self.records)
         eta_for(self.epsilon, self.delta)
         get_accountant(self.accountant)
 
@@ -98,14 +92,9 @@ class Point:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, the derived ones too."""
+        stated = {name: value for name, value in asdict(self).items() if name not in ("records", "relation")}
         return {
-            "batch_size": self.batch_size,
-            "noise_multiplier": self.noise_multiplier,
-            "steps": self.steps,
-            "sampling_rate": self.sampling_rate,
-            "epsilon": self.epsilon,
-            "accountant": self.accountant,
-            "delta": self.delta,
+            **stated,
             "eta": self.eta,
             "tan_epsilon": self.tan_epsilon,
             "signal_to_noise": self.batch_size / self.noise_multiplier,
@@ -117,13 +106,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """A budget, the setting chosen for it, and the settings around it.
-
-    Attributes:
-        budget: what was given; max_samples: the compute limit, if any.
-        chosen: (B, σ, T).
-        beside: settings to compare with, accounted exactly.
-    """
+    """A budget, the compute limit if any, the setting (B, σ, T) chosen, and settings to compare it with."""
 
     budget: Budget
     max_samples: int | None
@@ -178,15 +161,8 @@ def evaluate(
     >>> f"{point.epsilon:.2f} {point.tan_epsilon:.2f} {point.samples:,}"
     '6.61 7.48 10,240,000'
     """
-    plan = PrivacyPlan.of(
-        dataset_size=records,
-        expected_batch_size=batch_size,
-        steps=steps,
-        noise_multiplier=noise_multiplier,
-        target_delta=delta,
-        accountant=accountant,
-    )
-    return _point(plan)
+    given: dict[str, Any] = {"dataset_size": records, "expected_batch_size": batch_size, "steps": steps}
+    return _point(**given, noise_multiplier=noise_multiplier, target_delta=delta, accountant=accountant)
 
 
 def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
@@ -195,7 +171,9 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
     Raises:
         CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
     """
-    return _calibrated(budget, batch_size, steps)
+    given: dict[str, Any] = {"dataset_size": budget.records, "expected_batch_size": batch_size, "steps": steps}
+    target = {"target_epsilon": budget.epsilon, "target_delta": budget.delta}
+    return _point(**given, **target, accountant=budget.accountant)
 
 
 def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:
@@ -280,8 +258,8 @@ def plan(
     (3200, True)
     """
     for name, value in (("steps", steps), ("max_samples", max_samples)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
+        if value is not None:
+            whole(name, value)
     others = tuple(
         evaluate(
             records=budget.records, batch_size=batch, noise_multiplier=sigma, steps=count, delta=budget.delta,
@@ -333,19 +311,8 @@ def _quick(budget: Budget) -> Budget:
 
 
 @lru_cache(maxsize=1024)
-def _calibrated(budget: Budget, batch_size: int, steps: int) -> Point:
-    plan = PrivacyPlan.of(
-        dataset_size=budget.records,
-        expected_batch_size=batch_size,
-        steps=steps,
-        target_epsilon=budget.epsilon,
-        target_delta=budget.delta,
-        accountant=budget.accountant,
-    )
-    return _point(plan)
-
-
-def _point(plan: PrivacyPlan) -> Point:
+def _point(**given: Any) -> Point:
+    plan = PrivacyPlan.of(**given)
     spent = plan.predicted
     return Point(
         records=plan.dataset_size,

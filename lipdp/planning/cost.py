@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from lipdp.errors import ParameterError
 from lipdp.privacy.engine import PrivacyEngine
@@ -133,33 +133,17 @@ def measure(
     return Cost(parameters, record, sizes, tuple(rounds[_WARM_UP:]), tuple(p for p in peaks if p) or None)
 
 
-class _OneRecord(Dataset[Any]):
-    """As many records as wanted, all the same, in the memory of one."""
-
-    def __init__(self, x: Tensor, count: int) -> None:
-        self._x, self._y, self._count = x, torch.zeros(1, dtype=torch.int64, device=x.device), count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self._x[0], self._y[0]
-
-    def read_batch(self, indices: list[int]) -> list[Tensor]:
-        """Those records, each in memory of its own."""
-        picked = torch.zeros(len(indices), dtype=torch.int64, device=self._x.device)
-        return [self._x.index_select(0, picked), self._y.index_select(0, picked)]
-
-
 def private_step(workload: Workload, samples: int, microbatch: int) -> Callable[[], None]:
     """Draws a batch (of 0 records: an empty Poisson batch) of one random record; takes the step of `lipdp train`."""
     torch.manual_seed(0)
     model, size = workload.build(), max(samples, 1)
+    x = torch.rand(1, *workload.input_shape, device=workload.device)
+    labels = torch.zeros(2 * size, dtype=torch.int64, device=workload.device)
     module, optimizer, loader, criterion = PrivacyEngine().make_private(
         module=model,
         optimizer=make_optimizer("sgd", model.parameters(), lr=0.01, momentum=0.9),
         criterion=make_loss("cross-entropy", workload.num_classes, {"tau": 32.0})[0],
-        dataset=_OneRecord(torch.rand(1, *workload.input_shape, device=workload.device), 2 * size),
+        dataset=TensorDataset(x.expand(2 * size, *x.shape[1:]), labels),  # all inputs in the memory of one
         expected_batch_size=size,
         steps=10**6,  # more than are taken
         noise_multiplier=2.0,

@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lipdp.accounting.plan import whole
 from lipdp.errors import CheckpointError, ParameterError, ResumeError
 from lipdp.files import read_json, write_json
 from lipdp.planning.simulation import LABEL, Simulation, simulation
@@ -26,12 +27,7 @@ Progress = Callable[[int, dict[str, Any], "Found"], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What a search has found so far.
-
-    Attributes:
-        simulation: what was simulated.
-        trials: the records of the finished runs, by number.
-    """
+    """What a search has found so far: the records of the finished runs, by number."""
 
     simulation: Simulation
     trials: Mapping[int, Mapping[str, Any]]
@@ -107,11 +103,10 @@ def simulate(
     Source: Sander, Stock & Sablayrolles (2023), section 4; Akiba et al. (2019) for Optuna.
     """
     for name, value in (("trials", trials), ("jobs", jobs)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ParameterError(f"{name}={value!r}: a whole number of at least 1 is needed")
+        whole(name, value)
     folder = Path(out).expanduser()
     given, split, input_bound = simulation(settings, scale=scale, validation=validation, seed=seed)
-    facts = given.as_dict() | {"space": {name: dimension.as_dict() for name, dimension in space.items()}}
+    facts = given.as_dict() | {"space": {name: asdict(dimension) for name, dimension in space.items()}}
     with _alone(folder):
         _start(folder, facts)
         study = _Study(folder, space, trials=trials, seed=seed, jobs=jobs)
@@ -300,19 +295,14 @@ def _alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error.strerror or error}): give another --out") from error
     with lock:
-        _lock(lock, folder)
+        with suppress(ImportError):  # Windows: two searches in one folder are then not noticed
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ResumeError(f"a search is going on in {folder}: wait for it, or give another --out") from None
         yield
-
-
-def _lock(lock: Any, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: two searches in one folder are then not noticed
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ResumeError(f"a search is going on in {folder}: wait for it, or give another --out") from None
 
 
 def _optuna() -> Any:

@@ -107,21 +107,15 @@ class Simulation:
 def simulation(
     settings: Mapping[str, Any], *, scale: float = 16.0, validation: float = 0.1, seed: int = 0
 ) -> tuple[Simulation, Split, float | None]:
-    """Decide B, T and σ of the full run, and read its data.
-
-    Args:
-        settings: of the full run, as `configure` takes them; without a seed.
-        scale: k in [1, 128].
-        validation: share of the training records to validate on.
-        seed: of the simulated runs.
+    """Decide B, T and σ of the full run, and read its data; arguments as in `Simulation`.
 
     Returns:
         The simulation, the data as the simulated runs see them (the validation part in the place of the test part), and
-        the bound on the norm of the inputs where the features have one.
+            the bound on the norm of the inputs where the features have one.
 
     Raises:
         ParameterError: a scale or a share out of range, or a seeded full run. And what `configure`, the data and the
-        calibration raise.
+            calibration raise.
     """
     if not 1.0 <= scale <= MOST:
         raise ParameterError(f"scale={scale}: k in [1, {MOST}] is needed")
@@ -174,11 +168,7 @@ def _stated(plan: PrivacyPlan) -> dict[str, Any]:
 
 
 class Runner:
-    """Carries out simulated runs on data read once.
-
-    Args:
-        simulation, split, input_bound: as `simulation` returns them.
-    """
+    """Carries out simulated runs on data read once, as `simulation` returns them."""
 
     def __init__(self, simulation: Simulation, split: Split, input_bound: float | None) -> None:
         self.simulation, self._split, self._input_bound = simulation, split, input_bound

@@ -24,20 +24,12 @@ class Range:
     high: float
     log: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"low": self.low, "high": self.high, "log": self.log}
-
 
 @dataclass(frozen=True)
 class Choice:
     """One of several values."""
 
     values: tuple[Scalar, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"values": list(self.values)}
 
 
 Dimension = Range | Choice

@@ -4,91 +4,33 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.loader import BatchLoader
-from lipdp.batches.population import Group, Population, check_records, first_records
-from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.batches.population import Population, check_records, first_records
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
 from lipdp.errors import CannotLearnWarning, ParameterError
 from lipdp.losses import as_lipschitz
 from lipdp.nn.sharded import is_sharded, local_tensor
-from lipdp.noise.allocation import Allocation, get_allocation
-from lipdp.noise.gaussian import GaussianNoise
-from lipdp.noise.secure import SecureGaussianNoise
+from lipdp.noise.allocation import get_allocation
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.free_weights import note_free_weights
-from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.loss_check import check_loss
+from lipdp.privacy.options import Draws, Request
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
-from lipdp.suggestion.joints import Joint, place_joints
+from lipdp.suggestion.joints import place_joints
 from lipdp.suggestion.learning import drowned, signals
 from lipdp.suggestion.probe import gradient_norms, public_inputs
 from lipdp.timing import Clock
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `make_private_with_plan` was given; see there."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    criterion: nn.Module
-    dataset: Dataset[Any]
-    allocation: str | Allocation
-    gate: float | FixedGate | QuantileGate | None
-    joints: tuple[Joint, ...]
-    input_shape: tuple[int, ...] | None
-    forward_dtype: torch.dtype | None
-    group: Group | None
-    multiplicity: int
-    shards: bool
-    passes: float | None
-    num_workers: int
-    pin_memory: bool
-
-    @property
-    def gating(self) -> FixedGate | QuantileGate:
-        """The gate as an object."""
-        if isinstance(self.gate, (FixedGate, QuantileGate)):
-            return self.gate
-        return FixedGate(math.inf if self.gate is None else self.gate)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """How an engine draws and looks: what `PrivacyEngine` was given."""
-
-    accountant: str
-    seed: int | None
-    secure: bool
-    check_every: int | None
-    deferred: bool | None
-    ledger: Ledger
-    measured: list[str]
-
-    def sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
-        """Of the batches."""
-        options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
-        if plan.sampling == "poisson":
-            return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
-        return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)
-
-    def noise(self, device: torch.device) -> GaussianNoise:
-        """Of the steps."""
-        return (SecureGaussianNoise if self.secure else GaussianNoise)(self.seed, device=device)
 
 
 def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> StepHooks:
@@ -180,25 +122,9 @@ def _hooked(
     private = PrivateCriterion(loss, graph, state, step)
     typical = _probed(inner, graph, min(float(private.constant()), float(state.bound)))
     run = StepHooks(
-        inner,
-        request.optimizer,
-        outer=request.module,
-        criterion=private,
-        graph=graph,
-        gate=state,
-        gate_multiplier=request.gating.noise_multiplier,
-        step=step,
-        loader=loader,
-        plan=plan,
-        allocation=get_allocation(request.allocation),
-        noise=draws.noise(graph.device),
-        ledger=draws.ledger,
-        measured=draws.measured,
-        check_every=draws.check_every,
-        deferred=draws.deferred,
-        world=world,
+        request, plan, draws, world, inner=inner, graph=graph, criterion=private, gate=state, step=step, loader=loader,
         clock=clock,
-    )
+    )  # fmt: skip
     run.signals = signals(run.noise_stds(), typical, dict(inner.named_parameters()), plan)
     if told := drowned(run.signals):
         warnings.warn(told, CannotLearnWarning, stacklevel=4)

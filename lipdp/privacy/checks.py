@@ -25,19 +25,14 @@ _SHARE = 0.003  # of a step that each of the two checks may cost, on average
 
 
 class StepCheck:
-    r"""At every step, before anything is added: is all finite, and no gradient where the bound says there is none?
+    """At every step, before anything is added: is all finite, and no gradient where the bound says there is none?
 
     A gradient with Δ_l = 0 gets no noise, so one that is not 0 would be released as it is.
 
-    At once, the host reads the answer and raises before the step changes anything. Deferred, the device goes on: the
-    answer is read at the next step, or before (`PrivacyEngine.settle`). Nothing is released in between, whoever reads
-    the weights: where the answer is no, `scale` is NaN, and every gradient of the step with it, so that what the step
-    leaves behind tells nothing of the records but the answer, which the error tells as well.
-
-    Args:
-        deferred: whether the answer is read later.
-
-    Source: ours; that nothing but the answer is released is the definition of `scale`.
+    At once, the host reads the answer and raises before the step changes anything. `deferred`, the device goes on, and
+    the answer is read at the next step, or before (`PrivacyEngine.settle`). Nothing is released in between: where the
+    answer is no, `scale` is NaN, and every gradient of the step with it, so that what it leaves behind tells nothing of
+    the records but the answer, which the error tells as well.
     """
 
     def __init__(self, *, deferred: bool) -> None:
@@ -59,9 +54,7 @@ class StepCheck:
         """Whether the step may be taken: () bool on the device of the gradients; read here unless deferred.
 
         Args:
-            names, gradients: of the D parameters.
-            deltas, stds: (D,) Δ_l and s_l.
-            step: number of this step, counted from 1.
+            deltas, stds: (D,) Δ_l and s_l of the D parameters named.
             records: that the batch holds; a sum is no longer than so many bounds.
             claims: what else must be true.
             combine: the norms of this process's parts of gradients → those of the gradients.
@@ -117,20 +110,14 @@ class StepCheck:
 
 
 class ProjectionCheck:
-    r"""Every so many steps: did the projection bring every weight within its constraint, as `cannot_certify` sees it?
+    """Every so many steps: did the projection bring every weight within its constraint, as `cannot_certify` sees it?
 
     The noise follows the norms as they are, so ε does not hang on this; the layers' Lipschitz constants do.
 
     Cost, in multiply-adds and counting the float64 ones twice: a layer's Gram matrix takes 2 m d for d weights and m
     the smaller side, its passes 3 B p d for p positions. Where the first come to 0.3 % of the second at most, as in
-    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last. The answer is read
-    at once, or deferred to the next step.
-
-    Args:
-        graph: the traced model.
-        batch_size: B.
-        steps: T.
-        deferred: whether the answer is read later; None: on a CPU at once, elsewhere later.
+    convolution nets, every projection is looked at; else every ceil(333 · ratio)-th and the last of T = `steps`. The
+    answer is read at once, or `deferred` to the next step; None: at once on a CPU.
     """
 
     def __init__(self, graph: BoundGraph, *, batch_size: int, steps: int, deferred: bool | None = None) -> None:
@@ -181,32 +168,20 @@ class ProjectionCheck:
 
 
 class GradientCheck:
-    r"""Every so many steps: are the gradients of a few records of the batch within Δ, parameter by parameter?
+    """Every so many steps: are the gradients of a few records of the batch within Δ, parameter by parameter?
 
     The record's own cotangent at the logits is lengthened to the gate's bound, the longest that the guarantee allows,
     and pulled back alone through the model as it is. What comes out must have norm ≤ Δ. A model that is not what the
     rules take it for (a wrong rule of a user's layer, a patched operation) shows here, while it trains.
 
     Guarantees: no effect on the run: gradients are taken beside `.grad`; buffers and torch's generators are put back.
-    The norms are private and leave this object only in the error that ends the run. It is evidence, not proof: it can
-    miss a wrong bound that no record looked at exceeds.
+    The norms are private and leave this object only in the error that ends the run. It is evidence, not proof.
 
     Cost: one record's passes cost at most what a whole step does, and with B in the batch, on a CPU, about 80/B of it
     at most (measured: 4/B for a convolution net to 76/B for an MLP). `every=None` looks at `records` of them every
-    ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run. The
-    first step is always looked at.
-
-    A compiled model is looked at as compiled. The record is then beside a copy of itself that has no cotangent, because
-    a batch of one has code of its own.
-
-    Args:
-        model, graph, loss: what trains, its traced graph, the per-sample loss.
-        batch_size: B.
-        every: steps from one look to the next; 0 never, None as above.
-        records: of each batch looked at.
-
-    Raises:
-        ParameterError: `every` is negative or not a whole number.
+    ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run; 0:
+    never. The first step is always looked at. A compiled model is looked at as compiled, the record beside a copy of
+    itself that has no cotangent, because a batch of one has code of its own.
     """
 
     TOLERANCE = 1e-6  # relative
@@ -234,17 +209,13 @@ class GradientCheck:
     def check(
         self, batch: Any, limit: float | Tensor, bounds: dict[str, Tensor], parameters: list[nn.Parameter], *, step: int
     ) -> None:
-        """Look at a few records.
+        """Look at a few records; BoundViolation where a gradient is longer than its bound.
 
         Args:
             batch: (x, y) as the loader yielded it, not empty.
             limit: the longest cotangent at the logits.
-            bounds: parameter name → Δ for one record.
-            parameters: in the order of `bounds`.
+            bounds: parameter name → Δ for one record, in the order of `parameters`.
             step: number of this step, counted from 0; also says which records.
-
-        Raises:
-            BoundViolation: a gradient is longer than its bound.
         """
         x, y = batch
         count = min(self._records, len(x))

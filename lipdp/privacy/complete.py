@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,19 +15,6 @@ from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.suggestion.choose import budget, default_criterion, suggest
 from lipdp.suggestion.joints import Joint
 from lipdp.suggestion.settings import Settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Complete:
-    """All that `make_private_with_plan` needs. `settings`: what they come from, where they were suggested together."""
-
-    plan: PrivacyPlan
-    optimizer: torch.optim.Optimizer
-    criterion: nn.Module
-    gate: float | FixedGate | QuantileGate | None
-    allocation: str | Allocation
-    joints: tuple[Joint, ...]
-    settings: Settings | None = None
 
 
 def complete(
@@ -45,12 +31,15 @@ def complete(
     joints: tuple[Joint, ...] | None,
     world: World,
     **account: Any,
-) -> Complete:
+) -> tuple[PrivacyPlan, dict[str, Any], Settings | None]:
     """What is given, and what is not: suggested together without an optimiser, else only criterion, B and passes.
 
     Args:
         model: inside its wrappers.
         account: N, sampling, unit, σ or (ε, δ), accountant.
+
+    Returns:
+        The plan, further arguments of `make_private_with_plan`, and the settings that were suggested together.
     """
     if optimizer is None:
         settings = suggest(
@@ -66,21 +55,21 @@ def complete(
             world=world,
             **account,
         )
-        return Complete(
-            plan=settings.plan,
-            optimizer=settings.optimizer(model),
-            criterion=settings.criterion,
-            gate=settings.gate if gate is None else gate,
-            allocation=settings.allocation,
-            joints=settings.joints,
-            settings=settings,
-        )
+        found = {
+            "optimizer": settings.optimizer(model),
+            "criterion": settings.criterion,
+            "gate": settings.gate if gate is None else gate,
+            "allocation": settings.allocation,
+            "joints": settings.joints,
+        }
+        return settings.plan, found, settings
     batch, passes = budget(account["dataset_size"], expected_batch_size, steps=steps, epochs=epochs)
-    return Complete(
-        plan=plan_together(world, expected_batch_size=batch, steps=steps, epochs=passes, **account),
-        optimizer=optimizer,
-        criterion=default_criterion(model, input_shape) if criterion is None else criterion,
-        gate=gate,
-        allocation="per_layer" if allocation is None else allocation,
-        joints=tuple(joints or ()),
-    )
+    plan = plan_together(world, expected_batch_size=batch, steps=steps, epochs=passes, **account)
+    found = {
+        "optimizer": optimizer,
+        "criterion": default_criterion(model, input_shape) if criterion is None else criterion,
+        "gate": gate,
+        "allocation": "per_layer" if allocation is None else allocation,
+        "joints": joints or (),
+    }
+    return plan, found, None

@@ -9,11 +9,7 @@ from torch import Tensor
 class DeferredRead:
     """A small tensor that the host will read later: on CUDA a copy to pinned memory is queued and nothing waits.
 
-    `read` waits for that copy alone, not for what was queued behind it. On other devices the tensor stays where it is
-    until it is read.
-
-    Args:
-        value: of any shape; not to be changed in place before it is read.
+    `read` waits for that copy alone, not for what was queued behind it. The value is not to be changed in place before.
 
     >>> DeferredRead(torch.tensor([1.5, 2.0])).read().tolist()
     [1.5, 2.0]

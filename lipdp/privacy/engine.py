@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +17,25 @@ from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.inputs import Fields, as_records
 from lipdp.batches.loader import BatchLoader
-from lipdp.batches.population import Group, Population, first_records
+from lipdp.batches.population import Population, first_records
 from lipdp.bounds.sensitivity import Sensitivity
 from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import own_reduction
-from lipdp.errors import EngineError, ParameterError
+from lipdp.errors import CheckpointError, EngineError, ParameterError
+from lipdp.files import write_bytes
 from lipdp.noise.allocation import Allocation
-from lipdp.privacy.attach import Draws, Request, attach
+from lipdp.privacy.attach import attach
 from lipdp.privacy.complete import complete
 from lipdp.privacy.criterion import PrivateCriterion
-from lipdp.privacy.foreign import refuse_unknown
 from lipdp.privacy.gate import FixedGate, QuantileGate
 from lipdp.privacy.hooks import StepHooks
-from lipdp.privacy.saved import read_state, write_state
+from lipdp.privacy.options import Draws, Given, Options, Request, refuse_unknown
 from lipdp.suggestion.joints import Joint
 from lipdp.suggestion.settings import Settings
 from lipdp.timing import Timer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PrivacyEngine:
@@ -113,17 +118,10 @@ class PrivacyEngine:
         target_epsilon: float | None = None,
         target_delta: float | None = None,
         fields: Fields | None = None,
-        allocation: str | Allocation | None = None,
         gate: float | FixedGate | QuantileGate | None = None,
+        allocation: str | Allocation | None = None,
         joints: tuple[Joint, ...] | None = None,
-        input_shape: tuple[int, ...] | None = None,
-        forward_dtype: torch.dtype | None = None,
-        group: Group | None = None,
-        multiplicity: int = 1,
-        shards: bool = False,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        **unknown: Any,
+        **options: Unpack[Options],
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
         """`make_private_with_plan`, of the plan that these numbers make; what is left out is chosen.
 
@@ -142,33 +140,26 @@ class PrivacyEngine:
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
             dataset: of a torch `DataLoader` its data set is taken, and nothing else.
-            unknown: refused, with what stands for an argument of Opacus.
-            module, optimizer, criterion, dataset, fields, group, shards and the other options: see
-                `make_private_with_plan`.
+            module, optimizer, criterion, gate, allocation, joints, options: see `make_private_with_plan`. One that is
+                not there is refused, with what stands for an argument of Opacus.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.
         """
-        refuse_unknown("make_private", unknown)
+        refuse_unknown("make_private", options, Options)
         self._refuse_second()
-        world = self._world or current_world()
+        world, group, shards = self._world or current_world(), options.get("group"), options.get("shards", False)
         dataset = as_records(dataset, fields)
         population = Population.of(dataset, world, group=group, shards=shards)
-        account: dict[str, Any] = {
-            "dataset_size": population.present if dataset_size is None else dataset_size,
-            "sampling": sampling,
-            "unit": population.unit,
-            "noise_multiplier": noise_multiplier,
-            "target_epsilon": target_epsilon,
-            "target_delta": target_delta,
-            "accountant": self.accountant.name,
-        }
-        if input_shape is None:
-            input_shape = tuple(first_records(dataset, world, shards=shards)[0].shape[1 if multiplicity == 1 else 2 :])
-        chosen = complete(
+        shape = options.get("input_shape")
+        if shape is None:
+            views = options.get("multiplicity", 1) != 1
+            shape = tuple(first_records(dataset, world, shards=shards)[0].shape[2 if views else 1 :])
+        options["input_shape"] = shape
+        plan, chosen, settings = complete(
             own_reduction(module, world),
             optimizer,
-            input_shape=input_shape,
+            input_shape=shape,
             expected_batch_size=expected_batch_size,
             steps=steps,
             epochs=epochs,
@@ -177,61 +168,26 @@ class PrivacyEngine:
             allocation=allocation,
             joints=joints,
             world=world,
-            **account,
+            dataset_size=population.present if dataset_size is None else dataset_size,
+            sampling=sampling,
+            unit=population.unit,
+            noise_multiplier=noise_multiplier,
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            accountant=self.accountant.name,
         )
-        made = self.make_private_with_plan(
-            chosen.plan,
-            module=module,
-            optimizer=chosen.optimizer,
-            criterion=chosen.criterion,
-            dataset=dataset,
-            allocation=chosen.allocation,
-            gate=chosen.gate,
-            joints=chosen.joints,
-            input_shape=input_shape,
-            forward_dtype=forward_dtype,
-            group=group,
-            multiplicity=multiplicity,
-            shards=shards,
-            passes=epochs,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-        )
-        self._settings = chosen.settings
+        made = self.make_private_with_plan(plan, module=module, dataset=dataset, passes=epochs, **chosen, **options)
+        self._settings = settings
         return made
 
     def make_private_with_epsilon(
-        self,
-        *,
-        module: nn.Module,
-        dataset: Dataset[Any] | DataLoader[Any],
-        target_epsilon: float,
-        target_delta: float,
-        optimizer: torch.optim.Optimizer | None = None,
-        criterion: nn.Module | None = None,
-        expected_batch_size: int | None = None,
-        steps: int | None = None,
-        epochs: float | None = None,
-        sampling: str = "poisson",
-        dataset_size: int | None = None,
-        fields: Fields | None = None,
-        allocation: str | Allocation | None = None,
-        gate: float | FixedGate | QuantileGate | None = None,
-        joints: tuple[Joint, ...] | None = None,
-        input_shape: tuple[int, ...] | None = None,
-        forward_dtype: torch.dtype | None = None,
-        group: Group | None = None,
-        multiplicity: int = 1,
-        shards: bool = False,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        **unknown: Any,
+        self, *, target_epsilon: float, target_delta: float, **given: Unpack[Given]
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
         """`make_private` with the smallest σ whose ε after all steps is at most the target.
 
         Args:
             target_epsilon, target_delta: the budget.
-            module, dataset and the other options: see `make_private`.
+            given: module, dataset and the other options of `make_private`.
 
         Raises:
             CalibrationError: no σ reaches the target; and what `make_private` raises.
@@ -244,31 +200,9 @@ class PrivacyEngine:
         >>> criterion.loss
         TauCrossEntropy(tau=32.0)
         """
-        refuse_unknown("make_private_with_epsilon", unknown)
+        refuse_unknown("make_private_with_epsilon", given, Given)
         return self.make_private(
-            module=module,
-            dataset=dataset,
-            noise_multiplier=None,
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            optimizer=optimizer,
-            criterion=criterion,
-            expected_batch_size=expected_batch_size,
-            steps=steps,
-            epochs=epochs,
-            sampling=sampling,
-            dataset_size=dataset_size,
-            fields=fields,
-            allocation=allocation,
-            gate=gate,
-            joints=joints,
-            input_shape=input_shape,
-            forward_dtype=forward_dtype,
-            group=group,
-            multiplicity=multiplicity,
-            shards=shards,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
+            noise_multiplier=None, target_epsilon=target_epsilon, target_delta=target_delta, **given
         )
 
     def make_private_with_plan(
@@ -280,17 +214,11 @@ class PrivacyEngine:
         criterion: nn.Module,
         dataset: Dataset[Any] | DataLoader[Any],
         fields: Fields | None = None,
-        allocation: str | Allocation = "per_layer",
         gate: float | FixedGate | QuantileGate | None = None,
+        allocation: str | Allocation = "per_layer",
         joints: tuple[Joint, ...] = (),
-        input_shape: tuple[int, ...] | None = None,
-        forward_dtype: torch.dtype | None = None,
-        group: Group | None = None,
-        multiplicity: int = 1,
-        shards: bool = False,
         passes: float | None = None,
-        num_workers: int = 0,
-        pin_memory: bool = False,
+        **options: Unpack[Options],
     ) -> tuple[nn.Module, torch.optim.Optimizer, BatchLoader, PrivateCriterion]:
         """Attach noise and projection to the optimiser; return the same model and optimiser, a loader and a criterion.
 
@@ -322,6 +250,7 @@ class PrivacyEngine:
             bound exists.
         """
         self._refuse_second()
+        refuse_unknown("make_private_with_plan", options, Options)
         request = Request(
             module=module,
             optimizer=optimizer,
@@ -330,14 +259,8 @@ class PrivacyEngine:
             allocation=allocation,
             gate=gate,
             joints=tuple(joints),
-            input_shape=input_shape,
-            forward_dtype=forward_dtype,
-            group=group,
-            multiplicity=multiplicity,
-            shards=shards,
             passes=passes,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
+            **options,
         )
         draws = Draws(
             accountant=self.accountant.name,
@@ -381,24 +304,15 @@ class PrivacyEngine:
 
         Nothing between the loader and the step can then be wrong; `criterion(model(x), y).backward()` does the same.
 
+            >>> for batch in loader:  # doctest: +SKIP
+            ...     optimizer.zero_grad(); engine.backward(*batch, microbatch=256); optimizer.step()
+
         Args:
             x, y, weight: what the loader yielded.
             microbatch: at most so many rows at a time; by default all at once.
 
         Returns:
             () the mean loss of the batch, which ε does not cover.
-
-        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
-        >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
-        >>> engine = lipdp.PrivacyEngine()
-        >>> model, optimizer, loader, criterion = engine.make_private(
-        ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        ...     criterion=lipdp.losses.TauCrossEntropy(8.0), dataset=torch.utils.data.TensorDataset(x, y),
-        ...     expected_batch_size=16, steps=3, noise_multiplier=2.0)
-        >>> for batch in loader:
-        ...     optimizer.zero_grad(); _ = engine.backward(*batch, microbatch=8); optimizer.step()
-        >>> engine.steps_taken
-        3
         """
         run = self._current()
         total = torch.zeros((), device=run.graph.device)
@@ -438,9 +352,7 @@ class PrivacyEngine:
         """Give up the batches drawn since the last step: each counts as a step of the account, nothing is released.
 
         For an interrupted loop, or a batch that a script does not want: that it was given up may depend on its records.
-
-        Returns:
-            How many steps were counted.
+        Returns how many steps were counted.
         """
         return self._current().skip_batch()
 
@@ -448,10 +360,7 @@ class PrivacyEngine:
         """Add a term that depends on the weights alone: its gradient is added to the noisy one at every step, for free.
 
         Args:
-            penalty: of the model, in units of the *mean* loss: λ Σ‖W‖² is not to be divided by the batch size.
-
-        >>> engine = lipdp.PrivacyEngine()
-        >>> l1 = lambda model: 1e-4 * sum(p.abs().sum() for p in model.parameters())  # engine.add_penalty(l1)
+            penalty: of the model, such as an L1 norm, in units of the *mean* loss: it is not divided by the batch size.
         """
         self._current().penalties.append(penalty)
 
@@ -559,7 +468,9 @@ class PrivacyEngine:
         """
         run = self._current()
         state = {"model": run.module.state_dict(), "optimizer": run.optimizer.state_dict(), "engine": self.state_dict()}
-        write_state(path, {**state, "extra": extra or {}})
+        buffer = io.BytesIO()
+        torch.save({**state, "extra": extra or {}}, buffer)
+        write_bytes(Path(path), buffer.getvalue())
 
     def load_checkpoint(self, path: str | os.PathLike[str]) -> dict[str, Any]:
         """Continue from a file of `save_checkpoint`, after the same `make_private`.
@@ -570,7 +481,13 @@ class PrivacyEngine:
         Raises:
             CheckpointError: no such file, or another one. ResumeError: the plan differs.
         """
-        run, state = self._current(), read_state(path)
+        run = self._current()
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises whatever the broken file makes it raise
+            raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+        if not isinstance(state, dict) or {"model", "optimizer", "engine"} - set(state):
+            raise CheckpointError(f"{path} is no checkpoint of a private run: engine.save_checkpoint writes them")
         self.load_state_dict(state["engine"])
         run.module.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])

@@ -62,14 +62,9 @@ class PrivateForward:
     With gradients off it is the model's own forward pass. With gradients on it runs the graph that the bounds were
     derived from: constants, branches and globals are those of then, modules those of now, and no hook is in between. A
     call that can't be private (another shape, further arguments, a model that has changed) runs as written, and the
-    criterion refuses its output with the reason.
-
-    Copies and pickles of the model have the forward pass of its class.
+    criterion refuses its output with the reason. Copies and pickles of the model have the forward pass of its class.
 
     Args:
-        model: as it was written.
-        graph: its traced graph.
-        step: where calls are noted.
         sharded: under `fully_shard`, which exchanges parameters while it runs: then the forward pass is run as written.
         outer: the model as the script calls it; what `torch.compile` made of it is called from within.
     """

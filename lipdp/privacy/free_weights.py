@@ -22,9 +22,6 @@ def note_free_weights(graph: BoundGraph) -> None:
 
     Noise makes weights grow at every step, Δ grows with the weights, and the noise with Δ. A last layer alone, or
     layers between clips and gates, have no such effect: that is tried, with weights twice as long.
-
-    Args:
-        graph: of the model.
     """
     plain = [
         (name, module)

@@ -24,14 +24,20 @@ from lipdp.errors import CheckpointError, EngineError, ResumeError, UnknownNameE
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
-from lipdp.noise.allocation import Allocation, rescaled
-from lipdp.noise.gaussian import GaussianNoise
+from lipdp.noise.allocation import get_allocation, rescaled
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
-from lipdp.privacy.closure import Evaluated, closure_of, refuse_reevaluating
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.forward import PrivateForward
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.optimizers import guard_parameters, matched_parameters, refuse_unsuitable
+from lipdp.privacy.optimizers import (
+    Evaluated,
+    closure_of,
+    guard_parameters,
+    matched_parameters,
+    refuse_reevaluating,
+    refuse_unsuitable,
+)
+from lipdp.privacy.options import Draws, Request
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.snapshot import Snapshot
 from lipdp.suggestion.learning import GrowthWatch
@@ -43,48 +49,31 @@ STEPS_TAKEN = "lipdp_steps"  # in the optimiser's first parameter group, when it
 class StepHooks:
     """The hooks on one optimiser, and what they need at every step.
 
-    Args:
-        module: as it was written. outer: as the script calls it.
-        optimizer: over its trainable parameters.
-        criterion, graph, gate, step, loader, noise, ledger: what the run is made of.
-        measured: names of what was released beside the steps.
-        plan: what ε depends on.
-        allocation: of the noise.
-        check_every, deferred: of the checks.
-        world: the processes.
-        clock: names the parts of a step.
-
     Attributes:
         signals: the most that all steps can add up to over their noise, by parameter, at the first weights.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        request: Request,
+        plan: PrivacyPlan,
+        draws: Draws,
+        world: World,
         *,
-        outer: nn.Module,
-        criterion: PrivateCriterion,
+        inner: nn.Module,
         graph: BoundGraph,
+        criterion: PrivateCriterion,
         gate: GateState,
-        gate_multiplier: float,
         step: StepInProgress,
         loader: BatchLoader,
-        plan: PrivacyPlan,
-        allocation: Allocation,
-        noise: GaussianNoise,
-        ledger: Ledger,
-        measured: list[str],
-        check_every: int | None,
-        deferred: bool | None,
-        world: World,
         clock: Clock,
     ) -> None:
+        module, optimizer = inner, request.optimizer
         self.world, self.clock = world, clock
         self.module, self.criterion, self.loader = original(module), criterion, loader
         self.optimizer, self.step_in_progress = optimizer, step
-        self.plan, self.allocation, self.noise, self.ledger = plan, allocation, noise, ledger
-        self.measured = measured
+        self.plan, self.allocation = plan, get_allocation(request.allocation)
+        self.noise, self.ledger, self.measured = draws.noise(graph.device), draws.ledger, draws.measured
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
         self.signals: dict[str, float] = {}
@@ -94,24 +83,25 @@ class StepHooks:
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
-        self._spread = torch.empty(0)
+        self._sharded_grads = torch.empty(0)
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size
         self._gradients = GradientCheck(
-            module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else check_every
+            module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else draws.check_every
         )
-        self.deferred = self.graph.device.type != "cpu" if deferred is None else deferred
+        self.deferred = self.graph.device.type != "cpu" if draws.deferred is None else draws.deferred
         self._step_check = StepCheck(deferred=self.deferred)
         self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred)
         self._slack = batch_slack(batch_size, min((p.dtype for p in self.parameters), key=lambda d: d.itemsize))
         self.factor = plan.relation.sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
-        others = [gate_multiplier] if gate_multiplier < math.inf else []
+        counted = request.gating.noise_multiplier
+        others = [counted] if counted < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
-        self.before = ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
+        self.before = draws.ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
-        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=outer)
+        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=request.module)
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -253,7 +243,7 @@ class StepHooks:
         self.step_in_progress.gradients.take(self.parameters)
         held = [p.grad for p in self.parameters if p.grad is not None]
         gradients = [local_tensor(g) for g in held]
-        self._spread = torch.tensor([is_dtensor(g) for g in held])
+        self._sharded_grads = torch.tensor([is_dtensor(g) for g in held])
         with self.clock("exchange"):
             self.world.all_reduce_([own for g, own in zip(held, gradients, strict=True) if own is g])
         if self.loader.views > 1:
@@ -265,9 +255,9 @@ class StepHooks:
         if not self._sharded:
             self.noise.add_(gradients, stds)
             return
-        spread = self._spread.tolist()
+        sharded = self._sharded_grads.tolist()
         for noise, wanted in ((self.noise, False), (self.noise.lane(shard_index(self._sharded)), True)):
-            chosen = [i for i, is_dtensor in enumerate(spread) if is_dtensor == wanted]
+            chosen = [i for i, own in enumerate(sharded) if own == wanted]
             noise.add_([gradients[i] for i in chosen], stds[chosen])
 
     def _combined(self, norms: Tensor) -> Tensor:
@@ -276,7 +266,7 @@ class StepHooks:
             return norms
         parts = norms.square()
         self.world.all_reduce_([parts])
-        return torch.where(self._spread.to(norms.device), parts.sqrt(), norms)
+        return torch.where(self._sharded_grads.to(norms.device), parts.sqrt(), norms)
 
     def _project(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """After the step: weights back in their constraints (post-processing)."""

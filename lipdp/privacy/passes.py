@@ -31,7 +31,7 @@ the value's cotangent with 1, which says no more than whether the script did so.
 attack whose own loss mixes records is not seen; memory that is written through numpy or `.data` between a forward pass
 and the step is seen in gradients and not in weights. Under `fully_shard`, which reduces within the backward pass, 2
 and 4 are replaced by watching: the root's cotangent is the engine's, and gradients must stay as that pass left them
-(`GradientSeal`).
+(`SealedGradients`).
 
 Source: ours. Steps 1 to 5 replace the per-sample clipping of DP-SGD (Abadi et al. 2016), which is robust by nature.
 """
@@ -65,12 +65,8 @@ OVERWRITTEN = (
 class StepInProgress(Listener):
     """The passes since the last private step: which rows went through, at which weights, and what came of it.
 
-    Args:
-        gradients: how the sum is formed.
-        grouped: whether owners are drawn, whose rows have weights.
-        forgotten: what else begins anew with a step: the count of a quantile gate.
-
     Attributes:
+        gradients: how the sum is formed. grouped: whether owners are drawn, whose rows have weights.
         drawn: the batch that the loader handed out last.
         reason: why the last call of the model was no private one.
     """
@@ -100,11 +96,7 @@ class StepInProgress(Listener):
     # -- the loader ----------------------------------------------------------------------------------------------------
 
     def before_draw(self) -> None:
-        """Keep the next batch back while gradients of the last one wait for their noise.
-
-        Raises:
-            EngineError: they do.
-        """
+        """Keep the next batch back (EngineError) while gradients of the last one wait for their noise."""
         if self.pending:
             raise EngineError(
                 "the last batch was back-propagated, but no private step followed: another optimiser, or a copy, would"
@@ -114,7 +106,6 @@ class StepInProgress(Listener):
             )
 
     def after_draw(self, drawn: Draw | None) -> None:
-        """See `Listener`."""
         self.drawn = drawn
         if drawn is None:
             self.forget()
@@ -124,13 +115,9 @@ class StepInProgress(Listener):
     def release(self, call: RootCall, upstream: Tensor) -> list[Tensor | None]:
         """One backward pass, from the gated cotangents of one root call; its gradients, by input of the call.
 
-        Args:
-            call: the criterion has left its cotangent there.
-            upstream: () the cotangent of the criterion's value.
-
         Raises:
             EngineError: the weights are not those of the step's first forward pass, a gradient hook is there, or the
-                value was back-propagated before.
+                value, whose cotangent is `upstream`, was back-propagated before.
         """
         if call.released:
             raise EngineError("the criterion's value is back-propagated twice: a record would count more than once")

@@ -103,7 +103,6 @@ class OwnGradients:
         self._found: list[Claim] = []
 
     def add(self, call: RootCall) -> list[Tensor | None]:
-        """See `Gradients.add`."""
         if any(p._backward_hooks for p in call.parameters):
             raise EngineError("a parameter carries a gradient hook, which can scale its gradient; remove it")
         for p in call.parameters:
@@ -120,7 +119,6 @@ class OwnGradients:
         return [found.get(id(t)) for t in call.inputs]
 
     def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """See `Gradients.claims`."""
         found = list(self._found)
         for p in parameters:
             own, held = self._sums.get(p), p.grad
@@ -132,48 +130,16 @@ class OwnGradients:
         return found
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See `Gradients.take`."""
         for p in parameters:
             own = self._sums.get(p)
             p.grad = torch.zeros_like(p) if own is None else own
 
     def forget(self) -> None:
-        """See `Gradients.forget`."""
         self._sums, self._found = {}, []
 
 
 class SealedGradients:
-    """Under `fully_shard`: the sum is formed by the pass itself, and must stay as it was left."""
-
-    def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
-        self._seal = GradientSeal(parameters)
-        self._calls: list[RootCall] = []
-
-    def add(self, call: RootCall) -> list[Tensor | None]:
-        """See `Gradients.add`; the pass goes on from the logits with this cotangent."""
-        self._seal.begin()
-        self._calls.append(call)
-        return []
-
-    def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
-        """See `Gradients.claims`."""
-        self._seal.check()
-        return [claim for call in self._calls for claim in call.claims]
-
-    def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See `Gradients.take`."""
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-
-    def forget(self) -> None:
-        """See `Gradients.forget`."""
-        self._seal.open()
-        self._calls = []
-
-
-class GradientSeal:
-    r"""Counts torch's own count of changes in place, of every gradient, from a backward pass to the step.
+    r"""Under `fully_shard`: the sum is formed by the pass itself, and must stay as it was left until the step.
 
     The noise is calibrated to ‖∇_l ℓ_i‖ ≤ Δ_l, the share of one record in the *plain* sum S = Σ_i ∇ℓ_i. A map c(S) S
     with a factor that depends on S, such as clipping the norm of S, can move by more than Δ_l in layer l when one
@@ -181,8 +147,8 @@ class GradientSeal:
     to that layer alone.
 
     Guarantees: a gradient that was scaled, clipped, added to, replaced or dropped after its backward pass is refused,
-    whatever the framework that did it. Nothing is read from the device. Not seen: what is written through `.data`,
-    which torch does not count, and a further term of the loss within the same pass.
+    whatever the framework that did it, by torch's own count of changes in place. Nothing is read from the device. Not
+    seen: what is written through `.data`, which torch does not count, and a further term of the loss within the pass.
 
     Args:
         parameters: what the optimiser holds now.
@@ -190,24 +156,23 @@ class GradientSeal:
 
     def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
         self._parameters = parameters
-        self._gradients: list[tuple[Tensor, Tensor | None, int]] = []
+        self._left: list[tuple[Tensor, Tensor | None, int]] = []
+        self._calls: list[RootCall] = []
 
-    def begin(self) -> None:
-        """A backward pass begins; what is there is sealed when it ends."""
-        self.check()
+    def add(self, call: RootCall) -> list[Tensor | None]:
+        """See `Gradients`; the pass goes on from the logits with this cotangent, and what it leaves is noted."""
+        self._check()
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._close))  # behind the callbacks in which fully_shard finishes
+        queue(lambda: queue(self._note))  # behind the callbacks in which fully_shard finishes
+        self._calls.append(call)
+        return []
 
-    def _close(self) -> None:
-        self._gradients = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in self._parameters()]
+    def _note(self) -> None:
+        self._left = [(p, p.grad, -1 if p.grad is None else p.grad._version) for p in self._parameters()]
 
-    def check(self) -> None:
-        """Compare with the last backward pass of this step, if there was one.
-
-        Raises:
-            EngineError: a gradient has changed.
-        """
-        trained = (sealed for sealed in self._gradients if sealed[0].requires_grad)  # a frozen one's is dropped
+    def _check(self) -> None:
+        """Compare with the last backward pass of this step, if there was one; EngineError where one has changed."""
+        trained = (left for left in self._left if left[0].requires_grad)  # a frozen one's is dropped
         if any(p.grad is not g or (g is not None and g._version != version) for p, g, version in trained):
             raise EngineError(
                 "the summed gradients were changed between backward() and step(), as clipping (gradient_clip_val,"
@@ -216,6 +181,14 @@ class GradientSeal:
                 " make_private"
             )
 
-    def open(self) -> None:
-        """The step is taken, or its gradients are gone."""
-        self._gradients = []
+    def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
+        self._check()
+        return [claim for call in self._calls for claim in call.claims]
+
+    def take(self, parameters: Iterable[nn.Parameter]) -> None:
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+    def forget(self) -> None:
+        self._left, self._calls = [], []

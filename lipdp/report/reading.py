@@ -182,36 +182,35 @@ class Robustness:
             raise ValueError("the curve has as many radii as accuracies")
 
 
-@dataclass(frozen=True)
-class AuditRow:
+@dataclass(frozen=True, kw_only=True)
+class _Bounded:
+    """An empirical lower bound on ε beside the claim."""
+
+    claimed_epsilon: Positive
+    lower_bound: Positive
+
+    @property
+    def violated(self) -> bool:
+        """The lower bound is above the claim."""
+        return self.lower_bound > self.claimed_epsilon
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow(_Bounded):
     """One audit among those of `audit.json`."""
 
     method: str
     experiment: str
-    lower_bound: Positive
-    claimed_epsilon: Positive
     trials: Count = 0
 
-    @property
-    def violated(self) -> bool:
-        """The lower bound is above the claim."""
-        return self.lower_bound > self.claimed_epsilon
 
+@dataclass(frozen=True, kw_only=True)
+class Audit(_Bounded):
+    """`audit.json`: the strongest audit's bound, and all."""
 
-@dataclass(frozen=True)
-class Audit:
-    """`audit.json`: an empirical lower bound on ε beside the claim."""
-
-    claimed_epsilon: Positive
-    lower_bound: Positive
     confidence: Share
     delta: Share | None = None
     audits: tuple[AuditRow, ...] = ()
-
-    @property
-    def violated(self) -> bool:
-        """The lower bound is above the claim."""
-        return self.lower_bound > self.claimed_epsilon
 
 
 @dataclass(frozen=True)
@@ -232,8 +231,7 @@ class RecordedRun:
     """Everything a run's folder says.
 
     Attributes:
-        folder: its path. name: its last part. title: data and model.
-        config: `config.json`. account: `privacy.json`. metrics: `metrics.jsonl`, in order of the steps.
+        name: the folder's last part. title: data and model.
         sessions: `environment.json`: where and by which command the run was started and resumed.
         evaluation: `evaluation.json`, where the run is finished.
         robustness, audit: of `lipdp certify` and `lipdp audit`, if they are there.

@@ -31,30 +31,24 @@ class Monitors(Monitor):
     def __init__(self, monitors: Sequence[Monitor]) -> None:
         self.monitors = tuple(monitors)
 
-    def opened(self, config: TrainConfig, split: DataSplit) -> None:
-        """Tell all."""
+    def _tell(self, what: str, *arguments: Any) -> None:
         for monitor in self.monitors:
-            monitor.opened(config, split)
+            getattr(monitor, what)(*arguments)
+
+    def opened(self, config: TrainConfig, split: DataSplit) -> None:
+        self._tell("opened", config, split)
 
     def features(self, done: int, total: int) -> None:
-        """Tell all."""
-        for monitor in self.monitors:
-            monitor.features(done, total)
+        self._tell("features", done, total)
 
     def begin(self, trainer: Trainer) -> None:
-        """Tell all."""
-        for monitor in self.monitors:
-            monitor.begin(trainer)
+        self._tell("begin", trainer)
 
     def step(self, step: int, loss: float, epsilon: float) -> None:
-        """Tell all."""
-        for monitor in self.monitors:
-            monitor.step(step, loss, epsilon)
+        self._tell("step", step, loss, epsilon)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Tell all."""
-        for monitor in self.monitors:
-            monitor.record(record)
+        self._tell("record", record)
 
 
 class TensorBoard(Monitor):

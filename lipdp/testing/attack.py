@@ -22,8 +22,6 @@ class Objective:
     """Per-sample gradient norms of a model and a loss, as a function of input and target.
 
     Attributes:
-        model: in the dtype of the attack.
-        loss: one value per sample.
         names: the parameters whose gradients are looked at; `INPUT` is the input.
         autocast: dtype of an autocast forward pass, or None.
     """
@@ -116,16 +114,11 @@ def _norm(x: Tensor) -> Tensor:
 
 
 class Ascent:
-    """Gradient ascent on one ratio per start, with a step size of its own for every start.
+    """Gradient ascent on one norm over its bound per start, with a step size of its own for every start.
 
     The step is x ← (1 − η) x + η r ĝ with ĝ the unit gradient, kept inside the ball of radius r: for η = 1 it is the
     power iteration (the best point of the ball for a linearised objective), and small η is plain ascent. η grows after
     a success and shrinks after a failure, and the best point is kept.
-
-    Args:
-        objective: what to maximise.
-        bounds: (names,) the bounds the norms are compared with.
-        radius: r.
     """
 
     def __init__(self, objective: Objective, bounds: Tensor, radius: float) -> None:

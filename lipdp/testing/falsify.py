@@ -35,14 +35,7 @@ from lipdp.testing.report import Finding, Report, default_tolerance
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to look.
-
-    Attributes:
-        starts: Gaussian starting inputs, beside the patterns.
-        climbs: ascents per parameter, from the best starts.
-        steps: of every ascent.
-        targets: at most so many targets are tried from every start.
-    """
+    """How hard to look: see `falsify`; at most `targets` targets are tried from every start."""
 
     starts: int = 8
     climbs: int = 3
@@ -211,15 +204,8 @@ def falsify_layer(
     """Search for an input of norm ≤ `radius` and a cotangent of norm ≤ 1 that break the rule of one layer.
 
     The layer stands between `InputBound(radius)` and the loss ⟨u, y⟩ with a free unit vector u, so that all that is
-    tested is its own rule: the bounds of its value, of the cotangent it hands on, and of its parameters.
-
-    Args:
-        layer: any module with a rule.
-        input_shape: of one sample.
-        options: as `falsify`.
-
-    Raises:
-        BoundViolation: as `falsify`.
+    tested is its own rule: the bounds of its value, of the cotangent it hands on, and of its parameters. Options and
+    errors are those of `falsify`.
 
     >>> lipdp.testing.falsify_layer(lipdp.nn.SpectralLinear(4, 3, bias=True), (4,), steps=5).worst <= 1
     True
@@ -233,10 +219,7 @@ def falsify_layer(
 def tightness(model: nn.Module, loss: nn.Module, input_shape: tuple[int, ...], **options: object) -> float:
     """The share of its bound that an attack reaches on every parameter: 1 means that no bound can be lowered.
 
-    Args: as `falsify`; the weights are those given.
-
-    Returns:
-        the smallest, over the parameters, of the largest ratio found.
+    The smallest, over the parameters, of the largest ratio that `falsify` finds at the weights given.
 
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 4))
     >>> lipdp.testing.tightness(model, lipdp.losses.CategoricalHinge(), (4,)) > 0.99

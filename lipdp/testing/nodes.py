@@ -92,11 +92,8 @@ def batch_findings(
     """The definition itself: the summed gradient of a batch with and without one sample must differ by at most Δ.
 
     Unlike a gradient computed on one sample alone this sees samples that influence each other, and sums that are
-    rounded to a low precision.
-
-    Args:
-        worst: findings whose samples are added to a batch that already holds copies of them, one after the other.
-        x, y: some others.
+    rounded to a low precision. The samples of the `worst` findings are added, one after the other, to (x, y) with
+    copies of them.
     """
     own = dict(model.named_parameters())
     found: list[Finding] = []

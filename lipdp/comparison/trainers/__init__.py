@@ -1,4 +1,4 @@
-"""Every trainer of the comparison, one module each: `TRAINERS` by name."""
+"""Every trainer of the comparison: `TRAINERS` by name."""
 
 from lipdp.comparison.trainers.registry import TRAINERS, get_trainer, legend
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lipdp.comparison.protocol import Session, Task, Trainer, put_back, remove_gates
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, put_back, remove_gates
 from lipdp.nn import project_
 
 
 @dataclass(frozen=True)
-class NonPrivate(Trainer):
+class NonPrivate(ComparedTrainer):
     """The sum of the batch's gradients over B, the optimiser's step, the projection: no noise, no ε."""
 
-    name: ClassVar[str] = "non_private"
-    words: ClassVar[str] = "no noise, no privacy"
-    private: ClassVar[bool] = False
-    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.1, 0.3, 1.0, 3.0)}
+    name = "non_private"
+    words = "no noise, no privacy"
+    private = False
+    grid: ClassVar[Grid] = {"lr": (0.1, 0.3, 1.0, 3.0)}
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return _Session(model, task)

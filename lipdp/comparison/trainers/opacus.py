@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,15 +15,15 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 
 import lipdp.comparison.opacus_layers  # noqa: F401  (registers lipdp's layers with Opacus)
-from lipdp.comparison.protocol import Session, Task, Trainer, put_back, remove_gates
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, put_back, remove_gates
 from lipdp.errors import ParameterError, UnsupportedLayerError
 from lipdp.nn import project_
 
-CLIP_GRID: Mapping[str, Sequence[Any]] = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
+CLIP_GRID: Grid = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
 
 
 @dataclass(frozen=True)
-class OpacusTrainer(Trainer):
+class OpacusTrainer(ComparedTrainer):
     """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped.
 
     Attributes:
@@ -34,7 +33,7 @@ class OpacusTrainer(Trainer):
     max_grad_norm: float = 1.0
 
     mode: ClassVar[str] = "hooks"
-    grid: ClassVar[Mapping[str, Sequence[Any]]] = CLIP_GRID
+    grid: ClassVar[Grid] = CLIP_GRID
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return OpacusSession(model, task, self)
@@ -58,17 +57,17 @@ class Hooks(OpacusTrainer):
     Source: Abadi et al. (2016), algorithm 1; Yousefpour et al. (2021), Opacus.
     """
 
-    name: ClassVar[str] = "opacus_hooks"
-    words: ClassVar[str] = "DP-SGD, every gradient clipped at C, by Opacus hooks"
+    name = "opacus_hooks"
+    words = "DP-SGD, every gradient clipped at C, by Opacus hooks"
 
 
 @dataclass(frozen=True)
 class Functorch(OpacusTrainer):
     """Per-sample gradients by `torch.func`, for every layer."""
 
-    name: ClassVar[str] = "opacus_functorch"
-    words: ClassVar[str] = "the same, gradients by torch.func"
-    mode: ClassVar[str] = "functorch"
+    name = "opacus_functorch"
+    words = "the same, gradients by torch.func"
+    mode = "functorch"
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ class Ghost(OpacusTrainer):
     Source: Li, Tramèr, Liang & Hashimoto (2022), section 4; Opacus 1.6.
     """
 
-    name: ClassVar[str] = "opacus_ghost"
-    words: ClassVar[str] = "the same, by norms alone and a second backward pass"
-    mode: ClassVar[str] = "ghost"
+    name = "opacus_ghost"
+    words = "the same, by norms alone and a second backward pass"
+    mode = "ghost"
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         return DPOptimizerFastGradientClipping(optimizer, max_grad_norm=self.max_grad_norm, **options)
@@ -93,8 +92,8 @@ class Ghost(OpacusTrainer):
 class PerLayer(OpacusTrainer):
     """Each parameter's gradient clipped to C/√D: together at most C."""
 
-    name: ClassVar[str] = "opacus_per_layer"
-    words: ClassVar[str] = "DP-SGD with a threshold for each parameter"
+    name = "opacus_per_layer"
+    words = "DP-SGD with a threshold for each parameter"
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         blocks = sum(len(group["params"]) for group in optimizer.param_groups)

@@ -1,20 +1,17 @@
-"""Every trainer of the comparison, one module each: `TRAINERS` by name."""
+"""Every trainer of the comparison: `TRAINERS` by name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lipdp.comparison.protocol import Trainer
-from lipdp.comparison.trainers.adaptive import AdaptiveClipping
-from lipdp.comparison.trainers.automatic import AutomaticClipping
-from lipdp.comparison.trainers.backprop_clipping import BackpropClipping
-from lipdp.comparison.trainers.clipless import Clipless
-from lipdp.comparison.trainers.global_clipping import GlobalClipping, GlobalScaledClipping
+from lipdp.comparison.protocol import ComparedTrainer
+from lipdp.comparison.trainers.clipping import AdaptiveClipping, AutomaticClipping, GlobalClipping, GlobalScaledClipping
+from lipdp.comparison.trainers.engine import BackpropClipping, Clipless
 from lipdp.comparison.trainers.non_private import NonPrivate
 from lipdp.comparison.trainers.opacus import Functorch, Ghost, Hooks, PerLayer
 from lipdp.errors import UnknownNameError
 
-TRAINERS: dict[str, Trainer] = {
+TRAINERS: dict[str, ComparedTrainer] = {
     trainer.name: trainer
     for trainer in (
         NonPrivate(),
@@ -42,7 +39,7 @@ def legend(names: Iterable[str]) -> str:
     return "\n".join(f"{name}: {get_trainer(name).words}" for name in dict.fromkeys(names))
 
 
-def get_trainer(name: str) -> Trainer:
+def get_trainer(name: str) -> ComparedTrainer:
     """A trainer by name; UnknownNameError lists them.
 
     >>> get_trainer("opacus_hooks")

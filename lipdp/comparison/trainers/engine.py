@@ -1,19 +1,19 @@
-"""lipdp's own engine: bounds instead of clipping."""
+"""lipdp's own engine: on models with certified norms, and behind the clips of backpropagation clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lipdp.comparison.protocol import Session, Task, Trainer
+from lipdp.comparison.backprop_clipping import with_backprop_clipping
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task
 from lipdp.privacy.engine import PrivacyEngine
 
 
 @dataclass(frozen=True)
-class Clipless(Trainer):
+class Clipless(ComparedTrainer):
     """`lipdp.PrivacyEngine` as it is.
 
     Attributes:
@@ -24,10 +24,10 @@ class Clipless(Trainer):
     gate: float | None = None
     allocation: str = "per_layer"
 
-    name: ClassVar[str] = "clipless"
-    words: ClassVar[str] = "lipdp as it is, bounded layers and no clipping"
-    plain: ClassVar[bool] = False
-    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"lr": (0.3, 1.0), "gate": (0.1, 0.3)}
+    name = "clipless"
+    words = "lipdp as it is, bounded layers and no clipping"
+    plain = False
+    grid: ClassVar[Grid] = {"lr": (0.3, 1.0), "gate": (0.1, 0.3)}
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return EngineSession(model, task, gate=self.gate, allocation=self.allocation)
@@ -58,3 +58,27 @@ class EngineSession(Session):
 
     def close(self) -> None:
         self.engine.detach()
+
+
+@dataclass(frozen=True)
+class BackpropClipping(ComparedTrainer):
+    """`with_backprop_clipping` and `lipdp.PrivacyEngine`: no per-sample gradients, no constraint.
+
+    Attributes:
+        input_bound: X. cotangent_bound: C. allocation: of the noise.
+
+    Source: Stevens et al. (2022), with the account corrected: one joint subsample for all layers.
+    """
+
+    input_bound: float = 3.0
+    cotangent_bound: float = 0.1
+    allocation: str = "per_layer"
+
+    name = "backprop_clipping"
+    words = "clips inputs and gradients inside backpropagation, on an unconstrained model"
+    lipschitz = False
+    grid: ClassVar[Grid] = {"lr": (0.3, 1.0), "cotangent_bound": (0.03, 0.1)}
+
+    def start(self, model: nn.Module, task: Task) -> Session:
+        clipped = with_backprop_clipping(model, self.input_bound, self.cotangent_bound)
+        return EngineSession(clipped, task, gate=None, allocation=self.allocation)

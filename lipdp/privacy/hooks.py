@@ -99,6 +99,7 @@ class StepHooks:
         others = [counted] if counted < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
+        self._began = draws.ledger.steps  # what a state that is loaded may leave behind
         self.before = draws.ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
         self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=request.module)
@@ -415,6 +416,12 @@ class StepHooks:
                 " the others out, and their noise would be drawn again. Load weights alone to go back to them; their"
                 " steps stay counted"
             )
+        same = ledger.steps == self.ledger.steps and state["noise"] == self.noise.state_dict()
+        if (self.ledger.steps > self._began and not same) or int(state["before"]) < self.before:
+            raise ResumeError(
+                f"the engine has released {self.ledger.steps} steps that the saved account does not hold: ε would leave"
+                " them out. Load a checkpoint before the first step, into a new engine"
+            )
         if self.step_in_progress.without_noise:
             self._drop_gradients()
         self.loader.load_state_dict(state["loader"])
@@ -422,4 +429,5 @@ class StepHooks:
         self.gate.load_state_dict(state["gate"])
         self.measured[:] = state["measured"]
         self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
+        self._began = ledger.steps
         self._taken_at = self.loader.position

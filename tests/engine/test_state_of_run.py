@@ -77,6 +77,21 @@ def test_a_resume_under_other_facts_is_refused(changed, named):
     assert other.steps_taken == 0
 
 
+def test_an_account_does_not_replace_that_of_other_steps():
+    """Those of this engine would be left out: 7 steps were released, and the account said 4."""
+    saved, own = private(seed=1), private(seed=2)
+    train(*saved[1:], steps=4)
+    train(*own[1:], steps=3)
+    with pytest.raises(ResumeError, match="has released 3 steps"):
+        own[0].load_state_dict(saved[0].state_dict())
+    own[0].load_state_dict(own[0].state_dict())
+    engine = own[0]
+    engine.detach()
+    private(engine=engine)
+    with pytest.raises(ResumeError, match="has released 3 steps"):  # those of a run before this one
+        engine.load_state_dict(saved[0].state_dict())
+
+
 def test_what_is_not_a_state_is_refused():
     engine, *_ = private()
     with pytest.raises(CheckpointError, match="noise"):

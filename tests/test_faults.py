@@ -352,7 +352,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(run):
         {"config.json": b'{"dataset": "digits", "steps": "ten"}'},
     ],
 )
-def test_what_cannot_be_resumed_is_refusal(files, run, capsys):
+def test_what_cannot_be_resumed_is_one_message(files, run, capsys):
     for name, content in files.items():
         (run / name).write_bytes(content)
     before = {path.name: path.read_bytes() for path in run.iterdir()}

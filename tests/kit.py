@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.cli import main
 from lipdp.training import Monitor
 
 FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
@@ -84,6 +85,16 @@ def train(model, optimizer, loader, criterion, *, steps=None, after=lambda: None
         after()
         if done == steps:
             return
+
+
+def refusal(arguments, capsys):
+    """The one line on stderr with which a command is refused."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.strip().splitlines()) == 1
+    return message
 
 
 class Raises(Monitor):

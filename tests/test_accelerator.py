@@ -360,7 +360,7 @@ def test_a_users_compiled_module_trains_like_the_module(how):
     ends, bounds = [], []
     for kind in ("as written", how):
         model = conv_net()
-        engine, trained, optimizer, loader, criterion = private(compiled(model, kind), check_every=2, steps=4)
+        engine, trained, optimizer, loader, criterion = private(compiled(model, kind), check_every=2, steps=3)
         bounds.append(dict(engine.sensitivity()))
         for batch in loader:
             kit.step(batch, trained, optimizer, criterion)

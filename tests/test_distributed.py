@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ def groups(tmp_path_factory):
     """Two processes, and four."""
     with cluster(2, tmp_path_factory.mktemp("two")) as two, cluster(4, tmp_path_factory.mktemp("four")) as four:
         yield {2: two, 4: four}
+
+
+@cache
+def alone(**options):
+    """What one process finds."""
+    return scenarios.train(**options)
 
 
 def assert_close(weights, others, tolerance):
@@ -35,7 +42,7 @@ def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, siz
         "noise_multiplier": sigma,
         "gate": 0.7,
     }  # at 0.8 a record meets a kink of GroupSort2, whose two sides have other gradients
-    weights, seen, epsilon, _ = scenarios.train(**options)
+    weights, seen, epsilon, _ = alone(**options)
     answers = groups[size].run(scenarios.train, **options)
     for other, _, spent, _ in answers:
         assert_close(weights, other, tolerance)
@@ -47,8 +54,8 @@ def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, siz
 
 @pytest.mark.parametrize("options", [{"ddp": True}, {"sampling": "fixed_size"}, {"secure": True}, {"mapped": True}])
 def test_however_it_is_fed_and_wrapped(groups, options):
-    alone = {k: v for k, v in options.items() if k != "ddp"}
-    weights, _, epsilon, _ = scenarios.train(steps=20, **alone)
+    fed = {k: v for k, v in options.items() if k != "ddp"}
+    weights, _, epsilon, _ = alone(steps=20, **fed)
     for other, _, spent, _ in groups[2].run(scenarios.train, steps=20, **options):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
@@ -57,7 +64,7 @@ def test_however_it_is_fed_and_wrapped(groups, options):
 @pytest.mark.parametrize("shards", [[100, 30, 170, 0], [75, 75, 75, 75], [1, 0, 0, 299]])
 @pytest.mark.parametrize(("mapped", "skip_empty"), [(False, True), (True, False)])
 def test_unequal_shards(groups, shards, mapped, skip_empty):
-    weights, seen, epsilon, _ = scenarios.train(steps=15)
+    weights, seen, epsilon, _ = alone(steps=15)
     answers = groups[4].run(scenarios.train, steps=15, shards=shards, mapped=mapped, skip_empty=skip_empty)
     for other, _, spent, _ in answers:
         assert_close(weights, other, 1e-9)
@@ -69,7 +76,7 @@ def test_unequal_shards(groups, shards, mapped, skip_empty):
 @pytest.mark.parametrize("skip_empty", [True, False])
 def test_empty_batches_on_some_and_on_all(groups, ddp, skip_empty):
     options = {"expected_batch_size": 1, "steps": 12}
-    weights, seen, _, _ = scenarios.train(**options)
+    weights, seen, _, _ = alone(**options)
     assert {0, 1} < set(seen)  # steps in which all of four processes have none, and steps in which three have none
     for other, *_ in groups[4].run(scenarios.train, ddp=ddp, skip_empty=skip_empty, **options):
         assert_close(weights, other, 1e-9)
@@ -115,7 +122,7 @@ def test_one_record_moves_the_sum_by_delta_and_no_more(groups, size):
 
 @pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2), (2, 1), (1, 4)])
 def test_a_resume_with_another_number_of_processes(groups, first, second):
-    weights, _, epsilon, _ = scenarios.train(steps=20)
+    weights, _, epsilon, _ = alone(steps=20)
 
     def run(size, *arguments, **options):
         return (

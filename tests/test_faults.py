@@ -20,7 +20,7 @@ import zipfile
 import pytest
 import torch
 from faults.client import assert_same, records, released_and_counted, saved
-from kit import Raises
+from kit import Raises, refusal
 
 import lipdp
 from lipdp.accounting.digest import with_digest
@@ -356,10 +356,7 @@ def test_what_cannot_be_resumed_is_one_message(files, run, capsys):
     for name, content in files.items():
         (run / name).write_bytes(content)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert main(["train", "--resume", str(run)]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert len(message.strip().splitlines()) == 1
+    refusal(["train", "--resume", run], capsys)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -422,15 +419,6 @@ def mounted(folder, *how):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def one_message(arguments, capsys):
-    capsys.readouterr()
-    assert main([str(a) for a in arguments]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert len(message.strip().splitlines()) == 1
-    return message
-
-
 def test_a_full_disk_is_one_message_and_space_is_all_it_takes(run, tmp_path, capsys):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=256k", "tmpfs") as disk:
         folder = shutil.copytree(run, disk / "run")
@@ -438,7 +426,7 @@ def test_a_full_disk_is_one_message_and_space_is_all_it_takes(run, tmp_path, cap
         with (disk / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
             while ballast.write(bytes(1024)):
                 pass
-        message = one_message(["train", "--resume", folder], capsys)
+        message = refusal(["train", "--resume", folder], capsys)
         assert "No space left" in message
         for name in ("checkpoint.pt", "config.json"):
             assert (folder / name).read_bytes() == before[name]
@@ -457,7 +445,7 @@ def test_a_disk_that_fills_up_during_the_run(kilobytes, tmp_path, capsys):
                 pass
         os.truncate(disk / "ballast", max((disk / "ballast").stat().st_size - 1024 * kilobytes, 0))
         arguments = ["train", *settings(6)[1:], "--out", disk / "run"]
-        assert "No space left" in one_message(arguments, capsys)
+        assert "No space left" in refusal(arguments, capsys)
         assert not list(disk.glob("run/*.tmp"))
         (disk / "ballast").unlink()
         if (disk / "run" / "config.json").exists():
@@ -467,23 +455,23 @@ def test_a_disk_that_fills_up_during_the_run(kilobytes, tmp_path, capsys):
 
 def test_a_folder_that_may_not_be_written(run, tmp_path, capsys):
     with mounted(run, "-o", "bind,ro", str(run)):
-        assert "Read-only" in one_message(["train", "--resume", run], capsys)
-        assert "Read-only" in one_message(["train", *settings(6)[1:], "--out", run / "new"], capsys)
+        assert "Read-only" in refusal(["train", "--resume", run], capsys)
+        assert "Read-only" in refusal(["train", *settings(6)[1:], "--out", run / "new"], capsys)
     assert main(["train", "--resume", str(run)]) == 0
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        assert str(out) in one_message(["train", *settings(6)[1:], "--out", out], capsys)
-        assert str(out) in one_message(["train", "--resume", out], capsys)
+        assert str(out) in refusal(["train", *settings(6)[1:], "--out", out], capsys)
+        assert str(out) in refusal(["train", "--resume", out], capsys)
 
 
 def test_a_folder_in_the_place_of_a_file(run, capsys):
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (run / name).unlink()
         (run / name).mkdir()
-    assert "checkpoint.pt" in one_message(["train", "--resume", run], capsys)
+    assert "checkpoint.pt" in refusal(["train", "--resume", run], capsys)
 
 
 def test_a_disk_without_hard_links(run, tmp_path, monkeypatch):

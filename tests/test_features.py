@@ -20,14 +20,7 @@ from lipdp.features import Dct, Energies, FeatureSpec, apply, features
 from lipdp.features import cache as features_module
 from lipdp.features.scattering import Scattering, _kymatio, _padding, frame_bound, padded_bound
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Transforms of a few pixels only lose time to a pool of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import kit
@@ -74,6 +75,7 @@ def private(digits, model=None, *, optimizer=torch.optim.SGD, **options):
     return kit.private(model, dataset, optimizer=optimizer(model.parameters(), **settings), **{**defaults, **options})
 
 
+@cache
 def plain(digits, after=lambda model: None, steps=None, **options):
     """The loop of the README, with the same engine: what the trainers must release."""
     engine, model, *made = private(digits, **options)

@@ -23,6 +23,8 @@ from lipdp.training import Trainer, configure
 from lipdp.training.assembly import learning_rate
 from lipdp.training.recipes import head_rate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"pairs": 12, "filters": 4}
 SHAPES = {"photographs": (3, 12, 12), "objects": (1, 12, 12), "handwriting": (1, 12, 12)}
 
@@ -30,12 +32,9 @@ SHAPES = {"photographs": (3, 12, 12), "objects": (1, 12, 12), "handwriting": (1,
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     _statistics.cache_clear()
     yield
     _statistics.cache_clear()
-    torch.set_num_threads(threads)
 
 
 def images(shape, n=20):

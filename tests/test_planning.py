@@ -12,6 +12,7 @@ from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import refusal
 
 import lipdp
 from lipdp import planning
@@ -329,8 +330,4 @@ def test_the_command_as_json(capsys, monkeypatch):
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
+    assert message in refusal(arguments, capsys)

@@ -50,7 +50,9 @@ LOSSES = {
     "CosineSimilarity": (losses.CosineSimilarity(), 5),
     "MeanAbsoluteError": (losses.MeanAbsoluteError(5), 5),
 }
-SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer", "transformer"), (1, 8, 8)) | dict.fromkeys(("mlp", "linear"), (12,))
+SHAPES = dict.fromkeys(("cnn", "vgg", "resnet", "mixer", "transformer"), (1, 8, 8)) | dict.fromkeys(
+    ("mlp", "linear"), (12,)
+)
 HARD = {"starts": 64, "climbs": 16, "steps": 30}
 
 

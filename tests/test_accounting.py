@@ -21,6 +21,7 @@ from scipy.special import log_ndtr, ndtr
 from scipy.stats import norm
 
 from lipdp.accounting import accountants as accounting
+from lipdp.accounting import waiting
 from lipdp.accounting.accountants import (
     Event,
     Ledger,
@@ -571,3 +572,20 @@ def test_ten_million_steps_are_answered_at_once_and_say_by_whom(name):
     assert answer.accountant == "rdp"
     assert "minutes" in answer.note
     assert answer.epsilon == get_accountant("rdp").epsilon([Event(5.0, 0.01, 10**7)], 1e-5).epsilon
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_what_takes_longer_than_a_few_seconds_is_announced(search, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
+    if search:
+        calibrate(target_epsilon=2.0, sampling_rate=0.013, steps=511, delta=1e-5)
+    else:
+        get_accountant("pld").epsilon([Event(1.37, 0.013, 511)], 1e-5)
+    said = [record.getMessage() for record in caplog.records if "please wait" in record.getMessage()]
+    assert any(("the search for σ" if search else "ε of 511 steps by the pld accountant") in line for line in said)
+
+
+def test_what_is_quick_is_not_announced(caplog):
+    with waiting.announced("nothing"):
+        pass
+    assert not caplog.records

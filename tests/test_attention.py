@@ -1,4 +1,4 @@
-"""Attention whose scores are bounded: each gain is held against the Jacobian at its worst, and reached for two tokens."""
+"""Attention with bounded scores: each gain is held against the Jacobian at its worst, and reached for two tokens."""
 
 import math
 
@@ -35,12 +35,14 @@ def gains(layer, tokens, width, bounds):
 
 def steepest(layer, which, starts, bounds, *, steps):
     """The largest norm of the Jacobian in one input, over inputs of norm ≤ their bounds, by ascent from these."""
-    points = [torch.stack(parts).requires_grad_() for parts in zip(*starts)]
+    points = [torch.stack(parts).requires_grad_() for parts in zip(*starts, strict=True)]
     optimiser, best = torch.optim.Adam(points, lr=0.02), 0.0
     jacobians = vmap(jacrev(lambda *parts: layer(*(part.unsqueeze(0) for part in parts))[0].flatten(), argnums=which))
     for _ in range(steps):
         optimiser.zero_grad()
-        inside = [x * (b / x.flatten(1).norm(dim=1).clamp_min(b)).view(-1, 1, 1) for x, b in zip(points, bounds)]
+        inside = [
+            x * (b / x.flatten(1).norm(dim=1).clamp_min(b)).view(-1, 1, 1) for x, b in zip(points, bounds, strict=True)
+        ]
         norms = torch.linalg.matrix_norm(jacobians(*inside).flatten(2), 2).nan_to_num()
         best = max(best, float(norms.detach().max()))
         (-norms.sum()).backward()
@@ -64,7 +66,9 @@ def starts(tokens, width, bound):
     one[0, 0] = 1.0
     two = one.clone()
     two[1, 0] = -1.0
-    found += [(q, k, v) for q in (inside, outside, tiny) for k in (inside * sign, outside * sign, tiny) for v in (one, two)]
+    found += [
+        (q, k, v) for q in (inside, outside, tiny) for k in (inside * sign, outside * sign, tiny) for v in (one, two)
+    ]
     return found
 
 

@@ -32,6 +32,7 @@ from lipdp.accounting.privacy_loss import (
     smallest_interval,
 )
 from lipdp.accounting.relation import Relation
+from lipdp.accounting.waiting import announced
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
 
 __all__ = [
@@ -152,8 +153,9 @@ def prepared(
     while candidate is not None:
         accountant = get_accountant(candidate)
         try:
-            function = accountant.prepare(events, delta, tolerance)
-            bound = function(tuple(event.steps for event in events))
+            with announced(f"ε of {sum(event.steps for event in events):,} steps by the {candidate} accountant"):
+                function = accountant.prepare(events, delta, tolerance)
+                bound = function(tuple(event.steps for event in events))
         except AccountingError as error:
             failures.append(f"{candidate}: {error}")
             candidate = accountant.fallback

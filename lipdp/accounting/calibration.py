@@ -14,6 +14,7 @@ from lipdp.accounting.accountants import Counts, checked_delta, get_accountant, 
 from lipdp.accounting.events import Event, as_relation
 from lipdp.accounting.relation import Relation
 from lipdp.accounting.rough import rough_epsilon
+from lipdp.accounting.waiting import announced
 from lipdp.errors import AccountingError, CalibrationError, ParameterError
 
 _LARGEST = 1e4
@@ -93,7 +94,8 @@ def calibrate(
         rough = partial(cost, partial(rough_epsilon, delta=delta, near=target_epsilon))
         guess, slope = _rough_start(rough, guess, target_epsilon / (1.0 + strategy.excess))
     exact = partial(cost, lambda events: strategy.epsilon(events, delta).epsilon)
-    return smallest_noise_multiplier(exact, guess, target_epsilon, slope=slope)
+    with announced(f"the search for σ over {steps:,} steps"):
+        return smallest_noise_multiplier(exact, guess, target_epsilon, slope=slope)
 
 
 def _rough_start(cost: Callable[[float], float], guess: float, target: float) -> tuple[float, float]:

@@ -14,23 +14,24 @@ from lipdp.nn.linear import SpectralLinear
 class BoundedAttention(nn.Module):
     r"""Y = P V, P = softmax(β q̂ k̂ᵀ) row by row, q̂ = q/max(‖q‖, b) and k̂ alike: β is the largest score there is.
 
-    Dot-product attention has no Lipschitz constant: scores grow with the square of the input. Here they lie in [−β, β],
-    so every row p of P has p_i ≤ e^(2β) p_j. These rows are a polytope, whose vertices have m entries p_max and T − m
-    entries e^(−2β) p_max. With V of norm ≤ X over all tokens and heads (the value bound that the graph knows), T keys, S
-    queries, and for every head
+    Dot-product attention has no Lipschitz constant: its scores grow with the square of the input. Here they lie in
+    [−β, β], so every row p of P has p_i ≤ e^(2β) p_j. These rows are a polytope, whose vertices have m entries p_max and
+    T − m entries e^(−2β) p_max. With ‖V‖ ≤ X over all tokens and heads (the value bound that the graph knows), T keys
+    and S queries, let, for every head,
 
-        π = e^(2β)/(e^(2β) + T − 1) ≥ p_j,  J = min(π, ½) ≥ ‖diag(p) − ppᵀ‖₂,  ρ = max_m (m e^(4β) + T − m)/(m e^(2β) + T − m)²,
+        π = e^(2β)/(e^(2β) + T − 1) ≥ p_j,    J = min(π, ½) ≥ ‖diag(p) − ppᵀ‖₂,
+        ρ = max_m (m e^(4β) + T − m)/(m e^(2β) + T − m)² ≥ ‖p‖².
 
-    - in V: ‖P‖₂ ≤ ‖P‖_F ≤ √(S ρ), as ‖p‖² is convex and so largest at a vertex. Reached by equal queries;
-    - in q: dy_i = β Vᵀ(diag(p) − ppᵀ) K̂ dq̂_i = β Cov_p(v, k̂) dq̂_i. Its norm is at most β √Var_p(v) √Var_p(k̂) ‖dq̂_i‖ with
-      Var_p(v) ≤ J X² and Var_p(k̂) ≤ Σ p_j ‖k̂_j‖² ≤ 1, also ≤ J (X_k/b)². No other token's query is in y_i, and ‖dq̂‖ ≤ ‖dq‖/b:
-      (β/b) √J X min(1, √J X_k/b);
-    - in k: dy_i = β Vᵀ(diag(p) − ppᵀ) (dk̂ q̂_i), of norm ≤ β X J ‖dk̂‖ ‖q̂_i‖, and Σ_i ‖q̂_i‖² ≤ min(S, (X_q/b)²):
+    - In V: ‖P‖₂ ≤ ‖P‖_F ≤ √(S ρ), as ‖p‖² is convex and so largest at a vertex. Reached by equal queries.
+    - In q: dy_i = β Vᵀ(diag(p) − ppᵀ) K̂ dq̂_i = β Cov_p(v, k̂) dq̂_i, of norm ≤ β √Var_p(v) √Var_p(k̂) ‖dq̂_i‖ with
+      Var_p(v) ≤ J X² and Var_p(k̂) ≤ Σ p_j ‖k̂_j‖² ≤ 1, also ≤ J (X_k/b)². No other token's query is in y_i, and
+      ‖dq̂‖ ≤ ‖dq‖/b: (β/b) √J X min(1, √J X_k/b).
+    - In k: dy_i = β Vᵀ(diag(p) − ppᵀ) dK̂ q̂_i, of norm ≤ β X J ‖dK̂‖ ‖q̂_i‖, and Σ_i ‖q̂_i‖² ≤ min(S, (X_q/b)²):
       (β/b) J X min(√S, X_q/b).
 
-    For T = 2 all three are reached. A score that rounding moves is still a score in [−β, β], so the bounds hold for the
-    numbers as they are computed: in float64, whatever autocast says, since these products are small beside the layers
-    in front.
+    For T = 2 all three are reached. A score that rounding moves is still a score in [−β, β], up to the rounding of
+    float64: in it all of this is computed, whatever autocast says. These products are small beside the dense layers in
+    front.
 
     Args:
         heads: h; the last axis is cut into h equal parts, each with its own P.
@@ -68,7 +69,7 @@ class BoundedAttention(nn.Module):
 
 
 class SpectralAttention(nn.Module):
-    r"""Self-attention over tokens (N, T, d): `BoundedAttention` between dense layers of norm 1, W_o · A(W_q x, W_k x, W_v x).
+    r"""Self-attention over tokens (N, T, d): W_o A(W_q x, W_k x, W_v x), A a `BoundedAttention`, the weights of norm 1.
 
     Tokens of norm ≤ X together; A's gains are a_q, a_k, a_v at value bound X. Then its Lipschitz constant is
     a_q + a_k + a_v, and for cotangents of norm ≤ G
@@ -76,8 +77,8 @@ class SpectralAttention(nn.Module):
         ‖∇_{W_o}‖ ≤ a_v X G,  ‖∇_{W_v}‖ ≤ a_v X G,  ‖∇_{W_q}‖ ≤ a_q X G,  ‖∇_{W_k}‖ ≤ a_k X G,
 
     each by Cauchy–Schwarz over the tokens, as in `SpectralLinear`. The graph computes all of that: this module has no
-    rule of its own. The constant is above 1 (about 3 for 16 tokens and the defaults with b = X/√T), so average it with a
-    shortcut: `Residual(SpectralAttention(…), weight=0.25)`. Without `InputBound` in front there is none.
+    rule of its own. The constant is above 1 (3.4 for 16 tokens, two heads, β = 0.5 and b = X/√(2T)), so average it with
+    a shortcut: `Residual(SpectralAttention(…), weight=0.25)`. Without `InputBound` in front there is none.
 
     Args:
         width: d.

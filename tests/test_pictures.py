@@ -252,7 +252,7 @@ def test_a_head_takes_all_records_at_a_rate_from_the_account(tmp_path):
     assert trainer.split.train_x.dtype == torch.float16
     expected = head_rate(
         noise_multiplier=plan.noise_multiplier, steps=12, batch_size=plan.dataset_size, momentum=0.9, gate=0.55,
-        bound=1.0, tau=50.0,
+        tau=50.0,
     )  # fmt: skip
     assert trainer.optimizer.param_groups[0]["lr"] == expected
     assert learning_rate(replace(trainer.config, lr=0.25), plan, trainer.criterion) == 0.25
@@ -270,17 +270,13 @@ def test_a_head_takes_all_records_at_a_rate_from_the_account(tmp_path):
 
 
 def test_noise_alone_moves_a_logit_by_the_declared_deviation():
-    sigma, steps, batch, gate, tau, bound = 7.0, 60, 500, 0.3, 50.0, 2.0
-    rate = head_rate(
-        noise_multiplier=sigma, steps=steps, batch_size=batch, momentum=0.9, gate=gate, bound=bound, tau=tau
-    )
+    sigma, steps, batch, gate, tau = 7.0, 60, 500, 0.3, 50.0
+    rate = head_rate(noise_multiplier=sigma, steps=steps, batch_size=batch, momentum=0.9, gate=gate, tau=tau)
     weights = [torch.nn.Parameter(torch.zeros(4000, dtype=torch.float64))]
     optimizer = torch.optim.SGD(weights, lr=rate, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         noise = torch.randn(4000, generator=generator, dtype=torch.float64)
-        weights[0].grad = sigma * gate * bound * noise / batch
+        weights[0].grad = sigma * gate * noise / batch
         optimizer.step()
-    assert (
-        0.75 < float(tau * bound * weights[0].detach().std()) < 1.0
-    )  # a little less: the last steps are not yet multiplied
+    assert 0.75 < float(tau * weights[0].detach().std()) < 1.0  # a little less: the last steps are not yet multiplied

@@ -166,7 +166,7 @@ def _bench(config: RobustnessConfig) -> _Bench:
 def _cell(bench: _Bench, contender: Contender, tau: float, seed: int) -> Cell:
     begin = time.perf_counter()
     config, train, plan, setup = bench.config, bench.train, bench.plan, bench.setup(tau)
-    rate = learning_rate(train, plan, setup.loss_for(contender), bench.input_bound)
+    rate = learning_rate(train, plan, setup.loss_for(contender))
     session = trained(
         contender,
         _configured(contender.trainer, bench),

@@ -208,7 +208,7 @@ def assemble(
         model, autocast=precision(config.autocast), channels_last=config.channels_last, compiled=config.compile
     )
     plan = plan_of(config, split, noise_multiplier=noise_multiplier, world=world)
-    rate = learning_rate(config, plan, loss, input_bound)
+    rate = learning_rate(config, plan, loss)
     optimizer = make_optimizer(config.optimizer, model.parameters(), lr=rate, momentum=config.momentum)
     engine = PrivacyEngine(
         config.accountant, seed=config.seed, secure=config.secure, check_every=config.check_every, world=world
@@ -251,9 +251,7 @@ def assemble(
     )
 
 
-def learning_rate(
-    config: TrainConfig, plan: PrivacyPlan, loss: LipschitzLoss, input_bound: float | None = None
-) -> float:
+def learning_rate(config: TrainConfig, plan: PrivacyPlan, loss: LipschitzLoss) -> float:
     """As configured; where that leaves it to the account, `recipes.head_rate`."""
     if config.lr is not None:
         return config.lr
@@ -263,7 +261,6 @@ def learning_rate(
         batch_size=plan.expected_batch_size,
         momentum=config.momentum,
         gate=min(config.gate or loss.lipschitz, loss.lipschitz),
-        bound=config.model_options.get("input_bound", input_bound or 1.0),
         tau=getattr(loss, "tau", 1.0),
         features=config.features,
     )

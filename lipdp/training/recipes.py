@@ -93,27 +93,25 @@ def head_rate(
     batch_size: int,
     momentum: float,
     gate: float,
-    bound: float,
     tau: float,
     features: str | None = None,
 ) -> float:
     """The learning rate of a linear head such that noise alone moves a logit, times τ, by a deviation of 1 in all.
 
-    A step adds noise of deviation `η σ c X / B` to every weight, momentum multiplies what remains of it by 1/(1 − β),
-    and after T steps a logit τ⟨w, x⟩, ‖x‖ ≤ X, has the deviation `τ η σ c X² √T / (B (1 − β))`. Every argument is
-    public. (1 suited CIFAR-10, Fashion-MNIST and MNIST at ε from 1 to 3: rates within a factor of 1.5 of the best.)
-
-    On `CERTIFIED` features the deviation is 0.1.
+    The head is ⟨w, x⟩ with ‖x‖ ≤ 1: the zoo's divides its inputs by their bound. A step adds noise of deviation
+    `η σ c / B` to every weight, momentum multiplies what remains of it by 1/(1 − β), and after T steps τ⟨w, x⟩ has the
+    deviation `τ η σ c √T / (B (1 − β))`. Every argument is public. (1 suited CIFAR-10, Fashion-MNIST and MNIST at ε
+    from 1 to 3: rates within a factor of 1.5 of the best.) On `CERTIFIED` features the deviation is 0.1.
 
     Args:
-        noise_multiplier: σ. steps: T. batch_size: B. momentum: β. gate: c. bound: X. tau: τ.
+        noise_multiplier: σ. steps: T. batch_size: B. momentum: β. gate: c. tau: τ.
         features: by name.
 
-    >>> round(head_rate(noise_multiplier=28.9, steps=60, batch_size=50_000, momentum=0.9, gate=0.6, bound=1, tau=1), 1)
+    >>> round(head_rate(noise_multiplier=28.9, steps=60, batch_size=50_000, momentum=0.9, gate=0.6, tau=1), 1)
     37.2
     """
-    noise = tau * noise_multiplier * gate * bound**2 * math.sqrt(steps)
-    return (_CERTIFIED_NOISE if features == CERTIFIED else LOGIT_NOISE) * batch_size * (1 - momentum) / noise
+    deviation = _CERTIFIED_NOISE if features == CERTIFIED else LOGIT_NOISE
+    return deviation * batch_size * (1 - momentum) / (tau * noise_multiplier * gate * math.sqrt(steps))
 
 
 RECOMMENDED = frozenset(name for settings in (*_RECIPES.values(), _head("")) for name in settings)

@@ -144,6 +144,8 @@ COVERS = {
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
     "test_stored": "data/folders data/hub",
+    "test_table_files": "commands/schema data/tables",
+    "test_image_folders": "data/imagefolder",
     "test_suggestion": "privacy/attach privacy/complete privacy/options",
     "test_tables": "training/fitted",
     "test_testing": "testing/attack testing/case testing/loss testing/nodes",

@@ -294,7 +294,7 @@ def _column(at: str, name: str, given: Mapping[str, Any]) -> Column | Listed | N
     make, known = makers[kind]
     odd = next((key for key in options if key not in known), None)
     if odd is not None:
-        raise ParameterError(f"{at} has {odd!r}: of a {kind} {', '.join(known) or 'nothing else'} can be said")
+        raise ParameterError(f"{at} has {odd!r}; a column of kind {kind!r} takes {', '.join(known) or 'nothing else'}")
     try:
         if kind == "label":
             listed = Listed(options.get("classes"), "classes")  # type: ignore[arg-type]

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lipdp.data.listed import as_numbers
+from lipdp.data.schema import scaled
 from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
 
 Floats = npt.NDArray[np.float64]
@@ -74,34 +76,6 @@ class ColumnRule:
             parts += [_equal(x[:, j], value) for value in known]
         parts += [np.ones(len(x))] if self.intercept else []
         return np.stack(parts, axis=1).astype(np.float32)
-
-
-def scaled(values: Floats, low: float, high: float) -> Floats:
-    """[low, high] onto [−1, 1], what lies outside clipped; NaN stays NaN.
-
-    >>> scaled(np.array([0.0, 30.0, np.inf]), 0.0, 120.0).tolist()
-    [-1.0, -0.5, 1.0]
-    """
-    return 2 * (np.clip(values, low, high) - low) / (high - low) - 1
-
-
-def as_numbers(column: Any) -> Floats:
-    """A column as float64; an entry that is no number is NaN.
-
-    >>> as_numbers(np.array(["2", None, "many", True], dtype=object)).tolist()
-    [2.0, nan, nan, 1.0]
-    """
-    try:
-        return np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError):
-        return np.array([_number(value) for value in column], dtype=np.float64)
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _equal(column: Any, value: Any) -> Floats:

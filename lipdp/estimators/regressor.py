@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lipdp.data.listed import as_numbers
+from lipdp.data.schema import scaled
 from lipdp.errors import ParameterError
 from lipdp.estimators.base import PrivateEstimator
-from lipdp.estimators.columns import as_numbers, bounds_of_data, read_bounds, scaled
+from lipdp.estimators.columns import bounds_of_data, read_bounds
 from lipdp.estimators.scikit import RegressorMixin, column_or_1d
 
 

@@ -248,7 +248,7 @@ def test_plan_simulate_prints_and_then_runs_one_plan(owned, executed, tmp_path, 
     words += ["--option", "accountant=rdp", "--option", "owner_column=user", "--search", "lr=0.1:2:log", "--scale", "4"]
     assert main(["plan", "simulate", *words, "--trials", "1", "--run", "--out", str(tmp_path)]) == 0
     simulated, full = executed
-    assert f"full run: {full.plan}" in " ".join(capsys.readouterr().out.split())
+    assert f"full run: {full.plan.summary}" in " ".join(capsys.readouterr().out.split())
     told = json.loads((tmp_path / "simulation.json").read_text())
     assert full.done == stated(told["full"]) == stated(full.plan)
     assert simulated.done == stated(told["simulated"]) == stated(simulated.plan)

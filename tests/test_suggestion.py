@@ -90,17 +90,20 @@ def test_a_model_and_a_budget_are_enough(make):
 
 @pytest.mark.parametrize("make", [chain, graph])
 def test_the_choice_passed_explicitly_is_the_same_run(make):
-    weights = []
-    for explicit in (False, True):
+    weights, chosen = [], None
+    for way in ("left out", "of the engine", "of suggest"):
         model, engine = make(), lipdp.PrivacyEngine(seed=0)
         options = {"noise_multiplier": None, "target_epsilon": 3.0, "target_delta": 1e-5}
-        facts = {**FACTS, "dataset_size": 400}
-        if explicit:
-            options = lipdp.suggest(model, **facts).arguments(model)
+        if way == "of the engine":
+            options = chosen.arguments(model)
+        if way == "of suggest":
+            options = lipdp.suggest(model, **{**FACTS, "dataset_size": 400}).arguments(model)
         _, optimizer, loader, _ = engine.make_private(module=model, dataset=data(), **options)
+        chosen = chosen or engine.settings
         train(optimizer, loader, engine)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(*weights)
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_no_record_is_read_for_the_choice():
@@ -174,6 +177,9 @@ def test_the_table_says_everything(capsys):
         assert word in text
     with pytest.raises(AttributeError):
         settings.gate = 1.0
+    plan, lines = str(settings.plan).splitlines(), text.splitlines()
+    assert plan[0].split() == lines[0].split() == ["setting", "value", "why"]
+    assert [line.split() for line in lines[: len(plan)]] == [line.split() for line in plan]
 
 
 @pytest.mark.filterwarnings("ignore:all .* batches")

@@ -12,6 +12,7 @@ from typing import Any
 from lipdp.accounting.accountants import Spent, get_accountant
 from lipdp.accounting.calibration import calibrate, gaussian_mu
 from lipdp.accounting.events import Event
+from lipdp.accounting.plan_table import HEADER, aligned, plan_rows
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError, ResumeError, UnknownNameError
 
@@ -295,6 +296,11 @@ class PrivacyPlan:
         return get_accountant(self.accountant).epsilon(self.events, self.target_delta)
 
     def __str__(self) -> str:
+        """The table: what was decided, and why."""
+        return aligned([HEADER, *plan_rows(self)])
+
+    @property
+    def summary(self) -> str:
         """In one line, for people."""
         unit = self.unit
         return (

@@ -22,6 +22,7 @@ def from_torch(
     input_bound: float | None = None,
     bias: bool = False,
     keep: Sequence[type[nn.Module]] = (),
+    centre: bool | None = None,
 ) -> nn.Module:
     """A constrained model with the architecture of a plain torch model, for private training without clipping.
 
@@ -35,7 +36,8 @@ def from_torch(
     - max and average pooling become `ScaledL2NormPool2d` over windows side by side, and `LayerCentering` over channels;
     - batch, group, layer and instance norms become `LayerCentering`; dropout and a softmax at the output are left out;
     - sums a ± b become (a ± b)/2, concatenations of n tensors are divided by √n;
-    - in front stands ``InputBound(c, radius=1)``, x ↦ x/c projected on the unit ball.
+    - in front stands ``InputBound(c, radius=1)``, x ↦ x/c projected on the unit ball; of images and of rows of 32 entries
+      or more each sample's mean is subtracted before: it has half of the energy of pixels in [0, 1] and tells little.
 
     Guarantees: every Δ is finite, and the network's Lipschitz constant is at most 1/c up to rounding, unless the
     forward pass multiplies by numbers above 1 or multiplies activations (the table says so), keeps modules (`keep`),
@@ -46,8 +48,9 @@ def from_torch(
     Args:
         model: any module torch.fx can trace, with one input and the logits as its output.
         input_shape: of one sample, without the batch axis.
-        input_bound: c, a public constant; by default √n/4 for images of n entries and √n/2 else.
+        input_bound: c, a public constant; by default √n/4 for n entries that are centred and √n/2 else.
         bias: keep biases, each in a ball of radius 1.
+        centre: whether each sample's own mean is subtracted; by default as said, where no `input_bound` is given.
         keep: classes to be left as they are, such as modules of your own with a rule (`lipdp.bounds.rule`).
 
     Returns:
@@ -69,7 +72,7 @@ def from_torch(
 
     Source: Béthune et al. (2024), appendix C; Anil, Lucas & Grosse (2019).
     """
-    return Port(model, input_shape, input_bound, bias, tuple(keep)).run()[0]
+    return Port(model, input_shape, input_bound, bias, tuple(keep), centre).run()[0]
 
 
 def porting_table(model: nn.Module, input_shape: tuple[int, ...], **options: Any) -> PortingTable:
@@ -84,8 +87,9 @@ def porting_table(model: nn.Module, input_shape: tuple[int, ...], **options: Any
     0            Linear  SpectralLinear  the nearest orthogonal weights; no bias, which costs noise
     1            ReLU    ReLU            3 channels are odd and make no pairs; an even width would sort
     """
-    options = {"input_bound": None, "bias": False, "keep": (), **options}
-    return Port(model, input_shape, options["input_bound"], options["bias"], tuple(options["keep"])).run()[1]
+    options = {"input_bound": None, "bias": False, "keep": (), "centre": None, **options}
+    keep = tuple(options["keep"])
+    return Port(model, input_shape, options["input_bound"], options["bias"], keep, options["centre"]).run()[1]
 
 
 def constrain(

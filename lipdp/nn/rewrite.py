@@ -35,6 +35,7 @@ _SUMS: dict[Any, Any] = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), operator.sub),
 }
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_", operator.truediv, torch.div, "div", "div_"}
+_MANY = 32  # entries of a row from which on its mean is one direction of many
 _JOINS = {torch.cat, torch.concat, torch.concatenate}
 
 
@@ -80,6 +81,7 @@ class Port:
     input_bound: float | None
     bias: bool
     keep: tuple[type[nn.Module], ...]
+    centre: bool | None = None
     rows: list[PortedLayer] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     above: dict[fx.Node, type[nn.Module] | None] = field(default_factory=dict)  # the class of the nearest weights
@@ -114,17 +116,35 @@ class Port:
         return _chain(self.module).train(self.model.training), PortingTable(tuple(self.rows))
 
     def _bound(self, node: fx.Node, shape: tuple[int, ...]) -> None:
-        """`InputBound` behind the input, unless the model has one there."""
+        """`InputBound` behind the input, of centred images two around the centering, unless the model has one there."""
         users = list(node.users)
         if len(users) == 1 and isinstance(self.layers.get(str(users[0].target)), InputBound):
             return
-        c = default_input_bound(shape) if self.input_bound is None else check_positive("input_bound", self.input_bound)
-        with self.graph.inserting_after(node):
-            new = self.graph.call_module(self._place("input_bound", InputBound(c, radius=1.0)), (node,))
-        new.meta["shape"] = node.meta["shape"]
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        size = math.prod(shape)
+        large = len(shape) == 3 or (len(shape) == 1 and size >= _MANY)
+        centred = (large and self.input_bound is None) if self.centre is None else self.centre
+        if self.input_bound is not None:
+            c = check_positive("input_bound", self.input_bound)
+        else:
+            c = math.sqrt(size) / 4 if centred else default_input_bound(shape)
+        modules: list[tuple[str, nn.Module, str]] = []
+        if centred:
+            most = max(c, math.sqrt(size))
+            axes = tuple(range(1, len(shape) + 1))
+            modules += [
+                ("input_range", InputBound(most), f"norm at most {most:g}, that of entries in [-1, 1]"),
+                ("input_centering", LayerCentering(dim=axes), "the mean of a sample takes norm and tells little"),
+            ]
         why = f"every record counts with norm at most {c:g}, scaled to 1"
-        self.rows.append(PortedLayer("input_bound", "-", "InputBound", why))
+        modules.append(("input_bound", InputBound(c, radius=1.0), why))
+        last, users = node, list(node.users)
+        for name, module, why in modules:
+            with self.graph.inserting_after(last):
+                last = self.graph.call_module(self._place(name, module), (last,))
+            last.meta["shape"] = node.meta["shape"]
+            self.rows.append(PortedLayer(name, "-", type(module).__name__, why))
+        for user in users:
+            user.replace_input_with(node, last)
 
     def _visit(self, node: fx.Node) -> None:
         self.above[node] = next((kind for n in node.all_input_nodes if (kind := self.above.get(n))), None)

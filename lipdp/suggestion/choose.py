@@ -59,7 +59,7 @@ def suggest(
       that it shortens nearly all cotangents at the beginning and Δ is tight.
     - *Joints*: a pass of `public` inputs through the model as it is gives typical norms X and G in front of each layer
       with weights; there a clip at 0.7 X and a gate at 0.03 G are placed, so that bounds are those of typical samples
-      and not of the worst. None in a model of two layers, whose bounds are tight without.
+      and not of the worst. None in dense models and those of two layers, whose bounds are tight without.
     - *Learning rates*: T steps at a rate that falls linearly from lr, with momentum β, move an m x n weight by noise of
       spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 0.8 of the weight's own, 1.6 without joints.
 
@@ -151,8 +151,11 @@ def _criterion(outputs: tuple[int, ...]) -> LipschitzLoss:
 
 
 def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
-    """Clips and gates at shares of what is typical; none where nothing flows, or between two layers only."""
-    layers = joint_layers(model)
+    """Clips and gates at shares of what is typical; none where nothing flows, or where bounds are tight without.
+
+    They are tight where no weight is used at several positions: on tables, and between two layers only.
+    """
+    layers = joint_layers(model) if x.dim() == 3 or any(p.dim() > 2 for p in model.parameters()) else []
     found = typical(model, x, layers, start) if len(layers) > 1 else {}
     return tuple(
         Joint(name, clip=CLIP_AT * seen.value, gate=GATE_AT * seen.cotangent)

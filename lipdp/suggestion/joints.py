@@ -27,6 +27,15 @@ class Joint:
     clip: float
     gate: float
 
+    @property
+    def summary(self) -> str:
+        """For tables.
+
+        >>> Joint("2", clip=0.5, gate=0.1).summary
+        'ValueClip(0.5), GradientGate(0.1)'
+        """
+        return f"ValueClip({self.clip:.3g}), GradientGate({self.gate:.3g})"
+
     def modules(self) -> dict[str, nn.Module]:
         """What stands there, by name."""
         name = self.layer.rpartition(".")[2]

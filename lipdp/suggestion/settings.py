@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.accounting.plan_table import HEADER, Row, aligned, plan_rows
 from lipdp.losses import LipschitzLoss
 from lipdp.noise.allocation import Allocation
 from lipdp.suggestion.decay import decaying
@@ -85,19 +86,15 @@ class Settings:
         }
 
     def __str__(self) -> str:
-        """The table."""
-        plan = self.plan
-        passes = plan.steps * plan.sampling_rate
-        rows = [
-            ("expected_batch_size", f"{plan.expected_batch_size} of {plan.dataset_size:,} {plan.unit}s"),
-            ("steps", f"{plan.steps} ({passes:.3g} passes over the data)"),
-            ("noise_multiplier", f"{plan.noise_multiplier:.4g}"),
-            ("criterion", str(self.criterion)),
-            ("gate", "none" if self.gate is None else f"{self.gate:.3g} at the logits"),
-            ("allocation", str(self.allocation)),
-            ("optimizer", f"SGD, momentum {self.momentum:g}, learning rates falling linearly to 0"),
-            *((f"  lr of {b.name}", f"{b.learning_rate:.3g}  (signal over noise {b.signal:.3g})") for b in self.blocks),
-            *((f"joint before {j.layer}", f"ValueClip({j.clip:.3g}), GradientGate({j.gate:.3g})") for j in self.joints),
+        """The table: what was chosen, and why."""
+        gate = "none" if self.gate is None else f"{self.gate:.3g}"
+        rows: list[Row] = [
+            *plan_rows(self.plan),
+            ("criterion", str(self.criterion), "a large τ lets records that are classified well fall silent"),
+            ("gate", gate, "at the logits: the most that one record's cotangent counts, and so Δ"),
+            ("allocation", str(self.allocation), "of the noise over the parameters"),
+            ("optimizer", f"SGD, momentum {self.momentum:g}", "learning rates fall linearly to 0"),
+            *((f"lr of {b.name}", f"{b.learning_rate:.3g}", f"signal over noise {b.signal:.3g}") for b in self.blocks),
+            *((f"joint before {j.layer}", j.summary, "shares of what public inputs make there") for j in self.joints),
         ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+        return aligned([HEADER, *rows])

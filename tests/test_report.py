@@ -256,9 +256,7 @@ def test_two_sentences_come_first_and_hold(trained, folder):
     guess = float(re.search(r"trained on is right at most ([\d.]+) % of the time", words).group(1)) / 100
     exact = best_guess(account["epsilon"], account["delta"])
     assert exact <= guess < exact + 0.002
-    places = [
-        words.index(t) for t in ("was among the 1,437 that it", "of the test records", "Privacy statement")
-    ]
+    places = [words.index(t) for t in ("was among the 1,437 that it", "of the test records", "Privacy statement")]
     assert places == sorted(places)
     edit(folder / "privacy.json", seeded=True)
     assert "Whoever studies this model" not in page_of(folder).words

@@ -453,7 +453,9 @@ def _module_parameters(step: Step, local: Local, trainable: Mapping[int, str]) -
     if step.module is None:
         return {}
     names: dict[str, str] = {}
-    for key, parameter in step.module.named_parameters(remove_duplicate=False):  # a bias that is the weight counts twice
+    for key, parameter in step.module.named_parameters(
+        remove_duplicate=False
+    ):  # a bias that is the weight counts twice
         name = trainable.get(id(parameter))
         if name is None:
             continue

@@ -55,7 +55,9 @@ class _Tracer(fx.Tracer):
         name = parameters[0].name if parameters else "x"
         return root_fn, [self.root, self.create_proxy("placeholder", name, (), {})]
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **more: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **more: Any
+    ) -> fx.Node:
         """What is given by name in the order of the signature, in which rules state their gains."""
         function = self.root.get_submodule(target).forward if kind == "call_module" else target
         try:

@@ -174,9 +174,7 @@ def nist(account: Account) -> tuple[tuple[str, str], ...]:
             "Unit of privacy",
             f"one {unit}"
             + (
-                ", with all records of theirs"
-                if unit == "owner"
-                else "; for somebody with several records ε is larger"
+                ", with all records of theirs" if unit == "owner" else "; for somebody with several records ε is larger"
             ),
         ),
         ("Neighbouring data sets", f"{change} {unit} ({'un' if change.startswith('add') else ''}bounded)"),

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,12 @@ pytest.importorskip("opacus")
 from lipdp.cli import main
 from lipdp.comparison import plots
 from lipdp.comparison import speed as speed_module
+from lipdp.comparison import tables as tables_module
 from lipdp.comparison import utility as utility_module
 from lipdp.comparison.contenders import Contender, contenders
 from lipdp.comparison.results import Results
 from lipdp.comparison.speed import SpeedConfig, speed
+from lipdp.comparison.tables import TablesConfig, tables
 from lipdp.comparison.trainers import TRAINERS, get_trainer, legend
 from lipdp.comparison.utility import UtilityConfig, summary, table, utility
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
@@ -268,8 +271,6 @@ def test_a_learning_rate_that_explodes_is_the_worst_score(monkeypatch):
 
 
 def test_a_binary_table_gets_an_auroc(tmp_path):
-    import numpy as np
-
     generator = np.random.default_rng(0)
     y = generator.integers(0, 2, 400)
     x = generator.normal(size=(400, 5)) + 2 * y[:, None]
@@ -278,6 +279,65 @@ def test_a_binary_table_gets_an_auroc(tmp_path):
                            epsilons=(3.0,), trainers=("clipless", "adaptive"))  # fmt: skip
     for cell in utility(config).cells:
         assert 0.5 < cell["auroc"] <= 1
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path):
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 800)
+    np.savez(tmp_path / "toy.npz", X=(generator.normal(size=(800, 3)) + 2 * y[:, None]).astype("float32"), y=y)
+    return str(tmp_path / "toy.npz")
+
+
+def test_tables_are_learned_by_everybody_on_the_same_records(toy, tmp_path, monkeypatch):
+    pytest.importorskip("interpret.privacy")
+    monkeypatch.setattr(tables_module, "_OPACUS_STEPS", 20)
+    config = TablesConfig(tables=(toy,), epsilons=(3.0,), seeds=2, records=500)
+    results = tables(config, out=str(tmp_path / "out"))
+    assert [c["trainer"] for c in results.find(seed=1)] == ["lipdp", "opacus_mlp", "ebm", "logistic_regression"]
+    assert len({c["base_rate"] for c in results.find(seed=0)}) == 1  # the same test records
+    assert {c["records"] for c in results.cells} == {400}
+    assert all(c["auroc"] > 0.8 and c["private"] is False for c in results.cells)
+    assert {c["target_epsilon"] for c in results.find(trainer="logistic_regression")} == {None}
+    monkeypatch.setattr(tables_module, "_run", None)  # nothing is left to run
+    assert tables(config, out=str(tmp_path / "out")).cells == results.cells
+    rows = tables_module.table(results).splitlines()
+    assert rows[0] == "| table | ε | metric, % | lipdp | opacus_mlp | ebm | logistic_regression |"
+    assert rows[2].startswith(f"| {toy} | 3 | auroc | ")
+    assert " ± " in rows[2]
+    assert rows[3].startswith("| mean | 3 |  | ")
+
+
+def test_tables_of_several_classes_have_an_accuracy_and_no_ebm(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("interpret.privacy")
+    monkeypatch.setattr(tables_module, "_OPACUS_STEPS", 10)
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 3, 600)
+    x = generator.normal(size=(600, 3)) + 3 * np.eye(3)[y]
+    np.savez(tmp_path / "three.npz", X=x.astype("float32"), y=y)
+    arguments = ["--tables", str(tmp_path / "three.npz"), "--seeds", "1", "--epsilons", "3"]
+    assert main(["compare", "tables", *arguments, "--trainers", "ebm", "opacus_mlp", "lipdp"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 3 | accuracy | " in printed
+    assert "lipdp: PrivateClassifier" in printed
+    assert main(["compare", "tables", *arguments, "--trainers", "logistic_regression", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["mean"] > 0.8
+
+
+def test_what_tables_lacks_is_said_in_one_message(toy, monkeypatch, capsys):
+    for name in ("interpret", "interpret.privacy", "diffprivlib", "diffprivlib.models"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert main(["compare", "tables", "--tables", toy, "--trainers", "ebm", "diffprivlib"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ebm (" in error
+    assert 'pip install "lipdp[comparison]"' in error
+    assert "scikit-learn below 1.8" in error
+    with pytest.raises(ParameterError, match="holds inputs of shape"):
+        tables(TablesConfig(tables=("digits",), trainers=("lipdp",)))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -309,6 +369,9 @@ def test_the_utility_command_draws_the_front(tmp_path, capsys):
         (["speed", "--dataset", "mnits"], "mnits"),
         (["speed", "--batch-sizes", "0"], "at least 1"),
         (["speed", "--trainers", "opacus"], "opacus_hooks"),
+        (["tables", "--tables", "nowhere.npz", "--trainers", "lipdp"], "nowhere.npz"),
+        (["tables", "--tables", "nowhere.npz", "--trainers", "lipdb"], "lipdb"),
+        (["tables", "--tables", "nowhere.npz", "--seeds", "0"], "seeds=0"),
         (["utility", "--trials", "9"], "trials=9"),
         (["utility", "--seeds", "0"], "seeds=0"),
         (["utility", "--jobs", "0"], "--jobs 0"),

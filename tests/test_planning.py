@@ -291,7 +291,7 @@ def test_the_command_writes_a_plan_and_names_the_run(tmp_path, capsys):
     )
     assert written["relation"] == "add_or_remove_one"
     assert "sweet spot" in printed
-    assert "the wall" in printed
+    assert "the same total noise at σ = 0.5" in printed
     assert written["private_search"]["epsilon_at_plan"] > 2 > 0
     assert written["private_search"]["noise_multiplier_within_budget"] > chosen["noise_multiplier"]
     assert written["beside"][0]["batch_size"] == 4096

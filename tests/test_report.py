@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 
@@ -257,16 +258,14 @@ def test_runs_side_by_side_and_what_differs(trained, folder, comparison):
 
 def test_two_sentences_come_first_and_hold(trained, folder, page):
     account, words = json.loads((trained / "privacy.json").read_text()), page.words
-    guess = float(re.search(r"with more than ([\d.]+) % certainty", words).group(1)) / 100
+    guess = float(re.search(r"trained on is right at most ([\d.]+) % of the time", words).group(1)) / 100
     exact = best_guess(account["epsilon"], account["delta"])
     assert exact <= guess < exact + 0.002
-    places = [
-        words.index(t) for t in ("was among the 1,437 that it", "of the test records rightly", "Privacy statement")
-    ]
+    places = [words.index(t) for t in ("was among the 1,437 that it", "of the test records", "Privacy statement")]
     assert places == sorted(places)
     edit(folder / "privacy.json", seeded=True)
     seeded = page_of(folder).words
-    assert "certainty" not in seeded
+    assert "Whoever studies this model" not in seeded
     assert "not assured: see the warning" in seeded
 
 
@@ -289,6 +288,36 @@ def test_what_is_missing_is_folded(folder):
     for what in ("Calibration", "Certified robustness", "Audit"):
         assert f'<details class="empty"><summary>{what}: not in this report</summary>' in text
         assert f">{what}</h2>" not in text
+
+
+def test_answers_are_shown_as_the_run_wrote_them(tmp_path, folder):
+    """Confusion matrix and ROC curve agree with the metrics of the run; damaged ones are named."""
+    generator = np.random.default_rng(0)
+    y = (generator.random(600) < 0.3).astype(int)
+    np.savez(tmp_path / "toy.npz", X=(generator.normal(size=(600, 3)) + y[:, None]).astype("float32"), y=y)
+    train(configure(dataset=str(tmp_path / "toy.npz"), noise_multiplier=6.0, steps=5), out=tmp_path / "table")
+    last = json.loads((tmp_path / "table" / "metrics.jsonl").read_text().splitlines()[-1])
+    written = json.loads((tmp_path / "table" / "evaluation.json").read_text())
+    assert written["step"] == 5
+    for weights, suffix in (("model", ""), ("ema", "_ema")):
+        (negative, false), (missed, found) = written[weights]["confusion"]
+        assert found / (missed + found) == last[f"test_recall{suffix}"]
+        assert negative / (negative + false) == last[f"test_specificity{suffix}"]
+        curve = written[weights]["roc"]
+        area = np.trapezoid(curve["true_positive"], curve["false_positive"])
+        assert area == pytest.approx(last[f"test_auroc{suffix}"], abs=2e-3)
+    page = page_of(tmp_path / "table")
+    for text in (
+        f"{100 * last['test_base_rate']:.1f} % of the test records are positive", f"is 0 {negative} {false}",
+        f"Average precision is {100 * last['test_average_precision']:.1f} %", "is 1",
+    ):  # fmt: skip
+        assert text in page.words, text
+    assert "Average precision" in render(gather([tmp_path / "table"], calibrate=False), "md")
+    edit(folder / "evaluation.json", ema={"confusion": [[1, 2]]})
+    with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged: a confusion matrix has as many columns"):
+        gather([folder], calibrate=False)
+    (folder / "evaluation.json").unlink()
+    assert "Confusion matrix and ROC curve: not in this report" in page_of(folder).words
 
 
 def test_json_is_plain_and_complete(trained):
@@ -357,7 +386,8 @@ def test_the_page_asks_the_network_for_nothing(page):
     assert "script-src" not in policy
 
 
-FILES = ["config.json", "privacy.json", "metrics.jsonl", "certificate.json", "audit.json", "environment.json"]
+FILES = ["config.json", "privacy.json", "metrics.jsonl", "evaluation.json", "certificate.json", "audit.json",
+         "environment.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -409,6 +439,7 @@ READ = {
     "config.json": {"dataset", "model", "features"},
     "privacy.json": {field.name for field in fields(Account)} - {"intact"},
     "metrics.jsonl": {"step", "epsilon", "train_loss_not_private", "seconds", "test_accuracy", "test_accuracy_ema"},
+    "evaluation.json": {"step", "model", "ema"},
     "certificate.json": {field.name for field in fields(Robustness)} - {"certified_auroc"},
     "audit.json": {"claimed_epsilon", "lower_bound", "confidence", "audits"},
     "environment.json": {"command", "started", "torch"},

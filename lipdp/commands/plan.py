@@ -184,7 +184,7 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
     console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}")
     for sigma, epsilon in found.wall:
         batch = max(1, round(chosen.batch_size * sigma / chosen.noise_multiplier))
-        console.print(f"the same η at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}: the wall")
+        console.print(f"the same total noise at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}")
     if "private_search" in facts:
         search = facts["private_search"]
         console.print(

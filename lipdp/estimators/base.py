@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,6 +30,7 @@ FROM_DATA = "data"
 _SEEDS = 2**31 - 1
 
 
+@dataclass(eq=False, repr=False)
 class PrivateEstimator(BaseEstimator):
     """The fit of a private model of a table, for `PrivateClassifier` and `PrivateRegressor`.
 
@@ -36,14 +38,15 @@ class PrivateEstimator(BaseEstimator):
     is among it, so a pickle of a fitted estimator holds what ε covers and nothing else.
     """
 
-    epsilon: float
-    delta: float | None
-    bounds: Any
-    categories: Any
-    missing: str
-    hidden: Any
-    steps: int | None
-    random_state: Any
+    epsilon: float = 1.0
+    delta: float | None = None
+    _: KW_ONLY
+    bounds: Any = None
+    categories: Any = None
+    missing: str = "middle"
+    hidden: int | Sequence[int] | None = None
+    steps: int | None = None
+    random_state: Any = None
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

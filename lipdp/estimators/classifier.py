@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lipdp.estimators.recipe import choose
 from lipdp.estimators.scikit import ClassifierMixin, check_classification_targets, column_or_1d
 
 
+@dataclass(eq=False, repr=False)
 class PrivateClassifier(ClassifierMixin, PrivateEstimator):
     """A differentially private classifier of tables: the recipe for tables, or a linear or small Lipschitz net.
 
@@ -59,28 +61,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
     Source: Béthune et al. (2024), "DP-SGD without clipping".
     """
 
-    def __init__(
-        self,
-        epsilon: float = 1.0,
-        delta: float | None = None,
-        *,
-        bounds: Any = None,
-        categories: Any = None,
-        classes: Sequence[Any] | None = None,
-        missing: str = "middle",
-        hidden: int | Sequence[int] | None = None,
-        steps: int | None = None,
-        random_state: Any = None,
-    ) -> None:
-        self.epsilon = epsilon
-        self.delta = delta
-        self.bounds = bounds
-        self.categories = categories
-        self.classes = classes
-        self.missing = missing
-        self.hidden = hidden
-        self.steps = steps
-        self.random_state = random_state
+    classes: Sequence[Any] | None = field(default=None, kw_only=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

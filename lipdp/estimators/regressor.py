@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from lipdp.estimators.columns import bounds_of_data, read_bounds
 from lipdp.estimators.scikit import RegressorMixin, column_or_1d
 
 
+@dataclass(eq=False, repr=False)
 class PrivateRegressor(RegressorMixin, PrivateEstimator):
     """A differentially private regressor of tables, for targets in a public interval.
 
@@ -35,28 +36,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
     True
     """
 
-    def __init__(
-        self,
-        epsilon: float = 1.0,
-        delta: float | None = None,
-        *,
-        bounds: Any = None,
-        target_bounds: tuple[float, float] | None = None,
-        categories: Any = None,
-        missing: str = "middle",
-        hidden: int | Sequence[int] | None = None,
-        steps: int | None = None,
-        random_state: Any = None,
-    ) -> None:
-        self.epsilon = epsilon
-        self.delta = delta
-        self.bounds = bounds
-        self.target_bounds = target_bounds
-        self.categories = categories
-        self.missing = missing
-        self.hidden = hidden
-        self.steps = steps
-        self.random_state = random_state
+    target_bounds: tuple[float, float] | None = field(default=None, kw_only=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -64,8 +44,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
         return tags
 
     def fit(self, X: Any, y: Any) -> PrivateRegressor:
-        """Learn from records `X` (N, columns), an array or a frame, and numbers `y` (N,); NaN is a record without
-        one."""
+        """Learn from records `X` (N, columns), an array or a frame, and numbers `y` (N,); NaN is no number."""
         x = self._read(X, reset=True)
         if y is None:
             raise ParameterError("requires y to be passed, but the target y is None: one number a record")

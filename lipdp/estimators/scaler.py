@@ -22,8 +22,7 @@ class PublicScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Columns of numbers onto [−1, 1] by public bounds: 2 (clip(x, a, b) − a)/(b − a) − 1; NaN stays NaN.
 
     What `StandardScaler` and `MinMaxScaler` learn is read off the private data and covered by no ε. This learns
-    nothing:
-    the map is 2/(b − a)-Lipschitz and acts record by record.
+    nothing: the map is 2/(b − a)-Lipschitz and acts record by record.
 
     Args:
         bounds: as for `PrivateClassifier`. None reads them off the data, with a `PrivacyLeakWarning`.

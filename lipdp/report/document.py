@@ -41,7 +41,7 @@ class RunReport:
         lead: two sentences for anybody: what is protected, and how good the model is.
         statement: the guarantee in words, a paragraph each.
         attack: what any attack can reach; None where the account gives none.
-        nist: the statement under the headings of NIST SP 800-226.
+        nist: the statement in the words of NIST SP 800-226.
         recomputed: ε from σ, q, T and δ, by this program.
         parameters: a row for each. parameters_note: why columns are empty.
         calibration: of the last weights on the test records. calibration_note: why there is none.

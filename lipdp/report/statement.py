@@ -143,10 +143,11 @@ def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
     account = run.account
     if holds:
         guess = f"{math.ceil(1000 * best_guess(account.epsilon, account.delta)) / 10:g}"  # rounded up
+        whose = "whose records" if account.unit == "owner" else "that"
         protected = (
-            f"Nobody who studies this model can tell with more than {guess}\u00a0% certainty whether a given"
-            f" {account.unit} was among the {account.dataset_size:,} that it was trained on, where a coin gives"
-            f" 50\u00a0% (ε = {account.epsilon:.3g}, a {strength(account.epsilon)} guarantee)."
+            f"Whoever studies this model and guesses whether a given {account.unit} was among the"
+            f" {account.dataset_size:,} {whose} it was trained on is right at most {guess}\u00a0% of the time, where a"
+            f" coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a {strength(account.epsilon)} guarantee)."
         )
     else:
         protected = "The privacy of the training records is not assured: see the warning."
@@ -155,10 +156,10 @@ def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
         return protected, "How good the model is was not recorded."
     if metric == "auroc":
         return protected, (
-            f"Of two test records, one of either class, the model ranks the right one higher {100 * score:.1f}\u00a0%"
-            " of the time (AUROC)."
+            f"Given a test record of each class, the model ranks the two correctly {100 * score:.1f}\u00a0% of the time"
+            " (AUROC)."
         )
-    return protected, f"It answers {100 * score:.1f}\u00a0% of the test records rightly."
+    return protected, f"It gives the right answer for {100 * score:.1f}\u00a0% of the test records."
 
 
 def nist(account: Account) -> tuple[tuple[str, str], ...]:
@@ -173,9 +174,7 @@ def nist(account: Account) -> tuple[tuple[str, str], ...]:
             "Unit of privacy",
             f"one {unit}"
             + (
-                ", with all records of theirs"
-                if unit == "owner"
-                else "; for somebody with several records ε is larger"
+                ", with all records of theirs" if unit == "owner" else "; for somebody with several records ε is larger"
             ),
         ),
         ("Neighbouring data sets", f"{change} {unit} ({'un' if change.startswith('add') else ''}bounded)"),

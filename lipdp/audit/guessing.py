@@ -21,11 +21,7 @@ _ENOUGH = 100  # games of a kind, to fit a normal law
 class Rule:
     """Guess "in" where `sign`·score > `high`, "out" where it is < `low`, else abstain.
 
-    Attributes:
-        score: name of the score.
-        sign: 1.0, or −1.0 if small scores speak for "in".
-        high, low: thresholds; ±∞ for no guess of that kind.
-        share_in, share_out: how often either guess was made in the games the rule was chosen on.
+    `share_in` and `share_out` say how often either guess was made in the games the rule was chosen on.
     """
 
     score: str
@@ -53,13 +49,7 @@ class Rule:
 def choose(
     scores: Mapping[str, Array], included: NDArray[np.bool_], *, delta: float, confidence: float, games: int
 ) -> Rule:
-    """The rule that promises the best lower bound, judged by these games, which must not be used for the result.
-
-    Args:
-        scores: name → one number per game.
-        included: whether the record was in.
-        games: how many games the rule is meant for.
-    """
+    """The rule that promises the best lower bound for `games` games, judged by these, which must not be used for it."""
     best, value = Rule(next(iter(scores)), 1.0, np.inf, -np.inf, 0.0, 0.0), -1.0
     for name, raw in scores.items():
         for sign in (1.0, -1.0):

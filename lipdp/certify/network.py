@@ -40,7 +40,7 @@ class Head:
         constant: K_f, of the stretch from the last clip to its input.
         pair_norms: ‖w_i − w_j‖, (C, C); for a single logit ‖w‖, (1, 1). Where the last layer is not dense, K_f goes up
             to the logits and a difference of two of them moves by √2.
-        pair_errors: how far z_i − z_j as computed may be off, (C, C); for a single logit z, (1, 1).
+        pair_errors: how far z_i − z_j, or a single logit z, as computed may be off, of the same shape.
     """
 
     constant: float

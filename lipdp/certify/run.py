@@ -190,11 +190,7 @@ def assess(
 
 
 def draw(results: Mapping[str, Robustness], *, title: str | None = None, unit: str = "L2 radius") -> Figure:
-    """Certified and attacked accuracy against radius, one colour per model.
-
-    Returns:
-        A figure that belongs to no window; `figure.savefig("certificate.png")` writes it.
-    """
+    """Certified and attacked accuracy against radius, one colour per model: a figure that belongs to no window."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -12,11 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 @contextmanager
 def step_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on a terminal, one a name; elsewhere a line where a name is done.
-
-    Yields:
-        What is to be told of a name: how much is done, and of how much.
-    """
+    """Bars on a terminal, one a name; elsewhere a line where a name is done. Yields what is told: name, done, total."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True)
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

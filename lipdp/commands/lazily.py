@@ -13,13 +13,11 @@ from typer.core import TyperCommand, TyperGroup
 
 @dataclass(frozen=True)
 class Entry:
-    """A command that is not imported yet.
+    """A command that is not imported yet: its module of `lipdp.commands`, and what is there.
 
     Attributes:
-        module: of `lipdp.commands`.
-        name: of its function there, or of a `typer.Typer`.
+        name: of its function, or of a `typer.Typer`. epilog: of the text of examples.
         help: what the group's help says of it, the first line of its own.
-        epilog: name of the module's text of examples.
     """
 
     module: str

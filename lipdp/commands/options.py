@@ -85,12 +85,9 @@ def option(name: str, *, default: str | None = None, panel: str | None = None) -
 def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcommand]:
     """A subcommand with the options of settings of a run; its first argument is a dict of what was given of them.
 
-    typer makes them from a signature that follows the declarations: unlike tyro and cyclopts, which read a dataclass
-    themselves, it is what the other commands, their messages and their exit codes are made with.
-
-    Args:
-        names: of the settings; none for all of them.
-        defaults: further settings, and what this command takes where they are not given; `...` if they must be.
+    typer makes them from a signature that follows the declarations; tyro and cyclopts read a dataclass themselves, but
+    the other commands, their messages and their exit codes are typer's. They are the settings named (none: all) and
+    those with `defaults`: what this command takes where they are not given; `...` if they must be.
     """
     from lipdp.training.config import SETTINGS
 

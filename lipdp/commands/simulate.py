@@ -129,8 +129,7 @@ def _show(console: Console, found: Found, out: Path) -> None:
     given, result = found.simulation, found.as_dict(out=str(out / "full"))
     compute = result["compute"]
     console.print(
-        f"full run: {given.plan.summary}
-simulated at B = {given.simulated.expected_batch_size},"
+        f"full run: {given.plan.summary}\nsimulated at B = {given.simulated.expected_batch_size},"
         f" σ = {given.simulated.noise_multiplier:.4g} (not private)"
     )
     console.print(

@@ -123,10 +123,7 @@ def trained(
 ) -> Session:
     """A new model of the contender's kind after all T steps on the training part: seeded, repeatable, not private.
 
-    Args:
-        trainer: the contender's, with its settings.
-        train: gives optimiser, momentum and schedule.
-        plan: of the split's training records.
+    `trainer` is the contender's, with its settings; `train` gives optimiser, momentum and schedule.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

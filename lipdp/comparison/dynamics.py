@@ -212,12 +212,9 @@ def published_table(
     start.
 
     Args:
-        model, x, y, loss, step_size, steps: as `gradient_flow`.
         bound: C; by default half the median norm of the per-sample gradients, so that local clipping clips most.
         drop: in (0, 1).
-
-    Raises:
-        As `gradient_flow`; ParameterError: `drop` outside (0, 1), or no bound and a median gradient of zero.
+        Others, and errors: as `gradient_flow`.
     """
     if not 0 < drop < 1:
         raise ParameterError(f"drop={drop}: give a share of the samples, in (0, 1)")

@@ -25,12 +25,9 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Ntk:
-    """Empirical neural tangent kernel of a model at its present weights on a probe batch.
+    """Empirical neural tangent kernel of a model at its present weights on a probe batch of n samples with C outputs.
 
-    Attributes:
-        blocks: parameter name → H_r = J_r J_rᵀ, (n·C, n·C) float64; row i·C + k is output k of sample i.
-        samples: n.
-        outputs: C.
+    `blocks`: parameter name → H_r = J_r J_rᵀ, (n·C, n·C) float64; row i·C + k is output k of sample i.
     """
 
     blocks: Mapping[str, Tensor]

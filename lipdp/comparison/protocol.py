@@ -33,8 +33,6 @@ class Task:
         loss: per sample, summed over the batch; the sum is divided by the public B.
         plan: B, T, q and the joint σ of everything a step releases, of Poisson batches of the dataset's records. A
             non-private trainer draws the same batches and leaves σ alone.
-        optimizer: makes one from parameters.
-        schedule: of the learning rate, as `lipdp.training.make_scheduler` takes it.
         microbatch: rows a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
             All views of a record go through together.
         views: K: an input of the dataset is K views of its record, (K, *features), and a record's gradient the mean of
@@ -77,12 +75,9 @@ class Task:
 
 
 class Session(ABC):
-    """A model in training. Use: `for x, y in session.loader: session.step(x, y)`; then `close`.
+    """A model in training: `for x, y in session.loader: session.step(x, y)`, then `close`, which leaves a plain module.
 
-    Attributes:
-        model: what is trained; after `close` a plain module again.
-        loader: the batches.
-        event: what one step costs; None if it is not private.
+    `event` is what one step costs; None if it is not private.
     """
 
     model: nn.Module
@@ -104,9 +99,7 @@ class ComparedTrainer(ABC):
     """A way to train, with its settings: a frozen dataclass that starts sessions.
 
     Attributes:
-        name: as the command and the results call it.
-        words: what it does, for a legend.
-        private: whether its steps have an ε.
+        words: what it does, for a legend. private: whether its steps have an ε.
         lipschitz, plain: whether it trains models with certified norms, and unconstrained ones.
         grid: setting → values for the search of `compare utility`; every trainer has the same number of combinations.
     """

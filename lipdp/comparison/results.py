@@ -15,14 +15,10 @@ Cell = dict[str, Any]
 
 
 class Results:
-    """The cells measured so far, in a file if there is a folder.
+    """The cells measured so far, in a file `name` if there is a folder.
 
-    A comparison that was killed goes on where it was: what is in the file is not measured again.
-
-    Args:
-        folder: of the comparison, or None to keep the cells in memory.
-        config: what is compared, how; a folder that holds another one is refused.
-        name: of the file of cells.
+    A comparison that was killed goes on where it was: what is in the file is not measured again. A folder that holds
+    another `config` is refused.
 
     Raises:
         ResumeError: the folder holds another comparison. CheckpointError: a file cannot be read or written.

@@ -224,11 +224,7 @@ def _configured(trainer: ComparedTrainer, bench: _Bench) -> ComparedTrainer:
 
 
 def front(cells: Sequence[Cell], number: int = 0) -> list[Cell]:
-    """The cells that no other beats in both accuracy and certified accuracy at a radius, from accurate to robust.
-
-    Args:
-        number: of the radius.
-    """
+    """The cells no other beats in accuracy and in certified accuracy at radius `number`, from accurate to robust."""
     points = pareto([(-cell["accuracy"], cell["certified_accuracy"][number]) for cell in cells])
     return [next(c for c in cells if (-c["accuracy"], c["certified_accuracy"][number]) == point) for point in points]
 
@@ -248,15 +244,9 @@ def table(results: Results) -> str:
 
 
 def robustness_figure(results: Results, number: int = 0) -> Any:
-    """Certified accuracy at a radius against accuracy, a line per trainer and model along τ.
+    """Certified accuracy at radius `number` against accuracy, a line per trainer and model along τ.
 
-    Thick: the Pareto front of the private cells (of all, where none is).
-
-    Args:
-        number: of the radius.
-
-    Returns:
-        A matplotlib figure that belongs to no window.
+    Thick: the Pareto front of the private cells (of all, where none is). A matplotlib figure that belongs to no window.
     """
     from matplotlib.figure import Figure
 

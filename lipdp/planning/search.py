@@ -186,11 +186,7 @@ class _Study:
 
 
 def confirm(found: Found, run: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the full private run made of the prediction: its own accuracy and ε, and the compute saved.
-
-    Args:
-        found: the search.
-        run: the folder of the run that `found`'s command started.
+    """What the full private run in a folder made of the prediction: its own accuracy and ε, and the compute saved.
 
     Raises:
         CheckpointError: no finished run there. ParameterError: a run with other settings than the search's best.

@@ -30,19 +30,17 @@ class Simulation:
 
     At fixed T the update of one step is (Σ_{i∈batch} ∇ℓ_i + σΔξ)/B: batch and noise divided by k leave the noise of the
     step as it is, σΔ/B, and with it the best learning rate. What changes is the sampling noise of the batch, k times
-    the variance; the law holds as long as that stays below the privacy noise.
-    ε does not survive (see `tan.WALL`): a simulated run releases next to unprotected gradients.
+    the variance; the law holds as long as that stays below the privacy noise. ε does not survive (see `tan.WALL`): a
+    simulated run releases next to unprotected gradients.
 
     B/k is rounded and σ takes the same ratio exactly. The simulated run trains on the training part less a validation
     part, never on the test part, and with that many records its batches are a slightly larger share of them.
 
     Attributes:
         settings: of the full run, as `lipdp.training.configure` takes them.
-        scale: k.
-        validation: share of the training records held out.
+        scale: k. validation: share of the training records held out.
         seed: of the simulated runs, the same for all, so that they differ by their settings only.
-        plan: of the full run.
-        simulated: the plan of a simulated run: B/k of the units left to train on, σ in the same ratio.
+        plan, simulated: of the full run, and of a simulated one.
         metric: what is maximised, on the validation part, with averaged weights.
     """
 

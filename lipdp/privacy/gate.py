@@ -82,11 +82,10 @@ class QuantileGate:
 
 
 class GateState:
-    """The gate of one run: its current bound and, for a quantile, the private count of the step in progress.
+    """The gate of one run, and for a quantile the private count of the step in progress.
 
-    Attributes:
-        bound: the gate is at the smaller of this and the loss's constant. For a quantile, from its first use on, a
-            float64 tensor on the device of the logits, which nothing reads on the host.
+    `bound`: the gate is at the smaller of this and the loss's constant. For a quantile, from its first use on, a
+    float64 tensor on the device of the logits, which nothing reads on the host.
     """
 
     def __init__(self, bound: float, quantile: QuantileGate | None = None) -> None:

@@ -33,13 +33,10 @@ class RootCall:
     """One call of the model with gradients on.
 
     Attributes:
-        out: the logits, with the graph that leads to the parameters.
-        x: the input, as the model was given it.
+        out: the logits, with the graph that leads to the parameters. x: the input, as the model was given it.
         rows: which rows of the batch went in; None where that is not known.
-        parameters: the trainable ones.
         versions: every tensor of the model, and how often it was changed so far.
-        sharded: whether `fully_shard` reduces the gradients within the pass.
-        private: whether the input is of a batch.
+        sharded: whether `fully_shard` reduces the gradients within the pass. private: whether the input is of a batch.
         given, released: whether the criterion has had the logits, and its value was back-propagated.
         cotangent: (n, …) what the criterion found for the logits, gated.
         claims: what must be true at the step.

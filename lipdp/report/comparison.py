@@ -16,11 +16,10 @@ class ComparisonRow:
     """A trainer on a model: mean and spread of a score over seeds at one budget, or the time of a step.
 
     Attributes:
-        dataset, model, trainer: of the cells.
         epsilon: the budget; None without privacy, and where time was measured.
         metric: "accuracy" or "auroc"; None where time was measured.
-        mean, spread, runs: of the score over seeds; the spread is the standard deviation (n − 1).
-        batch_size, seconds, peak_bytes: of a step, median over the cells.
+        spread: the standard deviation over `runs` seeds (n − 1).
+        seconds, peak_bytes: of a step, median over the cells.
     """
 
     dataset: str

@@ -36,15 +36,12 @@ class RunReport:
 
     Attributes:
         label: its letter among several runs, "" if there is one.
-        run: what its folder says.
         notices: what a reader must not miss, the alarms first.
         lead: two sentences for anybody: what is protected, and how good the model is.
-        statement: the guarantee in words, a paragraph each.
+        statement: the guarantee in words, a paragraph each; nist: under the headings of NIST SP 800-226.
         attack: what any attack can reach; None where the account gives none.
-        nist: the statement in the words of NIST SP 800-226.
         recomputed: ε from σ, q, T and δ, by this program.
-        parameters: a row for each. parameters_note: why columns are empty.
-        calibration: of the last weights on the test records. calibration_note: why there is none.
+        parameters_note, calibration_note: why something is missing.
     """
 
     label: str

@@ -43,14 +43,11 @@ class Account:
 
     Attributes:
         epsilon, delta: spent so far. relation: what a neighbour is. accountant, accountant_note: who says so.
-        noise_multiplier, sampling_rate, steps, expected_batch_size, dataset_size: σ, q, T so far, B, N.
-        steps_counted_again: steps among T that were taken twice. planned_steps: T of the whole run.
-        sampling, allocation, gate: as the run was given them.
+        steps: T so far; steps_counted_again: those that were taken twice. planned_steps: T of the whole run.
         sensitivity: parameter → Δ, at the weights as they are.
         noise_stds: parameter → s, as the last step drew it; empty before the first.
         seeded: the noise can be repeated. secure: it comes from a cipher.
         measurements: what was released beside the steps, in the same ε.
-        unit: what is protected, a "record" or an "owner" with all records.
         digest: of the file. intact: whether it agrees, found when read (None: there is none).
     """
 

@@ -30,7 +30,6 @@ class LayerTestCase(ABC):
     Implement `make_layer` and `input_shape`. The class attributes below say what does not apply.
 
     Attributes:
-        input_shape: of one sample.
         radius: bound of the input norm in the attacks (and 30 times it, for all settings of the weights but the first).
         tight: the least ratio an attack must reach on every parameter and on the Lipschitz constant; 0: not checked.
         gates_gradients: the backward pass is not the derivative of the forward pass (a gate), on purpose.

@@ -26,10 +26,8 @@ class Finding:
     Attributes:
         quantity: "gradient of 1.weight", "Lipschitz constant", "value of 2", "cotangent at 2", …
         measured: the largest norm found (NaN counts as infinite).
-        bound: what it must not exceed.
         how: the weights, the starting point and the number of steps that led there.
-        input: the sample, without batch axis.
-        target: its target.
+        input, target: the sample, without batch axis.
     """
 
     quantity: str

@@ -14,12 +14,7 @@ from lipdp.privacy.engine import PrivacyEngine
 
 @dataclass(frozen=True)
 class Clipless(ComparedTrainer):
-    """`lipdp.PrivacyEngine` as it is.
-
-    Attributes:
-        gate: cotangent gate at the logits, None for the loss's constant.
-        allocation: of the noise.
-    """
+    """`lipdp.PrivacyEngine` as it is; `gate` None for the loss's constant."""
 
     gate: float | None = None
     allocation: str = "per_layer"

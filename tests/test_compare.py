@@ -1,6 +1,7 @@
 """`lipdp compare`: sweeps that go on where they were killed, out-of-memory as a cell, pictures, messages."""
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from types import SimpleNamespace

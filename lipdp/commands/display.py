@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from lipdp import __version__
 from lipdp.accounting.plan import PrivacyPlan
@@ -186,9 +187,7 @@ _COLUMNS = 40
 
 def schema_table(schema: Schema) -> Table:
     """The map of the columns."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading, justify in (("column", "left"), ("is", "left"), ("inputs", "right")):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    table = plain_table("column", "is", "inputs", left=2)
     lines = schema.lines()
     for name, text, inputs in lines[:_COLUMNS]:
         table.add_row(escape(name), escape(text), str(inputs or ""))

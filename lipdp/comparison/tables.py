@@ -199,7 +199,7 @@ def _ebm(split: Split, epsilon: float, delta: float, seed: int) -> Scores:
 
     (split, bound), columns = _mapped(split), split.input_shape[0]
     model = DPExplainableBoostingClassifier(
-        epsilon=epsilon, delta=delta, privacy_bounds={j: (-bound, bound) for j in range(columns)},
+        epsilon=epsilon, delta=delta, privacy_bounds=dict.fromkeys(range(columns), (-bound, bound)),
         feature_types=["continuous"] * columns, random_state=seed, n_jobs=1,
     )  # fmt: skip
     return _probabilities(model.fit(split.train_x.numpy(), split.train_y.numpy()), split)

@@ -760,7 +760,7 @@ def transposed_layer(layer):
     ids=["add-alpha", "sub_-alpha", "sum-dtype", "type_as", "first-64", "cached", "listed", "tied-by-hand", "property"],
 )
 def test_ways_around_a_rule_that_were_found_are_refused(model):
-    """Excess of each over the bound that was stated: 5, 5, 1.002, 1.002, none (records were left out), 2, 2, 2 and 3."""
+    """Excess of each over the stated bound: 5, 5, 1.002, 1.002, none (records were left out), 2, 2, 2 and 3."""
     with pytest.raises((UnsupportedOperationError, UnsupportedLayerError, MixesSamplesError)):
         BoundGraph(model, (3,))
 

@@ -751,16 +751,17 @@ def transposed_layer(layer):
         Function(lambda m, x: m.a(x).sub_(5, x), a=linear(3)),
         Function(lambda m, x: m.a(x.unsqueeze(1)).sum(1, dtype=torch.bfloat16), a=linear(3)),
         Function(lambda m, x: m.a(x).type_as(m.short), a=linear(3), short=torch.zeros(1, dtype=torch.bfloat16)),
+        Function(lambda m, x: m.a(x)[..., :64, :], a=linear(3)),
         Cached(lambda layer: layer.weight.t(), lambda m, x: x @ m.kept),
         Cached(lambda layer: [layer.weight], lambda m, x: x @ m.kept[0].t()),
         Cached(transposed_layer, lambda m, x: m.kept(x)),
         nn.Sequential(lnn.InputBound(1.0), TripledByProperty(3, 3, bias=False)),
     ],
-    ids=["add-alpha", "sub_-alpha", "sum-dtype", "type_as", "cached", "listed", "tied-by-hand", "property"],
+    ids=["add-alpha", "sub_-alpha", "sum-dtype", "type_as", "first-64", "cached", "listed", "tied-by-hand", "property"],
 )
 def test_ways_around_a_rule_that_were_found_are_refused(model):
-    """Excess of each over the bound that was stated: 5, 5, 1.002, 1.002, 2, 2, 2 and 3."""
-    with pytest.raises((UnsupportedOperationError, UnsupportedLayerError)):
+    """Excess of each over the stated bound: 5, 5, 1.002, 1.002, none (records were left out), 2, 2, 2 and 3."""
+    with pytest.raises((UnsupportedOperationError, UnsupportedLayerError, MixesSamplesError)):
         BoundGraph(model, (3,))
 
 
@@ -794,6 +795,12 @@ def test_the_gradient_of_a_norm_keeps_its_bound_where_squares_vanish(name):
     for scale in (0.25, 0.6, 0.9, 1.3, 2.0):
         (grad,) = torch.autograd.grad(graph.forward_pass(scale * x).sum(), model.a.bias)
         assert 0.99 < grad.double().norm() <= float(graph.sweep(1.0).parameters["a.bias"])
+
+
+def test_dropout_of_everything_is_the_identity_in_evaluation_mode():
+    """Without its values in front of the last layer, that one's bound was too small by any factor."""
+    model = nn.Sequential(lnn.InputBound(1.0), nn.Dropout(1.0), nn.Linear(3, 3, bias=False)).eval()
+    assert float(BoundGraph(model, (3,)).sweep(1.0).parameters["2.weight"]) >= 1.0
 
 
 @pytest.mark.parametrize("make", [lambda: lnn.LayerNorm(4), lambda: lnn.GroupNorm(1, 4)])

@@ -113,7 +113,7 @@ COVERS = {
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
-    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/trace",
+    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/steady bounds/trace",
     "test_certify": "certify/certificate certify/network commands/robustness",
     "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
     " commands/train",

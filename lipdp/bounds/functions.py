@@ -326,8 +326,10 @@ def _getitem(call: Call) -> Local:
     if call.x.is_tuple:  # the i-th of a tuple of tensors
         return Local(exact=True)
     if isinstance(index, tuple):
-        if index and index[0] not in (slice(None), Ellipsis):
-            raise MixesSamplesError(f"node '{call.name}' indexes the batch axis with {index[0]!r}; begin with `:`")
+        axes = [i for i in index if isinstance(i, (int, slice)) and not isinstance(i, bool)]
+        reached = bool(index) and index[0] is Ellipsis and len(axes) > len(call.x.shape)  # `...` stands for no axis
+        if reached or (index and index[0] not in (slice(None), Ellipsis)):
+            raise MixesSamplesError(f"node '{call.name}' indexes the batch axis in {index!r}; begin with `:`")
         if not all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index):
             raise UnsupportedOperationError(
                 f"node '{call.name}' indexes with {index!r}; only numbers and slices are sure not to repeat entries"
@@ -339,10 +341,10 @@ def _getitem(call: Call) -> Local:
 
 @rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, F.dropout)
 def _dropout(call: Call) -> Local:
-    """Kept entries are multiplied by 1/(1 − p), in training mode."""
+    """Kept entries are multiplied by 1/(1 − p) in training mode, of which none is for p = 1; else nothing is done."""
     if isinstance(call.module, nn.AlphaDropout):
         raise UnsupportedLayerError(f"'{call.name}': AlphaDropout adds constants; use nn.Dropout")
     p = float(call.setting(1, "p", 0.5))
     if p >= 1:
-        return Local(gains=(0.0,))
+        return Local()
     return Local(gains=(1.0 / (1.0 - p),))

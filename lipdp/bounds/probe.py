@@ -115,6 +115,8 @@ def _outputs_and_gradients(
 
 def _close(first: Tensor, second: Tensor) -> bool:
     """Equal up to the rounding of the dtype, relative to the largest entry (whatever the scale of the model)."""
+    if first.dtype is not second.dtype:  # of a model that sets up its own autocast, which no graph holds
+        return False
     if not first.is_floating_point():
         return torch.equal(first, second)
     scale = float(first.abs().nan_to_num().amax()) if first.numel() else 0.0
@@ -139,8 +141,8 @@ def check_faithful(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> set[st
     if not same:
         raise UnsupportedOperationError(
             f"the graph that torch.fx traced from {type(model).__name__} does not compute the values and gradients of"
-            " the model: it has a custom autograd.Function, draws random numbers, or its `forward` was patched. Put"
-            " that code into a module of its own and register a rule for it (lipdp.bounds.rule)"
+            " the model: it has a custom autograd.Function, sets autocast, draws random numbers, or its `forward` was"
+            " patched. Put that code into a module of its own and register a rule for it (lipdp.bounds.rule)"
         )
     return {name for name, grad in zip(named, expected[2], strict=True) if grad is not None}
 

@@ -314,7 +314,9 @@ def _check_tensor(node: fx.Node, value: Tensor, sources: list[Any], x: Tensor) -
         raise UnsupportedOperationError(f"node '{node.name}' reads {_COMPUTED}")
     wide = max((s.dtype.itemsize for s in sources if isinstance(s, Tensor) and s.is_floating_point()), default=0)
     least = min(wide, max(4, x.dtype.itemsize if x.is_floating_point() else 4))
-    if node.op != "call_module" and wide and (not value.is_floating_point() or value.dtype.itemsize < least):
+    given = (*sources, *node.args, *node.kwargs.values())
+    cast = node.target in ("to", "type_as") or any(isinstance(argument, torch.dtype) for argument in given)
+    if cast and wide and (not value.is_floating_point() or value.dtype.itemsize < least):
         raise UnsupportedOperationError(
             f"node '{node.name}' rounds to {value.dtype}; leave the cast out, or use torch.autocast for less than"
             " float32"

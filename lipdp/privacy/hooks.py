@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,7 @@ class StepHooks:
         refuse_reevaluating(optimizer)
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
         self._vetted = set(self.names)
+        self._stepping = threading.RLock()  # of two threads that step at once, the second finds the batch used
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._sharded_grads = torch.empty(0)
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
@@ -156,12 +158,13 @@ class StepHooks:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Evaluate a closure, once; then the noise. The step itself is given the closure's value, not the closure."""
         closure = closure_of(args, kwargs)
-        if closure is None:
+        with self._stepping:
+            if closure is None:
+                self._add_noise(optimizer)
+                return None
+            with torch.enable_grad():
+                value = closure()
             self._add_noise(optimizer)
-            return None
-        with torch.enable_grad():
-            value = closure()
-        self._add_noise(optimizer)
         return (args[0], Evaluated(value)), {}  # args[0] is the optimiser
 
     @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from kit import lipschitz_net, private, table, train, weights
@@ -62,6 +65,19 @@ def test_a_step_needs_a_batch_of_its_own():
     loader.load_state_dict({**loader.state_dict(), "position": 0})  # the same draw again
     with pytest.raises(EngineError, match="without a new batch"):
         optimizer.step()
+    assert engine.steps_taken == 1
+
+
+def test_of_two_threads_that_step_at_once_one_is_refused(monkeypatch):
+    """Both had found the batch unused before the other one had used it: one subsample, two releases."""
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+    sweep = engine._hooks.graph.sweep
+    monkeypatch.setattr(engine._hooks.graph, "sweep", lambda start: (time.sleep(0.3), sweep(start))[1])
+    with ThreadPoolExecutor() as pool:
+        errors = [future.exception() for future in [pool.submit(optimizer.step) for _ in range(2)]]
+    assert [type(error) for error in errors if error] == [EngineError]
     assert engine.steps_taken == 1
 
 

@@ -248,6 +248,14 @@ def interrupted(tmp_path_factory):
     return begun(tmp_path_factory.mktemp("interrupted") / "run", seed=0)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that `interrupted` is the beginning of."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    Trainer(configure(**QUICK, checkpoint_every=2, log_every=3, seed=0), out=folder).run()
+    return folder
+
+
 @pytest.fixture
 def run(interrupted, tmp_path):
     return shutil.copytree(interrupted, tmp_path / "run")
@@ -317,7 +325,7 @@ def test_a_truncated_checkpoint_is_never_read(run):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
-def test_the_command_goes_on_from_the_previous_checkpoint_and_says_so(damage, run, tmp_path, capsys):
+def test_the_command_goes_on_from_the_previous_checkpoint_and_says_so(damage, run, undisturbed, capsys):
     path = run / "checkpoint.pt"
     good = path.read_bytes()
     flipped = bytearray(good)
@@ -327,8 +335,7 @@ def test_the_command_goes_on_from_the_previous_checkpoint_and_says_so(damage, ru
         path.write_bytes({"truncated": good[:-100], "flipped": bytes(flipped), "empty": b""}[damage])
     assert main(["train", "--resume", str(run)]) == 0
     assert "going on from checkpoint.previous.pt, of step 4" in capsys.readouterr().err
-    Trainer(configure(**QUICK, checkpoint_every=2, log_every=3, seed=0), out=tmp_path / "whole").run()
-    assert_same(tmp_path / "whole", run)
+    assert_same(undisturbed, run)
 
 
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(run):
@@ -362,13 +369,12 @@ def test_what_cannot_be_resumed_is_one_message(files, run, capsys):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"steps": "x"}', None])
 @pytest.mark.parametrize("name", ["privacy.json", "metrics.jsonl"])
-def test_what_a_run_only_writes_may_be_lost(name, content, run, tmp_path):
+def test_what_a_run_only_writes_may_be_lost(name, content, run, undisturbed):
     (run / name).unlink()
     if content is not None:
         (run / name).write_bytes(content)
     Trainer.resume(run).run()
-    Trainer(configure(**QUICK, checkpoint_every=2, log_every=3, seed=0), out=tmp_path / "whole").run()
-    assert_same(tmp_path / "whole", run)
+    assert_same(undisturbed, run)
 
 
 def test_another_runs_account_is_refused(run):
@@ -419,7 +425,7 @@ def mounted(folder, *how):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_message_and_space_is_all_it_takes(run, tmp_path, capsys):
+def test_a_full_disk_is_one_message_and_space_is_all_it_takes(run, undisturbed, tmp_path, capsys):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=256k", "tmpfs") as disk:
         folder = shutil.copytree(run, disk / "run")
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -433,8 +439,7 @@ def test_a_full_disk_is_one_message_and_space_is_all_it_takes(run, tmp_path, cap
         assert not list(folder.glob("*.tmp"))
         (disk / "ballast").unlink()
         assert main(["train", "--resume", str(folder)]) == 0
-        Trainer(configure(**QUICK, checkpoint_every=2, log_every=3, seed=0), out=tmp_path / "whole").run()
-        assert_same(tmp_path / "whole", folder)
+        assert_same(undisturbed, folder)
 
 
 @pytest.mark.parametrize("kilobytes", [0, 4, 16, 24, 40])
@@ -474,14 +479,13 @@ def test_a_folder_in_the_place_of_a_file(run, capsys):
     assert "checkpoint.pt" in refusal(["train", "--resume", run], capsys)
 
 
-def test_a_disk_without_hard_links(run, tmp_path, monkeypatch):
+def test_a_disk_without_hard_links(run, undisturbed, monkeypatch):
     def refuse(*args, **options):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(os, "link", refuse)
     Trainer.resume(run).run()
-    Trainer(configure(**QUICK, checkpoint_every=2, log_every=3, seed=0), out=tmp_path / "whole").run()
-    assert_same(tmp_path / "whole", run)
+    assert_same(undisturbed, run)
 
 
 def test_the_harness_notices_an_uncounted_step(run):

@@ -93,7 +93,7 @@ def equal(a, b) -> bool:
 
 def test_a_run_from_disk_is_the_run_from_memory(digits_folder, tmp_path):
     """The same bits after every step, with and without workers."""
-    options = {"model": "cnn", **{k: v for k, v in SHORT.items() if k != "model"}}
+    options = {**SHORT, "model": "cnn", "model_options": {"width": 8}}
     runs = [
         train(configure(dataset=str(dataset), **options, **more), out=tmp_path / str(i))
         for i, (dataset, more) in enumerate(

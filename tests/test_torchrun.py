@@ -21,7 +21,9 @@ pytestmark = [
 SETTINGS = [
     "--model", "mlp", "--model-option", "depth=1", "--model-option", "width=8", "--batch-size", "64", "--seed", "3",
 ]  # fmt: skip
-STEPS = ["--steps", "300", "--checkpoint-every", "10", "--log-every", "100", "--accountant", "rdp", "--threads", "1"]
+TOTAL, EARLY = 150, 30  # steps of a run, and when something happens to it at the soonest
+STEPS = ["--steps", TOTAL, "--checkpoint-every", 10, "--log-every", 100, "--accountant", "rdp", "--threads", 1]
+STEPS = [str(word) for word in STEPS]
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def alone(tmp_path_factory):
 
 def assert_same_run(folder, alone):
     ours, theirs = (torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, alone))
-    assert ours["step"] == theirs["step"] == 300
+    assert ours["step"] == theirs["step"] == TOTAL
     for name, value in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], value, rtol=1e-3, atol=1e-3)
     assert last(folder)["epsilon"] == last(alone)["epsilon"]
@@ -85,7 +87,7 @@ def assert_same_run(folder, alone):
 
 def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(tmp_path, alone):
     with torchrun("--out", tmp_path / "run", restarts=1) as process:
-        wait_for_step(tmp_path / "run", 50, process)
+        wait_for_step(tmp_path / "run", EARLY, process)
         os.kill(worker(process.pid, 1), signal.SIGKILL)
         said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
@@ -96,11 +98,11 @@ def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(tmp_path
 def test_without_restarts_the_others_end_and_the_checkpoint_is_whole(tmp_path, alone):
     folder = tmp_path / "run"
     with torchrun("--out", folder) as process:
-        wait_for_step(folder, 50, process)
+        wait_for_step(folder, EARLY, process)
         os.kill(worker(process.pid, 0), signal.SIGKILL)
         process.communicate(timeout=60)
     assert process.returncode != 0
-    assert 50 <= torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < 300
+    assert EARLY <= torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < TOTAL
     assert main(["train", "--resume", str(folder)]) == 0  # alone
     assert_same_run(folder, alone)
 
@@ -109,20 +111,20 @@ def test_without_restarts_the_others_end_and_the_checkpoint_is_whole(tmp_path, a
 def test_a_silent_process_counts_as_lost_after_the_timeout(tmp_path, alone):
     folder = tmp_path / "run"
     with torchrun("--out", folder, "--peer-timeout", "0.1") as process:
-        wait_for_step(folder, 50, process)
+        wait_for_step(folder, EARLY, process)
         silent = worker(process.pid, 1)
         os.kill(silent, signal.SIGSTOP)
         said, _ = process.communicate(timeout=90)  # six seconds, and the half minute that torchrun gives the silent one
     assert process.returncode != 0
     assert "process 0 of 2 cannot reach the other processes" in said
-    assert 50 <= torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < 300
+    assert EARLY <= torch.load(folder / "checkpoint.pt", weights_only=True)["step"] < TOTAL
 
 
 @pytest.mark.slow
 def test_a_signal_stops_all_at_the_same_step(tmp_path, alone):
     folder = tmp_path / "run"
     with torchrun("--out", folder) as process:
-        wait_for_step(folder, 50, process)
+        wait_for_step(folder, EARLY, process)
         os.kill(worker(process.pid, 1), signal.SIGTERM)
         said, _ = process.communicate(timeout=60)
     assert "interrupted after step" in said

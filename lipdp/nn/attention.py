@@ -16,8 +16,8 @@ class BoundedAttention(nn.Module):
 
     Dot-product attention has no Lipschitz constant: its scores grow with the square of the input. Here they lie in
     [−β, β], so every row p of P has p_i ≤ e^(2β) p_j. These rows are a polytope, whose vertices have m entries p_max
-    and T − m entries e^(−2β) p_max. With ‖V‖ ≤ X over all tokens and heads (the value bound that the graph knows), T keys
-    and S queries, let, for every head,
+    and T − m entries e^(−2β) p_max. With ‖V‖ ≤ X over all tokens and heads (the value bound that the graph knows), T
+    keys and S queries, let, for every head,
 
         π = e^(2β)/(e^(2β) + T − 1) ≥ p_j,    J = min(π, ½) ≥ ‖diag(p) − ppᵀ‖₂,
         ρ = max_m (m e^(4β) + T − m)/(m e^(2β) + T − m)² ≥ ‖p‖².

@@ -29,8 +29,8 @@ def transformer(
     """Patches become tokens (N, T, w); each block is attention beside a shortcut, then a perceptron on every token.
 
     Values behind the embedding have norm 1 at most over all tokens, so that a token's share in a head is about
-    1/√(T h): the scores' bound b. Attention is a-Lipschitz with a of 3 to 4 (`lipdp.nn.SpectralAttention`), so its block
-    is 1 − λ + λ a, and bounds in front of it are that much looser. `gates` at the joints repair that.
+    1/√(T h): the scores' bound b. Attention is a-Lipschitz with a of about 4 (`lipdp.nn.SpectralAttention`), so its
+    block is 1 − λ + λ a, and bounds in front of it are that much looser. `gates` at the joints repair that.
 
     Joints: `depth` + 1, behind the patch embedding and behind every block.
 

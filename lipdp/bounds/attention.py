@@ -13,8 +13,8 @@ from lipdp.nn.attention import BoundedAttention
 def spread(sharpness: float, keys: int) -> tuple[float, float]:
     """J and ρ for scores in [−β, β]: bounds on ‖diag(p) − ppᵀ‖₂ and on ‖p‖² of the rows p of T probabilities.
 
-    >>> spread(1e-9, 4), spread(50.0, 2)
-    ((0.25, 0.25), (0.5, 1.0))
+    >>> [round(bound, 6) for bound in (*spread(1e-9, 4), *spread(50.0, 2))]
+    [0.25, 0.25, 0.5, 1.0]
     """
     small = math.exp(-2 * sharpness)  # the least of the probabilities over the largest
     if keys == 1:

@@ -21,8 +21,8 @@ _RECURRENT = (
     " all steps at once: lipdp.nn.SpectralConv1d over time, a dense layer over all steps, an average of embeddings"
 )
 _ATTENTION = (
-    "computes dot-product attention, whose scores grow with the square of its input: it has no Lipschitz constant, and on"
-    " a ball one that grows with the square of the radius (Kim, Papamakarios & Mnih 2021). Use"
+    "computes dot-product attention, whose scores grow with the square of its input: it has no Lipschitz constant, and"
+    " on a ball one that grows with the square of the radius (Kim, Papamakarios & Mnih 2021). Use"
     " lipdp.nn.SpectralAttention, whose scores are bounded, or the mixer (lipdp.models)"
 )
 

@@ -15,9 +15,9 @@ class BoundedAttention(nn.Module):
     r"""Y = P V, P = softmax(β q̂ k̂ᵀ) row by row, q̂ = q/max(‖q‖, b) and k̂ alike: β is the largest score there is.
 
     Dot-product attention has no Lipschitz constant: its scores grow with the square of the input. Here they lie in
-    [−β, β], so every row p of P has p_i ≤ e^(2β) p_j. These rows are a polytope, whose vertices have m entries p_max and
-    T − m entries e^(−2β) p_max. With ‖V‖ ≤ X over all tokens and heads (the value bound that the graph knows), T keys
-    and S queries, let, for every head,
+    [−β, β], so every row p of P has p_i ≤ e^(2β) p_j. These rows are a polytope, whose vertices have m entries p_max
+    and T − m entries e^(−2β) p_max. With ‖V‖ ≤ X over all tokens and heads (the value bound that the graph knows), T
+    keys and S queries, let, for every head,
 
         π = e^(2β)/(e^(2β) + T − 1) ≥ p_j,    J = min(π, ½) ≥ ‖diag(p) − ppᵀ‖₂,
         ρ = max_m (m e^(4β) + T − m)/(m e^(2β) + T − m)² ≥ ‖p‖².
@@ -36,8 +36,8 @@ class BoundedAttention(nn.Module):
     Args:
         heads: h; the last axis is cut into h equal parts, each with its own P.
         sharpness: β > 0.
-        bound: b > 0, the norm of one head's query or key of one token above which only its direction counts. Tokens that
-            share a norm of 1 have about 1/√(h T) each.
+        bound: b > 0, the norm of one head's query or key of one token above which only its direction counts. Tokens
+            that share a norm of 1 have about 1/√(h T) each.
     Shapes:
         queries (N, S, h d), keys (N, T, h d), values (N, T, h c), output (N, S, h c).
 
@@ -77,7 +77,7 @@ class SpectralAttention(nn.Module):
         ‖∇_{W_o}‖ ≤ a_v X G,  ‖∇_{W_v}‖ ≤ a_v X G,  ‖∇_{W_q}‖ ≤ a_q X G,  ‖∇_{W_k}‖ ≤ a_k X G,
 
     each by Cauchy–Schwarz over the tokens, as in `SpectralLinear`. The graph computes all of that: this module has no
-    rule of its own. The constant is above 1 (3.4 for 16 tokens, two heads, β = 0.5 and b = X/√(2T)), so average it with
+    rule of its own. The constant is above 1 (4.0 for 16 tokens, two heads, β = 0.5 and b = X/√(2T)), so average it with
     a shortcut: `Residual(SpectralAttention(…), weight=0.25)`. Without `InputBound` in front there is none.
 
     Args:

@@ -127,7 +127,7 @@ COVERS = {
     "test_serving": "features/frozen serving/model serving/files commands/use",
     "test_everyday_losses": "losses/pixels",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
-    "test_features": "features/maps",
+    "test_features": "features/cosine features/energies features/maps",
     "test_guards": "privacy/snapshot",
     "test_attention": "bounds/attention nn/attention",
     "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual nn/shift",

@@ -34,7 +34,7 @@ OTHER_MEANING = {  # an option that is called as a setting and is another thing,
 ELSEWHERE = {"epsilon", "calibrate", "plan scale"}  # plan with q, T and devices, not with the settings of a run
 
 DATA = {"dataset", "input_column", "label_column", "owner_column", "schema", "classes", "image_size"}
-DATA |= {"features", "feature_options", "bounding", "bounding_options"}
+DATA |= {"certified", "features", "feature_options", "bounding", "bounding_options"}
 ACCOUNT = {"epsilon", "delta", "noise_multiplier", "accountant", "sampling", "batch_size", "epochs", "steps"}
 ACCOUNT |= {"seed", "secure"}
 

@@ -367,12 +367,12 @@ def test_npz_with_its_own_test_part(tmp_path):
     assert (len(split.train_x), len(split.test_x), split.num_classes, split.task) == (3, 2, 4, "multiclass")
 
 
-@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 1, 5, 4), (6, 3, 5, 4)])
+@pytest.mark.parametrize("shape", [(6, 5, 6), (6, 1, 5, 6), (6, 3, 5, 6)])
 def test_npz_images(tmp_path, shape):
     pixels = RNG.integers(0, 256, shape, dtype=np.uint8)
     as_bytes = data.load(save(tmp_path / "b.npz", X=pixels, y=[0, 1] * 3))
     as_floats = data.load(save(tmp_path / "f.npz", X=pixels / 255, y=[0, 1] * 3))
-    assert as_bytes.input_shape == (shape[1] if len(shape) == 4 else 1, 5, 4)
+    assert as_bytes.input_shape == (shape[1] if len(shape) == 4 else 1, 5, 6)
     assert as_bytes.task == "multiclass"
     torch.testing.assert_close(as_bytes.train_x, as_floats.train_x)
 

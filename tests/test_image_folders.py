@@ -85,7 +85,7 @@ def test_what_is_no_such_folder_is_refused(folder, tmp_path):
     with pytest.raises(ParameterError, match="folders of images, which have no --owner-column"):
         data.open_split(str(folder), columns=data.Columns(owner="who"))
     put(tmp_path / "half" / "train" / "a", 3)
-    with pytest.raises(DataError, match="a folder train and 0 of test, val"):
+    with pytest.raises(DataError, match="a folder train and none of test, val"):
         data.open_split(str(tmp_path / "half"))
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
-from lipdp.errors import DataError, EngineError, ParameterError
+from lipdp.errors import DataError, EngineError, LossError, ParameterError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,6 +131,12 @@ def test_one_line_says_what_record_0_is(record, says):
         train(Of(record))
     assert "\n" not in str(raised.value)
     assert "some words" not in str(raised.value)
+
+
+@pytest.mark.parametrize("labels", [Y + 1, Y * 2 - 1], ids=["from 1", "signs"])
+def test_labels_that_are_numbered_otherwise_are_refused(labels):
+    with pytest.raises(LossError, match=r"in 0 … 2.*Subtract 1 from labels that count from 1"):
+        train(TensorDataset(X, labels))
 
 
 def test_images_of_pil():

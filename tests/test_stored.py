@@ -565,9 +565,9 @@ def test_bad_owners_are_named(tmp_path, owners):
         stored.open_npy(tmp_path, owner="owner")
     with pytest.raises(DataError, match=r"train_nobody\.npy does not exist"):
         stored.open_npy(tmp_path, owner="nobody")
-    with pytest.raises(ParameterError, match="digits has no columns"):
+    with pytest.raises(ParameterError, match="digits has no --owner-column to choose"):
         data.open_split("digits", columns=data.Columns(owner="owner"))
-    with pytest.raises(ParameterError, match="no columns to choose for the input"):
+    with pytest.raises(ParameterError, match=".npy files, which have no --label-column to choose"):
         data.open_split(str(tmp_path), columns=data.Columns(label="y"))
 
 

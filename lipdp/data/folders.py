@@ -76,7 +76,8 @@ class Folder:
         if kind == _TABLES:
             return TableFile(self.path, columns.schema, columns.owner).read(root)
         if kind == _IMAGES:
-            return open_image_folder(folder, classes=columns.classes, name=name)
+            listed = columns.listed
+            return open_image_folder(folder, classes=None if listed is None else listed.values, name=name)
         if kind == _ARRAYS:
             return open_npy(folder, owner=columns.owner, classes=columns.listed, name=name)
         names: dict[str, Any] = {"input": columns.input, "label": columns.label, "owner": columns.owner}

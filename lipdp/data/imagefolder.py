@@ -73,8 +73,8 @@ def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name:
     files, labels = _listed(train, known)
     if divided:
         found = [path / part for part in _TESTS if (path / part).is_dir()]
-        if len(found) != 1:
-            raise DataError(f"{path} has a folder train and {len(found)} of {', '.join(_TESTS)}; one is needed")
+        if not found:
+            raise DataError(f"{path} has a folder train and none of {', '.join(_TESTS)}; one is needed")
         parts = [(train, files, labels), (found[0], *_listed(found[0], known))]
     else:
         parts = [(path, files[part], labels[part]) for part in first_fifth(len(files))]

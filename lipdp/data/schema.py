@@ -332,19 +332,13 @@ def _cells(column: Any) -> Sequence[Any]:
     return column.tolist() if isinstance(column, np.ndarray) else column
 
 
-def plain_schema(given: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """What a schema file holds, as plain values; checked.
-
-    Args:
-        given: the path of a `.toml` file, or what it holds.
+def plain_schema(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a schema file, `.toml`, holds, as plain values; checked.
 
     Raises:
         DataError: no such file. ParameterError: not a schema.
     """
-    if isinstance(given, Mapping):
-        Schema.of(given)
-        return dict(given)
-    path = Path(given)
+    path = Path(path)
     try:
         plain = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -43,7 +43,8 @@ def check_loss(loss: LipschitzLoss, targets: Tensor, outputs: tuple[int, ...]) -
     if int((~loss.knows(logits, targets)).sum()) > 1:
         raise LossError(
             f"the targets do not fit {name}: for {classes} outputs, class labels are whole numbers in"
-            f" 0 … {classes - 1}, other targets finite numbers"
+            f" 0 … {classes - 1}, other targets finite numbers. Subtract 1 from labels that count from 1; number others"
+            " by a public list"
         )
     targets = torch.cat([targets, _others(targets, classes)])
     with _unchanged(loss), torch.enable_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -323,7 +324,7 @@ def columns_of(settings: Mapping[str, Any]) -> Columns:
 
 def _with_schema_read(given: Mapping[str, Any]) -> dict[str, Any]:
     schema = given.get("schema")
-    return dict(given) if schema is None else {**given, "schema": plain_schema(schema)}
+    return {**given, "schema": plain_schema(schema)} if isinstance(schema, (str, os.PathLike)) else dict(given)
 
 
 def config_from_dict(plain: Mapping[str, Any]) -> TrainConfig:

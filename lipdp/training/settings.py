@@ -45,10 +45,16 @@ class Kind:
 
 FLAG = Kind(bool, lambda value: isinstance(value, bool), "true or false")
 NAME = Kind(str, lambda value: isinstance(value, str), "a name")
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (str, int, float, bool)
+
+
 LIST = Kind(
     str,
-    lambda value: isinstance(value, (list, tuple)) and all(type(one) in (str, int, float, bool) for one in value),
-    "a list of texts or numbers",
+    lambda value: isinstance(value, (list, tuple)) and len(value) > 1 and all(map(_is_plain, value)),
+    "a list of two or more texts or numbers",
 )
 """Its option takes them with commas between."""
 SCHEMA = Kind(str, lambda value: isinstance(value, Mapping), "the path of a .toml file")

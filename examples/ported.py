@@ -13,7 +13,6 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import lipdp
-from lipdp.suggestion.choose import budget
 
 
 def conv(a, b, stride=1):
@@ -105,21 +104,23 @@ start = time.time()
 if args.opacus:
     import opacus
 
+    plain = lipdp.nn.from_torch(net, input_shape=shape)
+    plan = lipdp.suggest(plain, input_shape=shape, dataset_size=len(train), epochs=args.epochs, **settings).plan
+    batch, passes = plan.expected_batch_size, round(plan.steps * plan.sampling_rate)
     for parent in list(net.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, nn.GroupNorm(min(8, child.num_features), child.num_features))
-    batch, passes = budget(len(train), steps=None, epochs=args.epochs)
     model, optimizer, loader = opacus.PrivacyEngine().make_private_with_epsilon(
         module=net,
         optimizer=torch.optim.Adam(net.parameters(), lr=1e-3),
         data_loader=torch.utils.data.DataLoader(train, batch_size=batch),
         max_grad_norm=1.0,
-        epochs=round(passes or args.epochs),
+        epochs=passes,
         **settings,
     )
     criterion = nn.CrossEntropyLoss()
-    for _ in range(round(passes or args.epochs)):
+    for _ in range(passes):
         for xb, yb in loader:
             optimizer.zero_grad()
             criterion(model(xb), yb).backward()

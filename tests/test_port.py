@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -386,3 +387,27 @@ def test_the_twins_of_the_zoo_can_be_ported():
 def test_errors_that_find_no_bound_name_both():
     with pytest.raises(errors.UnboundedError, match=r"lipdp.nn.from_torch\(model, input_shape=.*lipdp.nn.constrain"):
         lipdp.sensitivity(nn.Linear(4, 3), losses.TauCrossEntropy(), input_shape=(4,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "centred", "bound"),
+    [
+        ((64,), {}, True, 2.0),
+        ((8,), {}, False, math.sqrt(8) / 2),
+        ((1, 8, 8), {}, False, 2.0),
+        ((1, 8, 8), {"centre": True}, True, 2.0),
+        ((64,), {"input_bound": 3.0}, False, 3.0),
+        ((64,), {"centre": False}, False, 4.0),
+    ],
+)
+def test_wide_rows_are_centred_in_front_of_the_bound(shape, options, centred, bound):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 4))
+    ported = lnn.from_torch(net, shape, **options)
+    assert ported.input_bound.bound == pytest.approx(bound)
+    assert any(isinstance(m, lnn.LayerCentering) for m in ported) is centred
+    assert lipdp.lipschitz_constant(ported, shape) <= 1.001 / bound
+    huge = torch.full((2, *shape), 1e30)
+    assert bool(ported(huge).isfinite().all())
+    if centred:
+        x = torch.randn(5, *shape)
+        assert torch.allclose(ported(x), ported(x + 0.1), atol=1e-5)

@@ -173,7 +173,7 @@ def test_few_records_are_passed_over_more_often():
 def test_the_table_says_everything(capsys):
     settings = lipdp.suggest(chain(), **FACTS)
     text = str(settings)
-    for word in ("expected_batch_size", "passes", "TauCrossEntropy(tau=32.0)", "min_variance", "ValueClip", "lr of"):
+    for word in ("expected_batch_size", "passes", "TauCrossEntropy(tau=16.0)", "min_variance", "ValueClip", "lr of"):
         assert word in text
     with pytest.raises(AttributeError):
         settings.gate = 1.0
@@ -244,6 +244,11 @@ def test_joints_stand_at_shares_of_what_is_typical():
     for joint in settings.joints:
         assert joint.clip == pytest.approx(CLIP_AT * seen[joint.layer].value)
         assert joint.gate == pytest.approx(GATE_AT * seen[joint.layer].cotangent)
+
+
+def test_dense_models_get_no_joints():
+    model = lnn.from_torch(nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), (8,))
+    assert lipdp.suggest(model, input_shape=(8,), dataset_size=900, noise_multiplier=2.0).joints == ()
 
 
 def test_a_public_sample_may_be_given():

@@ -36,8 +36,8 @@ def from_torch(
     - max and average pooling become `ScaledL2NormPool2d` over windows side by side, and `LayerCentering` over channels;
     - batch, group, layer and instance norms become `LayerCentering`; dropout and a softmax at the output are left out;
     - sums a ± b become (a ± b)/2, concatenations of n tensors are divided by √n;
-    - in front stands ``InputBound(c, radius=1)``, x ↦ x/c projected on the unit ball; of images and of rows of 32 entries
-      or more each sample's mean is subtracted before: it has half of the energy of pixels in [0, 1] and tells little.
+    - in front stands ``InputBound(c, radius=1)``, x ↦ x/c projected on the unit ball; of rows of 32 entries or more
+      each sample's mean is subtracted before: of pixels in [0, 1] it has much of the norm.
 
     Guarantees: every Δ is finite, and the network's Lipschitz constant is at most 1/c up to rounding, unless the
     forward pass multiplies by numbers above 1 or multiplies activations (the table says so), keeps modules (`keep`),
@@ -48,7 +48,7 @@ def from_torch(
     Args:
         model: any module torch.fx can trace, with one input and the logits as its output.
         input_shape: of one sample, without the batch axis.
-        input_bound: c, a public constant; by default √n/4 for n entries that are centred and √n/2 else.
+        input_bound: c, a public constant; by default √n/4 for images of n entries and centred rows, √n/2 else.
         bias: keep biases, each in a ball of radius 1.
         centre: whether each sample's own mean is subtracted; by default as said, where no `input_bound` is given.
         keep: classes to be left as they are, such as modules of your own with a rule (`lipdp.bounds.rule`).

@@ -116,13 +116,13 @@ class Port:
         return _chain(self.module).train(self.model.training), PortingTable(tuple(self.rows))
 
     def _bound(self, node: fx.Node, shape: tuple[int, ...]) -> None:
-        """`InputBound` behind the input, of centred images two around the centering, unless the model has one there."""
+        """`InputBound` behind the input, of wide rows two around the centering, unless the model has one there."""
         users = list(node.users)
         if len(users) == 1 and isinstance(self.layers.get(str(users[0].target)), InputBound):
             return
         size = math.prod(shape)
-        large = len(shape) == 3 or (len(shape) == 1 and size >= _MANY)
-        centred = (large and self.input_bound is None) if self.centre is None else self.centre
+        wide = len(shape) == 1 and size >= _MANY and self.input_bound is None
+        centred = wide if self.centre is None else self.centre
         if self.input_bound is not None:
             c = check_positive("input_bound", self.input_bound)
         else:

@@ -198,7 +198,7 @@ class PrivacyEngine:
         >>> model, optimizer, loader, criterion = engine.make_private_with_epsilon(
         ...     module=model, dataset=torch.utils.data.TensorDataset(x, y), target_epsilon=3.0, target_delta=1e-4)
         >>> criterion.loss
-        TauCrossEntropy(tau=32.0)
+        TauCrossEntropy(tau=16.0)
         """
         refuse_unknown("make_private_with_epsilon", given, Given)
         return self.make_private(

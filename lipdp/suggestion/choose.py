@@ -18,7 +18,7 @@ from lipdp.suggestion.learning import signals
 from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 from lipdp.suggestion.settings import BlockSetting, Settings
 
-TAU = 32.0
+TAU = 16.0
 GATE = 0.3 / math.sqrt(2)  # of the loss's constant
 CLIP_AT = 0.7  # of the typical norm of values
 GATE_AT = 0.03  # of the typical norm of cotangents
@@ -54,7 +54,7 @@ def suggest(
     r"""Settings for a private run, from public facts alone: what is given stays, what is not is chosen.
 
     - *Passes, B and T*: see `budget`.
-    - *Criterion*: `TauCrossEntropy`(τ = 32), `TauBCEWithLogits` for one output. A large τ keeps gradients long while a
+    - *Criterion*: `TauCrossEntropy`(τ = 16), `TauBCEWithLogits` for one output. A large τ keeps gradients long while a
       network of constant 1 can't make its logits large. The gate at the logits is a fifth of the loss's constant, so
       that it shortens nearly all cotangents at the beginning and Δ is tight.
     - *Joints*: a pass of `public` inputs through the model as it is gives typical norms X and G in front of each layer
@@ -82,7 +82,7 @@ def suggest(
     >>> settings = lipdp.suggest(
     ...     model, input_shape=(8,), dataset_size=50_000, target_epsilon=1.0, target_delta=1e-5, epochs=2)
     >>> settings.criterion, settings.plan.steps
-    (TauCrossEntropy(tau=32.0), 98)
+    (TauCrossEntropy(tau=16.0), 98)
 
     Source: ours; the spectral norm of a Gaussian matrix as in Davidson & Szarek (2001).
     """

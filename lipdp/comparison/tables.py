@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -199,10 +200,13 @@ def _ebm(split: Split, epsilon: float, delta: float, seed: int) -> Scores:
 
     (split, bound), columns = _mapped(split), split.input_shape[0]
     model = DPExplainableBoostingClassifier(
-        epsilon=epsilon, delta=delta, privacy_bounds={j: (-bound, bound) for j in range(columns)},
+        epsilon=epsilon, delta=delta, privacy_bounds=dict.fromkeys(range(columns), (-bound, bound)),
         feature_types=["continuous"] * columns, random_state=seed, n_jobs=1,
     )  # fmt: skip
-    return _probabilities(model.fit(split.train_x.numpy(), split.train_y.numpy()), split)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Privacy violation: using a fixed random_state")  # the cell says so
+        model.fit(split.train_x.numpy(), split.train_y.numpy())
+    return _probabilities(model, split)
 
 
 def _diffprivlib(split: Split, epsilon: float, delta: float, seed: int) -> Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -202,7 +203,10 @@ def _ebm(split: Split, epsilon: float, delta: float, seed: int) -> Scores:
         epsilon=epsilon, delta=delta, privacy_bounds=dict.fromkeys(range(columns), (-bound, bound)),
         feature_types=["continuous"] * columns, random_state=seed, n_jobs=1,
     )  # fmt: skip
-    return _probabilities(model.fit(split.train_x.numpy(), split.train_y.numpy()), split)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Privacy violation: using a fixed random_state")  # the cell says so
+        model.fit(split.train_x.numpy(), split.train_y.numpy())
+    return _probabilities(model, split)
 
 
 def _diffprivlib(split: Split, epsilon: float, delta: float, seed: int) -> Scores:

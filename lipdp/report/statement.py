@@ -146,8 +146,9 @@ def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
         whose = "whose records" if account.unit == "owner" else "that"
         protected = (
             f"Whoever studies this model and guesses whether a given {account.unit} was among the"
-            f" {account.dataset_size:,} {whose} it was trained on is right at most {guess}\u00a0% of the time, where a"
-            f" coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a {strength(account.epsilon)} guarantee)."
+            f" {account.dataset_size:,} {whose} it was trained on is right at most {guess}\u00a0% of the time, where"
+            f" a coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a"
+            f" {strength(account.epsilon)} guarantee)."
         )
     else:
         protected = "The privacy of the training records is not assured: see the warning."

@@ -136,8 +136,9 @@ def detail_of(found: Tensor, truth: Tensor, *, binary: bool, num_classes: int) -
         20 classes. "roc": {"false_positive": …, "true_positive": …}, rates at up to 200 thresholds; null where there
         is no such curve}.
 
-    >>> detail_of(torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1, 0, 0]), binary=True, num_classes=2)
-    {'confusion': [[1, 1], [0, 1]], 'roc': {'false_positive': [0.0, 0.5, 0.5, 1.0], 'true_positive': [0.0, 0.0, 1.0, 1.0]}}
+    >>> found, truth = torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1, 0, 0])
+    >>> detail_of(found, truth, binary=True, num_classes=2)["confusion"]
+    [[1, 1], [0, 1]]
     """
     said = (_margin(found) > 0).long() if binary else found.argmax(1)
     counts = torch.bincount(truth * num_classes + said, minlength=num_classes**2).view(num_classes, num_classes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lipdp.report.parameters import ParameterRow
+if TYPE_CHECKING:
+    from lipdp.report.parameters import ParameterRow
 
 
 def plain_console(**options: Any) -> Console:

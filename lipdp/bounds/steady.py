@@ -22,7 +22,8 @@ def steady_norm(input: Tensor, p: Any = 2, dim: int | Sequence[int] | None = Non
     tensor([5.0000e-25])
     """
     del p  # the rule refuses others than 2
-    largest = input.detach().abs().amax(() if dim is None else dim, keepdim=True)
+    axes = (dim,) if isinstance(dim, int) else tuple(dim or ())
+    largest = input.detach().abs().amax(axes, keepdim=True)
     largest = largest.clamp_min(torch.finfo(input.dtype).tiny)
     norm = torch.linalg.vector_norm(input / largest, dim=dim, keepdim=keepdim)
     return norm * largest.reshape(norm.shape)

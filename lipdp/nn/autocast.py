@@ -50,8 +50,8 @@ class _Linear(torch.autograd.Function):
             by_bias = rows.sum(0) if ctx.has_bias else None
             if ctx.gate == math.inf:
                 return by_input, rows.mT @ x.flatten(0, -2), by_bias, None
-            tokens = [t.reshape(len(t), 1, math.prod(t.shape[1:-1]), t.shape[-1]).mT for t in (g, x)]
-            return by_input, gated_sum(*tokens, ctx.gate)[0], by_bias, None
+            g, x = (t.reshape(len(t), 1, math.prod(t.shape[1:-1]), t.shape[-1]).mT for t in (g, x))
+            return by_input, gated_sum(g, x, ctx.gate)[0], by_bias, None
 
 
 class _Convolution(torch.autograd.Function):

@@ -95,8 +95,10 @@ class _SpectralConv(Constrained):
         weight, dtype = self.weight * self.scale, autocast.autocast_dtype(input)
         if dtype is None and self.weight_gate is None:
             return self._conv_forward(input, weight, self.bias)  # type: ignore[operator]
-        x, options = padded(self, input), {"stride": self.stride, "groups": self.groups}  # type: ignore[arg-type]
-        return autocast.convolution(x, weight, self.bias, dtype or x.dtype, gate=self.effective_gate, **options)
+        x, gate = padded(self, input), self.effective_gate  # type: ignore[arg-type]
+        return autocast.convolution(
+            x, weight, self.bias, dtype or x.dtype, stride=self.stride, groups=self.groups, gate=gate
+        )
 
 
 _DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√m.

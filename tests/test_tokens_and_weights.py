@@ -87,7 +87,7 @@ LAYERS = {
     "repeat": (lambda: Of(lambda m, x: x.repeat(1, 3)), (2,), (GAIN, "value of repeat")),
     "matmul of activations": (lambda: Of(lambda m, x: x @ x.transpose(1, 2)), (1, 1), (GAIN, "value of matmul")),
     "square": (lambda: Of(lambda m, x: x**2), (1,), (GAIN, "value of pow_1")),
-    "norm": (lambda: Of(lambda m, x: x.norm(dim=1, keepdim=True)), (3,), (GAIN, "value of norm")),
+    "norm": (lambda: Of(lambda m, x: x.norm(dim=1, keepdim=True)), (3,), (GAIN, "value of steady_norm")),
     "RMSNorm": (lambda: nn.RMSNorm(3, eps=100.0), (3,), (GAIN, "gradient of layer.weight")),
     "erf": (lambda: Of(lambda m, x: torch.erf(0.05 * x)), (2,), (GAIN, "value of erf")),
     "atan": (lambda: Of(lambda m, x: torch.atan(0.05 * x.clone())), (2,), (GAIN, "value of atan")),

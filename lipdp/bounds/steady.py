@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ _NORMS = (torch.norm, torch.linalg.vector_norm, "norm")
 _NAMES = {"ord": "p", "p": "p", "dim": "dim", "keepdim": "keepdim", "input": "input", "x": "input"}
 
 
-def steady_norm(input: Tensor, p: Any = 2, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
+def steady_norm(input: Tensor, p: Any = 2, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
     """‖x‖₂ over axes, of entries divided by the largest first: squares that vanish are those beside larger ones.
 
     torch's gradient is x/‖x‖ with the norm as computed. Of float32 entries around 1e-23, whose squares are below the

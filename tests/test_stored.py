@@ -567,7 +567,7 @@ def test_bad_owners_are_named(tmp_path, owners):
         stored.open_npy(tmp_path, owner="nobody")
     with pytest.raises(ParameterError, match="digits has no --owner-column to choose"):
         data.open_split("digits", columns=data.Columns(owner="owner"))
-    with pytest.raises(ParameterError, match=".npy files, which have no --label-column to choose"):
+    with pytest.raises(ParameterError, match=r"\.npy files, which have no --label-column to choose"):
         data.open_split(str(tmp_path), columns=data.Columns(label="y"))
 
 

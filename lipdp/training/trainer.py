@@ -307,7 +307,8 @@ class Trainer:
 
     def _record(self) -> None:
         self._release.check_weights()
-        progress, details = self._progress, {}
+        progress = self._progress
+        details: dict[str, Any] = {}
         sums = torch.stack([progress.loss, progress.loss.new_tensor(float(progress.samples))])
         self.world.all_reduce_([sums])
         loss, samples = sums.tolist()

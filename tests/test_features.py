@@ -231,7 +231,8 @@ def test_bad_options(name, options, says):
 def test_unknown_name_lists_the_known():
     with pytest.raises(
         UnknownNameError,
-        match=r"did you mean 'scattering'\? Known: dct, handwriting, module:function, objects, photographs, scattering",
+        match=r"did you mean 'scattering'\? Known: dct, energies, handwriting, module:function, objects, photographs,"
+        " scattering",
     ):
         features("scatering")
 

@@ -130,12 +130,14 @@ COVERS = {
     "test_features": "features/cosine features/energies features/maps",
     "test_guards": "privacy/snapshot",
     "test_attention": "bounds/attention nn/attention",
-    "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual nn/shift",
+    "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual nn/shift"
+    " nn/weight_gate",
     "test_losses": "losses/base losses/columns losses/criteria losses/labels losses/margin",
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
     " models/stages models/starts models/tabular models/transformer models/vgg",
     "test_records_people_bring": "batches/inputs",
     "test_tokens_and_weights": "bounds/lookups bounds/products bounds/refused bounds/weights",
+    "test_plan": "accounting/plan_table",
     "test_planning": "planning/pictures planning/tan planning/workers",
     "test_port": "nn/rewrite nn/tracing nn/walk",
     "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"

@@ -47,16 +47,14 @@ class Release:
         self._account, self._world = account, world
         self.saved_at: int | None = None
 
-    def save(self, folder: RunFolder | None, *, evaluation: Mapping[str, Any] | None = None) -> None:
-        """Account, checkpoint and metrics of the step that was taken; after the last one their details."""
+    def save(self, folder: RunFolder | None) -> None:
+        """Account, checkpoint and metrics of the step that was taken."""
         self.check_weights()
         with self._world.fail_together():
             if folder is not None:
                 folder.write_privacy(self._account.statement())
                 folder.save({**self._weights(), "resume": saved_state(self._parts, self._progress)})
                 folder.write_metrics(self._progress.records)
-                if evaluation is not None:
-                    folder.write_evaluation(evaluation)
         self.saved_at = self._progress.step
 
     def restate(self, folder: RunFolder | None) -> None:
@@ -66,10 +64,12 @@ class Release:
             folder.write_privacy(self._account.statement())
             folder.write_metrics(self._progress.records)
 
-    def finish(self, folder: RunFolder | None) -> None:
-        """The last checkpoint, without the keys."""
+    def finish(self, folder: RunFolder | None, evaluation: Mapping[str, Any] | None) -> None:
+        """Details of the last metrics, if there are any, and the last checkpoint, without the keys."""
         with self._world.fail_together():
             if folder is not None:
+                if evaluation is not None:
+                    folder.write_evaluation(evaluation)
                 folder.save(self._weights())
                 folder.drop_keys()
 

@@ -170,6 +170,7 @@ class Trainer:
         facts = {"input_shape": list(inputs.input_shape), "num_classes": inputs.num_classes}
         self._release = Release(config, parts, self._progress, self._account, self.world, facts)
         self._random: Mapping[str, Tensor] = parts.random
+        self._details: dict[str, Any] = {}
         self._shown: DeferredRead | None = None
         self._timer: Timer = UNTIMED
 
@@ -237,7 +238,9 @@ class Trainer:
                     self._record()
                 elif self.step % self._every(self.config.checkpoint_every, 10) == 0:
                     self._release.save(self.folder)
-        self._release.finish(self.folder)
+        if self.folder is not None and not self._details:  # killed after its last step
+            self._test()
+        self._release.finish(self.folder, {"step": self.step, **self._details} if self._details else None)
         return Result(self.records[-1], self.engine.get_epsilon(self.delta), self.delta, self.step, self.folder)
 
     def _goes_on(self, stop: threading.Event) -> bool:
@@ -309,7 +312,6 @@ class Trainer:
     def _record(self) -> None:
         self._release.check_weights()
         progress = self._progress
-        details: dict[str, Any] = {}
         sums = torch.stack([progress.loss, progress.loss.new_tensor(float(progress.samples))])
         self.world.all_reduce_([sums])
         loss, samples = sums.tolist()
@@ -324,24 +326,28 @@ class Trainer:
             record["gate"] = self.engine.state_dict()["gate"]["bound"]
         with self.world.fail_together():
             if self.world.rank == 0:
-                record |= {f"test_{n}": v for n, v in self._evaluate("model", details).items()}
-                with self.ema.applied():
-                    record |= {f"test_{n}_ema": v for n, v in self._evaluate("ema", details).items()}
+                record |= self._test()
         record = self.world.broadcast({**record, "seconds": round(progress.seconds, 2)})
         progress.since_record()
         self.records.append(record)
-        self._release.save(self.folder, evaluation={"step": self.step, **details} if details else None)
+        self._release.save(self.folder)
         self.monitor.record(record)
 
-    def _evaluate(self, weights: str, details: dict[str, Any]) -> dict[str, float | None]:
-        """Metrics on the test part; after the last step their details go to `details`."""
+    def _test(self) -> dict[str, float | None]:
+        """Metrics of the last and of the averaged weights."""
+        found = {f"test_{n}": v for n, v in self._evaluate("model").items()}
+        with self.ema.applied():
+            return found | {f"test_{n}_ema": v for n, v in self._evaluate("ema").items()}
+
+    def _evaluate(self, weights: str) -> dict[str, float | None]:
+        """Metrics on the test part; after the last step their details are kept for `evaluation.json`."""
         split, binary = self.split, self.split.task == "binary"
 
         def evaluated() -> dict[str, float | None]:
             batches = split.test_batches(_EVALUATED, num_workers=self.config.num_workers)
             found, truth = answers(self.model, batches, device=self.device)
             if self.step == self.total_steps:
-                details[weights] = detail_of(found, truth, binary=binary, num_classes=split.num_classes)
+                self._details[weights] = detail_of(found, truth, binary=binary, num_classes=split.num_classes)
             return metrics_of(found, truth, binary=binary)
 
         return metrics_or_null(evaluated, binary=binary, step=self.step)

@@ -87,7 +87,8 @@ def assert_same(one: Path, other: Path) -> None:
     for weights in ("model", "ema"):
         assert all(torch.equal(first[weights][name], second[weights][name]) for name in first[weights])
     assert records(one) == records(other)
-    assert (one / "privacy.json").read_text() == (other / "privacy.json").read_text()
+    for name in ("privacy.json", "evaluation.json"):
+        assert (one / name).read_text() == (other / name).read_text()
     names = {
         "config.json",
         "environment.json",
@@ -95,6 +96,7 @@ def assert_same(one: Path, other: Path) -> None:
         "metrics.jsonl",
         "checkpoint.pt",
         "checkpoint.previous.pt",
+        "evaluation.json",
     }
     for folder in (one, other):
         assert {path.name for path in folder.iterdir()} == names

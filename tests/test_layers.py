@@ -366,4 +366,4 @@ def test_a_weight_gate_bounds_each_use_of_a_layer():
 def test_a_weight_gate_leaves_a_row_of_zeros_finite(gate):
     layer = lnn.SpectralLinear(3, 2, weight_gate=gate)
     layer(torch.tensor([[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]])).sum().backward()
-    assert torch.isfinite(layer.weight.grad).all() and 0.99 * gate < float(layer.weight.grad.norm()) <= gate
+    assert 0.99 * gate < float(layer.weight.grad.norm()) <= gate

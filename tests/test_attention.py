@@ -13,7 +13,7 @@ from lipdp import nn as lnn
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.attention import spread
 from lipdp.bounds.rules import Call, Input, find_module_rule
-from lipdp.errors import ParameterError, UnboundedError
+from lipdp.errors import ParameterError, UnboundedError, UnsupportedOperationError
 from lipdp.testing import falsify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,3 +161,36 @@ def test_heads_must_divide_the_width():
     with pytest.raises(ParameterError, match="head_width"):
         lnn.SpectralAttention(5, 2)
     assert lnn.SpectralAttention(5, 2, head_width=3)(torch.zeros(1, 2, 5)).shape == (1, 2, 5)
+
+
+class LearntKeys(nn.Module):
+    """Queries of the records, keys and values of the model; or records with an axis too many."""
+
+    def __init__(self, *, axis=False):
+        super().__init__()
+        self.bound, self.query, self.axis = lnn.InputBound(3.0), lnn.SpectralLinear(4, 4), axis
+        self.keys, self.values = (nn.Parameter(torch.randn(1, 5, 4)) for _ in range(2))
+        self.attention = lnn.BoundedAttention(sharpness=1.0, bound=0.1)
+
+    def forward(self, x):
+        q = self.query(self.bound(x))
+        return self.attention(q, q, q) if self.axis else self.attention(q, self.keys, self.values)
+
+
+def test_keys_of_the_model_are_counted_as_they_are():
+    torch.manual_seed(0)
+    model = LearntKeys()
+    bounds = BoundGraph(model, (6, 4)).sweep(1.0).parameters
+    for _ in range(20):
+        out = model(torch.randn(1, 6, 4) * 10)
+        for parameter in model.parameters():
+            parameter.grad = None
+        along = torch.randn(out.shape)
+        (out * along / along.norm()).sum().backward()
+        for name, parameter in model.named_parameters():
+            assert 0 < parameter.grad.norm() <= bounds[name]
+
+
+def test_tokens_have_two_axes():
+    with pytest.raises(UnsupportedOperationError, match=r"tokens \(N, S, d\)"):
+        BoundGraph(LearntKeys(axis=True), (1, 6, 4)).sweep(1.0)

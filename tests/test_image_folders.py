@@ -71,6 +71,15 @@ def test_a_damaged_image_stops_nothing_and_sizes_are_brought_to_one(folder):
     assert data.open_split(str(folder), image_size=(4, 4)).in_memory().train_x.shape == (24, 3, 4, 4)
 
 
+@pytest.mark.parametrize("first", [{"mode": "L"}, {"size": (9, 9)}], ids=["grey", "size"])
+def test_the_first_image_alone_decides_nothing(folder, first):
+    before = data.open_split(str(folder)).in_memory()
+    put(folder / "train" / "cat", 1, **first)
+    split = data.open_split(str(folder))
+    assert split.input_shape == before.input_shape
+    assert torch.equal(split.in_memory().train_x[1:], before.train_x[1:])
+
+
 def test_a_run_on_a_folder_of_images(folder):
     config = configure(
         dataset=str(folder), model="linear", steps=2, batch_size=8, noise_multiplier=2.0, accountant="rdp", seed=0

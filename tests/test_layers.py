@@ -360,3 +360,10 @@ def test_a_weight_gate_bounds_each_use_of_a_layer():
     assert float(BoundGraph(twice, (4,)).sweep(3.0).parameters["1.weight"]) == pytest.approx(0.5, rel=1e-4)
     owners = BoundGraph(once, (4,), gated=False)  # an owner's gradient is a sum of several samples
     assert float(owners.sweep(3.0).parameters["1.weight"]) == pytest.approx(3.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("gate", [1.0, 10.0])
+def test_a_weight_gate_leaves_a_row_of_zeros_finite(gate):
+    layer = lnn.SpectralLinear(3, 2, weight_gate=gate)
+    layer(torch.tensor([[0.0, 0.0, 0.0], [100.0, 0.0, 0.0]])).sum().backward()
+    assert 0.99 * gate < float(layer.weight.grad.norm()) <= gate

@@ -212,6 +212,9 @@ def test_what_may_not_be_measured():
         engine.measure_("histogram", torch.zeros(3), sensitivity=1.0)
     with pytest.raises(EngineError, match="not finite"):
         engine.measure_("gram", torch.tensor([math.nan]), sensitivity=1.0)
+    for dtype in (torch.bfloat16, torch.int64):
+        with pytest.raises(EngineError, match="sum in float64"):
+            engine.measure_("gram", torch.zeros(3, dtype=dtype), sensitivity=1.0)
     assert engine.get_epsilon(1e-5) == 0.0
     engine.measure_("gram", torch.zeros(3), sensitivity=1.0)
     with pytest.raises(EngineError, match="measured already"):

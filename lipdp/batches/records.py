@@ -96,7 +96,7 @@ def read_mapped(dataset: Dataset[Any], indices: Sequence[int], like: Any = None)
     """`read`, where a record that can't be read, or is of another shape, is the zero record without a label.
 
     Args:
-        like: a batch of the right shapes and dtypes; by default of the first record that can be read.
+        like: a batch of the right shapes and dtypes; by default `pattern`.
 
     Raises:
         Whatever `is_of_the_machine`; the last error, where no record of `_LOST` or more can be read.
@@ -113,7 +113,7 @@ def read_mapped(dataset: Dataset[Any], indices: Sequence[int], like: Any = None)
     fitting = {p: one for p, one in found.items() if not isinstance(one, Exception) and _shapes(one) == _shapes(like)}
     if not fitting and len(found) >= _LOST:
         errors = [one for one in found.values() if isinstance(one, Exception)]
-        raise errors[-1] if errors else DataError(f"{len(found)} records in a row are of another shape than the first")
+        raise errors[-1] if errors else DataError(f"{len(found)} records in a row are of another shape than most")
     return _filled(like, fitting, len(found))
 
 
@@ -190,13 +190,16 @@ def _explained(dataset: Dataset[Any], error: Exception) -> Exception:
 
 
 def pattern(dataset: Dataset[Any]) -> Any:
-    """A batch of one: of the first record looked at that can be read; raises its error where none can."""
-    error: Exception = DataError("the data set has no records")
-    for one in _looks(dataset):
-        if not isinstance(one, Exception):
-            return one
-        error = one
-    raise error
+    """A batch of one, of the commonest shape among the records looked at; raises an error where none can be read.
+
+    One record, the first one too, does not decide the shape where the others are alike.
+    """
+    found = list(_looks(dataset))
+    batches = [one for one in found if not isinstance(one, Exception)]
+    if not batches:
+        raise found[-1] if found else DataError("the data set has no records")
+    common = Counter(map(_shapes, batches)).most_common(1)[0][0]
+    return next(one for one in batches if _shapes(one) == common)
 
 
 def _looks(dataset: Dataset[Any]) -> Iterator[Any]:

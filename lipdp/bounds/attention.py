@@ -6,6 +6,7 @@ import math
 from functools import lru_cache
 
 from lipdp.bounds.rules import Call, Local, least, rule, times
+from lipdp.errors import UnsupportedOperationError
 from lipdp.nn.attention import BoundedAttention
 
 
@@ -30,7 +31,13 @@ def _bounded_attention(call: Call) -> Local:
     """As `BoundedAttention` derives them: (β/b) √J X min(1, √J X_k/b), (β/b) J X min(√S, X_q/b) and √(S ρ)."""
     layer: BoundedAttention = call.module  # type: ignore[assignment]
     queries, keys, values = call.inputs
-    count, size = queries.shape[0], keys.shape[0]
+    shapes = [source.shape if source.constant is None else source.shape[1:] for source in call.inputs]
+    if any(len(shape) != 2 for shape in shapes) or any(s.constant is not None and s.shape[0] > 1 for s in call.inputs):
+        raise UnsupportedOperationError(
+            f"'{call.name}' attends from tokens (N, S, d) to tokens (N, T, d); tensors of the model itself are"
+            f" (1, T, d), got {', '.join(str(source.shape) for source in call.inputs)} without the batch"
+        )
+    count, size = shapes[0][0], shapes[1][0]
     variance, square = spread(layer.sharpness, size)
     slope = times(layer.sharpness / layer.bound, values.value)
     root = math.sqrt(variance)
@@ -40,5 +47,5 @@ def _bounded_attention(call: Call) -> Local:
     return Local(
         gains=(by_query, by_key, gain),
         value_cap=times(gain, values.value),
-        fan_in=max(size, *(shape[-1] for shape in (queries.shape, values.shape))) + 64,
+        fan_in=max(size, shapes[0][-1], shapes[2][-1]) + 64,
     )

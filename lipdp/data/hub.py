@@ -182,7 +182,7 @@ def open_hub(
     parts = ((train, True), (test, False))
     largest = max(largest_label(path / y, _values(part, y), len(part), own, classes) for part, own in parts)
     count = largest + 1 if classes else max(2, largest + 1, getattr(columns[y], "num_classes", 0))
-    mode = _first_mode(path / "train", train, x) if _is_image(columns[x]) else None
+    mode = _usual_mode(path / "train", train, x) if _is_image(columns[x]) else None
     records = HubRecords(path / "train", x, y, mode, classes)
     return Stored(
         name=name or str(path),
@@ -239,24 +239,26 @@ def _owners(path: Path, train: Any, owner: str) -> Tensor:
     return owner_ids(path / owner, values.astype(str) if values.dtype == object else values, count=len(train))
 
 
-def _first_mode(path: Path, part: Any, column: str) -> str:
+def _usual_mode(path: Path, part: Any, column: str) -> str:
     inputs = part.select_columns([column]).with_format("arrow")
 
     def content(row: int) -> bytes:
         return _content(f"{path}, record {row}", inputs[row : row + 1].column(0)[0].as_py())
 
-    return first_mode(path, len(part), content)
+    return usual_mode(path, len(part), content)
 
 
-def first_mode(path: Path, count: int, content: Callable[[int], bytes]) -> str:
-    """What all images are brought to, by the first one looked at that can be decoded: grey or RGB.
+def usual_mode(path: Path, count: int, content: Callable[[int], bytes]) -> str:
+    """What all images are brought to: grey where most of those looked at are, else RGB.
+
+    One record, the first one too, does not decide for all where the others are alike.
 
     Args:
         content: the encoded image of a record.
     """
     from PIL import Image
 
-    refused = DataError(f"{path} holds no images")
+    refused, grey = DataError(f"{path} holds no images"), []
     for row in looked_at(count):
         try:
             encoded = content(row)
@@ -265,5 +267,7 @@ def first_mode(path: Path, count: int, content: Callable[[int], bytes]) -> str:
             refused = error
             continue
         with Image.open(io.BytesIO(encoded)) as image:
-            return "L" if image.mode in ("1", "L", "LA") else "RGB"
-    raise refused
+            grey.append(image.mode in ("1", "L", "LA"))
+    if not grey:
+        raise refused
+    return "L" if 2 * sum(grey) > len(grey) else "RGB"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lipdp.batches.records import pattern
-from lipdp.data.hub import decode, first_mode, stacked
+from lipdp.data.hub import decode, stacked, usual_mode
 from lipdp.data.listed import listing
 from lipdp.data.split import first_fifth, resize
 from lipdp.data.stored import Stored, StoredDataset
@@ -56,10 +56,10 @@ def is_image_folder(path: Path) -> bool:
 
 
 def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name: str | None = None) -> Stored:
-    """A folder of images, not read whole: the names of the files are looked at, and a first image that can be decoded.
+    """A folder of images, not read whole: the names of the files are looked at, and a few images.
 
     Classes are the names of the folders in their order, or a public list. Without a part for test, the first fifth of a
-    fixed order of the images is for test. Images come as grey or RGB, whichever the first one is.
+    fixed order of the images is for test. Images come as grey or RGB, whichever most of those looked at are.
 
     Args:
         path: the folder. classes: the public list; by default the folders of the training part.
@@ -81,7 +81,7 @@ def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name:
     for folder, held, _ in parts:
         if not len(held):
             raise DataError(f"{folder} holds too few images to train and test on")
-    mode = first_mode(train, len(parts[0][1]), lambda row: (train / str(parts[0][1][row])).read_bytes())
+    mode = usual_mode(train, len(parts[0][1]), lambda row: (train / str(parts[0][1][row])).read_bytes())
     records, test = (ImageFiles(*part, mode) for part in parts)
     return Stored(
         name=name or str(path),

@@ -65,8 +65,8 @@ def gated_sum(g: Tensor, p: Tensor, bound: float) -> Tensor:
     """
     if g.shape[1] == 1 and g.shape[-1] == 1:
         g, p = g[:, 0, :, 0], p[:, 0, :, 0]
-        smallest = torch.finfo(torch.float64).tiny
-        return (clip_norm(g, bound / per_sample_norm(p).clamp_min(smallest)).mT @ p)[None]
+        most = (bound / per_sample_norm(p)).clamp_max(torch.finfo(torch.float64).max)  # of ‖g‖; finite where p = 0
+        return (clip_norm(g, most).mT @ p)[None]
     size = max(1, _CHUNK // max(1, g.shape[1] * g.shape[2] * p.shape[2]))
     total = g.new_zeros(g.shape[1], g.shape[2], p.shape[2])
     for some, of in zip(g.split(size), p.split(size), strict=True):

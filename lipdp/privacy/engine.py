@@ -339,7 +339,8 @@ class PrivacyEngine:
             s.
 
         Raises:
-            UnknownNameError: the plan has no such measurement. EngineError: it was taken, or the sum is not finite.
+            UnknownNameError: the plan has no such measurement. EngineError: it was taken, or the sum is not finite, or
+            in less than float32.
         """
         return self._current().measure_(name, total, sensitivity)
 

@@ -179,6 +179,11 @@ class StepHooks:
             raise EngineError(
                 f"{name} has sensitivity {sensitivity}, or entries that are not finite; bound its records"
             )
+        if not total.is_floating_point() or total.dtype.itemsize < 4:
+            raise EngineError(
+                f"{name} is summed in {total.dtype}, where one record moves the rounded sum by more than its own part;"
+                " sum in float64 or float32"
+            )
         self.ledger.append(planned[name].event(self.plan.relation))  # before the draw: never under-counted
         self.before += 1
         self.measured.append(name)

@@ -235,7 +235,10 @@ class PrivacyPlan:
             if shares:
                 measurements = _measured(shares, drawn.mu(sigma) / math.sqrt(left))
         else:
-            raise ParameterError("neither a noise multiplier nor a target ε at a δ was given; give one of them")
+            raise ParameterError(
+                "neither a noise multiplier nor a target ε with its δ was given; give noise_multiplier, or both"
+                " target_epsilon and target_delta"
+            )
         return cls(
             dataset_size=dataset_size,
             expected_batch_size=expected_batch_size,

@@ -137,6 +137,12 @@ def as_records(dataset: Any, fields: Fields | None = None) -> Any:
         return _of_table(dataset, columns, fields)
     arrays = isinstance(dataset, (tuple, list)) and len(dataset) == 2 and fields is None
     if arrays and all(isinstance(part, (Tensor, np.ndarray)) and part.ndim for part in dataset):
+        text = next((part for part in dataset if isinstance(part, np.ndarray) and part.dtype.kind not in "biufc"), None)
+        if text is not None:
+            raise DataError(
+                f"an array of the pair has the type {text.dtype}: numbers are needed. Number labels that are text by a"
+                " public list: [labels.index(text) for text in y]"
+            )
         pair = [torch.as_tensor(part) for part in dataset]
         if len(pair[0]) == len(pair[1]):
             return TensorDataset(*pair)

@@ -18,8 +18,8 @@ from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.losses import as_lipschitz
 
 HOW_TO_BOUND = (
-    "Port a plain model with lipdp.nn.from_torch(model, input_shape=...) or lipdp.nn.constrain(model); one of lipdp's"
-    " layers begins with lipdp.nn.InputBound(c), c public"
+    "Begin a model of lipdp's layers with lipdp.nn.InputBound(c), c public; port a plain torch model with"
+    " lipdp.nn.from_torch(model, input_shape=...)"
 )
 
 
@@ -94,8 +94,8 @@ def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensit
     unbounded = [n for n, d in deltas.items() if math.isinf(d)]
     if unbounded:
         raise UnboundedError(
-            f"no finite sensitivity for {', '.join(unbounded)}: the values in front of them, or the loss, have no"
-            f" bound. {HOW_TO_BOUND}, or put lipdp.nn.ValueClip or GradientGate there"
+            f"no finite sensitivity for {', '.join(unbounded)}: nothing bounds the values in front of them, or the"
+            f" gradient of the loss. {HOW_TO_BOUND}"
         )
     nodes = tuple(
         NodeBound(row.name, row.kind, rest[2 * i], rest[2 * i + 1], row.parameters) for i, row in enumerate(sweep.rows)
@@ -139,7 +139,7 @@ def sensitivity(
     Source: Béthune et al. (2024), algorithm 1 and theorem 1.
     """
     if not (gate == math.inf or is_positive(gate)):
-        raise ParameterError(f"a cotangent gate is a positive number, got {gate!r}")
+        raise ParameterError(f"gate={gate!r}: a number > 0 is needed")
     graph = BoundGraph(model, sample_shape(input_shape), dtype=forward_dtype)
     constant = as_lipschitz(loss, graph.output_shape).constant
     start = float(constant(float(graph.output_bound())))

@@ -167,7 +167,7 @@ def certify(
         radii=torch.cat([radii for _, radii in verdicts]),
         correct=torch.cat([correct for correct, _ in verdicts]),
         lipschitz=lipschitz,
-        method=f"last layer by ‖w_y − w_j‖; exact local moduli at {len(stretches)} clips; convolutions: {convolution}",
+        method=f"last layer by ‖w_y − w_j‖; exact moduli of {len(stretches)} clip(s); convolutions: {convolution}",
         seconds=time.perf_counter() - started,
         _labels=labels,
         _pieces=tuple(pieces),

@@ -115,6 +115,8 @@ def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, co
     if download and not source.present(root):
         source.fetch(root)
     if not root.is_dir():
+        if Path(name).suffix in (".npz", *SUFFIXES):
+            raise DataError(f"{name} does not exist; give the path of a file that does")
         raise DataError(
             f"{name!r} was not found: " + (f"{root} is not a folder" if given else "no folder was given") + f"; {WHERE}"
         )

@@ -238,7 +238,7 @@ class Schema:
         if len(labels) != 1:
             raise ParameterError(
                 f"{where}: {len(labels)} columns of kind 'label', one is needed, such as"
-                ' income = {kind = "label", classes = ["no", "yes"]}'
+                ' sick = {kind = "label", classes = ["no", "yes"]}'
             )
         if not inputs:
             raise ParameterError(f"{where}: no column is a number or a category, such as {_EXAMPLE}")

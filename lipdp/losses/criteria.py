@@ -151,7 +151,7 @@ def as_lipschitz(criterion: nn.Module, outputs: int | tuple[int, ...] | None = N
 def _converted(criterion: nn.Module, num_outputs: int | None) -> LipschitzLoss:
     if isinstance(criterion, LipschitzLoss):
         return criterion
-    name = type(criterion).__name__
+    name = getattr(criterion, "__name__", type(criterion).__name__)
     forward = getattr(type(criterion), "forward", None)
     base = next((t for t in (*_KNOWN, *_WHY_NOT) if isinstance(criterion, t)), None)
     if base is not None and forward is not base.forward:

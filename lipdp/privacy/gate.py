@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lipdp.constraints import is_positive
 from lipdp.distributed.collectives import World
 from lipdp.errors import ParameterError
 from lipdp.nn.gates import clip_norm, per_sample_norm
@@ -25,8 +26,8 @@ class FixedGate:
     bound: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise ParameterError(f"a cotangent gate is a positive number, got {self.bound}")
+        if not (self.bound == math.inf or is_positive(self.bound)):
+            raise ParameterError(f"gate={self.bound!r}: a number > 0 is needed")
 
     @property
     def noise_multiplier(self) -> float:

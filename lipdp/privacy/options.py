@@ -118,6 +118,7 @@ _ANSWERS = {
     "grad_sample_mode": "leave it out: there are no per-sample gradients",
     "loss_reduction": "leave it out: the criterion that is returned reads as a mean, and gradients are summed",
     "max_grad_norm": "leave it out: gradients are bounded by the model; gate= bounds the cotangent at the logits",
+    "noise_multiplier": "it follows from the target ε; to give it, call make_private",
     "noise_generator": "give PrivacyEngine(seed=...), for tests",
     "poisson_sampling": "it is sampling='poisson' (default) or 'fixed_size'",
     "sample_rate": "it follows from expected_batch_size and the dataset's length",
@@ -138,5 +139,5 @@ def refuse_unknown(function: str, given: Mapping[str, Any], known: type[Options]
     unknown = [n for n in given if known is None or n not in known.__annotations__]
     if unknown:
         raise ParameterError(
-            "; ".join(f"{function} has no {n}: {_ANSWERS.get(n, 'see its documentation')}" for n in unknown)
+            "; ".join(f"{function} has no {n}: {_ANSWERS.get(n, 'its docstring lists the options')}" for n in unknown)
         )

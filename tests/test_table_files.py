@@ -103,7 +103,9 @@ def test_one_record_changes_its_own_row_alone_and_stops_nothing(files):
     """Whatever its cells hold: a label that is none has no loss."""
     clean = opened(files / "people.csv")
     place = int(data.split.first_fifth(200)[0][9])  # a training record
-    for cells in (",,,,", "x,y,z,w,v", "nan,inf,1e999,,", "-inf,\ufffd,NaN,-,<=50K", "1"):
+    quotes = ('"20,private,3,4,>50K', '20,"private,3,4,>50K', 'a"b,"c,1,2,3', '"', '20,"a""')
+    long = ("1,2\r3,4,5,6", "x" * 200_000, '"' + "x" * 200_000)
+    for cells in (",,,,", "x,y,z,w,v", "nan,inf,1e999,,", "-inf,\ufffd,NaN,-,<=50K", "1", *quotes, *long):
         lines = (files / "people.csv").read_text().splitlines()
         lines[place + 1] = cells
         (files / "bad.csv").write_text("\n".join(lines))

@@ -43,7 +43,10 @@ class _Reader(Protocol):
 
 @dataclass(frozen=True)
 class _Csv:
-    """Text with a header line; separated by whichever of , ; tab | parts the header into most names."""
+    """Text with a header line; separated by whichever of , ; tab | parts the header into most names.
+
+    A line is a record, whatever is in it: a quote that a record opens ends with its line, and reaches into no other.
+    """
 
     path: Path
 
@@ -56,12 +59,12 @@ class _Csv:
         with parsing(self.path, "write it as CSV with a header line"):
             for mark in _DELIMITERS:
                 with self._open() as stream:
-                    made[mark] = next(csv.reader(stream, delimiter=mark), [])
+                    made[mark] = _cells(stream.readline(), mark)
         mark = max(_DELIMITERS, key=lambda one: len(made[one]))
         return mark, [name.strip() for name in made[mark]]
 
     def _open(self) -> Any:
-        return self.path.open(encoding="utf-8-sig", errors="replace", newline="")
+        return self.path.open(encoding="utf-8-sig", errors="replace", newline="\n")
 
     def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
         """A row that is too short has missing cells, and what is too many in one is left out."""
@@ -69,8 +72,8 @@ class _Csv:
         places = [names.index(name) for name in columns]
         most = max(places, default=0)
         with parsing(self.path, "write it as CSV with a header line"), self._open() as stream:
-            rows = csv.reader(stream, delimiter=mark)
-            next(rows)
+            stream.readline()
+            rows = (_cells(line, mark) for line in stream)
             first = True
             while piece := list(islice(rows, _ROWS)):
                 kept = [row for row in piece if row]  # an empty line is no record
@@ -82,6 +85,19 @@ class _Csv:
                 first = False
                 full = [row if len(row) > most else row + [""] * (most + 1 - len(row)) for row in kept]
                 yield {name: [row[place] for row in full] for name, place in zip(columns, places, strict=True)}
+
+
+def _cells(line: str, mark: str) -> list[str]:
+    """Of one line.
+
+    >>> _cells('a,"b, c",d', ","), _cells('a,"b, c', ",")
+    (['a', 'b, c', 'd'], ['a', 'b, c'])
+    """
+    text = line.rstrip("\r\n").replace("\r", " ")
+    try:
+        return next(csv.reader([text], delimiter=mark), [])
+    except csv.Error:  # a cell longer than the module reads
+        return text.split(mark)
 
 
 @dataclass(frozen=True)

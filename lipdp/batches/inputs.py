@@ -136,6 +136,11 @@ def as_records(dataset: Any, fields: Fields | None = None) -> Any:
     if columns is not None:
         return _of_table(dataset, columns, fields)
     arrays = isinstance(dataset, (tuple, list)) and len(dataset) == 2 and fields is None
+    if arrays and _columns(dataset[0]) is not None:
+        raise DataError(
+            "the data set is a pair whose first part is a table: give numbers, (X.to_numpy(), y.to_numpy()), or one"
+            " table and fields=(columns of the input, column of the target)"
+        )
     if arrays and all(isinstance(part, (Tensor, np.ndarray)) and part.ndim for part in dataset):
         text = next((part for part in dataset if isinstance(part, np.ndarray) and part.dtype.kind not in "biufc"), None)
         if text is not None:

@@ -62,10 +62,9 @@ def drowned(signals: Mapping[str, float]) -> str:
         return ""
     worst = min(weak, key=lambda name: weak[name])
     return (
-        f"this run can hardly learn: for {len(weak)} of {len(signals)} parameters the noise of all steps is larger than"
-        f" anything that the gradients can add up to ({worst!r}: signal over noise {weak[worst]:.2g}). Take a larger"
-        " batch or a larger ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), or"
-        " a gate at the logits"
+        f"this run can hardly learn: in {len(weak)} of {len(signals)} parameters, the gradients of all steps can add up"
+        f" to less than twice the noise ({worst!r}: signal over noise {weak[worst]:.2g}). Take a larger batch, a larger"
+        " ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), or gate=0.3"
     )
 
 

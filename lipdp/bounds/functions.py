@@ -276,7 +276,7 @@ def _cast(call: Call) -> Local:
     others = [0.0] * (len(call.inputs) - 1)
     if not dtype.is_floating_point or dtype.itemsize < max(4, call.dtype.itemsize):
         raise UnsupportedOperationError(
-            f"node '{call.name}' casts to dtype {dtype}; leave it out, or use torch.autocast for less than float32"
+            f"node '{call.name}' casts to dtype {dtype}; leave it out, or use torch.autocast below float32"
         )
     return Local(gains=(1.0, *others))
 

@@ -318,7 +318,7 @@ def _check_tensor(node: fx.Node, value: Tensor, sources: list[Any], x: Tensor) -
     cast = node.target in ("to", "type_as") or any(isinstance(argument, torch.dtype) for argument in given)
     if cast and wide and (not value.is_floating_point() or value.dtype.itemsize < least):
         raise UnsupportedOperationError(
-            f"node '{node.name}' casts to dtype {value.dtype}; leave it out, or use torch.autocast for less than float32"
+            f"node '{node.name}' casts to dtype {value.dtype}; leave it out, or use torch.autocast below float32"
         )
 
 

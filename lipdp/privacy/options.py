@@ -139,5 +139,7 @@ def refuse_unknown(function: str, given: Mapping[str, Any], known: type[Options]
     unknown = [n for n in given if known is None or n not in known.__annotations__]
     if unknown:
         raise ParameterError(
-            "; ".join(f"{function} has no {n}: {_ANSWERS.get(n, 'its docstring lists the options')}" for n in unknown)
+            "; ".join(
+                f"{function} has no {n}: {_ANSWERS.get(n, 'its documentation lists the options')}" for n in unknown
+            )
         )

@@ -49,9 +49,10 @@ def _sum(events: Sequence[Event], cells: NDArray[np.float64]) -> tuple[NDArray[n
         masses = np.diff(below)
         center = loss.mean()
         mean += event.steps * center
-        variance += event.steps * float(masses @ (cells - center) ** 2)
+        # sums by numpy, since those of BLAS depend on the number of threads
+        variance += event.steps * float((masses * (cells - center) ** 2).sum())
         total *= rfft(ifftshift(masses)) ** event.steps
-        shift += event.steps * min(max(center - float(masses @ cells), -mesh / 2.0), mesh / 2.0)
+        shift += event.steps * min(max(center - float((masses * cells).sum()), -mesh / 2.0), mesh / 2.0)
         log_finite += event.steps * math.log(max(float(below[-1]), 1e-300))
     if not mean + 8.0 * math.sqrt(variance) < -cells[0]:  # it would come in again on the other side
         log_finite = -math.inf

@@ -19,7 +19,7 @@ from lipdp.losses import as_lipschitz
 
 HOW_TO_BOUND = (
     "Begin a model of lipdp's layers with lipdp.nn.InputBound(c), c public; port a plain torch model with"
-    " lipdp.nn.from_torch(model, input_shape=...)"
+    " lipdp.nn.from_torch(model, input_shape=...), or with lipdp.nn.constrain(model)"
 )
 
 

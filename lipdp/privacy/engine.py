@@ -304,15 +304,24 @@ class PrivacyEngine:
 
         Nothing between the loader and the step can then be wrong; `criterion(model(x), y).backward()` does the same.
 
-            >>> for batch in loader:  # doctest: +SKIP
-            ...     optimizer.zero_grad(); engine.backward(*batch, microbatch=256); optimizer.step()
-
         Args:
             x, y, weight: what the loader yielded.
             microbatch: at most so many rows at a time; by default all at once.
 
         Returns:
             () the mean loss of the batch, which ε does not cover.
+
+        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
+        >>> engine = lipdp.PrivacyEngine()
+        >>> model, optimizer, loader, criterion = engine.make_private(
+        ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     criterion=lipdp.losses.TauCrossEntropy(8.0), dataset=torch.utils.data.TensorDataset(x, y),
+        ...     expected_batch_size=16, steps=3, noise_multiplier=2.0)
+        >>> for batch in loader:
+        ...     optimizer.zero_grad(); _ = engine.backward(*batch, microbatch=8); optimizer.step()
+        >>> engine.steps_taken
+        3
         """
         run = self._current()
         total = torch.zeros((), device=run.graph.device)

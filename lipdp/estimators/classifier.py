@@ -38,7 +38,8 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         bounds: public: b for [−b, b], a pair (low, high) for all columns, one pair a column, or a mapping from columns
             (by name or number) to either. What lies outside is clipped. None measures the ranges privately.
         categories: public: column → list of its values. Others count as none of them.
-        classes: public: the labels; records with another one count as records without. By default those in y.
+        classes: public: the labels; records with another one count as records without, but where two or more of the
+            first 16 looked at have one, `fit` says so. By default those in y.
         missing: what a missing number is: "middle" of its bounds, or "indicator", the same with a column that says so.
         hidden: neurons of the hidden layers of a net, e.g. 64 or (64, 32), or 0 for a linear model; None takes the
             recipe for tables, which is better nearly everywhere.

@@ -113,7 +113,8 @@ COVERS = {
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
-    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/steady bounds/trace",
+    "test_bounds": "bounds/sensitivity",
+    "test_forms": "bounds/functions bounds/probe bounds/trace",
     "test_certify": "certify/certificate certify/network commands/robustness",
     "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
     " commands/train",
@@ -136,6 +137,7 @@ COVERS = {
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
     " models/stages models/starts models/tabular models/transformer models/vgg",
     "test_records_people_bring": "batches/inputs",
+    "test_unbounded": "bounds/steady",
     "test_tokens_and_weights": "bounds/lookups bounds/products bounds/refused bounds/weights",
     "test_plan": "accounting/plan_table",
     "test_planning": "planning/pictures planning/tan planning/workers",

@@ -109,7 +109,6 @@ def test_all_packages_are_in_the_wheel():
 COVERS = {
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
     "engine/test_state_of_run": "privacy/engine",
-    "test_accelerator": "nn/autocast nn/compiled training/runtime",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
@@ -146,6 +145,7 @@ COVERS = {
     "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"
     " report/tensorboard",
     "test_rooms": "lazy",
+    "test_runtime": "nn/autocast",
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
     "test_stored": "data/folders data/hub",

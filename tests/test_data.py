@@ -36,10 +36,7 @@ RNG = np.random.default_rng(0)
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-@pytest.fixture(autouse=True)
-def _no_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("LIPDP_DATA", raising=False)
-    monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("no_environment")
 
 
 def small_idx(folder: Path, counts=(12, 4), zipped=False) -> Path:

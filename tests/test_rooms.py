@@ -148,7 +148,7 @@ COVERS = {
     "test_runtime": "nn/autocast",
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
-    "test_stored": "data/folders data/hub",
+    "test_stored": "data/folders",
     "test_table_files": "commands/schema data/tables",
     "test_image_folders": "data/imagefolder",
     "test_suggestion": "privacy/attach privacy/complete privacy/options",

@@ -120,7 +120,7 @@ COVERS = {
     " commands/train",
     "test_compare": "comparison/plots",
     "test_cost": "commands/scale",
-    "test_data": "data/download data/opening data/sources",
+    "test_data": "data/opening data/sources",
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
     "test_dynamics": "comparison/kernel",
     "test_estimators": "estimators/base estimators/classifier estimators/recipe estimators/regressor estimators/scaler"

@@ -1,6 +1,8 @@
 """Fixtures shared by test files."""
 
+import multiprocessing
 import os
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -8,8 +10,21 @@ import torch
 from faults.client import Commands
 from npy_folders import digits, write
 
+FORKED = [
+    "torch.distributed.fsdp", "lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "lipdp.comparison.speed",
+    "lipdp.comparison.utility", "lipdp.planning.search", "lipdp.planning.cost",
+]  # fmt: skip
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """What a test writes need not outlive a power cut; the processes of `commands` flush as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +37,18 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def commands():
-    """`lipdp` as processes of their own, forked from one that has torch imported."""
-    server = Commands()
+def forks():
+    """What the processes of tests are forked from, those of the library too: it has imported once what they use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(FORKED)
+    forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="session")
+def commands(forks):
+    """`lipdp` as processes of their own, forked from one that has run it."""
+    server = Commands(forks)
     yield server
     server.close()
 

@@ -1,13 +1,30 @@
 """Fixtures shared by test files."""
 
+import multiprocessing
 import os
+from multiprocessing import forkserver
 
+import numpy as np
 import pytest
 import torch
 from faults.client import Commands
+from npy_folders import digits, write
+
+FORKED = [
+    "torch.distributed.fsdp", "lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "lipdp.comparison.speed",
+    "lipdp.comparison.utility", "lipdp.planning.search", "lipdp.planning.cost",
+]  # fmt: skip
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
+    """What a test writes need not outlive a power cut; the processes of `commands` flush as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +37,34 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def commands():
-    """`lipdp` as processes of their own, forked from one that has torch imported."""
-    server = Commands()
+def forks():
+    """What the processes of tests are forked from, those of the library too: it has imported once what they use."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(FORKED)
+    forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="session")
+def commands(forks):
+    """`lipdp` as processes of their own, forked from one that has run it."""
+    server = Commands(forks)
     yield server
     server.close()
+
+
+@pytest.fixture
+def no_environment(monkeypatch, tmp_path):
+    """No data folder, and a cache of the test's own."""
+    monkeypatch.delenv("LIPDP_DATA", raising=False)
+    monkeypatch.setenv("LIPDP_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory):
+    """The digits as bytes, as a folder and in `digits.npz` within."""
+    arrays = digits()
+    names = {"X": "train_x", "y": "train_y", "X_test": "test_x", "y_test": "test_y"}
+    folder = tmp_path_factory.mktemp("digits")
+    np.savez(folder / "digits.npz", **arrays)
+    return write(folder, **{names[key]: array for key, array in arrays.items()})

@@ -18,6 +18,7 @@ from lipdp.training import Monitor
 FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
 EMPTY_FIRST = 0  # a seed whose first batch, of 1 in 200 records on average, is empty
 ALLOCATIONS = ("per_layer", "global", "min_variance")
+LIGHT = {"weights": ("given", "scaled"), "starts": 3, "climbs": 1, "steps": 5}  # of an attack on a small model
 
 
 def table(n=256, features=20, classes=5, dtype=torch.float32):
@@ -39,6 +40,42 @@ def plain_net(features=100, hidden=200, classes=50):
     """Without constraints nothing is projected, so a step moves the weights by the noisy gradient and nothing else."""
     return nn.Sequential(
         lnn.InputBound(1.0), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes, bias=False)
+    )
+
+
+class Function(nn.Module):
+    """A model written as one function of (module, x), behind an input bound; tensors become buffers."""
+
+    def __init__(self, forward, **members):
+        super().__init__()
+        self.bound = lnn.InputBound(1.0)
+        self.forwards = [forward]
+        for name, member in members.items():
+            if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
+                self.register_buffer(name, member)
+            else:
+                setattr(self, name, member)
+
+    def forward(self, x):
+        return self.forwards[0](self, self.bound(x))
+
+
+def linear(i, o=3, **options):
+    return lnn.SpectralLinear(i, o, **options)
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(1)))
+
+
+def conv_net():
+    return nn.Sequential(
+        lnn.InputBound(1.0),
+        lnn.SpectralConv2d(1, 4, 3, padding=1, bias=True),
+        lnn.GroupSort2(),
+        lnn.ScaledL2NormPool2d(2),
+        nn.Flatten(),
+        lnn.SpectralLinear(36, 4, True),
     )
 
 

@@ -21,7 +21,7 @@ from lipdp.planning.cost import Cost, Scale, Workload, measure, private_step
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.processes import peak_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "forks")
 
 COST = Cost(10**6, 8, (0, 128, 512), ((0.05, 0.15, 0.45),) * 3, (1000, 2000, 5000))
 SMALL = Workload(model="mlp", model_options={"width": 16}, input_shape=(8,), num_classes=3)

@@ -14,9 +14,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
-def groups(tmp_path_factory):
+def groups(forks, tmp_path_factory):
     """Two processes, and four."""
-    with cluster(2, tmp_path_factory.mktemp("two")) as two, cluster(4, tmp_path_factory.mktemp("four")) as four:
+    two, four = (cluster(forks, size, tmp_path_factory.mktemp(str(size))) for size in (2, 4))
+    with two as two, four as four:
         yield {2: two, 4: four}
 
 

@@ -320,8 +320,8 @@ def sharded():
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_several_processes_have_the_plan_of_one(owned, tmp_path):
-    with cluster(2, tmp_path) as two:
+def test_several_processes_have_the_plan_of_one(owned, forks, tmp_path):
+    with cluster(forks, 2, tmp_path) as two:
         for name in SETTINGS:
             alone = stated(Trainer(configure(**SHORT | SETTINGS[name] | {"dataset": owned})).engine.plan)
             for plan, done in two.run(processes, owned, name):

@@ -109,17 +109,18 @@ def test_all_packages_are_in_the_wheel():
 COVERS = {
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
     "engine/test_state_of_run": "privacy/engine",
-    "test_accelerator": "nn/autocast nn/compiled training/runtime",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
-    "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/steady bounds/trace",
-    "test_certify": "certify/certificate certify/network commands/robustness",
+    "test_bounds": "bounds/sensitivity",
+    "test_forms": "bounds/functions bounds/probe bounds/trace",
+    "test_certify": "certify/certificate certify/network",
+    "test_certify_runs": "commands/robustness",
     "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
     " commands/train",
     "test_compare": "comparison/plots",
     "test_cost": "commands/scale",
-    "test_data": "data/download data/opening data/sources",
+    "test_data": "data/opening data/sources",
     "test_distributed": "distributed/launch distributed/wrappers nn/sharded",
     "test_dynamics": "comparison/kernel",
     "test_estimators": "estimators/base estimators/classifier estimators/recipe estimators/regressor estimators/scaler"
@@ -136,6 +137,7 @@ COVERS = {
     "test_models": "models/cnn models/families models/linear models/mixer models/mlp models/registry models/resnet"
     " models/stages models/starts models/tabular models/transformer models/vgg",
     "test_records_people_bring": "batches/inputs",
+    "test_unbounded": "bounds/steady",
     "test_tokens_and_weights": "bounds/lookups bounds/products bounds/refused bounds/weights",
     "test_plan": "accounting/plan_table",
     "test_planning": "planning/pictures planning/tan planning/workers",
@@ -143,9 +145,10 @@ COVERS = {
     "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"
     " report/tensorboard",
     "test_rooms": "lazy",
+    "test_runtime": "nn/autocast",
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
-    "test_stored": "data/folders data/hub",
+    "test_stored": "data/folders",
     "test_table_files": "commands/schema data/tables",
     "test_image_folders": "data/imagefolder",
     "test_suggestion": "privacy/attach privacy/complete privacy/options",

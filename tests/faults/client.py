@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lipdp
-
-SERVER = Path(__file__).with_name("server.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", "NO_COLOR": "1"}
+from faults.server import answer
 
 
 class Commands:
     """`lipdp` commands as processes of their own, at the price of a fork."""
 
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
+    def __init__(self, forks: BaseContext) -> None:
+        self._line, there = forks.Pipe()
+        self._process = forks.Process(target=answer, args=(there,))
+        self._process.start()
+        there.close()
 
     def __call__(self, *arguments: object, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"arguments": [str(a) for a in arguments], **request}) + "\n")
-        self._process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        return answer
+        self._line.send({"arguments": [str(a) for a in arguments], **request})
+        return self._line.recv()
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
+        self._line.send(None)
+        self._process.join(30)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

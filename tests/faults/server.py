@@ -1,6 +1,6 @@
 """A process that has torch imported and forks one `lipdp` command per request, to be killed.
 
-Reads one JSON object a line, answers with one. A request holds `arguments` of the command, and one of
+A request holds `arguments` of the command, and one of
     after: seconds after which the process gets SIGKILL;
     files: a pattern and a number: it gets SIGKILL, or the signal `send`, as soon as so many files that hold something
         match the pattern;
@@ -14,17 +14,17 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
-import json
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
+from multiprocessing.connection import Connection
+
+import torch
 
 from lipdp.cli import main
-from lipdp.commands import display  # noqa: F401  (imported once, for every fork)
-from lipdp.training import Trainer  # noqa: F401
 
 CALLS = ("fsync", "replace", "link", "unlink")
 
@@ -117,7 +117,7 @@ def serve(request: dict) -> dict:
             if waiting and due(request, time.monotonic() - began):
                 os.kill(pid, request.get("send", signal.SIGKILL))
                 waiting = False
-            time.sleep(0.0005)
+            time.sleep(0.001)
         output.seek(0), errors.seek(0)
         said, complained = (stream.read().decode(errors="replace") for stream in (output, errors))
         return {
@@ -139,7 +139,10 @@ def warm_up() -> None:
         main(["train", *quick, "--accountant", "rdp", "--threads", "1", "--out", f"{folder}/run"])
 
 
-if __name__ == "__main__":
+def answer(line: Connection) -> None:
+    """Serve the requests of a connection until there is a None."""
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", COLUMNS="80", NO_COLOR="1")
     warm_up()
-    for line in sys.stdin:
-        print(json.dumps(serve(json.loads(line))), flush=True)
+    while (request := line.recv()) is not None:
+        line.send(serve(request))

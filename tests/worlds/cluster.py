@@ -1,6 +1,5 @@
 """Processes of a gloo group that run functions by name and answer with what these return."""
 
-import multiprocessing
 import pickle
 import traceback
 from contextlib import contextmanager
@@ -9,9 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["lipdp", "lipdp.training", "lipdp.privacy.engine", "torch.distributed"])
 
 
 def _serve(rank, size, meeting, connection):
@@ -32,12 +28,12 @@ def _serve(rank, size, meeting, connection):
 class Cluster:
     """`run(function, ...)` calls it in every process; a list of what they return, in the order of ranks."""
 
-    def __init__(self, size, folder):
+    def __init__(self, forks, size, folder):
         self.size = size
         self._lines, self._processes = [], []
         for rank in range(size):
-            here, there = _FORKS.Pipe()
-            process = _FORKS.Process(target=_serve, args=(rank, size, Path(folder) / "meeting", there), daemon=True)
+            here, there = forks.Pipe()
+            process = forks.Process(target=_serve, args=(rank, size, Path(folder) / "meeting", there), daemon=True)
             process.start()
             there.close()
             self._lines.append(here)
@@ -66,8 +62,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster(size, folder):
-    group = Cluster(size, folder)
+def cluster(forks, size, folder):
+    group = Cluster(forks, size, folder)
     try:
         yield group
     finally:

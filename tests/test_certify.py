@@ -25,8 +25,9 @@ from lipdp.certify.inputs import apply_maps, moduli_of_maps
 from lipdp.certify.moduli import Confined, GroupNormalisation, Lipschitz, Projection, pull, push
 from lipdp.certify.run import assess
 from lipdp.cli import main
+from lipdp.comparison.configs import RobustnessConfig
 from lipdp.comparison.protocol import Task
-from lipdp.comparison.robustness import RobustnessConfig, front, robustness, robustness_figure, table
+from lipdp.comparison.robustness import front, robustness, robustness_figure, table
 from lipdp.comparison.trainers import get_trainer
 from lipdp.constraints import Orthogonal
 from lipdp.data import Clip, Rescale, SignedLog, Standardise, load

@@ -114,7 +114,7 @@ COVERS = {
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
     "test_bounds": "bounds/functions bounds/probe bounds/rounding bounds/sensitivity bounds/steady bounds/trace",
-    "test_certify": "certify/certificate certify/network commands/robustness",
+    "test_certify": "certify/certificate certify/network",
     "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
     " commands/train",
     "test_compare": "comparison/plots",

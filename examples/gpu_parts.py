@@ -21,8 +21,9 @@ import torch
 import lipdp
 from lipdp import cli, constraints
 from lipdp.comparison import get_trainer
+from lipdp.comparison.configs import SpeedConfig
 from lipdp.comparison.contenders import Contender
-from lipdp.comparison.speed import MEASURED, SpeedConfig, peak, speed, start
+from lipdp.comparison.speed import MEASURED, peak, speed, start
 from lipdp.data import Split
 from lipdp.noise import GaussianNoise
 from lipdp.training import Trainer, assembly, configure

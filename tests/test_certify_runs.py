@@ -17,7 +17,8 @@ from lipdp.accounting import PrivacyPlan
 from lipdp.certify.run import assess
 from lipdp.cli import main
 from lipdp.comparison.protocol import Task
-from lipdp.comparison.robustness import RobustnessConfig, front, robustness, robustness_figure, table
+from lipdp.comparison.configs import RobustnessConfig
+from lipdp.comparison.robustness import front, robustness, robustness_figure, table
 from lipdp.comparison.trainers import get_trainer
 from lipdp.data import Clip, load
 from lipdp.errors import ParameterError

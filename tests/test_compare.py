@@ -16,12 +16,13 @@ from lipdp.comparison import plots
 from lipdp.comparison import speed as speed_module
 from lipdp.comparison import tables as tables_module
 from lipdp.comparison import utility as utility_module
+from lipdp.comparison.configs import SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.comparison.contenders import Contender, contenders
 from lipdp.comparison.results import Results
-from lipdp.comparison.speed import SpeedConfig, speed
-from lipdp.comparison.tables import TablesConfig, tables
+from lipdp.comparison.speed import speed
+from lipdp.comparison.tables import tables
 from lipdp.comparison.trainers import TRAINERS, get_trainer, legend
-from lipdp.comparison.utility import UtilityConfig, summary, table, utility
+from lipdp.comparison.utility import summary, table, utility
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "forks")
@@ -160,9 +161,9 @@ def test_out_of_memory_is_a_cell(monkeypatch):
 
 def test_a_process_over_its_limit_is_out_of_memory_and_harms_nobody():
     """100 MiB are too few for B = 4096, enough for nothing else to be touched; 8 GiB are enough."""
-    config = SpeedConfig(dataset="mnist", model="cnn", memory_limit=600 * 2**20)
+    config = SpeedConfig(dataset="mnist", model="cnn", memory_limit=600 / 1024)
     assert speed_module.peak(config, Contender(get_trainer("opacus_hooks"), True), 4096)["status"] == "out of memory"
-    small = speed_module.peak(replace(config, memory_limit=8 * 2**30), Contender(get_trainer("non_private"), True), 16)
+    small = speed_module.peak(replace(config, memory_limit=8.0), Contender(get_trainer("non_private"), True), 16)
     assert small["status"] == "measured"
     assert 50 * 2**20 < small["peak_bytes"] < 2 * 2**30
 

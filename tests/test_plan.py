@@ -16,8 +16,9 @@ import lipdp
 from lipdp.accounting import PrivacyPlan, Relation, Subsampling
 from lipdp.audit.run import many_runs, one_run
 from lipdp.cli import main
-from lipdp.comparison.robustness import RobustnessConfig, robustness
-from lipdp.comparison.utility import UtilityConfig, utility
+from lipdp.comparison.configs import RobustnessConfig, UtilityConfig
+from lipdp.comparison.robustness import robustness
+from lipdp.comparison.utility import utility
 from lipdp.data import load
 from lipdp.errors import CalibrationError, EngineError, ParameterError, ResumeError, UnknownNameError
 from lipdp.planning.simulation import Runner, simulation

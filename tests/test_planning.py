@@ -111,7 +111,10 @@ def test_a_plan_keeps_its_budget_and_lies_in_the_sweet_spot():
     found = plan(Budget(50_000, 8.0, 1e-5), steps=400, beside=[(4096, 3.0, 400)])
     chosen = found.chosen
     exact = lipdp.epsilon(
-        noise_multiplier=chosen.noise_multiplier, sampling_rate=chosen.batch_size / 50_000, steps=400, delta=1e-5
+        noise_multiplier=chosen.noise_multiplier,
+        sampling_rate=chosen.expected_batch_size / 50_000,
+        steps=400,
+        delta=1e-5,
     )
     assert chosen.epsilon == exact
     assert 0.995 * 8 <= exact <= 8
@@ -131,7 +134,7 @@ def test_a_plan_stays_within_its_compute_limit(epochs):
 
 def test_given_steps_are_kept_even_below_the_sweet_spot():
     chosen = planning.budget._choose(Budget(50_000, 8.0, 1e-5, "rdp"), 1000, 500_000)
-    assert (chosen.steps, chosen.batch_size) == (1000, 500)
+    assert (chosen.steps, chosen.expected_batch_size) == (1000, 500)
     assert chosen.noise_multiplier < 2.0
     assert chosen.move.factor == 2.0
 
@@ -145,13 +148,13 @@ def test_a_noise_multiplier_is_met(sigma):
 
 def test_a_batch_beyond_all_records_is_all_records():
     point = with_noise_multiplier(Budget(1000, 8.0, 1e-4, "rdp"), 30.0, 20)
-    assert point.batch_size == 1000
+    assert point.expected_batch_size == 1000
     assert point.noise_multiplier < 30.0
 
 
 def test_points_that_nothing_reaches_are_left_out():
     budget = Budget(10**6, 1.0, 1e-5, "rdp")  # one step of one record: δ is above the chance to be used at all
-    assert [point.batch_size for point in iso_budget(budget, 1, [1, 10**5])] == [10**5]
+    assert [point.expected_batch_size for point in iso_budget(budget, 1, [1, 10**5])] == [10**5]
     with pytest.raises(CalibrationError, match="δ=1e-05"):
         with_batch_size(budget, 1, 1)
 

@@ -115,7 +115,6 @@ COVERS = {
     "test_bounds": "bounds/sensitivity",
     "test_forms": "bounds/functions bounds/probe bounds/trace",
     "test_certify": "certify/certificate certify/network",
-    "test_certify_runs": "commands/robustness",
     "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
     " commands/train",
     "test_compare": "comparison/plots",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,22 +24,24 @@ __all__ = ["METHODS", "Suite", "SuiteResult", "draw", "write"]
 class Suite:
     """What to audit and how hard; see `many_runs` and `one_run`.
 
-    Attributes:
-        confidence: of all lower bounds together: of k audits each has 1 − (1 − confidence)/k.
-        methods: names in `METHODS`.
-        canaries, input_canaries: gradient canaries, and records among the digits, in one run.
+    `confidence` is that of all lower bounds together: of k audits each has 1 − (1 − confidence)/k.
     """
 
-    epsilon: float
+    epsilon: Annotated[float, "the claim to audit: the engine's noise is calibrated to it"]
     delta: float = 1e-5
-    confidence: float = 0.95
-    methods: tuple[str, ...] = ("many-runs", "sampled-runs", "gradient-canaries", "input-canaries")
-    runs: int = 3000
-    canaries: int = 32_768
-    input_canaries: int = 250
+    confidence: Annotated[float, "of all lower bounds together"] = 0.95
+    methods: Annotated[Sequence[str], "repeat for several", "--method"] = (
+        "many-runs",
+        "sampled-runs",
+        "gradient-canaries",
+        "input-canaries",
+    )
+    runs: Annotated[int, "of each audit by many runs"] = 3000
+    canaries: Annotated[int, "gradient canaries in one run"] = 32_768
+    input_canaries: Annotated[int, "records in one run on the digits"] = 250
     allocation: str = "per_layer"
     accountant: str = "prv"
-    seed: int | None = None
+    seed: Annotated[int | None, "repeat the audit exactly"] = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]

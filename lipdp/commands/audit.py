@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible, with_settings
+from lipdp.audit.suite import Suite, write
+from lipdp.commands.options import interruptible, with_config
 from lipdp.errors import ParameterError
 
 VIOLATED = 1
@@ -25,45 +26,22 @@ Exit code: 0 consistent, 1 a lower bound is above the claim, 2 refused.
 DIR then holds audit.json and audit.png."""
 
 
-@with_settings(delta=1e-5, allocation="per_layer", accountant="prv")
+@with_config(Suite, "delta", "allocation", "accountant")
 @interruptible
 def audit(
-    given: dict[str, Any],
-    epsilon: Annotated[float, typer.Option(help="the claim to audit: the engine's noise is calibrated to it")],
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="many-runs, sampled-runs, gradient-canaries, input-canaries; repeat for several; default: all"
-        ),
-    ] = None,
-    confidence: Annotated[float, typer.Option(help="of all lower bounds together")] = 0.95,
-    runs: Annotated[int, typer.Option(help="of each audit by many runs")] = 3000,
-    canaries: Annotated[int, typer.Option(help="gradient canaries in one run")] = 32_768,
-    input_canaries: Annotated[int, typer.Option(help="records in one run on the digits")] = 250,
+    suite: Suite,
     out: Annotated[Path | None, typer.Option(help="folder for audit.json and audit.png")] = None,
-    seed: Annotated[int | None, typer.Option(help="repeat the audit exactly")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
     """Attack the engine as it is installed here, and bound ε from below.
 
     The better the attacks guess who took part, the larger the bound.
     """
-    from lipdp.audit.suite import METHODS, Suite, write
     from lipdp.commands.bars import step_bar
     from lipdp.commands.tables import plain_console, plain_table
 
     if out is not None and out.exists() and not out.is_dir():
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
-    suite = Suite(
-        epsilon=epsilon,
-        confidence=confidence,
-        methods=tuple(method or METHODS),
-        runs=runs,
-        canaries=canaries,
-        input_canaries=input_canaries,
-        **given,
-        seed=seed,
-    )
     with step_bar(plain_console(stderr=True)) as told:
         result = suite.run(told)
     paths = write(result, out) if out is not None else ()
@@ -85,8 +63,8 @@ def audit(
         console.print(table)
         best = result.strongest
         console.print(
-            f"ε ≥ {best.lower_bound:.3f} at δ = {suite.delta:g} with confidence {confidence:g} (all audits together);"
-            f" claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]"
+            f"ε ≥ {best.lower_bound:.3f} at δ = {suite.delta:g} with confidence {suite.confidence:g} (all audits"
+            f" together); claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]"
         )
         for path in paths:
             console.print(f"[dim]written to {path}[/dim]", soft_wrap=True)

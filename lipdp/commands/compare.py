@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from lipdp.commands.bars import Pace
-from lipdp.commands.options import Command, interruptible, with_settings
-from lipdp.commands.robustness import EPILOG as ROBUSTNESS_EPILOG
-from lipdp.commands.robustness import robustness
+from lipdp.commands.certify import parse_radius
+from lipdp.commands.options import Command, interruptible, option, with_config
+from lipdp.comparison.configs import RobustnessConfig, SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.errors import ParameterError
 
 app = typer.Typer(
@@ -52,25 +52,21 @@ TABLES_EPILOG = """[bold]Examples[/bold]
 DIR then holds results.json; the same command goes on where it was stopped. Runs are seeded: they compare, they are not
 private releases."""
 
+ROBUSTNESS_EPILOG = """[bold]Examples[/bold]
 
-def _list(help: str) -> Any:
-    return typer.Option(help=help + " (several values in a row)", show_default=False)
+[green]lipdp compare robustness --out DIR[/green]  (digits, ε = 3)
+
+[green]lipdp compare robustness --dataset mnist --epsilon 2 --taus 2 8 32 128 --radii 36/255 72/255 --out DIR[/green]
+
+DIR then holds results.json and a picture per radius; the same command goes on where it was killed. Runs are seeded:
+they compare trainers, they are not private releases."""
 
 
-@with_settings("model_options", model="cnn", threads=None, device="cpu")
+@with_config(SpeedConfig, "model", "model_options", "device")
 @interruptible
 def speed(
-    given: dict[str, Any],
-    dataset: Annotated[
-        str, typer.Option(help="whose shape: mnist, fashion-mnist, cifar10, digits, tiny-imagenet")
-    ] = "mnist",
-    batch_sizes: Annotated[list[int] | None, _list("expected batch sizes; default 64 256 1024 4096 8192")] = None,
-    views: Annotated[list[int] | None, _list("of each record, averaged in its gradient; default 1")] = None,
-    trainers: Annotated[list[str] | None, _list("default: those that cost differently; `all`")] = None,
-    kinds: Annotated[list[str] | None, _list("of model: lipschitz, plain (the unconstrained twin)")] = None,
-    repeat: Annotated[int, typer.Option(help="interleaved repetitions")] = 7,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="measure peak memory too")] = True,
-    memory_limit: Annotated[float | None, typer.Option(help="GiB a process may take on a CPU")] = None,
+    config: SpeedConfig,
+    threads: Annotated[int | None, option("threads")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and pictures")] = None,
 ) -> None:
     """Step time and peak memory against the batch size, and their ratios to a non-private step."""
@@ -78,40 +74,28 @@ def speed(
     import torch
 
     from lipdp.comparison.plots import memory_figure, save, speed_figure
-    from lipdp.comparison.speed import SpeedConfig, table
     from lipdp.comparison.speed import speed as measure
+    from lipdp.comparison.speed import table
     from lipdp.comparison.trainers import legend
 
-    if threads := given.pop("threads", None):
+    if threads is not None:
         torch.set_num_threads(threads)
-    chosen = () if trainers == ["all"] else trainers
-    lists: dict[str, Any] = {"batch_sizes": batch_sizes, "views": views, "trainers": chosen, "kinds": kinds}
-    limit = None if memory_limit is None else int(memory_limit * 2**30)
-    config = SpeedConfig(dataset=dataset, repeat=repeat, memory=memory, memory_limit=limit, **given, **_tuples(lists))
     results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
     if out is not None:
         save(speed_figure(results), out, "speed")
-        if memory:
+        if config.memory:
             save(memory_figure(results), out, "memory")
     typer.echo(
         f"{config.model} on {config.dataset}, {config.device}, {torch.get_num_threads()} threads:"
         " step time (× non-private)"
     )
-    typer.echo(table(results))
-    typer.echo(f"\n{legend(cell['trainer'] for cell in results.cells)}")
+    typer.echo(f"{table(results)}\n\n{legend(cell['trainer'] for cell in results.cells)}")
 
 
-@with_settings("data_dir", "model", "model_options", "features", "delta", "batch_size", "epochs")
+@with_config(UtilityConfig, "data_dir", "model", "model_options", "features", "delta", "batch_size", "epochs")
 @interruptible
 def utility(
-    given: dict[str, Any],
-    datasets: Annotated[list[str] | None, _list("as for lipdp train; default digits")] = None,
-    epsilons: Annotated[list[float] | None, _list("budgets; default 1 3")] = None,
-    trainers: Annotated[list[str] | None, _list("default: all")] = None,
-    kinds: Annotated[list[str] | None, _list("of model: lipschitz, plain (the unconstrained twin)")] = None,
-    seeds: Annotated[int, typer.Option(help="runs of each trainer at each budget")] = 3,
-    trials: Annotated[int, typer.Option(help="tuning trials of each trainer at each budget, 1 to 4")] = 4,
-    tune_scale: Annotated[int, typer.Option(help="k: trials at B/k and σ/k, a k-th of the cost")] = 1,
+    config: UtilityConfig,
     jobs: Annotated[int, typer.Option(help="processes")] = 1,
     out: Annotated[Path | None, typer.Option(help="folder for results.json, tuning.json and pictures")] = None,
 ) -> None:
@@ -119,64 +103,85 @@ def utility(
     _require_extra()
     from lipdp.comparison.plots import save, utility_figure
     from lipdp.comparison.trainers import legend
-    from lipdp.comparison.utility import UtilityConfig, summary, table
+    from lipdp.comparison.utility import summary, table
     from lipdp.comparison.utility import utility as measure
 
     if jobs < 1:
         raise ParameterError(f"--jobs {jobs}: at least 1 is needed")
-    lists: dict[str, Any] = {"datasets": datasets, "epsilons": epsilons, "trainers": trainers, "kinds": kinds}
-    config = UtilityConfig(**given, seeds=seeds, trials=trials, tune_scale=tune_scale, **_tuples(lists))
-    results = measure(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace()))
-    cells = summary(results)
+    cells = summary(measure(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace())))
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
         here = [cell for cell in cells if cell["dataset"] == dataset]
         if out is not None and any(cell["target_epsilon"] is not None for cell in here):
             save(utility_figure(here), out, f"utility-{dataset.replace('/', '-')}")
-    typer.echo(table(cells))
-    typer.echo(f"\n{legend(cell['trainer'] for cell in cells)}")
+    typer.echo(f"{table(cells)}\n\n{legend(cell['trainer'] for cell in cells)}")
 
 
-@with_settings("data_dir", "delta")
+@with_config(TablesConfig, "data_dir", "delta")
 @interruptible
 def tables(
-    given: dict[str, Any],
-    tables: Annotated[list[str], _list("data sets, as for lipdp train")],
-    epsilons: Annotated[list[float] | None, _list("budgets; default 1")] = None,
-    trainers: Annotated[
-        list[str] | None, _list("lipdp, opacus_mlp, ebm, logistic_regression, diffprivlib; default: all but the last")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="runs of each trainer, each on its own random split")] = 5,
-    records: Annotated[int, typer.Option(help="of a table, at most, drawn at random")] = 30_000,
+    config: TablesConfig,
     out: Annotated[Path | None, typer.Option(help="folder for results.json")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of the table")] = False,
 ) -> None:
     """AUROC or accuracy on tables at given budgets, under the private learners that people use."""
     _require_extra()
-    from lipdp.comparison.tables import TablesConfig, legend, table
+    from lipdp.comparison.tables import LEARNERS, table
     from lipdp.comparison.tables import tables as measure
+    from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import summary
 
-    lists: dict[str, Any] = {"tables": tables, "epsilons": epsilons, "trainers": trainers}
-    config = TablesConfig(**given, seeds=seeds, records=records, **_tuples(lists))
     results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
     if as_json:
         typer.echo(json.dumps(summary(results), indent=2))
-        return
-    typer.echo(table(results))
-    typer.echo(f"\n{legend(results)}")
+    else:
+        described = legend((cell["trainer"] for cell in results.cells), LEARNERS)
+        typer.echo(f"{table(results)}\n\n{described}")
 
 
-def _tuples(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) for name, value in given.items() if value is not None}
+_SHARED = (
+    "dataset",
+    "data_dir",
+    "model",
+    "model_options",
+    "features",
+    "epsilon",
+    "delta",
+    "batch_size",
+    "epochs",
+    "lr",
+)
+
+
+@with_config(RobustnessConfig, *_SHARED, radii=parse_radius)
+@interruptible
+def robustness(
+    config: RobustnessConfig,
+    out: Annotated[Path | None, typer.Option(help="folder for results.json and pictures")] = None,
+) -> None:
+    """Certified accuracy against accuracy along the temperature, private and not, with the Pareto front."""
+    _require_extra()
+    from lipdp.comparison.plots import save
+    from lipdp.comparison.robustness import robustness as measure
+    from lipdp.comparison.robustness import robustness_figure, table
+    from lipdp.comparison.trainers import legend
+
+    results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
+    if out is not None:
+        for number, radius in enumerate(config.radii):
+            save(robustness_figure(results, number), out, f"robustness-{radius:.3g}")
+    typer.echo(f"{table(results)}\n\n{legend(cell['trainer'] for cell in results.cells)}")
 
 
 def _tell(pace: Pace, cell: dict[str, Any], done: int, total: int) -> None:
     score = cell.get("score", cell.get("auroc", cell.get("accuracy", 0.0)))
     what = "trial" if "score" in cell else "run"
-    budget = "no privacy" if cell["target_epsilon"] is None else f"ε {cell['target_epsilon']:g}"
+    budget = cell.get("target_epsilon", cell["epsilon"])
+    known = [cell["dataset"], "no privacy" if budget is None else f"ε {budget:g}"]
+    known += [f"{name} {cell[name]}" for name in ("settings", "tau", "seed") if name in cell]
+    certified = "".join(f", certified {share:.4f}" for share in cell.get("certified_accuracy", ()))
     typer.echo(
-        f"{pace(done, total)}: {what}, {cell['trainer']} on {cell['model']}, {cell['dataset']}, {budget},"
-        f" {cell['settings']}: {score:.4f} ({cell['seconds']:.0f} s)",
+        f"{pace(done, total)}: {what}, {cell['trainer']} on {cell['model']}, {', '.join(known)}:"
+        f" {score:.4f}{certified} ({cell['seconds']:.0f} s)",
         err=True,
     )
 

@@ -12,7 +12,10 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Annotated, Any
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from types import GenericAlias
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -82,6 +85,15 @@ def option(name: str, *, default: str | None = None, panel: str | None = None) -
     return typer.Option(help=help, show_default=False, metavar=one.metavar, rich_help_panel=panel)
 
 
+@dataclass(frozen=True)
+class _Option:
+    """An option made of a declaration: of a setting of a run, or of a field of a configuration."""
+
+    name: str
+    parameter: inspect.Parameter
+    parsed: Callable[[Any], Any]
+
+
 def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcommand]:
     """A subcommand with the options of settings of a run; its first argument is a dict of what was given of them.
 
@@ -91,28 +103,75 @@ def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcom
     """
     from lipdp.training.config import SETTINGS
 
-    chosen = [SETTINGS[name] for name in (*names, *defaults) or SETTINGS]
+    def made(name: str) -> _Option:
+        default = defaults.get(name)
+        words = None if name not in defaults else "" if default in (None, ...) else str(default)
+        return _of_setting(SETTINGS[name], default, words, None if names or defaults else SETTINGS[name].panel)
 
-    def parameter(one: Setting) -> inspect.Parameter:
-        default, kind = defaults.get(one.name), one.kind.option
-        words = None if one.name not in defaults else "" if default in (None, ...) else str(default)
-        info = option(one.name, default=words, panel=None if names or defaults else one.panel)
-        return inspect.Parameter(
-            one.argument,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=Annotated[kind if kind is bool else kind | None, info],
-            default=inspect.Parameter.empty if default is ... else default,
-        )
+    return _taking([made(name) for name in (*names, *defaults) or SETTINGS], dict)
+
+
+def with_config(kind: type, *names: str, **parsers: Callable[[str], Any]) -> Callable[[Subcommand], Subcommand]:
+    """A subcommand with the options of a dataclass; its first argument is an object of it.
+
+    They are the fields whose type is annotated with a text, which is the option's help, and the settings of a run among
+    the fields that are named. A field with a parser takes texts.
+    """
+    from lipdp.training.config import SETTINGS
+
+    declared, hints = {one.name: one for one in fields(kind)}, get_type_hints(kind, include_extras=True)
+    chosen = []
+    for name in (*names, *(name for name, hint in hints.items() if get_origin(hint) is Annotated)):
+        default = ... if declared[name].default is MISSING else declared[name].default
+        if name in names:
+            chosen.append(_of_setting(SETTINGS[name], default, None if default is None else str(default), None))
+        else:
+            chosen.append(_of_field(name, default, parsers.get(name), *get_args(hints[name])))
+    return _taking(chosen, lambda given: kind(**given))
+
+
+def _of_setting(one: Setting, default: Any, words: str | None, panel: str | None) -> _Option:
+    info, taken = option(one.name, default=words, panel=panel), one.kind.option
+    return _Option(one.name, _parameter(one.argument, taken, info, default), partial(_parsed, one))
+
+
+def _of_field(
+    name: str, default: Any, parser: Callable[[str], Any] | None, taken: Any, help: str, flag: str = ""
+) -> _Option:
+    if get_origin(taken) is not Sequence:
+        flag = f"--{name.replace('_', '-')}" if default is False else flag  # without its opposite
+        info = typer.Option(*filter(None, [flag]), help=help, show_default=default is not False)
+        return _Option(name, _parameter(name, taken, info, default), lambda value: value)
+    (item,) = get_args(taken)
+    values = [] if default is ... else [f"{value:.3g}" if item is float else str(value) for value in default]
+    listed = f"; default {' '.join(values)}" if values else ""
+    info = typer.Option(*filter(None, [flag]), help=f"{help}{listed} (several values in a row)", show_default=False)
+    lists = GenericAlias(list, item if parser is None else str)
+    parameter = _parameter(name, lists, info, ... if default is ... else None)
+    return _Option(name, parameter, lambda texts: tuple(map(parser or item, texts)) if texts else None)
+
+
+def _parameter(name: str, taken: Any, info: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=Annotated[taken if taken is bool else taken | None, info],
+        default=inspect.Parameter.empty if default is ... else default,
+    )
+
+
+def _taking(options: Sequence[_Option], made: Callable[[dict[str, Any]], Any]) -> Callable[[Subcommand], Subcommand]:
+    """A subcommand with these options beside its own; its first argument is made of those that were given."""
 
     def decorate(function: Subcommand) -> Subcommand:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
-        parameters = [*map(parameter, chosen), *keyword]
+        parameters = [*(one.parameter for one in options), *keyword]
 
         @functools.wraps(function)
         def command(**arguments: Any) -> None:
-            given = {one.name: _parsed(one, arguments.pop(one.argument)) for one in chosen}
-            function({name: value for name, value in given.items() if value is not None}, **arguments)
+            given = {one.name: one.parsed(arguments.pop(one.parameter.name)) for one in options}
+            function(made({name: value for name, value in given.items() if value is not None}), **arguments)
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {one.name: one.annotation for one in parameters}

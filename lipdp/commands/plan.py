@@ -93,7 +93,7 @@ def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
     """The run of a point; σ follows there from ε, B and T."""
     return (
         f"lipdp train --dataset {shlex.quote(dataset or 'DATASET')} --epsilon {epsilon:g} --delta {point.delta:g} "
-        f"--batch-size {point.batch_size} --steps {point.steps}"
+        f"--batch-size {point.expected_batch_size} --steps {point.steps}"
     )
 
 
@@ -176,14 +176,14 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
     )
     table = plain_table("", "B", "σ", "T", "η", "ε exact", "ε_TAN", "B/σ", "B·T", "epochs")
     for point in found.iso_budget:
-        plan_here = point.batch_size == chosen.batch_size
+        plan_here = point.expected_batch_size == chosen.expected_batch_size
         table.add_row("plan" if plan_here else "", *_cells(point), style="bold" if plan_here else None)
     for point in found.beside:
         table.add_row("beside", *_cells(point), style="dim")
     console.print(table)
     console.print(f"σ = {chosen.noise_multiplier:.3g}: {chosen.move.reason}")
     for sigma, epsilon in found.wall:
-        batch = max(1, round(chosen.batch_size * sigma / chosen.noise_multiplier))
+        batch = max(1, round(chosen.expected_batch_size * sigma / chosen.noise_multiplier))
         console.print(f"the same total noise at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}")
     if "private_search" in facts:
         search = facts["private_search"]
@@ -199,13 +199,13 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
 
 def _cells(point: Point) -> list[str]:
     return [
-        f"{point.batch_size}",
+        f"{point.expected_batch_size}",
         f"{point.noise_multiplier:.3g}",
         f"{point.steps}",
         f"{point.eta:.3f}",
         f"{point.epsilon:.3g}",
         f"{point.tan_epsilon:.3g}",
-        f"{point.batch_size / point.noise_multiplier:.0f}",
+        f"{point.expected_batch_size / point.noise_multiplier:.0f}",
         _count(point.samples),
         f"{point.epochs:.0f}" if point.epochs >= 100 else f"{point.epochs:.3g}",
     ]

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from lipdp.errors import ResumeError
 from lipdp.files import read_json, write_json
 
 Cell = dict[str, Any]
+Progress = Callable[[Cell, int, int], None]
+"""Is given every cell, how many there are then, and how many there will be."""
+Job = TypeVar("Job")
 
 
 class Results:
@@ -55,6 +62,21 @@ class Results:
         """The cells with these values, in the order they came."""
         return [cell for cell in self.cells if all(cell.get(name) == value for name, value in key.items())]
 
+    def fill(
+        self,
+        asked: Iterable[Job],
+        *,
+        key: Callable[[Job], Cell],
+        measure: Callable[[Job], Cell],
+        told: Callable[[Cell], None],
+        jobs: int = 1,
+    ) -> None:
+        """Add what `measure` finds for every job whose `key` is not there yet; several processes have a thread each."""
+        left = [job for job in asked if not self.find(**key(job))]
+        for cell in map(measure, left) if jobs == 1 else _in_processes(measure, left, jobs):
+            self.add(cell)
+            told(cell)
+
     def _check_same(self, before: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         names = sorted(n for n in {*before, *config} if before.get(n) != config.get(n))
         if names:
@@ -62,6 +84,18 @@ class Results:
             raise ResumeError(
                 f"{self.folder} holds another comparison ({changes}); give another --out, or the same options"
             )
+
+
+def _in_processes(measure: Callable[[Job], Cell], left: Sequence[Job], jobs: int) -> Iterator[Cell]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([getattr(measure, "func", measure).__module__])
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting = [pool.submit(measure, job) for job in left]
+        try:
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -2,104 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from lipdp.accounting.plan import PrivacyPlan
-from lipdp.certify import IMAGE_RADII
 from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
-from lipdp.comparison.contenders import Contender, Setup, contenders, trained
+from lipdp.comparison.configs import RobustnessConfig
+from lipdp.comparison.contenders import Bench, Contender, bench, contenders
 from lipdp.comparison.plots import pareto
-from lipdp.comparison.protocol import ComparedTrainer
-from lipdp.comparison.results import Cell, Results, markdown
+from lipdp.comparison.results import Cell, Progress, Results, markdown
 from lipdp.comparison.trainers.engine import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
-from lipdp.data import Split, load, number_of_units
-from lipdp.errors import (
-    NonFiniteError,
-    ParameterError,
-    UnboundedError,
-    UnsupportedLayerError,
-    UnsupportedOperationError,
-)
-from lipdp.training.assembly import learning_rate, plan_of, prepare
-from lipdp.training.config import TrainConfig, configure
+from lipdp.data import Split, load
+from lipdp.errors import NonFiniteError, UnboundedError, UnsupportedLayerError, UnsupportedOperationError
+from lipdp.training.assembly import learning_rate
 from lipdp.training.evaluation import outputs
-from lipdp.training.recipes import default_model
 
-Progress = Callable[[Cell, int, int], None]
 _MARKERS = "os^Dv"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RobustnessConfig:
-    """What is compared; the options of `lipdp compare robustness`.
-
-    Attributes:
-        trainers: of the Lipschitz model; of those without privacy, the unconstrained twin is trained too, at τ = 1,
-            with learning rate `twin_lr`: nothing keeps its constant small.
-        taus: temperatures of the loss CE(τz)/τ. A large τ asks for a margin of about 1/τ and no more: accuracy; a small
-            one rewards any margin: radius.
-        radii: in units of the raw input.
-        seeds: number of runs of each cell; they are seeded, so repeatable and not private themselves.
-        samples: test records certified, the first ones; None for all.
-    """
-
-    dataset: str = "digits"
-    data_dir: str | None = None
-    model: str | None = None
-    features: str | None = None
-    model_options: dict[str, Any] | None = None
-    epsilon: float = 3.0
-    delta: float | None = None
-    trainers: Sequence[str] = ("clipless", "opacus_hooks", "non_private")
-    taus: Sequence[float] = (2.0, 8.0, 32.0, 128.0)
-    radii: Sequence[float] = IMAGE_RADII
-    seeds: int = 1
-    batch_size: int | None = None
-    epochs: float | None = None
-    lr: float | None = None
-    twin_lr: float = 0.1
-    max_grad_norm: float = 0.3
-    samples: int | None = None
-    attack: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.taus or min(self.taus) <= 0:
-            raise ParameterError(f"taus={tuple(self.taus)}: temperatures are positive numbers")
-        if not self.radii or min(self.radii) < 0:
-            raise ParameterError(f"radii={tuple(self.radii)}: at least one, none negative")
-        if self.seeds < 1 or (self.samples is not None and self.samples < 1):
-            raise ParameterError("seeds and samples are at least 1")
-
-    def train_config(self) -> TrainConfig:
-        """The recipe, with what was given."""
-        names = ("data_dir", "model", "features", "model_options", "delta", "epsilon", "batch_size", "epochs", "lr")
-        given = {name: getattr(self, name) for name in names}
-        given["model"] = self.model or default_model(self.dataset, self.features)
-        return configure(dataset=self.dataset, **given)
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """What all cells share."""
-
-    config: RobustnessConfig
-    train: TrainConfig
-    split: Split
-    raw: Split
-    maps: tuple[InputMap, ...]
-    input_bound: float | None
-    plan: PrivacyPlan
-
-    def setup(self, tau: float) -> Setup:
-        """Model and loss at a temperature."""
-        return Setup.of(self.train, self.split, self.input_bound, tau=tau)
+Job = tuple[Contender, float, int]
+"""Whom to train, at which temperature, with which seed."""
 
 
 def robustness(
@@ -113,7 +40,6 @@ def robustness(
     Args:
         config: what is compared.
         out: the folder, with `results.json`; one that was begun is completed, cell by cell.
-        progress: is given every cell, how many there are then, and how many there will be.
 
     Returns:
         Cells with trainer, model, dataset, tau, seed, epsilon, accuracy, certified_accuracy (one a radius), lipschitz,
@@ -123,101 +49,77 @@ def robustness(
         BoundViolation: an attack succeeded inside a certified radius.
     """
     results = Results(out, config={**asdict(config), "what": "robustness"})
-    bench: _Bench | None = None
-    planned = _plan(config)
-    for contender, tau, seed in planned:
-        key = _key(config, contender, tau, seed)
-        if results.find(**key):
-            continue
-        bench = bench or _bench(config)
-        cell = {**key, **_cell(bench, contender, tau, seed)}
-        results.add(cell)
-        progress(cell, len(results.cells), len(planned))
+    asked = [
+        (contender, tau, seed)
+        for contender in contenders(config.trainers)
+        if not (contender.plain and contender.trainer.private)
+        for tau in ((1.0,) if contender.plain else config.taus)
+        for seed in range(config.seeds)
+    ]
+
+    def told(cell: Cell) -> None:
+        progress(cell, len(results.cells), len(asked))
+
+    results.fill(asked, key=partial(_key, config), measure=partial(_run, config), told=told)
     return results
 
 
-def _plan(config: RobustnessConfig) -> list[tuple[Contender, float, int]]:
-    found = []
-    for contender in contenders(config.trainers):
-        if contender.plain and contender.trainer.private:
-            continue
-        found += [
-            (contender, tau, seed)
-            for tau in ((1.0,) if contender.plain else config.taus)
-            for seed in range(config.seeds)
-        ]
-    return found
-
-
-def _key(config: RobustnessConfig, contender: Contender, tau: float, seed: int) -> Cell:
+def _key(config: RobustnessConfig, job: Job) -> Cell:
+    contender, tau, seed = job
     model = contender.model_name(config.train_config().model)
     return {"trainer": contender.trainer.name, "model": model, "dataset": config.dataset, "tau": tau, "seed": seed}
 
 
-def _bench(config: RobustnessConfig) -> _Bench:
-    train = config.train_config()
-    raw = load(config.dataset, data_dir=config.data_dir)
-    data, input_bound = prepare(train)
-    split = data.in_memory()
-    train = train.resolve(number_of_units(split), binary=split.task == "binary")
-    return _Bench(config, train, split, raw, maps_of(train, raw), input_bound, plan_of(train, split, measured=False))
-
-
-def _cell(bench: _Bench, contender: Contender, tau: float, seed: int) -> Cell:
+def _run(config: RobustnessConfig, job: Job) -> Cell:
     begin = time.perf_counter()
-    config, train, plan, setup = bench.config, bench.train, bench.plan, bench.setup(tau)
-    rate = learning_rate(train, plan, setup.loss_for(contender))
-    session = trained(
-        contender,
-        _configured(contender.trainer, bench),
-        setup,
-        train,
-        bench.split,
-        plan=plan,
-        lr=config.twin_lr if contender.plain else rate,
-        seed=seed,
+    contender, tau, seed = job
+    shared = bench(config.train_config(), config.epsilon)
+    setup = shared.setup(tau=tau)
+    rate = learning_rate(shared.train, shared.plan, setup.loss_for(contender))
+    settings: dict[str, Any] = {}
+    if isinstance(contender.trainer, Clipless):
+        settings = {"gate": shared.train.gate, "allocation": shared.train.allocation}
+    elif isinstance(contender.trainer, OpacusTrainer):
+        settings = {"max_grad_norm": config.max_grad_norm}
+    session = shared.trained(
+        contender, settings, lr=config.twin_lr if contender.plain else rate, seed=seed, setup=setup
     )
-    private = session.event is not None
     return {
-        "batch_size": plan.expected_batch_size,
-        "steps": plan.steps,
-        "noise_multiplier": plan.noise_multiplier if private else None,
-        "epsilon": plan.predicted.epsilon if private else None,
-        "delta": plan.target_delta,
+        **_key(config, job),
+        **shared.facts(contender),
         "radii": list(config.radii),
-        **_certified(bench, session.model),
-        "private": False,  # seeded
+        **_certified(config, shared, session.model),
         "seconds": round(time.perf_counter() - begin, 2),
     }
 
 
-def _certified(bench: _Bench, model: nn.Module) -> Cell:
+@functools.lru_cache(maxsize=1)
+def _raw(dataset: str, data_dir: str | None) -> Split:
+    return load(dataset, data_dir=data_dir)
+
+
+def _certified(config: RobustnessConfig, shared: Bench, model: nn.Module) -> Cell:
     """Accuracy and certificate; zeros and the reason for a model that has none."""
-    config, raw = bench.config, bench.raw
+    raw = _raw(config.dataset, config.data_dir)
     x, y = raw.test_x[: config.samples], raw.test_y[: config.samples]
+    maps: tuple[InputMap, ...] = maps_of(shared.train, raw)
     try:
-        found = assess(model, x, y, radii=config.radii, maps=bench.maps, attack=config.attack)
+        found = assess(model, x, y, radii=config.radii, maps=maps, attack=config.attack)
     except (UnboundedError, UnsupportedLayerError, UnsupportedOperationError, NonFiniteError) as error:
         nothing = {"certified_accuracy": [0.0] * len(config.radii), "attacked_accuracy": None, "lipschitz": None}
-        return {**nothing, "accuracy": _accuracy(model, bench), "mean_radius": 0.0, "refused": str(error)}
+        accuracy = _accuracy(model, shared.split, config.samples)
+        return {**nothing, "accuracy": accuracy, "mean_radius": 0.0, "refused": str(error)}
     names = ("accuracy", "certified_accuracy", "attacked_accuracy", "lipschitz", "mean_radius", "curve")
     facts = found.as_dict()
     return {name: facts[name] for name in names}
 
 
-def _accuracy(model: nn.Module, bench: _Bench) -> float:
+def _accuracy(model: nn.Module, split: Split, samples: int | None) -> float:
     """Without a certificate; an answer that is NaN is wrong."""
-    y = bench.split.test_y[: bench.config.samples]
-    found = outputs(model, bench.split.test_x[: len(y)].split(1024))
+    y = split.test_y[:samples]
+    found = outputs(model, split.test_x[: len(y)].split(1024))
     answers = found.argmax(1) if found.shape[1] > 1 else (found[:, 0] > 0).long()
     return float(((answers == y) & found.isfinite().all(1)).double().mean())
-
-
-def _configured(trainer: ComparedTrainer, bench: _Bench) -> ComparedTrainer:
-    """The trainer with the recipe's gate and allocation, or with the clipping norm."""
-    if isinstance(trainer, Clipless):
-        return replace(trainer, gate=bench.train.gate, allocation=bench.train.allocation)
-    return replace(trainer, max_grad_norm=bench.config.max_grad_norm) if isinstance(trainer, OpacusTrainer) else trainer
 
 
 # --- what it shows ----------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,73 +14,17 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.comparison.contenders import Contender, Setup, contenders
+from lipdp.comparison.configs import SpeedConfig
+from lipdp.comparison.contenders import Contender, contenders
 from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.results import Cell, Results, markdown
-from lipdp.errors import LipdpError, ParameterError
+from lipdp.errors import LipdpError
 from lipdp.processes import is_out_of_memory, peak_bytes
-from lipdp.training.recipes import recipe
-
-SHAPES: Mapping[str, tuple[int, ...]] = {
-    "mnist": (1, 28, 28),
-    "fashion-mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-    "digits": (1, 8, 8),
-    "tiny-imagenet": (3, 64, 64),
-}
-DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opacus_functorch", "opacus_ghost")
-"""Trainers whose steps cost differently; the other ways of clipping cost what Opacus' hooks cost."""
 
 _MANY = 10**6  # steps: more than a benchmark takes
 OUT_OF_MEMORY, REFUSED, FAILED, MEASURED = "out of memory", "refused", "failed", "measured"
 Entry = tuple[Contender, int]
 """A contender, and how many views of each record it is given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpeedConfig:
-    """What is measured; the options of `lipdp compare speed`.
-
-    Attributes:
-        dataset: gives the shape of the images, which are random: a step takes as long on them as on real ones.
-        model_options: None takes those of the data set's recipe.
-        batch_sizes: expected batch sizes B, measured from the smallest on.
-        views: K, how many views of each record are averaged; every B is measured with every K, in the same rounds.
-        repeat: interleaved repetitions: every trainer takes one step on the same batch, then the next round begins.
-        memory_limit: bytes that one process may allocate on a CPU; None takes 80 % of what is available.
-        memory: measure the peak memory too, each cell in a process of its own.
-    """
-
-    dataset: str = "mnist"
-    model: str = "cnn"
-    model_options: Mapping[str, Any] | None = None
-    batch_sizes: Sequence[int] = (64, 256, 1024, 4096, 8192)
-    views: Sequence[int] = (1,)
-    trainers: Sequence[str] = DISTINCT
-    kinds: Sequence[str] = ("lipschitz", "plain")
-    repeat: int = 7
-    device: str = "cpu"
-    memory_limit: int | None = None
-    memory: bool = True
-    setup: Setup = field(init=False)
-
-    def __post_init__(self) -> None:
-        if self.dataset not in SHAPES:
-            raise ParameterError(f"dataset {self.dataset!r}: speed is measured on shapes of {', '.join(SHAPES)}")
-        if min([self.repeat, *self.views, *self.batch_sizes]) < 1 or not (self.views and self.batch_sizes):
-            given = f"batch_sizes={list(self.batch_sizes)}, views={list(self.views)}, repeat={self.repeat}"
-            raise ParameterError(f"{given}: at least 1 is needed")
-        recommended = recipe(self.dataset, self.model).get("model_options", {})
-        options = recommended if self.model_options is None else self.model_options
-        setup = Setup(
-            model=self.model,
-            model_options=dict(options),
-            input_shape=SHAPES[self.dataset],
-            num_classes=10,
-            loss="cross-entropy",
-            loss_options={"tau": 32.0},
-        )
-        object.__setattr__(self, "setup", setup)
 
 
 def speed(
@@ -107,7 +51,8 @@ def speed(
         number of views, and ratio_to_one_view, of the same trainer.
     """
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
-    results = Results(out, config={k: v for k, v in asked.items() if k not in ("setup", "batch_sizes")})
+    asked.pop("batch_sizes")
+    results = Results(out, config=asked)
     entered = [(c, views) for views in sorted(config.views) for c in contenders(config.trainers, config.kinds)]
     for number, batch_size in enumerate(sorted(config.batch_sizes), start=1):
         where = f"B = {batch_size} ({number} of {len(config.batch_sizes)})"
@@ -177,9 +122,9 @@ def prepare(config: SpeedConfig, contender: Contender, batch_size: int, views: i
 
 def peak(config: SpeedConfig, contender: Contender, batch_size: int, *, views: int = 1) -> Cell:
     """A cell with the peak memory of three steps."""
-    limits: dict[str, Any] = {"device": config.device, "memory_limit": config.memory_limit}
+    limit = None if config.memory_limit is None else int(config.memory_limit * 2**30)
     try:
-        found = peak_bytes(prepare, config, contender, batch_size, views, **limits)
+        found = peak_bytes(prepare, config, contender, batch_size, views, device=config.device, memory_limit=limit)
     except (LipdpError, RuntimeError) as error:
         return _trouble(error)
     return {"status": OUT_OF_MEMORY} if found is None else {"status": MEASURED, "peak_bytes": found}

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan, default_delta
+from lipdp.comparison.configs import TablesConfig
 from lipdp.comparison.protocol import Task
-from lipdp.comparison.results import Cell, Results, markdown
+from lipdp.comparison.results import Cell, Progress, Results, markdown
 from lipdp.comparison.utility import chance_of, shown, summary, trial_plan
 from lipdp.data import Rescale, SignedLog, Split, bound_inputs, default_bounding, load, split_validation
 from lipdp.errors import ParameterError, UnknownNameError
@@ -53,35 +54,8 @@ class Learner:
     two_classes: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class TablesConfig:
-    """What is compared.
-
-    Attributes:
-        tables: as `lipdp.data.load` takes them. data_dir: where they are.
-        epsilons, delta: budgets; δ None takes the default for N.
-        trainers: names of `LEARNERS`; none given, all but diffprivlib's, which needs an old scikit-learn.
-        seeds: number of runs. Every one cuts the records anew: four fifths to learn from, one to test on.
-        records: at most as many of a table, drawn at random.
-    """
-
-    tables: Sequence[str]
-    data_dir: str | None = None
-    epsilons: Sequence[float] = (1.0,)
-    delta: float | None = None
-    trainers: Sequence[str] = ()
-    seeds: int = 5
-    records: int = 30_000
-
-    def __post_init__(self) -> None:
-        if not self.tables or not self.epsilons:
-            raise ParameterError("at least one table and one epsilon are needed, e.g. --tables adbench/22_magic.gamma")
-        if self.seeds < 1 or self.records < 20:
-            raise ParameterError(f"seeds={self.seeds}, records={self.records}: at least 1 and 20 are needed")
-
-
 def tables(
-    config: TablesConfig, *, out: str | None = None, progress: Callable[[Cell, int, int], None] = lambda *_: None
+    config: TablesConfig, *, out: str | None = None, progress: Progress = lambda cell, done, total: None
 ) -> Results:
     """Every learner on every table at every budget, once for each seed.
 
@@ -93,7 +67,6 @@ def tables(
     Args:
         config: what is compared.
         out: the folder, with `results.json`. One that was begun is completed.
-        progress: is given every cell, how many there are then, and how many there will be.
 
     Returns:
         Cells with trainer, dataset, target_epsilon, seed, accuracy and, for two classes, auroc, average_precision,
@@ -112,11 +85,11 @@ def tables(
         for epsilon in (config.epsilons if learner.private else (None,))
         if not (learner.two_classes and _table(name, config.data_dir).num_classes > 2)
     ]
-    for job in jobs:
-        if not results.find(**_key(*job)):
-            cell = _run(config, *job)
-            results.add(cell)
-            progress(cell, len(results.cells), len(jobs))
+
+    def told(cell: Cell) -> None:
+        progress(cell, len(results.cells), len(jobs))
+
+    results.fill(jobs, key=lambda job: _key(*job), measure=lambda job: _run(config, *job), told=told)
     return results
 
 
@@ -318,9 +291,3 @@ def table(results: Results) -> str:
         means = [[cell["mean"] for cell in here if cell["trainer"] == name] for name in names]
         rows.append(["mean", head, "", *(f"{100 * fmean(scores):.1f}" for scores in means)])
     return markdown(["table", "ε", "metric, %", *names], rows)
-
-
-def legend(results: Results) -> str:
-    """What the learners do, a line each."""
-    names = [name for name in LEARNERS if results.find(trainer=name)]
-    return "\n".join(f"{name}: {LEARNERS[name].words}" for name in names)

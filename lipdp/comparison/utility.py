@@ -2,86 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import json
-import math
-import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.calibration import calibration
-from lipdp.comparison.contenders import Contender, Setup, contenders, trained
+from lipdp.comparison.configs import UtilityConfig
+from lipdp.comparison.contenders import Contender, bench, contenders
 from lipdp.comparison.protocol import ComparedTrainer, Session
-from lipdp.comparison.results import Cell, Results, markdown
+from lipdp.comparison.results import Cell, Progress, Results, markdown
 from lipdp.data import Split, number_of_units, split_validation
-from lipdp.errors import NonFiniteError, ParameterError
-from lipdp.training.assembly import plan_of, prepare
-from lipdp.training.config import TrainConfig, config_from_dict, configure
+from lipdp.errors import NonFiniteError
 from lipdp.training.evaluation import evaluate
-from lipdp.training.recipes import default_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class UtilityConfig:
-    """What is compared, where, and how each trainer is tuned.
-
-    Attributes:
-        datasets: as `lipdp.data.load` takes them.
-        data_dir, model, features, model_options: as for `lipdp.training.configure`; None takes the recipe's.
-        epsilons, delta: budgets; δ None takes the default for N.
-        trainers, kinds: of `lipdp compare`: names of `TRAINERS`, and "lipschitz", "plain"; none given, all.
-        seeds: number of runs of each trainer at each budget. They give the initial weights, batches and noise: seeded
-            runs, which are repeatable and therefore not private themselves.
-        trials: number of tuning trials of each trainer at each budget, at most 4: the first of its declared grid.
-        validation: share of the training records that trials are judged by; the test part is seen by the final runs
-            alone.
-        tune_scale: k; trials run at B/k and σ/k, with the signal-to-noise ratio of the full run at a k-th of its cost
-            (Sander et al. 2023). A non-private trainer has no noise to scale, and is tuned at B.
-        batch_size, epochs, optimizer, momentum, schedule: None takes the recipe's; the same for every trainer.
-    """
-
-    datasets: Sequence[str] = ("digits",)
-    data_dir: str | None = None
-    model: str | None = None
-    features: str | None = None
-    model_options: Mapping[str, Any] | None = None
-    epsilons: Sequence[float] = (1.0, 3.0)
-    delta: float | None = None
-    trainers: Sequence[str] = ()
-    kinds: Sequence[str] = ("lipschitz", "plain")
-    seeds: int = 3
-    trials: int = 4
-    validation: float = 0.1
-    tune_scale: int = 1
-    batch_size: int | None = None
-    epochs: float | None = None
-    optimizer: str | None = None
-    momentum: float | None = None
-    schedule: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.trials <= 4:
-            raise ParameterError(f"trials={self.trials}: every trainer declares a grid of 4; give 1 to 4")
-        for name in ("seeds", "tune_scale"):
-            if getattr(self, name) < 1:
-                raise ParameterError(f"{name}={getattr(self, name)}: at least 1 is needed")
-        if not self.datasets or not self.epsilons:
-            raise ParameterError("at least one dataset and one epsilon are needed")
-
-    def train_config(self, dataset: str) -> TrainConfig:
-        """The recipe for one of the data sets, with what was given."""
-        names = ("data_dir", "model", "features", "model_options", "delta", "batch_size", "epochs", "optimizer")
-        given = {name: getattr(self, name) for name in (*names, "momentum", "schedule")}
-        given["model"] = self.model or default_model(dataset, self.features)
-        return configure(dataset=dataset, epsilon=1.0, **given)
 
 
 @dataclass(frozen=True)
@@ -108,7 +47,7 @@ def utility(
     *,
     out: str | None = None,
     jobs: int = 1,
-    progress: Callable[[Cell, int, int], None] = lambda cell, done, total: None,
+    progress: Progress = lambda cell, done, total: None,
 ) -> Results:
     """Tune every trainer at every budget, then train it with its best settings, once for each seed.
 
@@ -121,7 +60,6 @@ def utility(
         config: what is compared.
         out: the folder, with `results.json` (final runs) and `tuning.json` (trials). One that was begun is completed.
         jobs: processes, each with one thread, if more than one.
-        progress: is given every cell, how many there are then, and how many there will be.
 
     Returns:
         Cells with trainer, model, dataset, batch_size, target_epsilon, epsilon, seed, accuracy (auroc), settings.
@@ -142,12 +80,13 @@ def utility(
     def told(cell: Cell) -> None:
         progress(cell, len(tuning.cells) + len(results.cells), total)
 
-    _run(config, trials, tuning, jobs, told)
+    work: dict[str, Any] = {"key": partial(_key, config), "measure": partial(run, config), "told": told, "jobs": jobs}
+    tuning.fill(trials, **work)
     finals = []
     for cell in cells:
         settings = _best(config, tuning, cell)
         finals += [Job(*cell, settings, seed, False) for seed in range(config.seeds)]
-    _run(config, finals, results, jobs, told)
+    results.fill(finals, **work)
     return results
 
 
@@ -179,46 +118,6 @@ def _key(config: UtilityConfig, job: Job) -> Cell:
     }
 
 
-def _run(
-    config: UtilityConfig, asked: Iterable[Job], results: Results, jobs: int, progress: Callable[[Cell], None]
-) -> None:
-    """Run what is not in the results yet."""
-    left = [job for job in asked if not results.find(**_key(config, job))]
-    for cell in map(partial(run, config), left) if jobs == 1 else _in_processes(config, left, jobs):
-        results.add(cell)
-        progress(cell)
-
-
-def _in_processes(config: UtilityConfig, left: Sequence[Job], jobs: int) -> Iterator[Cell]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: list[Future[Cell]] = [pool.submit(run, config, job) for job in left]
-        try:
-            for done in as_completed(waiting):
-                yield done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@functools.lru_cache(maxsize=2)
-def _data(plain: str) -> tuple[Split, float | None]:
-    """The data of a configuration, in JSON, and a bound on the norm of the inputs if their features have one."""
-    split, input_bound = prepare(config_from_dict(json.loads(plain)))
-    return split.in_memory(), input_bound
-
-
-@functools.lru_cache(maxsize=64)
-def _plan(plain: str, epsilon: float | None) -> tuple[TrainConfig, PrivacyPlan]:
-    """The resolved configuration, and the plan of a final run at a budget; without one, σ = 1 which nobody adds."""
-    split, _ = _data(plain)
-    given = replace(
-        config_from_dict(json.loads(plain)), epsilon=epsilon, noise_multiplier=1.0 if epsilon is None else None
-    )
-    train = given.resolve(number_of_units(split), binary=split.task == "binary")
-    return train, plan_of(train, split, measured=False)
-
-
 def trial_plan(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
     """The same q and σ on fewer records, both over k: what a trial runs at."""
     records = number_of_units(split)
@@ -231,44 +130,28 @@ def trial_plan(plan: PrivacyPlan, split: Split, scale: int) -> PrivacyPlan:
 def run(config: UtilityConfig, job: Job) -> Cell:
     """One training run and its cell."""
     begin = time.perf_counter()
-    plain = json.dumps(config.train_config(job.dataset).as_dict())
-    split, input_bound = _data(plain)
-    train, plan = _plan(plain, job.epsilon)
+    found, contender = bench(config.train_config(job.dataset), job.epsilon), job.contender
     if job.trial:
-        split = split_validation(split, fraction=config.validation)
-        plan = trial_plan(plan, split, config.tune_scale if job.contender.trainer.private else 1)
-    setup = Setup.of(train, split, input_bound)
+        held_out = split_validation(found.split, fraction=config.validation)
+        scale = config.tune_scale if contender.trainer.private else 1
+        found = replace(found, split=held_out, plan=trial_plan(found.plan, held_out, scale))
     settings = dict(job.settings)
-    session = trained(
-        job.contender,
-        replace(job.contender.trainer, **{name: v for name, v in settings.items() if name != "lr"}),
-        setup,
-        train,
-        split,
-        plan=plan,
-        lr=settings["lr"],
-        seed=job.seed,
-    )
+    session = found.trained(contender, settings, lr=settings.pop("lr"), seed=job.seed)
+    split, binary = found.split, found.split.task == "binary"
     try:
-        found = evaluate(session.model, split.test_x, split.test_y, binary=split.task == "binary")
-        scores = {name: value for name, value in found.items() if value is not None}  # no AUROC of one class
+        told = evaluate(session.model, split.test_x, split.test_y, binary=binary)
+        scores = {name: value for name, value in told.items() if value is not None}  # no AUROC of one class
     except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
-        scores = dict.fromkeys(("accuracy", "auroc") if split.task == "binary" else ("accuracy",), 0.0)
+        scores = dict.fromkeys(("accuracy", "auroc") if binary else ("accuracy",), 0.0)
+    if job.trial:
+        scores = {"score": scores.get("auroc", scores["accuracy"])}
+    elif not binary:
+        scores |= _calibration(session, found.setup().temperature(contender), split)
     return {
         **_key(config, job),
-        "batch_size": plan.expected_batch_size,
-        "steps": plan.steps,
-        "noise_multiplier": plan.noise_multiplier if job.contender.trainer.private else None,
-        "epsilon": plan.predicted.epsilon if job.contender.trainer.private and not job.trial else None,
-        "delta": plan.target_delta,
-        **({"score": scores.get("auroc", scores["accuracy"])} if job.trial else scores),
-        **(
-            {}
-            if job.trial or split.task == "binary"
-            else _calibration(session, setup.temperature(job.contender), split)
-        ),
+        **found.facts(contender, trial=job.trial),
+        **scores,
         "chance": chance_of(split),
-        "private": False,  # seeded, and trials look at private records
         "seconds": round(time.perf_counter() - begin, 2),
     }
 
@@ -301,8 +184,7 @@ def summary(results: Results) -> list[Cell]:
         cells = results.find(**dict(zip(names, key, strict=True)))
         metric = "auroc" if "auroc" in cells[0] else "accuracy"
         scores = [cell[metric] for cell in cells]
-        mean = sum(scores) / len(scores)
-        spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)) if len(scores) > 1 else None
+        mean, spread = fmean(scores), stdev(scores) if len(scores) > 1 else None
         chance = cells[0].get("chance", 0.0)
         figures = {"metric": metric, "mean": mean, "spread": spread, "runs": len(scores)}
         figures["learned"] = mean > chance + 0.05 * (1.0 - chance)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
-from lipdp.accounting.plan import PrivacyPlan, whole
+from lipdp.accounting.plan import PrivacyPlan, Subsampling, whole
 from lipdp.errors import CalibrationError, ParameterError
 from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
 
@@ -45,25 +45,18 @@ class Budget:
         get_accountant(self.accountant)
 
 
-@dataclass(frozen=True)
-class Point:
-    """One setting (B, σ, T) on N records, with its exact ε at δ.
+class Point(PrivacyPlan):
+    """One setting (B, σ, T) on N records, of Poisson batches, with its exact ε at δ, an upper bound by `accountant`."""
 
-    Attributes:
-        records, batch_size, noise_multiplier, steps, sampling_rate, relation: N, B, σ, T, q, of a `PrivacyPlan`.
-        delta, epsilon: ε is an upper bound by `accountant`.
-        accountant: the one that answered.
-    """
+    @property
+    def delta(self) -> float:
+        """δ."""
+        return self.predicted.delta
 
-    records: int
-    batch_size: int
-    noise_multiplier: float
-    steps: int
-    delta: float
-    epsilon: float
-    accountant: str
-    sampling_rate: float
-    relation: str
+    @property
+    def epsilon(self) -> float:
+        """Of the whole run."""
+        return self.predicted.epsilon
 
     @property
     def eta(self) -> float:
@@ -76,28 +69,28 @@ class Point:
         return tan_epsilon(self.eta, self.delta)
 
     @property
-    def samples(self) -> int:
-        """The cost B·T: records processed."""
-        return self.batch_size * self.steps
-
-    @property
     def epochs(self) -> float:
         """The cost in passes over the data, q·T."""
-        return self.samples / self.records
+        return self.samples / self.dataset_size
 
     @property
     def move(self) -> Move:
         """What the rule of the sweet spot says."""
         return rule(self.noise_multiplier, sampling_rate=self.sampling_rate)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values, the derived ones too."""
-        stated = {name: value for name, value in asdict(self).items() if name not in ("records", "relation")}
+    def figures(self) -> dict[str, Any]:
+        """What `plan.json` holds of it; `accountant` is the one that answered."""
         return {
-            **stated,
+            "batch_size": self.expected_batch_size,
+            "noise_multiplier": self.noise_multiplier,
+            "steps": self.steps,
+            "delta": self.delta,
+            "epsilon": self.epsilon,
+            "accountant": self.predicted.accountant,
+            "sampling_rate": self.sampling_rate,
             "eta": self.eta,
             "tan_epsilon": self.tan_epsilon,
-            "signal_to_noise": self.batch_size / self.noise_multiplier,
+            "signal_to_noise": self.expected_batch_size / self.noise_multiplier,
             "samples": self.samples,
             "epochs": self.epochs,
             "rule": self.move.reason,
@@ -117,9 +110,10 @@ class Plan:
     def iso_budget(self) -> tuple[Point, ...]:
         """The plan among other B at the same T, each with the least σ that keeps the budget; B increasing."""
         quick = _quick(self.budget)
-        batches = [round(self.chosen.batch_size * factor) for factor in _CURVE]
-        others = [p for p in iso_budget(quick, self.chosen.steps, batches) if p.batch_size != self.chosen.batch_size]
-        return tuple(sorted([*others, self.chosen], key=lambda point: point.batch_size))
+        batches = [round(self.chosen.expected_batch_size * factor) for factor in _CURVE]
+        found = {point.expected_batch_size: point for point in iso_budget(quick, self.chosen.steps, batches)}
+        found[self.chosen.expected_batch_size] = self.chosen
+        return tuple(found[batch] for batch in sorted(found))
 
     @cached_property
     def constant_eta(self) -> tuple[tuple[float, float], ...]:
@@ -143,12 +137,12 @@ class Plan:
             "records": budget.records,
             "target_epsilon": budget.epsilon,
             "delta": budget.delta,
-            "relation": self.chosen.relation,
+            "relation": self.chosen.relation.value,
             "max_samples": self.max_samples,
-            "chosen": self.chosen.as_dict(),
-            "iso_budget": [point.as_dict() for point in self.iso_budget],
+            "chosen": self.chosen.figures(),
+            "iso_budget": [point.figures() for point in self.iso_budget],
             "constant_eta": [{"noise_multiplier": sigma, "epsilon": epsilon} for sigma, epsilon in self.constant_eta],
-            "beside": [point.as_dict() for point in self.beside],
+            "beside": [point.figures() for point in self.beside],
         }
 
 
@@ -161,8 +155,8 @@ def evaluate(
     >>> f"{point.epsilon:.2f} {point.tan_epsilon:.2f} {point.samples:,}"
     '6.61 7.48 10,240,000'
     """
-    given: dict[str, Any] = {"dataset_size": records, "expected_batch_size": batch_size, "steps": steps}
-    return _point(**given, noise_multiplier=noise_multiplier, target_delta=delta, accountant=accountant)
+    drawn: dict[str, Any] = {"dataset_size": records, "expected_batch_size": batch_size, "steps": steps}
+    return Point(**drawn, noise_multiplier=noise_multiplier, target_delta=delta, accountant=accountant)
 
 
 def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
@@ -171,9 +165,10 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
     Raises:
         CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
     """
-    given: dict[str, Any] = {"dataset_size": budget.records, "expected_batch_size": batch_size, "steps": steps}
-    target = {"target_epsilon": budget.epsilon, "target_delta": budget.delta}
-    return _point(**given, **target, accountant=budget.accountant)
+    drawn = Subsampling.of(budget.records, batch_size, steps=steps)
+    target: dict[str, Any] = {"delta": budget.delta, "accountant": budget.accountant}
+    sigma = drawn.noise_multiplier(epsilon=budget.epsilon, **target)
+    return evaluate(records=budget.records, batch_size=batch_size, noise_multiplier=sigma, steps=steps, **target)
 
 
 def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:
@@ -254,7 +249,7 @@ def plan(
         ParameterError: a value outside its range, or a limit that does not allow a single record a step.
 
     >>> found = plan(Budget(50_000, 8.0, 1e-5), steps=2500, max_samples=8_000_000).chosen
-    >>> found.batch_size, 2.0 < found.noise_multiplier < 2.3
+    >>> found.expected_batch_size, 2.0 < found.noise_multiplier < 2.3
     (3200, True)
     """
     for name, value in (("steps", steps), ("max_samples", max_samples)):
@@ -308,20 +303,3 @@ def _fewer_steps(budget: Budget, start: Point, max_samples: int) -> Point:
 def _quick(budget: Budget) -> Budget:
     """The same budget under an account of the same tightness that is quick enough for a curve."""
     return replace(budget, accountant=_QUICK.get(budget.accountant, budget.accountant))
-
-
-@lru_cache(maxsize=1024)
-def _point(**given: Any) -> Point:
-    plan = PrivacyPlan.of(**given)
-    spent = plan.predicted
-    return Point(
-        records=plan.dataset_size,
-        batch_size=plan.expected_batch_size,
-        noise_multiplier=plan.noise_multiplier,
-        steps=plan.steps,
-        delta=spent.delta,
-        epsilon=spent.epsilon,
-        accountant=spent.accountant,
-        sampling_rate=plan.sampling_rate,
-        relation=plan.relation.value,
-    )

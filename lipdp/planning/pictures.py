@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from lipdp.planning.tan import SWEET_SPOT, WALL
 
@@ -45,28 +46,26 @@ def batch_against_compute(plan: Plan) -> Figure:
     """
     figure, axes = _axes()
     points = plan.iso_budget
-    compute = [point.samples for point in points]
-    axes.plot(
-        compute, [p.batch_size for p in points], "o-", color="C0", markersize=4, label=f"T = {plan.chosen.steps:,}"
-    )
+    compute, batches = [p.samples for p in points], [p.expected_batch_size for p in points]
+    axes.plot(compute, batches, "o-", color="C0", markersize=4, label=f"T = {plan.chosen.steps:,}")
     for point in points:
-        axes.annotate(f"σ = {point.noise_multiplier:.2g}", (point.samples, point.batch_size), fontsize="x-small",
-                      textcoords="offset points", xytext=(5, -9))  # fmt: skip
-        strength = 2.0 * (point.records * point.eta * point.noise_multiplier) ** 2
-        line = [c for c in _geometric(compute[0] / 2.0, compute[-1] * 2.0) if strength / c <= point.records]
+        text, at = f"σ = {point.noise_multiplier:.2g}", (point.samples, point.expected_batch_size)
+        axes.annotate(text, at, textcoords="offset points", xytext=(5, -9), fontsize="x-small")
+        strength = 2.0 * (point.dataset_size * point.eta * point.noise_multiplier) ** 2
+        line = [c for c in np.geomspace(compute[0] / 2.0, compute[-1] * 2.0, 60) if strength / c <= point.dataset_size]
         axes.plot(line, [strength / c for c in line], color="C7", linewidth=0.8, alpha=0.7)
     axes.plot([], [], color="C7", linewidth=0.8, label="other T, σ as at the crossing")
     chosen = plan.chosen
-    axes.plot([chosen.samples], [chosen.batch_size], "*", color="black", markersize=12, label="the plan")
+    axes.plot([chosen.samples], [chosen.expected_batch_size], "*", color="black", markersize=12, label="the plan")
     if plan.max_samples is not None:
         axes.axvline(plan.max_samples, color="C3", linestyle=":", label="compute limit")
     axes.set(
         xscale="log",
         yscale="log",
-        ylim=(points[0].batch_size / 2.0, chosen.records * 1.1),
+        ylim=(points[0].expected_batch_size / 2.0, chosen.dataset_size * 1.1),
         xlabel="compute B·T, records processed",
         ylabel="expected batch size B",
-        title=f"ε ≤ {plan.budget.epsilon:g} at δ = {chosen.delta:g}, N = {chosen.records:,}",
+        title=f"ε ≤ {plan.budget.epsilon:g} at δ = {chosen.delta:g}, N = {chosen.dataset_size:,}",
     )
     axes.legend(fontsize="small", loc="lower right")
     return figure
@@ -108,8 +107,3 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _geometric(low: float, high: float, count: int = 60) -> list[float]:
-    step = math.log(high / low) / (count - 1)
-    return [low * math.exp(step * i) for i in range(count)]

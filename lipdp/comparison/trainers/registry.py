@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lipdp.comparison.protocol import ComparedTrainer
 from lipdp.comparison.trainers.clipping import AdaptiveClipping, AutomaticClipping, GlobalClipping, GlobalScaledClipping
@@ -30,13 +31,13 @@ TRAINERS: dict[str, ComparedTrainer] = {
 """name → trainer with its default settings; `dataclasses.replace` changes them."""
 
 
-def legend(names: Iterable[str]) -> str:
+def legend(names: Iterable[str], described: Mapping[str, Any] = TRAINERS) -> str:
     """What trainers do, a line each.
 
     >>> print(legend(["clipless", "clipless"]))
     clipless: lipdp as it is, bounded layers and no clipping
     """
-    return "\n".join(f"{name}: {get_trainer(name).words}" for name in dict.fromkeys(names))
+    return "\n".join(f"{name}: {described[name].words}" for name in dict.fromkeys(names))
 
 
 def get_trainer(name: str) -> ComparedTrainer:

@@ -23,7 +23,7 @@ from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.nn.gates import default_input_bound
 
 from .cnn import cnn
-from .families import Family, Lipschitz, Plain
+from .families import Family, Lipschitz
 from .linear import linear
 from .mixer import mixer
 from .mlp import mlp
@@ -44,7 +44,6 @@ _REGISTRY: dict[str, Callable[..., Stages]] = {
 }
 _OWN: dict[str, Callable[..., nn.Module]] = {"tabular": tabular}
 """Models that are not made of stages and take none of what the zoo has in common."""
-_SUPPLIED = {"layers", "input_shape", "num_classes", "gain"}  # by `build`, to every model of the zoo
 
 
 def names() -> list[str]:
@@ -115,11 +114,10 @@ def build(
     if name not in _REGISTRY:
         raise UnknownNameError("model", name, [*names(), "module:function"])
     builder = _REGISTRY[name]
-    _check_options(name, builder, set(options), _SUPPLIED)
+    _check_options(name, builder, set(options), {"layers"})
     radius = default_input_bound(shape) if input_bound is None else check_positive("input_bound", input_bound)
-    family: Family = Plain(bias) if twin else Lipschitz(bias)
-    stages = builder(family, shape, num_classes, 1 / radius, **options)
-    return chain(family, stages, input_bound=radius, clips=clips, gates=gates)
+    family = (Family if twin else Lipschitz)(shape, num_classes, 1 / radius, bias)
+    return chain(family, builder(family, **options), input_bound=radius, clips=clips, gates=gates)
 
 
 def _refuse_common(name: str, **given: Any) -> None:

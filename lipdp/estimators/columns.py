@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lipdp.data.listed import as_numbers
-from lipdp.data.schema import scaled
+from lipdp.data.listed import Listed, as_numbers
+from lipdp.data.schema import Category, Number
 from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
 
 Floats = npt.NDArray[np.float64]
@@ -25,10 +25,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 class ColumnRule:
     """The public rule of a table: each record is mapped by itself, and every record has an answer.
 
-    A number x of a column with bounds [a, b] becomes 2 (clip(x, a, b) − a)/(b − a) − 1 in [−1, 1]; without bounds it
-    stays as it is. A missing one, and one that is none, becomes 0, the middle; with `missing="indicator"` a further
-    column says so by 1. A category becomes one column for each in the public list, 1 for its own; what is not in the
-    list is 0 in all.
+    Numbers and categories are those of a schema (`lipdp.data`), whose missing values count as the middle, 0, or as none
+    of the list; with `missing="indicator"` a further column says of a number that it is missing, by 1.
 
     Guarantees: nothing is learnt. A record changes its own row alone and raises no error. With bounds, entries lie in
     [−1, 1] and rows have norm at most `norm_bound`.
@@ -49,10 +47,15 @@ class ColumnRule:
     intercept: bool = False
 
     @property
+    def _columns(self) -> list[tuple[int, Number | Category]]:
+        indicator = self.missing == "indicator"
+        numbers = [(j, Number(f"{j}", *(pair or ()), indicator=indicator)) for j, pair in self.bounds.items()]
+        return [*numbers, *((j, Category(f"{j}", known)) for j, known in self.categories.items())]
+
+    @property
     def width(self) -> int:
         """The columns that come out."""
-        indicators = len(self.bounds) if self.missing == "indicator" else 0
-        return len(self.bounds) + indicators + sum(map(len, self.categories.values())) + self.intercept
+        return sum(len(column.inputs) for _, column in self._columns) + self.intercept
 
     @property
     def norm_bound(self) -> float:
@@ -65,28 +68,8 @@ class ColumnRule:
 
     def __call__(self, x: Any) -> npt.NDArray[np.float32]:
         """Map a table (N, columns) to (N, width)."""
-        parts = []
-        for j, pair in self.bounds.items():
-            values = as_numbers(x[:, j])
-            bounded = values.clip(-_LARGEST, _LARGEST) if pair is None else scaled(values, *pair)
-            parts.append(np.nan_to_num(bounded, nan=0.0))
-            if self.missing == "indicator":
-                parts.append(np.isnan(values).astype(np.float64))
-        for j, known in self.categories.items():
-            parts += [_equal(x[:, j], value) for value in known]
-        parts += [np.ones(len(x))] if self.intercept else []
-        return np.stack(parts, axis=1).astype(np.float32)
-
-
-def _equal(column: Any, value: Any) -> Floats:
-    return np.array([_is(entry, value) for entry in column], dtype=np.float64)
-
-
-def _is(entry: Any, value: Any) -> bool:
-    try:
-        return bool(entry == value)
-    except (TypeError, ValueError):  # pandas.NA, or an array in a cell
-        return False
+        parts = [column.encode(x[:, j]) for j, column in self._columns]
+        return np.concatenate([*parts, np.ones((len(x), int(self.intercept)))], axis=1).astype(np.float32)
 
 
 def read_bounds(
@@ -158,10 +141,8 @@ def read_categories(categories: Any, names: Sequence[Any] | None, count: int) ->
         raise ParameterError(f"categories={categories!r}: a mapping from columns to their public lists is needed")
     found = {}
     for key, values in (categories or {}).items():
-        known = tuple(values)
-        if not known or any(a == b for i, a in enumerate(known) for b in known[:i]):
-            raise ParameterError(f"categories of {key!r}: a list of different values is needed, got {known!r}")
-        found[index_of(key, names, count)] = known
+        plain = tuple(value.item() if isinstance(value, np.generic) else value for value in values)
+        found[index_of(key, names, count)] = Listed(plain, f"categories of {key!r}").values
     return dict(sorted(found.items()))
 
 

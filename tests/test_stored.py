@@ -30,7 +30,7 @@ from lipdp.batches.loader import BatchLoader
 from lipdp.batches.records import NO_LABEL
 from lipdp.batches.samplers import PoissonSampler
 from lipdp.cli import main
-from lipdp.data import stored
+from lipdp.data import npy, stored
 from lipdp.data.augment import AUGMENTS, Augmented, Crop, Flip, augment
 from lipdp.data.files import read_npz
 from lipdp.data.scaling import BOUNDINGS
@@ -242,7 +242,7 @@ def test_a_record_that_is_not_finite_stops_nothing(tmp_path, workers):
 @pytest.mark.parametrize("dataset", ["memory", "disk"])
 def test_both_kinds_of_split_answer_alike(tmp_path, dataset):
     folder = images(tmp_path, train_owner=np.arange(30) // 3)
-    split: data.DataSplit = stored.open_npy(folder, owner="owner")
+    split: data.DataSplit = npy.open_npy(folder, owner="owner")
     if dataset == "memory":
         split = split.in_memory()
     assert (split.records, split.input_shape, split.num_classes, split.note) == (30, (3, 8, 8), 3, "")
@@ -541,7 +541,7 @@ def test_without_datasets_the_reason_is_named(tmp_path, monkeypatch):
 def test_owners_of_npy_and_npz(tmp_path):
     names = np.array([f"user {i // 5}" for i in range(30)])
     folder = images(tmp_path, train_owner=names, train_clinic=np.arange(30) % 4 + 100)
-    assert stored.open_npy(folder, owner="owner").train_owner.tolist() == [i // 5 for i in range(30)]
+    assert npy.open_npy(folder, owner="owner").train_owner.tolist() == [i // 5 for i in range(30)]
     clinics = data.open_split(str(folder), columns=data.Columns(owner="clinic")).train_owner
     assert (clinics.tolist(), clinics.dtype) == ([i % 4 for i in range(30)], torch.int64)
     assert data.open_split(str(folder)).train_owner is None
@@ -562,9 +562,9 @@ def test_owners_of_npy_and_npz(tmp_path):
 def test_bad_owners_are_named(tmp_path, owners):
     np.save(images(tmp_path) / "train_owner.npy", owners)
     with pytest.raises(DataError, match="train_owner"):
-        stored.open_npy(tmp_path, owner="owner")
+        npy.open_npy(tmp_path, owner="owner")
     with pytest.raises(DataError, match=r"train_nobody\.npy does not exist"):
-        stored.open_npy(tmp_path, owner="nobody")
+        npy.open_npy(tmp_path, owner="nobody")
     with pytest.raises(ParameterError, match="digits has no --owner-column to choose"):
         data.open_split("digits", columns=data.Columns(owner="owner"))
     with pytest.raises(ParameterError, match=r"\.npy files, which have no --label-column to choose"):

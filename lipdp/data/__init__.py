@@ -25,8 +25,8 @@ from lipdp.data.scaling import (
 )
 from lipdp.data.schema import Schema, plain_schema
 from lipdp.data.sources import DATASETS
-from lipdp.data.split import DataSplit, Split, number_of_units
-from lipdp.data.stored import Stored
+from lipdp.data.split import Split
+from lipdp.data.stored import DataSplit, Stored, number_of_units
 from lipdp.data.tables import SUFFIXES, read_columns, schema_template
 
 __all__ = [

@@ -10,9 +10,10 @@ from typing import Any
 from lipdp.data.hub import open_hub
 from lipdp.data.imagefolder import is_image_folder, open_image_folder
 from lipdp.data.listed import Listed
+from lipdp.data.npy import open_npy
 from lipdp.data.schema import Schema
-from lipdp.data.split import DataSplit
-from lipdp.data.stored import open_npy
+from lipdp.data.source import OwnSource
+from lipdp.data.stored import DataSplit
 from lipdp.data.tables import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError
 
@@ -49,22 +50,11 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(OwnSource):
     """A set of the user's own: `.npy` files, tables, images by class, or what `datasets.DatasetDict.save_to_disk`
     writes."""
 
-    path: Path
     columns: Columns = Columns()
-
-    @property
-    def needs_folder(self) -> bool:
-        return not self.path.is_dir()
-
-    def present(self, root: Path) -> bool:
-        return (root / self.path).is_dir()
-
-    def fetch(self, root: Path) -> None:
-        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a folder that exists")
 
     def read(self, root: Path) -> DataSplit:
         folder, columns = root / self.path, self.columns

@@ -21,7 +21,8 @@ from lipdp.data.scaling import (
     SignedLog,
 )
 from lipdp.data.sources import WHERE, source_of
-from lipdp.data.split import DataSplit, Split
+from lipdp.data.split import Split
+from lipdp.data.stored import DataSplit
 from lipdp.data.tables import SUFFIXES
 from lipdp.errors import DataError, ParameterError
 

@@ -14,10 +14,11 @@ import torch
 
 from lipdp.batches.records import NO_LABEL
 from lipdp.data.files import parsing
+from lipdp.data.labels import owner_ids
 from lipdp.data.listed import Listed, is_missing, listing
 from lipdp.data.schema import Schema, template
+from lipdp.data.source import OwnSource
 from lipdp.data.split import Split, Task, first_fifth
-from lipdp.data.stored import owner_ids
 from lipdp.errors import DataError, ParameterError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -130,22 +131,11 @@ def reader(path: Path) -> _Reader:
 
 
 @dataclass(frozen=True)
-class TableFile:
+class TableFile(OwnSource):
     """A table in one file, of which a fifth is for test; or in two files of a folder, train.csv and test.csv."""
 
-    path: Path
     schema: Schema | None
     owner: str | None = None
-
-    @property
-    def needs_folder(self) -> bool:
-        return not self.path.exists()
-
-    def present(self, root: Path) -> bool:
-        return (root / self.path).exists()
-
-    def fetch(self, root: Path) -> None:
-        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a file that exists")
 
     def read(self, root: Path) -> Split:
         path = root / self.path

@@ -113,7 +113,7 @@ class _Idx(Source):
         images_path, labels_path = (_plain_or_gzipped(folder / file) or folder / file for file in (images, labels))
         pixels, y = read_idx(images_path, (28, 28)), read_idx(labels_path, ())
         if len(y) != len(pixels):
-            raise DataError(f"{labels_path} holds {len(y)} labels for {len(pixels)} records; give one label per record")
+            raise DataError(f"{labels_path} has shape {y.shape} for {len(pixels)} records; give one label per record")
         if y.max() > 9:
             raise DataError(f"{labels_path} holds labels that are not integers in 0..9; {REMEDY}")
         return _images(pixels[:, None]), torch.from_numpy(y.astype(np.int64))

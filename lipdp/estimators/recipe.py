@@ -70,7 +70,7 @@ class TableRecipe:
             front(rows), y, _loss(self.tau, y, outputs), bounding=front, outputs=outputs, waves=self.waves,
             steps=self.steps or _TABLE["steps"], **budget,
         )  # fmt: skip
-        return found["module"].state_dict(), found["plan"], found["epsilon"]
+        return found.module.state_dict(), found.plan, found.epsilon
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lipdp.features.maps import FeatureSpec, features
 from lipdp.files import read_json
 from lipdp.nn.convert import to_torch
 from lipdp.training.checkpoint import RunFolder
-from lipdp.training.choices import make_loss, make_model
+from lipdp.training.choices import make_network
 from lipdp.training.config import TrainConfig, config_from_dict
 
 WEIGHTS = ("model", "ema")
@@ -218,11 +218,8 @@ def _built(
     shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
     spec = None if config.features is None else features(config.features, **config.feature_options)
-    loss, outputs = make_loss(str(config.loss), classes, config.loss_options)
-    model_options = dict(config.model_options)
-    if spec is not None and ":" not in config.model:
-        model_options.setdefault("input_bound", spec.input_bound(shape))
-    network = make_model(config.model, shape if spec is None else spec.output_shape(shape), outputs, model_options)
+    seen, bound = (shape, None) if spec is None else (spec.output_shape(shape), spec.input_bound(shape))
+    network, loss = make_network(config, seen, classes, input_bound=bound)
     try:
         network.load_state_dict(dict(weights))
     except (RuntimeError, TypeError) as error:

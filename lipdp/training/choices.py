@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from lipdp.losses import (
     TauCrossEntropy,
 )
 from lipdp.models import build
+
+if TYPE_CHECKING:
+    from lipdp.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,23 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
     except TypeError as error:
         raise ParameterError(f"loss {name!r}: {error}") from error
     return loss, 1 if choice.single_logit else num_classes
+
+
+def make_network(
+    config: TrainConfig, input_shape: Sequence[int], num_classes: int, *, input_bound: float | None = None
+) -> tuple[nn.Module, LipschitzLoss]:
+    """The untrained model of a run, and its loss.
+
+    Args:
+        config: resolved, so that it names the loss.
+        input_shape, num_classes: of what the model sees, and C.
+        input_bound: where the model clips its inputs, if it is not told otherwise.
+    """
+    loss, outputs = make_loss(str(config.loss), num_classes, config.loss_options)
+    options = dict(config.model_options)
+    if input_bound is not None and ":" not in config.model:
+        options.setdefault("input_bound", input_bound)
+    return make_model(config.model, input_shape, outputs, options), loss
 
 
 def make_model(name: str, input_shape: Sequence[int], num_classes: int, options: Mapping[str, Any]) -> nn.Module:

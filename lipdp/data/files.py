@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -269,6 +269,9 @@ def write_cifar_batch(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDA
 # ------------------------------------------------------------------------------------------------------------- npz
 
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
 def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = False) -> npt.NDArray[Any]:
     """Read one numeric member of an npz archive (or one of text), checking its declared size before reading it."""
     info = archive.getinfo(f"{key}.npy")
@@ -277,10 +280,9 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
     _check_size(path, info.file_size, info.compress_size, OWN_REMEDY)
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
+        if version not in _HEADERS:
             raise DataError(f"{path}: {key} has npy version {version}, not 1.0 or 2.0; {OWN_REMEDY}")
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(stream)
+        shape, fortran, dtype = _HEADERS[version](stream)
         if not (text and dtype.kind in "US") and (dtype.kind not in "biuf" or dtype.itemsize > 8):
             raise DataError(f"{path}: {key} has dtype {dtype}; write integers or floats of at most 64 bits")
         declared = dtype.itemsize * math.prod(shape)
@@ -290,28 +292,14 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def npz_axes(path: Path, key: str) -> int | None:
-    """How many axes an array of an npz archive has, by its header alone; None where that cannot be told."""
+def axes_of(path: Path, key: str | None = None) -> int | None:
+    """How many axes the array of an npy file has, or an array of an npz archive, by its header alone; None where that
+    cannot be told."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
-            return _axes(stream)
+        with zipfile.ZipFile(path).open(f"{key}.npy") if key else path.open("rb") as stream:
+            return len(_HEADERS[np.lib.format.read_magic(stream)](stream)[0])
     except Exception:  # of any file; reading it in full says what is wrong
         return None
-
-
-def npy_axes(path: Path) -> int | None:
-    """How many axes the array of an npy file has, by its header alone; None where that cannot be told."""
-    try:
-        with path.open("rb") as stream:
-            return _axes(stream)
-    except Exception:  # of any file; reading it in full says what is wrong
-        return None
-
-
-def _axes(stream: IO[bytes]) -> int:
-    version = np.lib.format.read_magic(stream)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return len(header(stream)[0])
 
 
 def read_npz(

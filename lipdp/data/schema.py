@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,35 +39,6 @@ def scaled(values: Floats, low: float, high: float) -> Floats:
     [-1.0, -0.5, 1.0]
     """
     return 2 * (np.clip(values, low, high) - low) / (high - low) - 1
-
-
-class Column(Protocol):
-    """A column as inputs of a model: a fixed map of each cell by itself, with an answer for every cell."""
-
-    name: str
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the inputs it makes."""
-        ...
-
-    @property
-    def text(self) -> str:
-        """What it is, in words."""
-        ...
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether its inputs lie in [−1, 1]."""
-        ...
-
-    def encode(self, cells: Sequence[Any]) -> Floats:
-        """(n, inputs), finite."""
-        ...
-
-    def check(self, cells: Sequence[Any]) -> str | None:
-        """What shows in the first records that the column is of another kind; None: nothing."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,10 +70,12 @@ class Number:
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs it makes."""
         return (self.name, f"{self.name} is missing") if self.indicator else (self.name,)
 
     @property
     def text(self) -> str:
+        """What it is, in words."""
         said = f"number, {self.lower:g} to {self.upper:g}" if self.is_bounded else "number, range measured privately"
         rule = "" if self.missing is None else f"missing counts as {self.missing:g}"
         rule = rule or ("missing as the middle" if self.is_bounded else "missing as 0")
@@ -110,9 +83,11 @@ class Number:
 
     @property
     def is_bounded(self) -> bool:
+        """Whether its inputs lie in [−1, 1]."""
         return self.lower is not None
 
     def encode(self, cells: Sequence[Any]) -> Floats:
+        """(n, inputs), finite: each cell by itself, with an answer for every cell."""
         values = as_numbers(cells)
         missing = np.isnan(values)
         if self.missing is not None:
@@ -123,6 +98,7 @@ class Number:
         return np.stack([column, missing.astype(np.float64)] if self.indicator else [column], axis=1)
 
     def check(self, cells: Sequence[Any]) -> str | None:
+        """What shows in the first records that the column is of another kind; None: nothing."""
         held = [cell for cell in cells if not is_missing(cell)]
         none = len(held) > 1 and bool(np.isnan(as_numbers(held)).all())
         return "holds no numbers: make it a category, with a public list, or ignore it" if none else None
@@ -189,7 +165,16 @@ class Category:
         return f"has none of its categories {listing(self.categories)}" if none else None
 
 
-KINDS = ("number", "category", "label", "ignore")
+Column: TypeAlias = Number | Category
+"""A column as inputs of a model."""
+
+KINDS: dict[str, tuple[type[Column] | None, tuple[str, ...]]] = {
+    "number": (Number, tuple(field.name for field in fields(Number))[1:]),
+    "category": (Category, tuple(field.name for field in fields(Category))[1:]),
+    "label": (None, ("classes",)),
+    "ignore": (None, ()),
+}
+"""Kind → what it is made to, and the options it takes."""
 
 
 @dataclass(frozen=True)
@@ -285,13 +270,7 @@ _EXAMPLE = 'age = {kind = "number", lower = 0, upper = 120}'
 def _column(at: str, name: str, given: Mapping[str, Any]) -> Column | Listed | None:
     """The column as it is declared; of a label its list, of one that is ignored None."""
     kind, options = given["kind"], {key: value for key, value in given.items() if key != "kind"}
-    makers: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "number": (Number, tuple(field.name for field in fields(Number))[1:]),
-        "category": (Category, tuple(field.name for field in fields(Category))[1:]),
-        "label": (None, ("classes",)),
-        "ignore": (None, ()),
-    }
-    make, known = makers[kind]
+    make, known = KINDS[kind]
     odd = next((key for key in options if key not in known), None)
     if odd is not None:
         raise ParameterError(f"{at} has {odd!r}; a column of kind {kind!r} takes {', '.join(known) or 'nothing else'}")

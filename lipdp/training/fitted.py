@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy.typing as npt
@@ -174,8 +175,8 @@ def fit_head(
     )
     preconditioner = tables.Preconditioner(optimizer, model[2].weight)
     parts = inputs.split(tables.BATCH)
-    rows: tables.Rows = lambda: ((part, None) for part in parts)  # noqa: E731
-    tables.TableRun(model, preconditioner, bounding, rows, min(gate, loss.lipschitz)).measure(engine)
+    gate = min(gate, loss.lipschitz)
+    tables.TableRun(model, preconditioner, bounding, lambda: zip(parts, repeat(None)), gate).measure(engine)
     with torch.no_grad():
         torch.cat([model[0](part) for part in parts], out=phi)
     average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
@@ -184,10 +185,10 @@ def fit_head(
         engine.backward(*batch, microbatch=tables.BATCH)
         optimizer.step()
         average.update()
-    spent, sensitivity = engine.get_epsilon(delta), dict(engine.sensitivity())
+    account = engine.plan, engine.get_epsilon(delta), delta, dict(engine.sensitivity())
     engine.detach()
     average.apply()
-    return TableModel(model.eval(), bounding, outputs, engine.plan, spent, delta, sensitivity)
+    return TableModel(model.eval(), bounding, outputs, *account)
 
 
 def _table(x: Array) -> Tensor:

@@ -21,13 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lipdp import data
-from lipdp.data.files import (
-    read_cifar_batch,
-    read_idx,
-    read_npz,
-    write_cifar_batch,
-    write_idx,
-)
+from lipdp.data.cifar import read_cifar_batch, write_cifar_batch
+from lipdp.data.files import read_idx, read_npz, write_idx
 from lipdp.errors import DataError, LipdpError, ParameterError, UnknownNameError
 from lipdp.files import written_whole
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lipdp.data.arrays import as_inputs, channels_last, check_range, check_shape
+from lipdp.data.cifar import read_cifar_batch, write_cifar_batch
 from lipdp.data.download import fetch_images
-from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
+from lipdp.data.files import REMEDY, read_idx, read_npz, write_idx
 from lipdp.data.folders import Columns, Folder, lies_in
 from lipdp.data.labels import largest_label, owner_ids, whole_labels
 from lipdp.data.listed import Listed

@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lipdp.data.columns import LARGEST, Category, Floats, Number
 from lipdp.data.listed import Listed, as_numbers
-from lipdp.data.schema import Category, Number
 from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
 
-Floats = npt.NDArray[np.float64]
 MISSING = ("middle", "indicator")
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def read_bounds(
 
 def _pair(value: Any, column: Any) -> tuple[float, float]:
     pair = (-value, value) if isinstance(value, Real) else tuple(value)
-    if len(pair) != 2 or not -_LARGEST <= pair[0] < pair[1] <= _LARGEST:
+    if len(pair) != 2 or not -LARGEST <= pair[0] < pair[1] <= LARGEST:
         raise ParameterError(f"bounds of {column}: finite low < high are needed, got {value!r}")
     return float(pair[0]), float(pair[1])
 
@@ -126,7 +124,7 @@ def bounds_of_data(x: Any, columns: Sequence[int], what: str) -> dict[int, tuple
 
 
 def _range(values: Floats) -> tuple[float, float]:
-    kept = np.clip(values[np.isfinite(values)], -_LARGEST / 4, _LARGEST / 4)
+    kept = np.clip(values[np.isfinite(values)], -LARGEST / 4, LARGEST / 4)
     low, high = (float(kept.min()), float(kept.max())) if len(kept) else (0.0, 1.0)
     return low, high if high > low else low + max(1.0, abs(low))
 

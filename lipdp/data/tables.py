@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +29,6 @@ _HEAD = 64  # records looked at for what is wrong with a whole column
 _DELIMITERS = ",;\t|"
 
 
-class _Reader(Protocol):
-    """A table on disk."""
-
-    @property
-    def names(self) -> list[str]:
-        """Of the columns, from the header alone."""
-        ...
-
-    def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
-        """The columns named, some rows at a time."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Csv:
     """Text with a header line; separated by whichever of , ; tab | parts the header into most names.
@@ -53,6 +40,7 @@ class _Csv:
 
     @property
     def names(self) -> list[str]:
+        """Of the columns, from the header alone."""
         return self._header()[1]
 
     def _header(self) -> tuple[str, list[str]]:
@@ -68,7 +56,8 @@ class _Csv:
         return self.path.open(encoding="utf-8-sig", errors="replace", newline="\n")
 
     def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
-        """A row that is too short has missing cells, and what is too many in one is left out."""
+        """The columns named, some rows at a time: one that is too short has missing cells, and what is too many in one
+        is left out."""
         mark, names = self._header()
         places = [names.index(name) for name in columns]
         most = max(places, default=0)
@@ -125,7 +114,7 @@ class _Parquet:
                 yield {name: batch.column(name).to_pylist() for name in columns}
 
 
-def reader(path: Path) -> _Reader:
+def reader(path: Path) -> _Parquet | _Csv:
     """Of a file by its ending."""
     return _Parquet(path) if path.suffix == ".parquet" else _Csv(path)
 

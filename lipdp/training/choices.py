@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,22 +25,15 @@ if TYPE_CHECKING:
     from lipdp.training.config import TrainConfig
 
 
-@dataclass(frozen=True)
-class _Loss:
-    """How a loss is made for C classes. `single_logit`: for two classes, with one output."""
-
-    make: Callable[..., LipschitzLoss]
-    single_logit: bool = False
-
-
-LOSSES: dict[str, _Loss] = {
-    "bce": _Loss(lambda classes, **options: TauBCEWithLogits(**options), single_logit=True),
-    "cosine": _Loss(lambda classes, **options: CosineSimilarity(**options)),
-    "cross-entropy": _Loss(lambda classes, **options: TauCrossEntropy(**options)),
-    "hinge": _Loss(lambda classes, **options: CategoricalHinge(**options)),
-    "hkr": _Loss(lambda classes, **options: HKR(**{"priors": [1 / classes] * classes, **options})),
-    "multiclass-hinge": _Loss(lambda classes, **options: MulticlassHinge(classes, **options)),
+LOSSES: dict[str, Callable[..., LipschitzLoss]] = {
+    "bce": lambda classes, **options: TauBCEWithLogits(**options),
+    "cosine": lambda classes, **options: CosineSimilarity(**options),
+    "cross-entropy": lambda classes, **options: TauCrossEntropy(**options),
+    "hinge": lambda classes, **options: CategoricalHinge(**options),
+    "hkr": lambda classes, **options: HKR(**{"priors": [1 / classes] * classes, **options}),
+    "multiclass-hinge": lambda classes, **options: MulticlassHinge(classes, **options),
 }
+"""Name → the loss for C classes; `bce` alone is for two classes with a single logit."""
 
 
 def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> tuple[LipschitzLoss, int]:
@@ -63,14 +55,13 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
     """
     if name not in LOSSES:
         raise UnknownNameError("loss", name, LOSSES)
-    choice = LOSSES[name]
-    if choice.single_logit and num_classes != 2:
+    if name == "bce" and num_classes != 2:
         raise ParameterError(f"loss {name!r} has a single logit, for 2 classes; there are {num_classes}")
     try:
-        loss = choice.make(num_classes, **(options or {}))
+        loss = LOSSES[name](num_classes, **(options or {}))
     except TypeError as error:
         raise ParameterError(f"loss {name!r}: {error}") from error
-    return loss, 1 if choice.single_logit else num_classes
+    return loss, 1 if name == "bce" else num_classes
 
 
 def make_network(

@@ -21,6 +21,7 @@ from lipdp.data.listed import Listed
 from lipdp.data.stored import Stored, StoredDataset
 from lipdp.errors import DataError, ParameterError, RecordError
 
+_KINDS = {"Image": "image", "ClassLabel": "class", "List": "list", "LargeList": "list", "Sequence": "list"}
 _REMEDY = "write the folder with DatasetDict.save_to_disk"
 
 
@@ -114,7 +115,7 @@ def open_hub(
 
     The input is the one column of images, else the one column of lists of numbers; the label the one `ClassLabel`, else
     the one column of integers that is not named. `input`, `label` say otherwise. Images come as grey or RGB, whichever
-    the first one that can be decoded is.
+    most of those looked at are.
 
     Args:
         path: the folder. input, label: columns. owner: the column of whose the records are.
@@ -135,7 +136,8 @@ def open_hub(
         raise DataError(f"{path}: train and test have other columns")
     columns = train.features
     x = _column(path, columns, input, "input", ("image", "list"))
-    y = _column(path, {n: c for n, c in columns.items() if n != owner}, label, "label", ("class", "integer"))
+    others = {name: column for name, column in columns.items() if label or name != owner}
+    y = _column(path, others, label, "label", ("class", "integer"))
     if classes is None and _kind(columns[y]) not in ("class", "integer"):
         raise DataError(
             f"{path}: the labels in {y!r} are {columns[y]}, not whole numbers; choose a --label-column, or list the"
@@ -179,9 +181,7 @@ def _kind(column: Any) -> str:
     name = type(column).__name__
     if name == "Value" and column.dtype.lstrip("u").startswith("int"):
         return "integer"
-    return {"Image": "image", "ClassLabel": "class", **dict.fromkeys(("List", "LargeList", "Sequence"), "list")}.get(
-        name, ""
-    )
+    return _KINDS.get(name, "")
 
 
 def _values(part: Any, column: str) -> npt.NDArray[Any]:

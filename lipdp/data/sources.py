@@ -55,12 +55,6 @@ class Digits(Source):
 
     needs_folder = False
 
-    def present(self, root: Path) -> bool:
-        return True
-
-    def fetch(self, root: Path) -> None:
-        """Nothing to do: the set is embedded."""
-
     def read(self, root: Path) -> Split:
         from sklearn.datasets import load_digits  # heavy, and only here
 

@@ -136,10 +136,10 @@ class TableFile(OwnSource):
                 f" {self.path} --out columns.toml` writes one to fill in"
             )
         if path.is_dir():
-            x, y, owner = self._arrays(part_of(path, "train"))
-            test_x, test_y, _ = self._arrays(part_of(path, "test"), owned=False)
+            x, y, owner = _arrays(part_of(path, "train"), self.schema, self.owner)
+            test_x, test_y, _ = _arrays(part_of(path, "test"), self.schema, None)
         else:
-            whole_x, whole_y, owner = self._arrays(path)
+            whole_x, whole_y, owner = _arrays(path, self.schema, self.owner)
             if len(whole_x) < 2:
                 raise DataError(f"{path} holds {len(whole_x)} records, too few to split in train and test")
             train, test = first_fifth(len(whole_x))
@@ -157,32 +157,30 @@ class TableFile(OwnSource):
         task: Task = "binary" if classes == 2 else "multiclass"
         return Split(str(self.path), train_x, train_y, held_x, held_y, classes, task, train_owner=owner)
 
-    def _arrays(self, path: Path, *, owned: bool = True) -> tuple[Any, Any, torch.Tensor | None]:
-        """Inputs, labels and owners of one file."""
-        schema, owner = self.schema, self.owner if owned else None
-        if schema is None:
-            raise ParameterError(f"{path} needs a schema")
-        _check_names(path, reader(path).names, schema, owner)
-        columns = [*schema.names, schema.label, *([] if owner is None or owner in schema.names else [owner])]
-        x, y = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)]
-        owners: list[Any] = []
-        known = Listed(schema.classes)
-        for number, piece in enumerate(reader(path).pieces(columns)):
-            places = known(piece[schema.label])
-            if number == 0:
-                check_head(path, piece, schema)
-                if int((places[:_HEAD] < 0).sum()) > 1:
-                    raise DataError(
-                        f"{path}: two or more of the first {_HEAD} labels in {schema.label!r} are none of the classes"
-                        f" {listing(schema.classes)}"
-                    )
-            x.append(schema.rows(piece))
-            y.append(np.where(places < 0, NO_LABEL, places))
-            owners += [] if owner is None else piece[owner]
-        if any(map(is_missing, owners)):
-            raise DataError(f"records of {path} have no {owner!r}; fill it in, or drop them")
-        named = None if owner is None else owner_ids(path / owner, np.array(owners).astype(str), count=len(owners))
-        return np.concatenate(x), np.concatenate(y), named
+
+def _arrays(path: Path, schema: Schema, owner: str | None) -> tuple[Any, Any, torch.Tensor | None]:
+    """Inputs, labels and owners of one file."""
+    _check_names(path, reader(path).names, schema, owner)
+    columns = [*schema.names, schema.label, *([] if owner is None or owner in schema.names else [owner])]
+    x, y = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)]
+    owners: list[Any] = []
+    known = Listed(schema.classes)
+    for number, piece in enumerate(reader(path).pieces(columns)):
+        places = known(piece[schema.label])
+        if number == 0:
+            check_head(path, piece, schema)
+            if int((places[:_HEAD] < 0).sum()) > 1:
+                raise DataError(
+                    f"{path}: two or more of the first {_HEAD} labels in {schema.label!r} are none of the classes"
+                    f" {listing(schema.classes)}"
+                )
+        x.append(schema.rows(piece))
+        y.append(np.where(places < 0, NO_LABEL, places))
+        owners += [] if owner is None else piece[owner]
+    if any(map(is_missing, owners)):
+        raise DataError(f"records of {path} have no {owner!r}; fill it in, or drop them")
+    named = None if owner is None else owner_ids(path / owner, np.array(owners).astype(str), count=len(owners))
+    return np.concatenate(x), np.concatenate(y), named
 
 
 def part_of(folder: Path, part: str) -> Path:

@@ -184,8 +184,8 @@ class NpzFile(OwnSource):
         largest = max(largest, largest_label(labels, test_y, len(test_x), False, self.classes))
         classes = max(2, largest + 1)  # the set of labels is a public fact
         task: Task = "binary" if classes == 2 and x.ndim == 2 else "multiclass"
-        train_y, test_y = (torch.from_numpy(whole_labels(part, self.classes)) for part in (y, test_y))
-        return Split(str(self.path), x, train_y, test_x, test_y, classes, task, train_owner=owner)
+        places = [torch.from_numpy(whole_labels(part, self.classes)) for part in (y, test_y)]
+        return Split(str(self.path), x, places[0], test_x, places[1], classes, task, train_owner=owner)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class ColumnRule:
     @property
     def _columns(self) -> list[tuple[int, Number | Category]]:
         indicator = self.missing == "indicator"
-        numbers = [(j, Number(f"{j}", *(pair or ()), indicator=indicator)) for j, pair in self.bounds.items()]
+        ends = ((j, *(pair or (None, None))) for j, pair in self.bounds.items())
+        numbers = [(j, Number(f"{j}", low, high, indicator=indicator)) for j, low, high in ends]
         return [*numbers, *((j, Category(f"{j}", known)) for j, known in self.categories.items())]
 
     @property

@@ -2,7 +2,7 @@
 
 Each part runs in a process of its own with a share of the time, and is ended when that is over; DIR/gpu.json and
 DIR/gpu.md hold what there is after every part, also of a part that failed or was ended. `--only` and `--skip` choose
-parts: machine, tests, sync, noise, projection, views, forward, speed, largest, train.
+parts: machine, tests, noise, views, forward, speed, largest, train.
 
 `train` reads CIFAR-10 (cifar-10-batches-py) from --data-dir and is skipped without. On a machine that has torch and not
 lipdp: put what `wheels.sh` fetches and the checkout on PYTHONPATH, `ln -sfn ../models lipdp/models`, and go.

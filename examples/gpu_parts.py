@@ -1,6 +1,5 @@
 """The parts of `gpu.py`: what is done in each, a row at a time."""
 
-import copy
 import json
 import os
 import shlex
@@ -8,9 +7,7 @@ import signal
 import statistics
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +15,11 @@ from typing import Any
 
 import torch
 
-import lipdp
-from lipdp import cli, constraints
+from lipdp import cli
 from lipdp.comparison import get_trainer
 from lipdp.comparison.configs import SpeedConfig
 from lipdp.comparison.contenders import Contender
-from lipdp.comparison.speed import MEASURED, peak, speed, start
+from lipdp.comparison.speed import MEASURED, peak, speed
 from lipdp.data import Split
 from lipdp.noise import GaussianNoise
 from lipdp.training import Trainer, assembly, configure
@@ -50,14 +46,13 @@ class Size:
     views: tuple[int, ...] = (1, 16)
     largest: int = 1 << 20
     draws: int = 4_000_000
-    matrices: tuple[int, ...] = (64, 256, 1024)
     backend: str = "inductor"
     train: tuple[str, ...] = ("--dataset", "cifar10")
 
 
 QUICK = Size(
     models=("cnn",), datasets=("digits",), batches=(4, 8), repeat=1, step_batch=8, steps=5, view_batch=4, views=(1, 3),
-    largest=8, backend="eager", draws=20_000, matrices=(8, 16),
+    largest=8, backend="eager", draws=20_000,
     train=("--dataset", "digits", "--batch-size", "64", "--steps", "4", "--seed", "0"),
 )  # fmt: skip
 
@@ -130,7 +125,7 @@ def machine(run: Run, emit: Emit) -> None:
 
 
 def tests(run: Run, emit: Emit) -> None:
-    """All tests marked `gpu`, a row each."""
+    """All tests marked `gpu`, a row each: that a step does not synchronise, projections, and the rest."""
     import pytest
 
     class Tally:
@@ -146,42 +141,6 @@ def tests(run: Run, emit: Emit) -> None:
     files = [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
     options = ["-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-W", "default", f"--rootdir={ROOT}"]
     pytest.main([*files, *options], plugins=[Tally()])
-
-
-@contextmanager
-def synchronisations(device: str) -> Iterator[list[warnings.WarningMessage]]:
-    """What torch's sync debug mode says; nothing on a CPU."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        if device != "cpu":
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            if device != "cpu":
-                torch.cuda.set_sync_debug_mode("default")
-    found[:] = [message for message in found if "called a synchroniz" in str(message.message)]
-
-
-def sync(run: Run, emit: Emit) -> None:
-    """Synchronisations while a batch is drawn and while a private step is taken, step by step."""
-    for model in run.size.models:
-        run.check_time(model)
-        session = start(
-            run.config(model, run.size.step_batch), Contender(get_trainer("clipless"), False), run.size.step_batch
-        )
-        batches, drawing, stepping, where = iter(session.loader), [], [], set()
-        for _ in range(5):
-            with synchronisations(run.device) as found:
-                batch = next(batches)
-            drawing.append(len(found))
-            with synchronisations(run.device) as found:
-                session.step(*batch)
-            stepping.append(len(found))
-            where |= {f"{Path(message.filename).name}:{message.lineno}" for message in found}
-        session.close()
-        row = {"model": model, "while drawing": str(drawing), "while stepping": str(stepping)}
-        emit({**row, "where": ", ".join(sorted(where))})
 
 
 def noise(run: Run, emit: Emit) -> None:
@@ -208,43 +167,6 @@ def noise(run: Run, emit: Emit) -> None:
         emit({"check": name, "worst |z|": round(float(z), 2), "passed": float(z) < 6})
     emit({"check": "the same bits after a resume", "passed": torch.equal(blocks, again)})
     emit({"check": "draws a second", "value": f"{4 * n / run.seconds(draw):.3g}"})
-
-
-def weights(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().cpu().double().flatten() for p in model.parameters()])
-
-
-def projection(run: Run, emit: Emit) -> None:
-    """Of models a step away from the constraints, against float64 on the CPU; and of single matrices both ways."""
-    for model in run.size.models:
-        run.check_time(model)
-        torch.manual_seed(0)
-        moved = run.config(model, 1).setup.build(Contender(get_trainer("clipless"), False))
-        with torch.no_grad():
-            for parameter in moved.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.01 * float(parameter.std().nan_to_num()))
-        expected, found = copy.deepcopy(moved).double(), copy.deepcopy(moved).to(run.device)
-        before = weights(moved)
-        lipdp.nn.project_(expected)
-        lipdp.nn.project_(found)
-        exact, own = (weights(each) for each in (expected, found))
-        layers = [layer for layer in found.modules() if isinstance(layer, lipdp.nn.Constrained)]
-        norm = max(float(torch.linalg.matrix_norm(m.weight_matrix().cpu().double(), 2).max()) for m in layers)
-        emit({
-            "what": model,
-            "ms": 1e3 * run.seconds(lambda: lipdp.nn.project_(found)),  # noqa: B023
-            "error, of the move": float((own - exact).norm() / (exact - before).norm().clamp_min(1e-12)),
-            "largest norm": norm,
-            "certified": not any(bool(no) for layer in layers for no in layer.uncertified().values()),
-        })  # fmt: skip
-    for n in run.size.matrices:
-        matrix = constraints.Orthogonal().sample(8, n, n).to(run.device)
-        matrix += 0.01 * torch.randn_like(matrix) / n**0.5
-        for way in ("project", "retract"):  # the second iterates in bfloat16 where the device multiplies it
-            project = getattr(constraints.Orthogonal(), way)
-            norm = torch.linalg.matrix_norm(project(matrix).cpu().double(), 2)
-            emit({"what": f"{way} 8 × {n} × {n}", "ms": 1e3 * run.seconds(lambda: project(matrix)),  # noqa: B023
-                  "largest norm": float(norm.max())})  # fmt: skip
 
 
 def views(run: Run, emit: Emit) -> None:
@@ -327,7 +249,6 @@ def train(run: Run, emit: Emit) -> None:
 
 
 PARTS: dict[str, tuple[Callable[[Run, Emit], None], float]] = {  # with its share of the time
-    "machine": (machine, 15), "tests": (tests, 75), "sync": (sync, 15), "noise": (noise, 15),
-    "projection": (projection, 20), "views": (views, 30), "forward": (forward, 70), "speed": (steps, 120),
-    "largest": (largest, 40), "train": (train, 70),
+    "machine": (machine, 15), "tests": (tests, 75), "noise": (noise, 15), "views": (views, 30),
+    "forward": (forward, 70), "speed": (steps, 120), "largest": (largest, 40), "train": (train, 70),
 }  # fmt: skip

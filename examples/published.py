@@ -42,59 +42,48 @@ def four_layers() -> nn.Module:
     )  # fmt: skip
 
 
-def plan(records: int, batch_size: int, epochs: float, sigma: float) -> PrivacyPlan:
-    return PrivacyPlan.of(
-        dataset_size=records, expected_batch_size=batch_size, epochs=epochs, noise_multiplier=sigma, target_delta=1e-5
-    )
-
-
-def report(name: str, session, task: Task, split, began: float) -> None:
-    epsilon = task.plan.predicted.epsilon
-    found = calibration.calibration(session.model, split.test_x, split.test_y)
+def run(name: str, trainer, net: nn.Module, split, *, batch_size: int, epochs: float, sigma: float, **task) -> None:
+    began = time.perf_counter()
+    plan = PrivacyPlan.of(
+        dataset_size=len(split.train_x), expected_batch_size=batch_size, epochs=epochs, noise_multiplier=sigma,
+        target_delta=1e-5,
+    )  # fmt: skip
+    task = Task(dataset=TensorDataset(split.train_x, split.train_y), loss=TauCrossEntropy(1.0), plan=plan, **task)
+    found = calibration.calibration(trainer.train(net, task).model, split.test_x, split.test_y)
     print(
-        f"{name}: ε = {epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f}, MCE {found.mce:.4f},"
-        f" NLL {found.nll:.3f}, Brier {found.brier:.3f} ({time.perf_counter() - began:.0f} s)",
+        f"{name}: ε = {plan.predicted.epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f},"
+        f" MCE {found.mce:.4f}, NLL {found.nll:.3f}, Brier {found.brier:.3f} ({time.perf_counter() - began:.0f} s)",
         flush=True,
     )
 
 
 def backprop(args: argparse.Namespace) -> None:
     split = load("mnist", data_dir=args.data_dir)
+    trainer = replace(get_trainer("backprop_clipping"), input_bound=3.0, cotangent_bound=args.cotangent_bound)
     for sigma, published in BACKPROP_RUNS:
-        began = time.perf_counter()
-        task = Task(
-            dataset=TensorDataset(split.train_x, split.train_y), loss=TauCrossEntropy(1.0),
-            plan=plan(len(split.train_x), 256, args.epochs or 5, sigma),
-            optimizer=partial(torch.optim.SGD, lr=args.lr or 2.0, momentum=0.9), schedule="linear",
-        )  # fmt: skip
         torch.manual_seed(args.seed)
-        trainer = replace(get_trainer("backprop_clipping"), input_bound=3.0, cotangent_bound=args.cotangent_bound)
-        report(
-            f"σ_joint = {sigma:.2f} (published, corrected: {published})",
-            trainer.train(lenet(), task),
-            task,
-            split,
-            began,
-        )
+        run(
+            f"σ_joint = {sigma:.2f} (published, corrected: {published})", trainer, lenet(), split,
+            batch_size=256, epochs=args.epochs or 5, sigma=sigma, schedule="linear",
+            optimizer=partial(torch.optim.SGD, lr=args.lr or 2.0, momentum=0.9),
+        )  # fmt: skip
 
 
 def local_and_global(args: argparse.Namespace) -> None:
-    split = load("cifar10", data_dir=args.data_dir)
+    raw = load("cifar10", data_dir=args.data_dir)
+    split = replace(raw, train_x=2 * raw.train_x - 1, test_x=2 * raw.test_x - 1)
     ways = {
         "local flat, R = 1.5": replace(get_trainer("opacus_ghost"), max_grad_norm=1.5),
         "global, R = 1.5, Z = 10": replace(get_trainer("global_scaled"), max_grad_norm=1.5, threshold=10.0),
         "global, 1(‖g‖ ≤ R)": replace(get_trainer("global"), max_grad_norm=1.5),
     }
     for name, trainer in ways.items():
-        began = time.perf_counter()
-        task = Task(
-            dataset=TensorDataset(2 * split.train_x - 1, split.train_y), loss=TauCrossEntropy(1.0),
-            plan=plan(len(split.train_x), 250, args.epochs or 4, 1.3),
-            optimizer=partial(torch.optim.SGD, lr=args.lr or 0.05), microbatch=64,
-        )  # fmt: skip
         torch.manual_seed(args.seed)
-        test = replace(split, test_x=2 * split.test_x - 1)
-        report(f"{name}, {args.epochs or 4:g} epochs", trainer.train(four_layers(), task), task, test, began)
+        run(
+            f"{name}, {args.epochs or 4:g} epochs", trainer, four_layers(), split,
+            batch_size=250, epochs=args.epochs or 4, sigma=1.3, microbatch=64,
+            optimizer=partial(torch.optim.SGD, lr=args.lr or 0.05),
+        )  # fmt: skip
 
 
 def main() -> None:

@@ -9,16 +9,7 @@ from .stages import Stages, count, head, image
 from .starts import cosine, haar
 
 
-def cnn(
-    layers: Family,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    gain: float,
-    *,
-    width: int = 16,
-    hidden: int | None = None,
-    kernel_size: int = 5,
-) -> Stages:
+def cnn(layers: Family, *, width: int = 16, hidden: int | None = None, kernel_size: int = 5) -> Stages:
     """Two convolutions (w and 2w channels) with 2x2 norm pooling, then a dense layer.
 
     A convolution, the norm of each window, and the channels' mean taken off: the pooling is the only non-linearity, as
@@ -40,11 +31,11 @@ def cnn(
 
     Source: LeCun et al. (1998), LeNet; Bruna & Mallat (2013), scattering.
     """
-    channels, height, columns = image("cnn", input_shape, halvings=2)
+    channels, height, columns = image("cnn", layers.input_shape, halvings=2)
     width, kernel_size = count("width", width), count("kernel_size", kernel_size, odd=True)
     features = 2 * width * (height // 4) * (columns // 4)
     return [
-        [layers.conv(channels, width, kernel_size, lipschitz=gain, start=cosine), *layers.magnitude(2)],
+        [layers.conv(channels, width, kernel_size, lipschitz=layers.gain, start=cosine), *layers.magnitude(2)],
         [layers.conv(width, 2 * width, kernel_size, start=haar), *layers.magnitude(2), nn.Flatten()],
-        *head(layers, features, num_classes, hidden=hidden),
+        *head(layers, features, hidden=hidden),
     ]

@@ -1,12 +1,11 @@
 """Two families of layers with the same shapes, so that every model of the zoo is written once.
 
-A model asks its family for a layer and never names a class: `Lipschitz` answers with the layers of `lipdp.nn`, `Plain`
-with their unconstrained twins. Modules, parameters and their names correspond one to one.
+A model asks its family for a layer and never names a class: `Lipschitz` answers with the layers of `lipdp.nn`, `Family`
+itself with their unconstrained twins. Modules, parameters and their names correspond one to one.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -20,54 +19,59 @@ from .starts import Start, smooth
 
 
 @dataclass(frozen=True)
-class Family(ABC):
-    """Where a model gets its layers from.
+class Family:
+    """Where a model gets its layers from, and what all models are told: plain layers, nothing at input and joints.
 
     Attributes:
+        input_shape, num_classes: of the model.
+        gain: Lipschitz constant of the first layer.
         bias: give every dense and convolutional layer a bias.
     """
 
+    input_shape: tuple[int, ...]
+    num_classes: int
+    gain: float = 1.0
     bias: bool = False
 
-    @abstractmethod
     def bound(self, radius: float) -> nn.Module:
         """What stands at the input: a projection on the ball of that radius."""
+        return nn.Identity()
 
-    @abstractmethod
     def clip(self, bound: float) -> nn.Module:
         """A clip of values at a joint, scaled to the unit ball."""
+        return nn.Identity()
 
-    @abstractmethod
     def gate(self, bound: float) -> nn.Module:
         """A gate of cotangents at a joint."""
+        return nn.Identity()
 
-    @abstractmethod
     def linear(
         self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None
     ) -> nn.Module:
         """A dense layer on the last axis, with the given Lipschitz constant and set of weights (orthogonal ones)."""
+        return nn.Linear(in_features, out_features, self.bias)
 
-    @abstractmethod
     def conv(
         self, in_channels: int, out_channels: int, kernel_size: int, *, lipschitz: float = 1.0, start: Start = smooth
     ) -> nn.Module:
         """A convolution with an odd kernel that keeps height and width; `start` sets its first kernel."""
+        return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=self.bias)
 
-    @abstractmethod
     def attention(self, width: int, heads: int, *, sharpness: float, bound: float) -> nn.Module:
         """Self-attention of tokens (N, T, width) with scores of at most `sharpness`."""
+        return DotProductAttention(width, heads)
 
-    @abstractmethod
     def activation(self, dim: int = 1) -> nn.Module:
         """The activation, with its channels on axis `dim`."""
+        return nn.ReLU()
 
-    @abstractmethod
     def magnitude(self, size: int) -> list[nn.Module]:
         """Two modules: a non-linear pooling over windows of size x size that needs no activation in front."""
+        return [nn.ReLU(), nn.AvgPool2d(size)]
 
-    @abstractmethod
     def residual(self, block: nn.Module, weight: float) -> nn.Module:
-        """A shortcut around `block`: (1−λ) x + λ f(x), f(x) alone for λ = 1."""
+        """A shortcut around `block`: (1−λ) x + λ f(x), f(x) alone for λ = 1; of plain layers x + f(x)."""
+        return Shortcut(block)
 
 
 @dataclass(frozen=True)
@@ -108,38 +112,6 @@ class Lipschitz(Family):
 
     def residual(self, block: nn.Module, weight: float) -> nn.Module:
         return lnn.Residual(block, weight) if weight != 1 else nn.Sequential(OrderedDict(block=block))
-
-
-@dataclass(frozen=True)
-class Plain(Family):
-    """The unconstrained twins: nn.Linear, nn.Conv2d, nn.ReLU, nn.AvgPool2d, x + f(x); nothing at input and joints."""
-
-    def bound(self, radius: float) -> nn.Module:
-        return nn.Identity()
-
-    clip = gate = bound
-
-    def linear(
-        self, in_features: int, out_features: int, *, lipschitz: float = 1.0, constraint: Constraint | None = None
-    ) -> nn.Module:
-        return nn.Linear(in_features, out_features, self.bias)
-
-    def conv(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, lipschitz: float = 1.0, start: Start = smooth
-    ) -> nn.Module:
-        return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=self.bias)
-
-    def attention(self, width: int, heads: int, *, sharpness: float, bound: float) -> nn.Module:
-        return DotProductAttention(width, heads)
-
-    def activation(self, dim: int = 1) -> nn.Module:
-        return nn.ReLU()
-
-    def magnitude(self, size: int) -> list[nn.Module]:
-        return [nn.ReLU(), nn.AvgPool2d(size)]
-
-    def residual(self, block: nn.Module, weight: float) -> nn.Module:
-        return Shortcut(block)
 
 
 class Shortcut(nn.Module):

@@ -13,9 +13,7 @@ from .families import Family
 from .stages import Stages
 
 
-def linear(
-    layers: Family, input_shape: tuple[int, ...], num_classes: int, gain: float, *, radius: float = 1.0
-) -> Stages:
+def linear(layers: Family, *, radius: float = 1.0) -> Stages:
     """Flatten and one dense layer: x ↦ W x / c with ‖W‖₂ ≤ radius, from W = 0. No joints.
 
     Convex in W, so a private optimum is easy to reach; strong on scattering features, with `input_bound=1.0` where they
@@ -36,7 +34,8 @@ def linear(
 
     Source: Tramèr & Boneh (2021), linear models on handcrafted features.
     """
-    dense = layers.linear(math.prod(input_shape), num_classes, lipschitz=gain, constraint=Spectral(radius))
+    size = math.prod(layers.input_shape)
+    dense = layers.linear(size, layers.num_classes, lipschitz=layers.gain, constraint=Spectral(radius))
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.zero_()

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lipdp.errors import ParameterError
-
-from .families import Family, Patches, Transpose
-from .stages import Stages, count, image
+from .families import Family, Transpose
+from .stages import Stages, count, embedding
 
 
-def mixer(
-    layers: Family,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    gain: float,
-    *,
-    patch: int = 4,
-    width: int = 64,
-    depth: int = 2,
-    residual_weight: float = 1.0,
-) -> Stages:
+def mixer(layers: Family, *, patch: int = 4, width: int = 64, depth: int = 2, residual_weight: float = 1.0) -> Stages:
     """Patches become tokens (N, T, w); each block mixes tokens, then features, by perceptrons with one hidden layer.
 
     A pixel lies in one patch, so nothing overlaps, and square orthogonal matrices and sorting keep every norm: the
@@ -43,14 +31,8 @@ def mixer(
 
     Source: Tolstikhin et al. (2021); Béthune et al. (2024), appendix C.
     """
-    channels, height, columns = image("mixer", input_shape)
     patch, width, depth = count("patch", patch), count("width", width, even=True), count("depth", depth)
-    if height % patch or columns % patch:
-        raise ParameterError(
-            f"mixer: patches of {patch}x{patch} do not tile {height}x{columns}; choose a common divisor"
-        )
-    cut = Patches(height // patch, columns // patch, patch)
-    tokens = cut.rows * cut.columns
+    first, tokens = embedding(layers, "mixer", patch, width)
 
     def perceptron(size: int) -> list[nn.Module]:
         hidden = size + size % 2
@@ -61,9 +43,5 @@ def mixer(
         across_features = nn.Sequential(*perceptron(width))
         return [layers.residual(across_tokens, residual_weight), layers.residual(across_features, residual_weight)]
 
-    embedding = layers.linear(channels * patch**2, width, lipschitz=gain)
-    return [
-        [cut, embedding],
-        *(block() for _ in range(depth)),
-        [nn.Flatten(), layers.linear(tokens * width, num_classes)],
-    ]
+    blocks = [block() for _ in range(depth)]
+    return [first, *blocks, [nn.Flatten(), layers.linear(tokens * width, layers.num_classes)]]

@@ -8,12 +8,10 @@ from itertools import pairwise
 from torch import nn
 
 from .families import Family
-from .stages import Stages, count
+from .stages import Stages, count, head
 
 
-def mlp(
-    layers: Family, input_shape: tuple[int, ...], num_classes: int, gain: float, *, width: int = 128, depth: int = 2
-) -> Stages:
+def mlp(layers: Family, *, width: int = 128, depth: int = 2) -> Stages:
     """`depth` hidden layers of `width` neurons, then the head: orthogonal dense layers and sorted pairs.
 
     Joints: `depth`, one behind every hidden layer.
@@ -31,9 +29,9 @@ def mlp(
     Source: Anil, Lucas & Grosse (2019).
     """
     width, depth = count("width", width, even=True), count("depth", depth)
-    sizes = [math.prod(input_shape), *[width] * depth]
+    sizes = [math.prod(layers.input_shape), *[width] * depth]
     hidden = [
-        [layers.linear(m, n, lipschitz=1.0 if i else gain), layers.activation()]
+        [layers.linear(m, n, lipschitz=1.0 if i else layers.gain), layers.activation()]
         for i, (m, n) in enumerate(pairwise(sizes))
     ]
-    return [[nn.Flatten(), *hidden[0]], *hidden[1:], [layers.linear(width, num_classes)]]
+    return [[nn.Flatten(), *hidden[0]], *hidden[1:], *head(layers, width)]

@@ -23,7 +23,7 @@ from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.nn.gates import default_input_bound
 
 from .cnn import cnn
-from .families import Family, Lipschitz, Plain
+from .families import Family, Lipschitz
 from .linear import linear
 from .mixer import mixer
 from .mlp import mlp
@@ -44,7 +44,6 @@ _REGISTRY: dict[str, Callable[..., Stages]] = {
 }
 _OWN: dict[str, Callable[..., nn.Module]] = {"tabular": tabular}
 """Models that are not made of stages and take none of what the zoo has in common."""
-_SUPPLIED = {"layers", "input_shape", "num_classes", "gain"}  # by `build`, to every model of the zoo
 
 
 def names() -> list[str]:
@@ -104,29 +103,22 @@ def build(
     if not shape:
         raise ParameterError("input_shape is empty; give the shape of one sample, e.g. (1, 28, 28) or (30,)")
     num_classes = count("num_classes", num_classes)
+    common = {"input_bound": input_bound, "clips": clips, "gates": gates, "bias": bias, "twin": twin}
+    given = {key: value for key, value in common.items() if value is not None and value is not False}
     if ":" in name:
-        common = {"input_bound": input_bound, "clips": clips, "gates": gates, "bias": bias, "twin": twin}
-        given = {key: value for key, value in common.items() if value is not None and value is not False}
         return _build_own(name, shape, num_classes, {**given, **options})
     if name in _OWN:
         _check_options(name, _OWN[name], set(options), {"input_shape", "num_classes"})
-        _refuse_common(name, input_bound=input_bound, clips=clips, gates=gates, bias=bias or None)
+        if useless := [option for option in given if option != "twin"]:
+            raise ParameterError(f"{name} takes no {', '.join(useless)}: its features bound themselves; leave it out")
         return _OWN[name](shape, num_classes, **options)
     if name not in _REGISTRY:
         raise UnknownNameError("model", name, [*names(), "module:function"])
     builder = _REGISTRY[name]
-    _check_options(name, builder, set(options), _SUPPLIED)
+    _check_options(name, builder, set(options), {"layers"})
     radius = default_input_bound(shape) if input_bound is None else check_positive("input_bound", input_bound)
-    family: Family = Plain(bias) if twin else Lipschitz(bias)
-    stages = builder(family, shape, num_classes, 1 / radius, **options)
-    return chain(family, stages, input_bound=radius, clips=clips, gates=gates)
-
-
-def _refuse_common(name: str, **given: Any) -> None:
-    """Refuse what a model without joints and input bound does not take."""
-    useless = [option for option, value in given.items() if value is not None]
-    if useless:
-        raise ParameterError(f"{name} takes no {', '.join(useless)}: its features bound themselves; leave it out")
+    family = (Family if twin else Lipschitz)(shape, num_classes, 1 / radius, bias)
+    return chain(family, builder(family, **options), input_bound=radius, clips=clips, gates=gates)
 
 
 def _check_options(name: str, function: Callable[..., Any], given: set[str], supplied: set[str]) -> None:

@@ -9,15 +9,7 @@ from .stages import Stages, count, image
 
 
 def resnet(
-    layers: Family,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    gain: float,
-    *,
-    width: int = 16,
-    depth: int = 3,
-    blocks: int = 1,
-    residual_weight: float = 0.25,
+    layers: Family, *, width: int = 16, depth: int = 3, blocks: int = 1, residual_weight: float = 0.25
 ) -> Stages:
     """`depth` stages of conv 3x3, sorting, residual blocks, norm pooling 2x2, w, 2w, 4w, … channels; a dense layer.
 
@@ -42,7 +34,7 @@ def resnet(
     Source: He et al. (2016); Béthune et al. (2024), appendix C, for the convex combination.
     """
     width, depth, blocks = count("width", width, even=True), count("depth", depth), count("blocks", blocks)
-    channels, height, columns = image("resnet", input_shape, halvings=depth)
+    channels, height, columns = image("resnet", layers.input_shape, halvings=depth)
     stages: Stages = []
     for stage in range(depth):
         wide = width * 2**stage
@@ -53,7 +45,7 @@ def resnet(
             )
             for _ in range(blocks)
         ]
-        first = layers.conv(channels, wide, 3, lipschitz=1.0 if stage else gain)
+        first = layers.conv(channels, wide, 3, lipschitz=1.0 if stage else layers.gain)
         stages.append([first, layers.activation(), *shortcuts, *layers.magnitude(2)])
         channels, height, columns = wide, height // 2, columns // 2
-    return [*stages, [nn.Flatten(), layers.linear(channels * height * columns, num_classes)]]
+    return [*stages, [nn.Flatten(), layers.linear(channels * height * columns, layers.num_classes)]]

@@ -9,7 +9,7 @@ from torch import nn
 
 from lipdp.errors import ParameterError
 
-from .families import Family
+from .families import Family, Patches
 
 Stages: TypeAlias = "list[list[nn.Module]]"
 """A model without its input bound: the modules of every stage. The joints lie between the stages."""
@@ -30,12 +30,23 @@ def chain(family: Family, stages: Stages, *, input_bound: float, clips: Joints, 
     return nn.Sequential(*modules)
 
 
-def head(layers: Family, features: int, num_classes: int, *, hidden: int | None) -> Stages:
+def head(layers: Family, features: int, *, hidden: int | None = None) -> Stages:
     """The last stages: a hidden dense layer of `hidden` neurons, an even number, if there is one, and a dense layer."""
     if hidden is None:
-        return [[layers.linear(features, num_classes)]]
+        return [[layers.linear(features, layers.num_classes)]]
     width = count("hidden", hidden, even=True)
-    return [[layers.linear(features, width), layers.activation()], [layers.linear(width, num_classes)]]
+    return [[layers.linear(features, width), layers.activation()], [layers.linear(width, layers.num_classes)]]
+
+
+def embedding(layers: Family, model: str, patch: int, width: int) -> tuple[list[nn.Module], int]:
+    """The first stage of a model of patches, tokens (N, T, width) of images; and T."""
+    channels, height, columns = image(model, layers.input_shape)
+    if height % patch or columns % patch:
+        raise ParameterError(
+            f"{model}: patches of {patch}x{patch} do not tile {height}x{columns}; choose a common divisor"
+        )
+    cut = Patches(height // patch, columns // patch, patch)
+    return [cut, layers.linear(channels * patch**2, width, lipschitz=layers.gain)], cut.rows * cut.columns
 
 
 def _per_joint(name: str, bounds: Joints, joints: int) -> list[float | None]:

@@ -9,15 +9,12 @@ from torch import nn
 from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
 
-from .families import Family, Patches
-from .stages import Stages, count, image
+from .families import Family
+from .stages import Stages, count, embedding
 
 
 def transformer(
     layers: Family,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    gain: float,
     *,
     patch: int = 4,
     width: int = 16,
@@ -50,26 +47,16 @@ def transformer(
 
     Source: Dosovitskiy et al. (2021); Kim, Papamakarios & Mnih (2021) for why dot-product attention is left out.
     """
-    channels, height, columns = image("transformer", input_shape)
     patch, width, depth = count("patch", patch), count("width", width, even=True), count("depth", depth)
     heads, sharpness = count("heads", heads), check_positive("sharpness", sharpness)
-    if height % patch or columns % patch:
-        raise ParameterError(
-            f"transformer: patches of {patch}x{patch} do not tile {height}x{columns}; choose a common divisor"
-        )
     if width % heads:
         raise ParameterError(f"transformer: {heads} heads do not divide width={width}")
-    cut = Patches(height // patch, columns // patch, patch)
-    tokens = cut.rows * cut.columns
+    first, tokens = embedding(layers, "transformer", patch, width)
 
     def block() -> list[nn.Module]:
         attention = layers.attention(width, heads, sharpness=sharpness, bound=1 / math.sqrt(tokens * heads))
         perceptron = [layers.linear(width, width), layers.activation(-1), layers.linear(width, width)]
         return [layers.residual(attention, attention_weight), nn.Sequential(*perceptron)]
 
-    embedding = layers.linear(channels * patch**2, width, lipschitz=gain)
-    return [
-        [cut, embedding],
-        *(block() for _ in range(depth)),
-        [nn.Flatten(), layers.linear(tokens * width, num_classes)],
-    ]
+    blocks = [block() for _ in range(depth)]
+    return [first, *blocks, [nn.Flatten(), layers.linear(tokens * width, layers.num_classes)]]

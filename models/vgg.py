@@ -8,16 +8,7 @@ from .families import Family
 from .stages import Stages, count, head, image
 
 
-def vgg(
-    layers: Family,
-    input_shape: tuple[int, ...],
-    num_classes: int,
-    gain: float,
-    *,
-    width: int = 32,
-    depth: int = 3,
-    hidden: int | None = None,
-) -> Stages:
+def vgg(layers: Family, *, width: int = 32, depth: int = 3, hidden: int | None = None) -> Stages:
     """`depth` blocks of conv 3x3, sorting, conv 3x3, norm pooling 2x2, with w, 2w, 4w, … channels; then a dense layer.
 
     As in `cnn`, the channels' mean is taken off what the norm pooling leaves: it is large, the same for all classes,
@@ -39,16 +30,16 @@ def vgg(
     Source: Simonyan & Zisserman (2015).
     """
     width, depth = count("width", width, even=True), count("depth", depth)
-    channels, height, columns = image("vgg", input_shape, halvings=depth)
+    channels, height, columns = image("vgg", layers.input_shape, halvings=depth)
     stages: Stages = []
     for block in range(depth):
         wide = width * 2**block
         stages.append(
             [
-                *(layers.conv(channels, wide, 3, lipschitz=1.0 if block else gain), layers.activation()),
+                *(layers.conv(channels, wide, 3, lipschitz=1.0 if block else layers.gain), layers.activation()),
                 *(layers.conv(wide, wide, 3), *layers.magnitude(2)),
             ]
         )
         channels, height, columns = wide, height // 2, columns // 2
     stages[-1].append(nn.Flatten())
-    return [*stages, *head(layers, channels * height * columns, num_classes, hidden=hidden)]
+    return [*stages, *head(layers, channels * height * columns, hidden=hidden)]

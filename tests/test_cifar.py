@@ -11,7 +11,7 @@ import pytest
 from data_files import IMAGES, PYTHON2_BATCH, pickled
 
 from lipdp import data
-from lipdp.data.files import read_cifar_batch, write_cifar_batch
+from lipdp.data.cifar import read_cifar_batch, write_cifar_batch
 from lipdp.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lipdp import data
-from lipdp.data.files import read_cifar_batch, read_idx, write_cifar_batch, write_idx
+from lipdp.data.cifar import read_cifar_batch, write_cifar_batch
+from lipdp.data.files import read_idx, write_idx
 from lipdp.errors import DataError
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("opacus")
 ROOT = Path(__file__).parents[1]
-PARTS = ("machine", "tests", "sync", "noise", "projection", "views", "forward", "speed", "largest", "train")
+PARTS = ("machine", "tests", "noise", "views", "forward", "speed", "largest", "train")
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,6 @@ def test_every_part_runs_on_a_cpu(tmp_path):
     assert len(rows["tests"]) > 10
     assert {row["outcome"] for row in rows["tests"]} <= {"skipped", "passed"}
     assert all(row.get("passed", True) for row in rows["noise"])
-    assert all(row["largest norm"] < 1 + 1e-5 and row.get("certified", True) for row in rows["projection"])
     assert {row["views"] for row in rows["views"]} == {1, 3}
     ways = ["as written", "channels last", "bf16", "compiled", "together"]
     assert [row["way"] for row in rows["forward"]] == ways

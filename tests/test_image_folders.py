@@ -10,7 +10,7 @@ import torch
 
 from lipdp import data
 from lipdp.cli import main
-from lipdp.data.stored import channels_last
+from lipdp.data.arrays import channels_last
 from lipdp.errors import DataError, ParameterError
 from lipdp.training import configure, train
 

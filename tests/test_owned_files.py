@@ -12,7 +12,7 @@ from npy_folders import RNG, SHORT, equal, images, weights, write
 
 from lipdp import data
 from lipdp.cli import main
-from lipdp.data import stored
+from lipdp.data import npy
 from lipdp.data.files import read_npz
 from lipdp.errors import DataError, LipdpError, ParameterError
 from lipdp.training import Trainer, configure, train
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_environment")
 def test_owners_of_npy_and_npz(tmp_path):
     names = np.array([f"user {i // 5}" for i in range(30)])
     folder = images(tmp_path, train_owner=names, train_clinic=np.arange(30) % 4 + 100)
-    assert stored.open_npy(folder, owner="owner").train_owner.tolist() == [i // 5 for i in range(30)]
+    assert npy.open_npy(folder, owner="owner").train_owner.tolist() == [i // 5 for i in range(30)]
     clinics = data.open_split(str(folder), columns=data.Columns(owner="clinic")).train_owner
     assert (clinics.tolist(), clinics.dtype) == ([i % 4 for i in range(30)], torch.int64)
     assert data.open_split(str(folder)).train_owner is None
@@ -47,9 +47,9 @@ def test_owners_of_npy_and_npz(tmp_path):
 def test_bad_owners_are_named(tmp_path, owners):
     np.save(images(tmp_path) / "train_owner.npy", owners)
     with pytest.raises(DataError, match="train_owner"):
-        stored.open_npy(tmp_path, owner="owner")
+        npy.open_npy(tmp_path, owner="owner")
     with pytest.raises(DataError, match=r"train_nobody\.npy does not exist"):
-        stored.open_npy(tmp_path, owner="nobody")
+        npy.open_npy(tmp_path, owner="nobody")
     with pytest.raises(ParameterError, match="digits has no --owner-column to choose"):
         data.open_split("digits", columns=data.Columns(owner="owner"))
     with pytest.raises(ParameterError, match=r"\.npy files, which have no --label-column to choose"):

@@ -22,7 +22,7 @@ from npy_folders import RNG, SHORT, equal, images, weights, write
 
 from lipdp import data
 from lipdp.cli import main
-from lipdp.data import stored
+from lipdp.data import npy, stored
 from lipdp.data.scaling import BOUNDINGS
 from lipdp.data.split import resize
 from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
@@ -185,7 +185,7 @@ def test_a_record_that_is_not_finite_stops_nothing(tmp_path, workers):
 @pytest.mark.parametrize("dataset", ["memory", "disk"])
 def test_both_kinds_of_split_answer_alike(tmp_path, dataset):
     folder = images(tmp_path, train_owner=np.arange(30) // 3)
-    split: data.DataSplit = stored.open_npy(folder, owner="owner")
+    split: data.DataSplit = npy.open_npy(folder, owner="owner")
     if dataset == "memory":
         split = split.in_memory()
     assert (split.records, split.input_shape, split.num_classes, split.note) == (30, (3, 8, 8), 3, "")

@@ -12,8 +12,9 @@ import lipdp
 from lipdp import data
 from lipdp.batches.records import NO_LABEL
 from lipdp.cli import main
+from lipdp.data.columns import Category, Number
 from lipdp.data.listed import ABSENT, OTHER, Listed
-from lipdp.data.schema import Category, Number, Schema
+from lipdp.data.schema import Schema
 from lipdp.errors import DataError, LipdpError, ParameterError, ResumeError
 from lipdp.training import configure, train
 

@@ -15,11 +15,9 @@ from lipdp.certify.attack import pgd
 from lipdp.certify.inputs import InputMap, apply_maps
 from lipdp.data import DataSplit, number_of_units
 from lipdp.errors import BoundViolation, CheckpointError, ParameterError, UnknownNameError
-from lipdp.features import features
-from lipdp.models import build
-from lipdp.training.assembly import bounding_of, open_configured
+from lipdp.training.assembly import bounding_of, features_of, open_configured
 from lipdp.training.checkpoint import RunFolder
-from lipdp.training.choices import make_loss
+from lipdp.training.choices import make_network
 from lipdp.training.config import TrainConfig, config_from_dict
 
 if TYPE_CHECKING:
@@ -63,7 +61,9 @@ def load_run(
     config = config.resolve(number_of_units(split), binary=split.task == "binary")
     maps = maps_of(config, split)
     x, y = split.test_part()
-    model = _model(config, split, maps, x[:1])
+    spec, shape = features_of(config), apply_maps(maps, x[:1], torch.float32).shape[1:]
+    bound = None if spec is None else spec.input_bound(split.input_shape)
+    model, _ = make_network(config, tuple(shape), split.num_classes, input_bound=bound)
     try:
         model.load_state_dict(checkpoint[weights])
     except (KeyError, RuntimeError, TypeError) as error:
@@ -73,19 +73,7 @@ def load_run(
 
 def maps_of(config: TrainConfig, split: DataSplit) -> tuple[InputMap, ...]:
     """As `lipdp.training.assembly.prepare` applies them."""
-    maps: tuple[InputMap, ...] = (bounding_of(config, split),)
-    return maps if config.features is None else (*maps, features(config.features, **config.feature_options))
-
-
-def _model(config: TrainConfig, split: DataSplit, maps: Sequence[InputMap], raw: Tensor) -> nn.Module:
-    """As `lipdp.training.assembly.assemble` builds it."""
-    _, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
-    options = dict(config.model_options)
-    if config.features is not None and ":" not in config.model:
-        spec = features(config.features, **config.feature_options)
-        options.setdefault("input_bound", spec.input_bound(split.input_shape))
-    shape = tuple(apply_maps(maps, raw, torch.float32).shape[1:])
-    return build(config.model, input_shape=shape, num_classes=outputs, **options)
+    return tuple(each for each in (bounding_of(config, split), features_of(config)) if each is not None)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     split = load("mnist", data_dir="~/data")
     split.train_x.shape, split.num_classes, split.task
 
-What a set is to training is in `split`, sets that stay on disk in `stored`, `hub` and `imagefolder`, tables in `tables`
-and what is public of their columns in `schema`, the readers of each format in `files`, the sets in `sources`, the
-bounding of inputs in `scaling`, random views of images in `augment`.
+What a set is to training is in `split`, sets that stay on disk in `stored`, `npy`, `hub` and `imagefolder`, tables in
+`tables` and what is public of their columns in `schema` and `columns`, the readers of each format in `files`, `cifar`
+and `images`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
 from lipdp.data.augment import Augmented, augment
@@ -25,8 +25,8 @@ from lipdp.data.scaling import (
 )
 from lipdp.data.schema import Schema, plain_schema
 from lipdp.data.sources import DATASETS
-from lipdp.data.split import DataSplit, Split, number_of_units
-from lipdp.data.stored import Stored
+from lipdp.data.split import Split
+from lipdp.data.stored import DataSplit, Stored, number_of_units
 from lipdp.data.tables import SUFFIXES, read_columns, schema_template
 
 __all__ = [

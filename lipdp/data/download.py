@@ -18,14 +18,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("LIPDP_CACHE") or "~/.cache/lipdp").expanduser()
 
 
-def fetch_images(
-    openml_name: str, *, count: int, pixels: int, classes: int = 10
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def fetch_images(openml_name: str, *, count: int, pixels: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Fetch one image set of bytes from OpenML with scikit-learn, checked before anything is kept.
 
     Args:
         openml_name: `mnist_784`, `Fashion-MNIST` or `CIFAR_10`, version 1.
-        count, pixels, classes: what the set must have: records, values per record, labels 0..classes − 1.
+        count, pixels: what the set must have: records and values per record; its labels are 0..9.
 
     Returns:
         Images (count, pixels) and labels (count,), in OpenML's order.
@@ -52,9 +50,9 @@ def fetch_images(
             f"OpenML sent {openml_name!r} with data {images.shape} and labels {labels.shape}, not ({count}, {pixels}) "
             f"and ({count},); delete {home} and try again"
         )
-    if not np.array_equal(images, values) or labels.min() < 0 or labels.max() >= classes:
+    if not np.array_equal(images, values) or labels.min() < 0 or labels.max() > 9:
         raise DataError(
-            f"OpenML sent {openml_name!r} with pixels outside 0..255 or labels outside 0..{classes - 1}; delete {home} "
-            "and try again"
+            f"OpenML sent {openml_name!r} with pixels outside 0..255 or labels outside 0..9; delete {home} and try"
+            " again"
         )
     return images, labels

@@ -1,4 +1,4 @@
-"""Readers and writers of the on-disk formats: IDX, CIFAR pickles, npz.
+"""Readers and writers of the on-disk formats IDX and npz.
 
 Every byte read here is untrusted. A file loads whole and valid, or a `DataError` names it and says what to do; nothing
 in it is executed, and no more memory is taken than its size on disk can justify.
@@ -7,17 +7,13 @@ in it is executed, and no more memory is taken than its size on disk can justify
 from __future__ import annotations
 
 import math
-import pickle
-import pickletools
-import reprlib
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from gzip import GzipFile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,167 +102,10 @@ def write_idx(path: Path, array: npt.NDArray[np.uint8]) -> None:
         stream.write(np.ascontiguousarray(array, np.uint8).tobytes())
 
 
-# ------------------------------------------------------------------------------------------------ CIFAR-10 batches
-
-
-@dataclass(repr=False, eq=False)  # what it holds may be too deep to print or to compare
-class _Call:
-    """A name in a pickle, what it was to be called with, and the state that was to be set on what came out."""
-
-    name: str
-    arguments: Any = ()
-    state: Any = ()
-
-
-class _Pairs(list[Any]):
-    """A dictionary, whose keys nobody hashes."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        super().__init__(zip(items[::2], items[1::2], strict=True))
-
-
-_ARRAYS = [f"numpy.{core}.multiarray _reconstruct" for core in ("core", "_core")]
-_BUFFERS = [f"numpy.{core}.numeric _frombuffer" for core in ("core", "_core")]
-_NAMES = ["numpy ndarray", "numpy dtype", "_codecs encode", *_ARRAYS, *_BUFFERS]
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_CONTENT = (
-    "INT LONG LONG1 BININT BININT1 BININT2 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE"
-    " SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BYTEARRAY8"
-)
-_LITERALS = _CONTENT.split()
-_ITEMS = {  # that an opcode takes from the stack; None: all above the last mark
-    "EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None, "EMPTY_LIST": 0, "LIST": None,
-    "EMPTY_DICT": 0, "DICT": None, "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None,
-}  # fmt: skip
-
-
-def _unpickled(content: bytes) -> Any:
-    """What a pickle describes, read as data: nothing that it names is looked up, called, hashed or changed."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[Any, Any] = {}
-
-    def take(count: int | None) -> list[Any]:
-        start = marks.pop() if count is None else len(stack) - count
-        if start < 0:
-            raise DataError("the pickle takes more than it holds; do not trust the file")
-        items = stack[start:]
-        del stack[start:]
-        return items
-
-    for opcode, argument, _ in pickletools.genops(content):
-        name = opcode.name
-        if name in _CONSTANTS or name in _LITERALS:
-            stack.append(_CONSTANTS.get(name, argument))
-        elif name in _ITEMS:
-            items = take(_ITEMS[name])
-            made = tuple(items) if "TUPLE" in name else items if "LIST" in name or "APPEND" in name else _Pairs(items)
-            if name.startswith(("APPEND", "SETITEM")):
-                stack[-1].extend(made)
-            else:
-                stack.append(made)
-        elif name == "MARK":
-            marks.append(len(stack))
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name in ("GLOBAL", "STACK_GLOBAL"):
-            stack.append(_named(argument.split(" ") if argument else take(2)))
-        elif name == "REDUCE":
-            function, arguments = take(2)
-            stack.append(_Call(function.name, arguments))
-        elif name == "BUILD":
-            (state,) = take(1)
-            stack[-1].state = state
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise DataError(f"the pickle has the opcode {name}, which no CIFAR batch has; do not trust the file")
-    return stack.pop()
-
-
-def _named(words: list[Any]) -> _Call:
-    name = " ".join(words)
-    if name not in _NAMES:
-        raise DataError(
-            f"the pickle refers to {name.replace(' ', '.')}, which no CIFAR batch does; do not trust the file"
-        )
-    return _Call(name)
-
-
-def _bytes(value: object) -> bytes | None:
-    """Bytes, and what stands for them: text of Python 2, and the call by which old protocols make them of text."""
-    if isinstance(value, _Call) and value.name == "_codecs encode":
-        value = value.arguments[0]
-    if isinstance(value, str):
-        return value.encode("latin-1")
-    return bytes(value) if isinstance(value, bytes | bytearray) else None
-
-
-def _array(path: Path, call: _Call) -> npt.NDArray[np.uint8]:
-    """The two-dimensional array of unsigned bytes that a call would make."""
-    if call.name in _BUFFERS:
-        body, dtype, shape, order, *_ = call.arguments
-    else:
-        _, shape, dtype, fortran, body = call.state
-        order = "F" if fortran else "C"
-    if not (
-        isinstance(dtype, _Call)
-        and dtype.name == "numpy dtype"
-        and _bytes(dtype.arguments[0]) in (b"u1", b"|u1", b"uint8")
-    ):
-        raise DataError(f"{path}: the images are not unsigned bytes; {REMEDY}")
-    if not (isinstance(shape, tuple) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-        raise DataError(f"{path}: the images have shape {reprlib.repr(shape)}, not (n, 3072); {REMEDY}")
-    content = _bytes(body)
-    if content is None or len(content) != math.prod(shape):
-        raise DataError(f"{path}: the images do not fill their shape {shape}; {REMEDY}")
-    return np.frombuffer(content, np.uint8).reshape(shape, order="F" if order == "F" else "C")
-
-
-def read_cifar_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Read one CIFAR-10 batch: the original Python 2 pickles, and those written today with numpy ≥ 2.
-
-    The pickle runs no code: it is read as a description, in which only the names that such a file needs may stand.
-
-    Returns:
-        Images `(n, 3, 32, 32)` as bytes and labels `(n,)` in 0..9, n ≥ 1.
-
-    Raises:
-        DataError: missing, truncated or corrupt file, another name in the pickle, wrong shapes, labels outside 0..9,
-            or as many labels as images not.
-
-    Source: the format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
-    """
-    with parsing(path):
-        content = path.read_bytes()
-        try:
-            batch = _unpickled(content)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        if not isinstance(batch, _Pairs):
-            raise DataError(f"{path} holds a {type(batch).__name__}, not a CIFAR batch; {REMEDY}")
-        fields = {_bytes(key): value for key, value in batch}
-        data, labels = fields.get(b"data"), fields.get(b"labels")
-        if not (isinstance(data, _Call) and data.name in _ARRAYS + _BUFFERS and type(labels) is list):
-            raise DataError(f"{path} lacks the array `data` or the list `labels`; {REMEDY}")
-        images = _array(path, data)
-    if images.shape[1] != 3072:
-        raise DataError(f"{path}: the images have shape {images.shape}, not (n, 3072); {REMEDY}")
-    if len(labels) != len(images):
-        raise DataError(f"{path} has {len(images)} images but {len(labels)} labels; {REMEDY}")
-    if not all(type(label) is int and 0 <= label <= 9 for label in labels):
-        raise DataError(f"{path} has labels that are not integers in 0..9; {REMEDY}")
-    return images.reshape(-1, 3, 32, 32), np.asarray(labels, np.int64)
-
-
-def write_cifar_batch(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> None:
-    """Write images `(n, 3, 32, 32)` and labels `(n,)` as one CIFAR-10 batch, whole or not at all."""
-    batch = {b"data": np.ascontiguousarray(images, np.uint8).reshape(-1, 3072), b"labels": labels.tolist()}
-    with written_whole(path) as stream:
-        pickle.dump(batch, stream, protocol=4)
-
-
 # ------------------------------------------------------------------------------------------------------------- npz
+
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = False) -> npt.NDArray[Any]:
@@ -277,10 +116,9 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
     _check_size(path, info.file_size, info.compress_size, OWN_REMEDY)
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
+        if version not in _HEADERS:
             raise DataError(f"{path}: {key} has npy version {version}, not 1.0 or 2.0; {OWN_REMEDY}")
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(stream)
+        shape, fortran, dtype = _HEADERS[version](stream)
         if not (text and dtype.kind in "US") and (dtype.kind not in "biuf" or dtype.itemsize > 8):
             raise DataError(f"{path}: {key} has dtype {dtype}; write integers or floats of at most 64 bits")
         declared = dtype.itemsize * math.prod(shape)
@@ -290,28 +128,14 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, key: str, *, text: bool = Fa
     return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def npz_axes(path: Path, key: str) -> int | None:
-    """How many axes an array of an npz archive has, by its header alone; None where that cannot be told."""
+def axes_of(path: Path, key: str | None = None) -> int | None:
+    """How many axes the array of an npy file has, or an array of an npz archive, by its header alone; None where that
+    cannot be told."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
-            return _axes(stream)
+        with zipfile.ZipFile(path).open(f"{key}.npy") if key else path.open("rb") as stream:
+            return len(_HEADERS[np.lib.format.read_magic(stream)](stream)[0])
     except Exception:  # of any file; reading it in full says what is wrong
         return None
-
-
-def npy_axes(path: Path) -> int | None:
-    """How many axes the array of an npy file has, by its header alone; None where that cannot be told."""
-    try:
-        with path.open("rb") as stream:
-            return _axes(stream)
-    except Exception:  # of any file; reading it in full says what is wrong
-        return None
-
-
-def _axes(stream: IO[bytes]) -> int:
-    version = np.lib.format.read_magic(stream)
-    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return len(header(stream)[0])
 
 
 def read_npz(

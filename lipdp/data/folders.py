@@ -10,9 +10,10 @@ from typing import Any
 from lipdp.data.hub import open_hub
 from lipdp.data.imagefolder import is_image_folder, open_image_folder
 from lipdp.data.listed import Listed
+from lipdp.data.npy import open_npy
 from lipdp.data.schema import Schema
-from lipdp.data.split import DataSplit
-from lipdp.data.stored import open_npy
+from lipdp.data.source import OwnSource
+from lipdp.data.stored import DataSplit
 from lipdp.data.tables import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError
 
@@ -49,26 +50,22 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Folder:
+class Folder(OwnSource):
     """A set of the user's own: `.npy` files, tables, images by class, or what `datasets.DatasetDict.save_to_disk`
     writes."""
 
-    path: Path
     columns: Columns = Columns()
-
-    @property
-    def needs_folder(self) -> bool:
-        return not self.path.is_dir()
-
-    def present(self, root: Path) -> bool:
-        return (root / self.path).is_dir()
-
-    def fetch(self, root: Path) -> None:
-        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a folder that exists")
 
     def read(self, root: Path) -> DataSplit:
         folder, columns = root / self.path, self.columns
-        takes, kind = self._kind(folder)
+        held = _held(folder)
+        if held is None:
+            raise DataError(
+                f"{folder} is no data set: give a folder with train_x.npy, train_y.npy, test_x.npy and test_y.npy; with"
+                " train.csv and test.csv (or .parquet); with images in train/CLASS and test/CLASS; or one that"
+                " datasets.DatasetDict.save_to_disk wrote, with splits train and test"
+            )
+        takes, kind = held
         further = [name for name in columns.given if name not in takes]
         if further:
             raise ParameterError(f"{folder} holds {kind}, which have no {' and no '.join(further)} to choose")
@@ -83,27 +80,18 @@ class Folder:
         names: dict[str, Any] = {"input": columns.input, "label": columns.label, "owner": columns.owner}
         return open_hub(folder, **names, classes=columns.listed, name=name)
 
-    @staticmethod
-    def _kind(folder: Path) -> tuple[tuple[str, ...], str]:
-        """The options that say more of it, and what it holds."""
-        if (folder / "dataset_dict.json").is_file():
-            return ("--input-column", "--label-column", "--owner-column", "--classes"), "datasets"
-        if any(folder.glob("t*_x.npy")):
-            return ("--owner-column", "--classes"), _ARRAYS
-        if any((folder / f"train{suffix}").is_file() for suffix in SUFFIXES):
-            return ("--owner-column", "--schema"), _TABLES
-        if is_image_folder(folder):
-            return ("--classes",), _IMAGES
-        raise DataError(
-            f"{folder} is no data set: give a folder with train_x.npy, train_y.npy, test_x.npy and test_y.npy; with"
-            " train.csv and test.csv (or .parquet); with images in train/CLASS and test/CLASS; or one that"
-            " datasets.DatasetDict.save_to_disk wrote, with splits train and test"
-        )
+
+def _held(folder: Path) -> tuple[tuple[str, ...], str] | None:
+    """The options that say more of a folder, and what it holds; None where that is no data set."""
+    if (folder / "dataset_dict.json").is_file():
+        return ("--input-column", "--label-column", "--owner-column", "--classes"), "datasets"
+    if any(folder.glob("t*_x.npy")):
+        return ("--owner-column", "--classes"), _ARRAYS
+    if any((folder / f"train{suffix}").is_file() for suffix in SUFFIXES):
+        return ("--owner-column", "--schema"), _TABLES
+    return (("--classes",), _IMAGES) if is_image_folder(folder) else None
 
 
 def lies_in(root: Path | None, path: Path) -> bool:
     """Whether `path` in the folder `root` is a set of the user's own."""
-    if root is None or not (root / path).is_dir():
-        return False
-    files = ("train_x.npy", "dataset_dict.json", *(f"train{suffix}" for suffix in SUFFIXES))
-    return any((root / path / file).is_file() for file in files) or is_image_folder(root / path)
+    return root is not None and (root / path).is_dir() and _held(root / path) is not None

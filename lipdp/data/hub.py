@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +13,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lipdp.batches.records import looked_at, pattern
+from lipdp.batches.records import pattern
 from lipdp.data.files import parsing
+from lipdp.data.images import decoded, usual_mode
+from lipdp.data.labels import largest_label, owner_ids, whole_labels
 from lipdp.data.listed import Listed
-from lipdp.data.split import resize
-from lipdp.data.stored import Stored, StoredDataset, largest_label, owner_ids, whole_labels
+from lipdp.data.stored import Stored, StoredDataset
 from lipdp.errors import DataError, ParameterError, RecordError
 
+_KINDS = {"Image": "image", "ClassLabel": "class", "List": "list", "LargeList": "list", "Sequence": "list"}
 _REMEDY = "write the folder with DatasetDict.save_to_disk"
-_EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,11 @@ class HubRecords:
 
     def _images(self, rows: list[int], size: Sequence[int] | None) -> tuple[Tensor, Tensor]:
         batch = self._table[rows]
-        images = [
-            self._image(f"{self.path}, record {row}", stored, size)
-            for row, stored in zip(rows, batch.column(self.x).to_pylist(), strict=True)
-        ]
-        return stacked(self.path, rows, images), self._labels(batch.column(self.y).to_numpy())
-
-    def _image(self, where: str, stored: Any, size: Sequence[int] | None) -> Tensor:
-        image = decode(_content(where, stored), self.mode or "RGB", where)
-        return image if size is None else resize(image[None], size)[0]
+        names = [f"{self.path}, record {row}" for row in rows]
+        stored = zip(names, batch.column(self.x).to_pylist(), strict=True)
+        encoded = ((where, _content(where, one)) for where, one in stored)
+        images = decoded(self.path, rows, encoded, self.mode or "RGB", size)
+        return images, self._labels(batch.column(self.y).to_numpy())
 
     def _numbers(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         batch = self._table[rows]
@@ -84,42 +80,11 @@ class HubRecords:
         return torch.from_numpy(whole_labels(np.asarray(values), self.classes))
 
 
-def stacked(path: Path, rows: Sequence[int], images: Sequence[Tensor]) -> Tensor:
-    """Images of one size as a batch; RecordError where they are of several."""
-    odd = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
-    if odd is not None:
-        this, first = ("×".join(map(str, images[i].shape[1:])) for i in (odd, 0))
-        raise RecordError(
-            f"{path}: record {rows[odd]} is an image of {this} pixels, record {rows[0]} one of {first}: give"
-            " --image-size (image_size=) to bring all images to one size"
-        )
-    return torch.stack(list(images))
-
-
 def _content(where: str, stored: Any) -> bytes:
     content = stored.get("bytes") if isinstance(stored, dict) else None
     if not content:
         raise RecordError(f"{where} holds no image's bytes; {_REMEDY}, which puts them in")
     return bytes(content)
-
-
-def decode(content: bytes, mode: str, where: str) -> Tensor:
-    """(C, H, W) float32 in [0, 1] from an encoded image (PNG, JPEG, …); RecordError where it is none."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.mode not in _EIGHT_BITS:
-                raise RecordError(
-                    f"{where}: pixels of mode {image.mode}, not of 8 bits a channel; convert them to RGB or L"
-                )
-            pixels = np.array(image.convert(mode))
-    except DataError:
-        raise
-    except Exception as error:  # decoders document no closed list of what they raise on damaged bytes
-        raise RecordError(f"{where}: no image can be decoded ({type(error).__name__}: {error})") from error
-    planes = torch.from_numpy(pixels)
-    return (planes[None] if planes.dim() == 2 else planes.permute(2, 0, 1)).to(torch.float32).div_(255).contiguous()
 
 
 def open_part(path: Path) -> Any:
@@ -150,7 +115,7 @@ def open_hub(
 
     The input is the one column of images, else the one column of lists of numbers; the label the one `ClassLabel`, else
     the one column of integers that is not named. `input`, `label` say otherwise. Images come as grey or RGB, whichever
-    the first one that can be decoded is.
+    most of those looked at are.
 
     Args:
         path: the folder. input, label: columns. owner: the column of whose the records are.
@@ -170,9 +135,10 @@ def open_hub(
     if train.features != test.features:
         raise DataError(f"{path}: train and test have other columns")
     columns = train.features
-    x = _column(path, columns, input, "input", (_is_image, _is_list))
-    y = _column(path, columns, label, "label", (_is_class, lambda c: _is_integer(c) and c is not columns.get(owner)))
-    if classes is None and not (_is_class(columns[y]) or _is_integer(columns[y])):
+    x = _column(path, columns, input, "input", ("image", "list"))
+    others = {name: column for name, column in columns.items() if label or name != owner}
+    y = _column(path, others, label, "label", ("class", "integer"))
+    if classes is None and _kind(columns[y]) not in ("class", "integer"):
         raise DataError(
             f"{path}: the labels in {y!r} are {columns[y]}, not whole numbers; choose a --label-column, or list the"
             " labels: --classes no,yes (classes=)"
@@ -182,7 +148,7 @@ def open_hub(
     parts = ((train, True), (test, False))
     largest = max(largest_label(path / y, _values(part, y), len(part), own, classes) for part, own in parts)
     count = largest + 1 if classes else max(2, largest + 1, getattr(columns[y], "num_classes", 0))
-    mode = _usual_mode(path / "train", train, x) if _is_image(columns[x]) else None
+    mode = _usual_mode(path / "train", train, x) if _kind(columns[x]) == "image" else None
     records = HubRecords(path / "train", x, y, mode, classes)
     return Stored(
         name=name or str(path),
@@ -195,14 +161,14 @@ def open_hub(
     )
 
 
-def _column(path: Path, columns: Any, given: str | None, what: str, kinds: Sequence[Callable[[Any], bool]]) -> str:
+def _column(path: Path, columns: Any, given: str | None, what: str, kinds: Sequence[str]) -> str:
     """The column given, else the only one of the first kind that there is."""
     if given is not None:
         if given not in columns:
             raise DataError(f"{path} has no column {given!r}; it has {', '.join(columns)}")
         return given
     for kind in kinds:
-        found = [name for name, column in columns.items() if kind(column)]
+        found = [name for name, column in columns.items() if _kind(column) == kind]
         if len(found) == 1:
             return found[0]
         if found:
@@ -210,20 +176,12 @@ def _column(path: Path, columns: Any, given: str | None, what: str, kinds: Seque
     raise DataError(f"{path}: which column is the {what}? Give --{what}-column, one of {', '.join(columns)}")
 
 
-def _is_image(column: Any) -> bool:
-    return type(column).__name__ == "Image"
-
-
-def _is_list(column: Any) -> bool:
-    return type(column).__name__ in ("List", "LargeList", "Sequence")
-
-
-def _is_class(column: Any) -> bool:
-    return type(column).__name__ == "ClassLabel"
-
-
-def _is_integer(column: Any) -> bool:
-    return type(column).__name__ == "Value" and column.dtype.lstrip("u").startswith("int")
+def _kind(column: Any) -> str:
+    """What a column holds, as far as it may be an input or a label."""
+    name = type(column).__name__
+    if name == "Value" and column.dtype.lstrip("u").startswith("int"):
+        return "integer"
+    return _KINDS.get(name, "")
 
 
 def _values(part: Any, column: str) -> npt.NDArray[Any]:
@@ -246,28 +204,3 @@ def _usual_mode(path: Path, part: Any, column: str) -> str:
         return _content(f"{path}, record {row}", inputs[row : row + 1].column(0)[0].as_py())
 
     return usual_mode(path, len(part), content)
-
-
-def usual_mode(path: Path, count: int, content: Callable[[int], bytes]) -> str:
-    """What all images are brought to: grey where most of those looked at are, else RGB.
-
-    One record, the first one too, does not decide for all where the others are alike.
-
-    Args:
-        content: the encoded image of a record.
-    """
-    from PIL import Image
-
-    refused, grey = DataError(f"{path} holds no images"), []
-    for row in looked_at(count):
-        try:
-            encoded = content(row)
-            decode(encoded, "RGB", f"{path}, record {row}")
-        except RecordError as error:
-            refused = error
-            continue
-        with Image.open(io.BytesIO(encoded)) as image:
-            grey.append(image.mode in ("1", "L", "LA"))
-    if not grey:
-        raise refused
-    return "L" if 2 * sum(grey) > len(grey) else "RGB"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lipdp.batches.records import pattern
-from lipdp.data.hub import decode, stacked, usual_mode
+from lipdp.data.images import decoded, usual_mode
 from lipdp.data.listed import listing
-from lipdp.data.split import first_fifth, resize
+from lipdp.data.split import first_fifth
 from lipdp.data.stored import Stored, StoredDataset
 from lipdp.errors import DataError
 
@@ -42,12 +42,9 @@ class ImageFiles:
     def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """The records, decoded."""
         rows = list(map(int, indices))
-        images = [self._image(self.path / str(self.files[row]), size) for row in rows]
-        return stacked(self.path, rows, images), torch.from_numpy(self.labels[rows])
-
-    def _image(self, file: Path, size: Sequence[int] | None) -> Tensor:
-        image = decode(file.read_bytes(), self.mode, str(file))
-        return image if size is None else resize(image[None], size)[0]
+        files = (self.path / str(self.files[row]) for row in rows)
+        images = decoded(self.path, rows, ((str(file), file.read_bytes()) for file in files), self.mode, size)
+        return images, torch.from_numpy(self.labels[rows])
 
 
 def is_image_folder(path: Path) -> bool:

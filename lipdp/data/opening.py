@@ -12,16 +12,12 @@ import numpy as np
 import torch
 
 from lipdp.data.download import cache_root
-from lipdp.data.files import npy_axes, npz_axes
+from lipdp.data.files import axes_of
 from lipdp.data.folders import Columns
-from lipdp.data.scaling import (
-    Bounding,
-    Clip,
-    Rescale,
-    SignedLog,
-)
+from lipdp.data.scaling import Bounding, Clip, Rescale, SignedLog
 from lipdp.data.sources import WHERE, source_of
-from lipdp.data.split import DataSplit, Split
+from lipdp.data.split import Split
+from lipdp.data.stored import DataSplit
 from lipdp.data.tables import SUFFIXES
 from lipdp.errors import DataError, ParameterError
 
@@ -93,15 +89,12 @@ def is_table(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
         return False
     if name.endswith(SUFFIXES):
         return True
-    given = data_dir or os.environ.get("LIPDP_DATA")
+    given = data_dir or os.environ.get("LIPDP_DATA") or ""
     roots = [Path(), *([Path(given).expanduser()] if isinstance(given, (str, os.PathLike)) else [])]
-    paths = [root / Path(name).expanduser() for root in roots]
-    found = next((path for path in paths if path.exists()), None)
-    if found is None:
-        return False
+    found = next((path for root in roots if (path := root / Path(name).expanduser()).exists()), Path(name))
     if found.suffix == ".npz":
-        return npz_axes(found, "X") == 2
-    return npy_axes(found / "train_x.npy") == 2 or any((found / f"train{suffix}").is_file() for suffix in SUFFIXES)
+        return axes_of(found, "X") == 2
+    return axes_of(found / "train_x.npy") == 2 or any((found / f"train{suffix}").is_file() for suffix in SUFFIXES)
 
 
 def _read(name: str, data_dir: str | os.PathLike[str] | None, download: bool, columns: Columns) -> DataSplit:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lipdp.batches.records import finite
+from lipdp.data.arrays import as_inputs, channels_last, check_range, check_shape
+from lipdp.data.cifar import read_cifar_batch, write_cifar_batch
 from lipdp.data.download import fetch_images
-from lipdp.data.files import REMEDY, read_cifar_batch, read_idx, read_npz, write_cifar_batch, write_idx
+from lipdp.data.files import REMEDY, read_idx, read_npz, write_idx
 from lipdp.data.folders import Columns, Folder, lies_in
+from lipdp.data.labels import largest_label, owner_ids, whole_labels
 from lipdp.data.listed import Listed
-from lipdp.data.split import DataSplit, Split, Task, first_fifth
-from lipdp.data.stored import channels_last, check_range, largest_label, owner_ids, whole_labels
+from lipdp.data.source import OwnSource, Source
+from lipdp.data.split import Split, Task, first_fifth
 from lipdp.data.tables import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 
@@ -30,27 +32,6 @@ WHERE = (
 )
 
 
-class Source(Protocol):
-    """One way a data set lies on disk."""
-
-    @property
-    def needs_folder(self) -> bool:
-        """Whether the set has to be looked for in a data folder."""
-        ...
-
-    def present(self, root: Path) -> bool:
-        """Whether all files of the set are in `root`; then no download is tried."""
-        ...
-
-    def fetch(self, root: Path) -> None:
-        """Download the set into `root`, in the layout `read` expects."""
-        ...
-
-    def read(self, root: Path) -> DataSplit:
-        """Read or open the set and check it; DataError if it is not whole and valid."""
-        ...
-
-
 # ---------------------------------------------------------------------------------------------------- arrays checked
 
 
@@ -59,50 +40,20 @@ def _images(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.divide(pixels, np.float32(255), dtype=np.float32))
 
 
-def _inputs(path: Path, key: str, array: Array) -> npt.NDArray[np.float32]:
-    """A table (N, d), or images (N, C, H, W) in [0, 1], from (N, H, W, C) too. What is not finite is 0."""
-    if array.ndim not in (2, 3, 4) or array.size == 0:
-        raise DataError(
-            f"{path}: {key} has shape {array.shape}; give a table (N, d) or images (N, H, W), (N, C, H, W) or (N, H, W,"
-            " C), not empty"
-        )
-    if channels_last(f"{path}: {key}", array.shape):
-        array = np.ascontiguousarray(np.moveaxis(array, -1, 1))
-    with np.errstate(over="ignore"):
-        values = np.divide(array, 255, dtype=np.float32) if _is_bytes(array) else array.astype(np.float32)
-    check_range(f"{path}: the images in {key}", values)
-    values = finite(torch.from_numpy(values)).numpy()
-    values = values.clip(0, 1) if values.ndim > 2 else values
-    return values[:, None] if values.ndim == 3 else values
-
-
-def _is_bytes(array: Array) -> bool:
-    return array.ndim > 2 and array.dtype == np.uint8
-
-
-def _labels(path: Path, key: str, array: Array, *, count: int, classes: int) -> npt.NDArray[np.int64]:
-    """`count` labels in 0..classes − 1, checked."""
-    if array.shape != (count,):
-        raise DataError(f"{path}: {key} has shape {array.shape} for {count} records; give one label per record")
-    if not ((array >= 0) & (array < classes) & (array == np.floor(array))).all():
-        raise DataError(f"{path}: {key} holds labels that are not integers in 0..{classes - 1}; {REMEDY}")
-    return array.astype(np.int64)
+def _inputs(what: str, array: Array) -> Tensor:
+    check_shape(what, array.shape)
+    check_range(what, array)
+    return as_inputs(array, last=channels_last(what, array.shape))
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Source):
     """The digits embedded in scikit-learn."""
 
     needs_folder = False
-
-    def present(self, root: Path) -> bool:
-        return True
-
-    def fetch(self, root: Path) -> None:
-        """Nothing to do: the set is embedded."""
 
     def read(self, root: Path) -> Split:
         from sklearn.datasets import load_digits  # heavy, and only here
@@ -115,14 +66,13 @@ class Digits:
 
 
 @dataclass(frozen=True)
-class _Idx:
+class _Idx(Source):
     """Four IDX files, as torchvision keeps them in `FOLDER/raw`."""
 
     name: str
     folder: str
     openml: str
 
-    needs_folder = True
     PARTS = (
         ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
         ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -156,9 +106,12 @@ class _Idx:
 
     def _part(self, folder: Path, images: str, labels: str) -> tuple[Tensor, Tensor]:
         images_path, labels_path = (_plain_or_gzipped(folder / file) or folder / file for file in (images, labels))
-        pixels = read_idx(images_path, (28, 28))
-        y = _labels(labels_path, "the file", read_idx(labels_path, ()), count=len(pixels), classes=10)
-        return _images(pixels[:, None]), torch.from_numpy(y)
+        pixels, y = read_idx(images_path, (28, 28)), read_idx(labels_path, ())
+        if len(y) != len(pixels):
+            raise DataError(f"{labels_path} has shape {y.shape} for {len(pixels)} records; give one label per record")
+        if y.max() > 9:
+            raise DataError(f"{labels_path} holds labels that are not integers in 0..9; {REMEDY}")
+        return _images(pixels[:, None]), torch.from_numpy(y.astype(np.int64))
 
 
 def _plain_or_gzipped(path: Path) -> Path | None:
@@ -166,10 +119,9 @@ def _plain_or_gzipped(path: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class _Cifar10:
+class _Cifar10(Source):
     """Five training batches and a test batch, as torchvision keeps them in `cifar-10-batches-py`."""
 
-    needs_folder = True
     FILES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
     def _folder(self, root: Path) -> Path:
@@ -201,25 +153,14 @@ class _Cifar10:
 
 
 @dataclass(frozen=True)
-class NpzFile:
+class NpzFile(OwnSource):
     """Arrays X and y, optionally X_test and y_test, in one npz file; and whose the records of X are, under any name.
 
     `classes`: the public list of the labels, where they are not numbered 0, 1, 2, ….
     """
 
-    path: Path
     owner: str | None = None
     classes: Listed | None = None
-
-    @property
-    def needs_folder(self) -> bool:
-        return not self.path.is_file()
-
-    def present(self, root: Path) -> bool:
-        return (root / self.path).is_file()
-
-    def fetch(self, root: Path) -> None:
-        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a file that exists")
 
     def read(self, root: Path) -> Split:
         path = root / self.path
@@ -227,40 +168,31 @@ class NpzFile:
         arrays = read_npz(path, ("X", "y", *named), ("X_test", "y_test"), text=("y", "y_test", *named))
         if ("X_test" in arrays) != ("y_test" in arrays):
             raise DataError(f"{path} holds only one of X_test and y_test; give both or neither")
-        x = _inputs(path, "X", arrays["X"])
-        largest = largest_label(path / "y", arrays["y"], len(x), True, self.classes)
-        y = whole_labels(arrays["y"], self.classes)
+        x, y = _inputs(f"{path}: X", arrays["X"]), arrays["y"]
+        largest = largest_label(path / "y", y, len(x), True, self.classes)
         owner = None if self.owner is None else owner_ids(path, arrays[self.owner], count=len(x))
         if "X_test" in arrays:
-            test_x = _inputs(path, "X_test", arrays["X_test"])
-            test_largest = largest_label(path / "y_test", arrays["y_test"], len(test_x), False, self.classes)
-            largest = max(largest, test_largest)
-            test_y = whole_labels(arrays["y_test"], self.classes)
+            test_x, test_y, labels = _inputs(f"{path}: X_test", arrays["X_test"]), arrays["y_test"], path / "y_test"
             if test_x.shape[1:] != x.shape[1:]:
-                raise DataError(f"{path}: X has inputs of shape {x.shape[1:]} but X_test {test_x.shape[1:]}")
-            return replace(_split(str(self.path), (x, y, test_x, test_y), largest), train_owner=owner)
-        if len(x) < 2:
+                raise DataError(f"{path}: X has inputs of {tuple(x.shape[1:])} but X_test {tuple(test_x.shape[1:])}")
+        elif len(x) < 2:
             raise DataError(f"{path} holds one record, too few to split in train and test")
-        train, test = first_fifth(len(x))
-        largest_label(path / "y", arrays["y"][test], len(test), False, self.classes)
-        split = _split(str(self.path), (x[train], y[train], x[test], y[test]), largest)
-        return split if owner is None else replace(split, train_owner=owner[torch.from_numpy(train)])
-
-
-def _split(name: str, arrays: tuple[Array, Array, Array, Array], largest: int) -> Split:
-    classes = max(2, largest + 1)  # the set of labels is a public fact
-    task: Task = "binary" if classes == 2 and arrays[0].ndim == 2 else "multiclass"
-    train_x, train_y, test_x, test_y = map(torch.from_numpy, arrays)
-    return Split(name, train_x, train_y, test_x, test_y, num_classes=classes, task=task)
+        else:
+            train, test = first_fifth(len(x))
+            x, y, test_x, test_y, labels = x[train], y[train], x[test], y[test], path / "y"
+            owner = None if owner is None else owner[torch.from_numpy(train)]
+        largest = max(largest, largest_label(labels, test_y, len(test_x), False, self.classes))
+        classes = max(2, largest + 1)  # the set of labels is a public fact
+        task: Task = "binary" if classes == 2 and x.ndim == 2 else "multiclass"
+        places = [torch.from_numpy(whole_labels(part, self.classes)) for part in (y, test_y)]
+        return Split(str(self.path), x, places[0], test_x, places[1], classes, task, train_owner=owner)
 
 
 @dataclass(frozen=True)
-class _AdBench:
+class _AdBench(Source):
     """One table of ADBench, `NUMBER_NAME.npz`, asked for with or without its number."""
 
     table: str
-
-    needs_folder = True
 
     def _tables(self, root: Path) -> dict[str, Path]:
         folder = root / "adbench" if (root / "adbench").is_dir() else root

@@ -1,92 +1,21 @@
-"""A data set cut in two: what training, evaluation and the account need of it, wherever its inputs are."""
+"""A data set in memory, cut in two: what training, evaluation and the account need of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lipdp.data.scaling import Bounding
 from lipdp.errors import ParameterError
 
 Task = Literal["multiclass", "binary"]
-
-
-class DataSplit(Protocol):
-    """A data set with a private training part and a test part: `Split` in memory, `Stored` on disk.
-
-    What trains or evaluates asks for batches only, and so needs no branch on where the inputs are.
-    """
-
-    @property
-    def name(self) -> str:
-        """What it was loaded as."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes, a public fact."""
-        ...
-
-    @property
-    def task(self) -> Task:
-        """`multiclass` (report accuracy) or `binary` (a table with two classes: report AUROC)."""
-        ...
-
-    @property
-    def note(self) -> str:
-        """What a reader of figures must know."""
-        ...
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, e.g. (1, 28, 28) or (d,)."""
-        ...
-
-    @property
-    def records(self) -> int:
-        """N, the number of training records."""
-        ...
-
-    @property
-    def train_owner(self) -> Tensor | None:
-        """(N,) int64: whose each training record is; None where that was not asked for."""
-        ...
-
-    def training_dataset(self, device: torch.device | str = "cpu") -> Dataset[Any]:
-        """Map-style, of N records (input, label); on `device` where the inputs are in memory."""
-        ...
-
-    def test_batches(self, size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test part in order, at most `size` records at a time; from disk it is read by `num_workers` processes."""
-        ...
-
-    def test_part(self) -> tuple[Tensor, Tensor]:
-        """All test inputs and labels at once; DataError where they are too large for memory."""
-        ...
-
-    def resized(self, size: Sequence[int]) -> DataSplit:
-        """With images of `size` = (height, width), a public choice; ParameterError for a table."""
-        ...
-
-    def bounded(self, bounding: Bounding) -> DataSplit:
-        """With one fixed, data-independent map over the inputs of both parts, record by record."""
-        ...
-
-    @property
-    def is_small(self) -> bool:
-        """Whether `in_memory` reads it."""
-        ...
-
-    def in_memory(self) -> Split:
-        """The same with everything read; DataError where that is too large for memory."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +53,7 @@ class Split:
         return len(self.train_x)
 
     def training_dataset(self, device: torch.device | str = "cpu") -> TensorDataset:
-        """The training part on `device`, indexed there."""
+        """Map-style, of N records (input, label), on `device` and indexed there."""
         return TensorDataset(self.train_x.to(device), self.train_y.to(device))
 
     def test_batches(self, size: int, *, num_workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,27 +65,22 @@ class Split:
         return self.test_x, self.test_y
 
     def resized(self, size: Sequence[int]) -> Split:
-        """With images of `size` = (height, width)."""
+        """With images of `size` = (height, width), a public choice; ParameterError for a table."""
         require_images(self.input_shape, f"image_size={tuple(size)}")
         return replace(self, train_x=resize(self.train_x, size), test_x=resize(self.test_x, size))
 
     def bounded(self, bounding: Bounding) -> Split:
-        """With one map over the inputs of both parts."""
+        """With one fixed, data-independent map over the inputs of both parts, record by record."""
         return replace(self, train_x=bounding(self.train_x), test_x=bounding(self.test_x))
 
     @property
     def is_small(self) -> bool:
-        """True: it is in memory."""
+        """Whether `in_memory` reads it."""
         return True
 
     def in_memory(self) -> Split:
         """Itself."""
         return self
-
-
-def number_of_units(split: DataSplit) -> int:
-    """The public N of the account: the number of owners if they are known, else of training records."""
-    return split.records if split.train_owner is None else len(split.train_owner.unique())
 
 
 def first_fifth(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

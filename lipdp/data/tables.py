@@ -7,17 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from lipdp.batches.records import NO_LABEL
 from lipdp.data.files import parsing
+from lipdp.data.labels import owner_ids
 from lipdp.data.listed import Listed, is_missing, listing
 from lipdp.data.schema import Schema, template
+from lipdp.data.source import OwnSource
 from lipdp.data.split import Split, Task, first_fifth
-from lipdp.data.stored import owner_ids
 from lipdp.errors import DataError, ParameterError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -26,19 +27,6 @@ Piece = Mapping[str, Sequence[Any]]
 _ROWS = 1 << 14  # at a time
 _HEAD = 64  # records looked at for what is wrong with a whole column
 _DELIMITERS = ",;\t|"
-
-
-class _Reader(Protocol):
-    """A table on disk."""
-
-    @property
-    def names(self) -> list[str]:
-        """Of the columns, from the header alone."""
-        ...
-
-    def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
-        """The columns named, some rows at a time."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +40,7 @@ class _Csv:
 
     @property
     def names(self) -> list[str]:
+        """Of the columns, from the header alone."""
         return self._header()[1]
 
     def _header(self) -> tuple[str, list[str]]:
@@ -67,7 +56,8 @@ class _Csv:
         return self.path.open(encoding="utf-8-sig", errors="replace", newline="\n")
 
     def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
-        """A row that is too short has missing cells, and what is too many in one is left out."""
+        """The columns named, some rows at a time: one that is too short has missing cells, and what is too many in one
+        is left out."""
         mark, names = self._header()
         places = [names.index(name) for name in columns]
         most = max(places, default=0)
@@ -124,28 +114,17 @@ class _Parquet:
                 yield {name: batch.column(name).to_pylist() for name in columns}
 
 
-def reader(path: Path) -> _Reader:
+def reader(path: Path) -> _Parquet | _Csv:
     """Of a file by its ending."""
     return _Parquet(path) if path.suffix == ".parquet" else _Csv(path)
 
 
 @dataclass(frozen=True)
-class TableFile:
+class TableFile(OwnSource):
     """A table in one file, of which a fifth is for test; or in two files of a folder, train.csv and test.csv."""
 
-    path: Path
     schema: Schema | None
     owner: str | None = None
-
-    @property
-    def needs_folder(self) -> bool:
-        return not self.path.exists()
-
-    def present(self, root: Path) -> bool:
-        return (root / self.path).exists()
-
-    def fetch(self, root: Path) -> None:
-        raise DataError(f"{self.path} is not a data set that can be fetched: give the path of a file that exists")
 
     def read(self, root: Path) -> Split:
         path = root / self.path
@@ -157,10 +136,10 @@ class TableFile:
                 f" {self.path} --out columns.toml` writes one to fill in"
             )
         if path.is_dir():
-            x, y, owner = self._arrays(part_of(path, "train"))
-            test_x, test_y, _ = self._arrays(part_of(path, "test"), owned=False)
+            x, y, owner = _arrays(part_of(path, "train"), self.schema, self.owner)
+            test_x, test_y, _ = _arrays(part_of(path, "test"), self.schema, None)
         else:
-            whole_x, whole_y, owner = self._arrays(path)
+            whole_x, whole_y, owner = _arrays(path, self.schema, self.owner)
             if len(whole_x) < 2:
                 raise DataError(f"{path} holds {len(whole_x)} records, too few to split in train and test")
             train, test = first_fifth(len(whole_x))
@@ -178,32 +157,30 @@ class TableFile:
         task: Task = "binary" if classes == 2 else "multiclass"
         return Split(str(self.path), train_x, train_y, held_x, held_y, classes, task, train_owner=owner)
 
-    def _arrays(self, path: Path, *, owned: bool = True) -> tuple[Any, Any, torch.Tensor | None]:
-        """Inputs, labels and owners of one file."""
-        schema, owner = self.schema, self.owner if owned else None
-        if schema is None:
-            raise ParameterError(f"{path} needs a schema")
-        _check_names(path, reader(path).names, schema, owner)
-        columns = [*schema.names, schema.label, *([] if owner is None or owner in schema.names else [owner])]
-        x, y = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)]
-        owners: list[Any] = []
-        known = Listed(schema.classes)
-        for number, piece in enumerate(reader(path).pieces(columns)):
-            places = known(piece[schema.label])
-            if number == 0:
-                check_head(path, piece, schema)
-                if int((places[:_HEAD] < 0).sum()) > 1:
-                    raise DataError(
-                        f"{path}: two or more of the first {_HEAD} labels in {schema.label!r} are none of the classes"
-                        f" {listing(schema.classes)}"
-                    )
-            x.append(schema.rows(piece))
-            y.append(np.where(places < 0, NO_LABEL, places))
-            owners += [] if owner is None else piece[owner]
-        if any(map(is_missing, owners)):
-            raise DataError(f"records of {path} have no {owner!r}; fill it in, or drop them")
-        named = None if owner is None else owner_ids(path / owner, np.array(owners).astype(str), count=len(owners))
-        return np.concatenate(x), np.concatenate(y), named
+
+def _arrays(path: Path, schema: Schema, owner: str | None) -> tuple[Any, Any, torch.Tensor | None]:
+    """Inputs, labels and owners of one file."""
+    _check_names(path, reader(path).names, schema, owner)
+    columns = [*schema.names, schema.label, *([] if owner is None or owner in schema.names else [owner])]
+    x, y = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)]
+    owners: list[Any] = []
+    known = Listed(schema.classes)
+    for number, piece in enumerate(reader(path).pieces(columns)):
+        places = known(piece[schema.label])
+        if number == 0:
+            check_head(path, piece, schema)
+            if int((places[:_HEAD] < 0).sum()) > 1:
+                raise DataError(
+                    f"{path}: two or more of the first {_HEAD} labels in {schema.label!r} are none of the classes"
+                    f" {listing(schema.classes)}"
+                )
+        x.append(schema.rows(piece))
+        y.append(np.where(places < 0, NO_LABEL, places))
+        owners += [] if owner is None else piece[owner]
+    if any(map(is_missing, owners)):
+        raise DataError(f"records of {path} have no {owner!r}; fill it in, or drop them")
+    named = None if owner is None else owner_ids(path / owner, np.array(owners).astype(str), count=len(owners))
+    return np.concatenate(x), np.concatenate(y), named
 
 
 def part_of(folder: Path, part: str) -> Path:

@@ -22,7 +22,7 @@ from lipdp.estimators.columns import (
     read_bounds,
     read_categories,
 )
-from lipdp.estimators.recipe import BOUNDED, COLUMNS, Budget, choose
+from lipdp.estimators.recipe import BOUNDED, COLUMNS, choose
 from lipdp.estimators.scikit import BaseEstimator, check_array, check_is_fitted, check_random_state, validate_data
 from lipdp.training.config import default_delta
 
@@ -117,17 +117,17 @@ class PrivateEstimator(BaseEstimator):
     def _learn(self, x: Any, y: Tensor, outputs: int) -> None:
         """Train on the rows of `x` and the targets, and keep what came of it."""
         self.hidden_, self.n_outputs_ = self.hidden, outputs
-        recipe, rule, seed = choose(self.hidden, self.steps), self._rule(), None
+        rule, seed = self._rule(), None
         if self.random_state is not None:
             seed = int(check_random_state(self.random_state).randint(_SEEDS))
         delta = default_delta(len(x)) if self.delta is None else self.delta
-        learnt = recipe.learn(
+        weights, plan, spent = choose(self.hidden, self.steps).learn(
             torch.from_numpy(rule(x)), y, front=self._front, outputs=outputs, norm_bound=rule.norm_bound,
-            budget=Budget(self.epsilon, delta, seed),
+            epsilon=self.epsilon, delta=delta, seed=seed,
         )  # fmt: skip
-        self.weights_, self.privacy_ = dict(learnt.weights), dict(learnt.privacy)
-        self.epsilon_ = math.inf if self.leaks_ else self.privacy_["epsilon"]
-        self.delta_ = self.privacy_["delta"]
+        self.weights_ = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
+        self.privacy_ = {**plan.as_dict(), "epsilon": spent, "delta": delta}
+        self.epsilon_, self.delta_ = math.inf if self.leaks_ else spent, delta
         self.is_private_ = not self.leaks_ and seed is None
 
     # -- what was learnt -----------------------------------------------------------------------------------------------

@@ -12,23 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lipdp.data.listed import as_numbers
-from lipdp.data.schema import scaled
+from lipdp.data.columns import LARGEST, Category, Floats, Number
+from lipdp.data.listed import Listed, as_numbers
 from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
 
-Floats = npt.NDArray[np.float64]
 MISSING = ("middle", "indicator")
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class ColumnRule:
     """The public rule of a table: each record is mapped by itself, and every record has an answer.
 
-    A number x of a column with bounds [a, b] becomes 2 (clip(x, a, b) − a)/(b − a) − 1 in [−1, 1]; without bounds it
-    stays as it is. A missing one, and one that is none, becomes 0, the middle; with `missing="indicator"` a further
-    column says so by 1. A category becomes one column for each in the public list, 1 for its own; what is not in the
-    list is 0 in all.
+    Numbers and categories are those of a schema (`lipdp.data`), whose missing values count as the middle, 0, or as none
+    of the list; with `missing="indicator"` a further column says of a number that it is missing, by 1.
 
     Guarantees: nothing is learnt. A record changes its own row alone and raises no error. With bounds, entries lie in
     [−1, 1] and rows have norm at most `norm_bound`.
@@ -49,10 +45,16 @@ class ColumnRule:
     intercept: bool = False
 
     @property
+    def _columns(self) -> list[tuple[int, Number | Category]]:
+        indicator = self.missing == "indicator"
+        ends = ((j, *(pair or (None, None))) for j, pair in self.bounds.items())
+        numbers = [(j, Number(f"{j}", low, high, indicator=indicator)) for j, low, high in ends]
+        return [*numbers, *((j, Category(f"{j}", known)) for j, known in self.categories.items())]
+
+    @property
     def width(self) -> int:
         """The columns that come out."""
-        indicators = len(self.bounds) if self.missing == "indicator" else 0
-        return len(self.bounds) + indicators + sum(map(len, self.categories.values())) + self.intercept
+        return sum(len(column.inputs) for _, column in self._columns) + self.intercept
 
     @property
     def norm_bound(self) -> float:
@@ -65,28 +67,8 @@ class ColumnRule:
 
     def __call__(self, x: Any) -> npt.NDArray[np.float32]:
         """Map a table (N, columns) to (N, width)."""
-        parts = []
-        for j, pair in self.bounds.items():
-            values = as_numbers(x[:, j])
-            bounded = values.clip(-_LARGEST, _LARGEST) if pair is None else scaled(values, *pair)
-            parts.append(np.nan_to_num(bounded, nan=0.0))
-            if self.missing == "indicator":
-                parts.append(np.isnan(values).astype(np.float64))
-        for j, known in self.categories.items():
-            parts += [_equal(x[:, j], value) for value in known]
-        parts += [np.ones(len(x))] if self.intercept else []
-        return np.stack(parts, axis=1).astype(np.float32)
-
-
-def _equal(column: Any, value: Any) -> Floats:
-    return np.array([_is(entry, value) for entry in column], dtype=np.float64)
-
-
-def _is(entry: Any, value: Any) -> bool:
-    try:
-        return bool(entry == value)
-    except (TypeError, ValueError):  # pandas.NA, or an array in a cell
-        return False
+        parts = [column.encode(x[:, j]) for j, column in self._columns]
+        return np.concatenate([*parts, np.ones((len(x), int(self.intercept)))], axis=1).astype(np.float32)
 
 
 def read_bounds(
@@ -127,7 +109,7 @@ def read_bounds(
 
 def _pair(value: Any, column: Any) -> tuple[float, float]:
     pair = (-value, value) if isinstance(value, Real) else tuple(value)
-    if len(pair) != 2 or not -_LARGEST <= pair[0] < pair[1] <= _LARGEST:
+    if len(pair) != 2 or not -LARGEST <= pair[0] < pair[1] <= LARGEST:
         raise ParameterError(f"bounds of {column}: finite low < high are needed, got {value!r}")
     return float(pair[0]), float(pair[1])
 
@@ -143,7 +125,7 @@ def bounds_of_data(x: Any, columns: Sequence[int], what: str) -> dict[int, tuple
 
 
 def _range(values: Floats) -> tuple[float, float]:
-    kept = np.clip(values[np.isfinite(values)], -_LARGEST / 4, _LARGEST / 4)
+    kept = np.clip(values[np.isfinite(values)], -LARGEST / 4, LARGEST / 4)
     low, high = (float(kept.min()), float(kept.max())) if len(kept) else (0.0, 1.0)
     return low, high if high > low else low + max(1.0, abs(low))
 
@@ -158,10 +140,8 @@ def read_categories(categories: Any, names: Sequence[Any] | None, count: int) ->
         raise ParameterError(f"categories={categories!r}: a mapping from columns to their public lists is needed")
     found = {}
     for key, values in (categories or {}).items():
-        known = tuple(values)
-        if not known or any(a == b for i, a in enumerate(known) for b in known[:i]):
-            raise ParameterError(f"categories of {key!r}: a list of different values is needed, got {known!r}")
-        found[index_of(key, names, count)] = known
+        plain = tuple(value.item() if isinstance(value, np.generic) else value for value in values)
+        found[index_of(key, names, count)] = Listed(plain, f"categories of {key!r}").values
     return dict(sorted(found.items()))
 
 

@@ -1,14 +1,17 @@
-"""How a table is learnt privately. The one place that decides it: the recipe for tables, or a linear or small net."""
+"""How a table is learnt privately. The one place that decides it: the recipe for tables, or a linear or small net.
+
+Each learns from the rows (N, width) that `ColumnRule` makes, mapped by a public `front`, and y (N,): int64 labels, or
+float32 targets in [−1, 1]. `tau` is the temperature of the loss of labels, so that probabilities are those of τ z;
+`needs_bounds` says whether every number needs public bounds.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -37,46 +40,8 @@ COLUMNS = bounding(_TABLE["bounding"], **_TABLE["bounding_options"])
 _HUBER = 0.5  # in units of half the targets' range: errors beyond it count by their size, not its square
 _BATCH = 4096
 
-
-@dataclass(frozen=True)
-class Budget:
-    """ε, δ, and the seed of a fit that is not private."""
-
-    epsilon: float
-    delta: float
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What was learnt: plain arrays, nothing of the training. `privacy`: the plan as plain values, with ε and δ."""
-
-    weights: Mapping[str, npt.NDArray[Any]]
-    privacy: Mapping[str, Any]
-
-
-class Recipe(Protocol):
-    """A way to learn from the rows that `ColumnRule` makes."""
-
-    @property
-    def needs_bounds(self) -> bool:
-        """Whether every number needs public bounds."""
-        ...
-
-    @property
-    def tau(self) -> float:
-        """Temperature of the loss of labels: probabilities are those of τ z."""
-        ...
-
-    def network(self, width: int, outputs: int, norm_bound: float) -> nn.Module:
-        """The untrained model, of rows (N, width) mapped by `front`."""
-        ...
-
-    def learn(
-        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, budget: Budget
-    ) -> Learnt:
-        """Learn; y (N,) int64 labels, or float32 targets in [−1, 1]."""
-        ...
+Learnt: TypeAlias = tuple[Mapping[str, Tensor], PrivacyPlan, float]
+"""The weights, the plan they were learnt by, and the ε that was spent."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +63,14 @@ class TableRecipe:
         return build("tabular", input_shape=(width,), num_classes=outputs, waves=self.waves)
 
     def learn(
-        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, budget: Budget
+        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, **budget: Any
     ) -> Learnt:
         """As `fit_head`."""
         found = fit_head(
-            front(rows), y, _loss(self.tau, y, outputs), bounding=front, outputs=outputs, epsilon=budget.epsilon,
-            delta=budget.delta, seed=budget.seed, waves=self.waves, steps=self.steps or _TABLE["steps"],
+            front(rows), y, _loss(self.tau, y, outputs), bounding=front, outputs=outputs, waves=self.waves,
+            steps=self.steps or _TABLE["steps"], **budget,
         )  # fmt: skip
-        spent = {"epsilon": found["epsilon"], "delta": budget.delta}
-        return Learnt(_arrays(found["module"].state_dict()), {**found["plan"].as_dict(), **spent})
+        return found.module.state_dict(), found.plan, found.epsilon
 
 
 @dataclass(frozen=True)
@@ -138,19 +102,20 @@ class NetRecipe:
         return nn.Sequential(*layers, head)
 
     def learn(
-        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, budget: Budget
-    ) -> Learnt:
+        self, rows: Tensor, y: Tensor, *, front: Bounding, outputs: int, norm_bound: float, epsilon: float,
+        delta: float, seed: int | None,
+    ) -> Learnt:  # fmt: skip
         """Train with `PrivacyEngine`."""
         batch, regression = min(len(rows), _BATCH), y.is_floating_point()
         plan = PrivacyPlan.of(
-            dataset_size=len(rows), expected_batch_size=batch, target_epsilon=budget.epsilon,
-            target_delta=budget.delta, steps=self.steps or (100 if batch == len(rows) else 300),
+            dataset_size=len(rows), expected_batch_size=batch, target_epsilon=epsilon, target_delta=delta,
+            steps=self.steps or (100 if batch == len(rows) else 300),
         )  # fmt: skip
         with own_random_state(torch.device("cpu")):
-            torch.manual_seed(secrets.randbits(63) if budget.seed is None else budget.seed)
+            torch.manual_seed(secrets.randbits(63) if seed is None else seed)
             network = self.network(rows.shape[1], outputs, norm_bound)
             optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
-            engine = PrivacyEngine(plan.accountant, seed=budget.seed)
+            engine = PrivacyEngine(plan.accountant, seed=seed)
             _, _, loader, criterion = engine.make_private_with_plan(
                 plan, module=network, optimizer=optimizer, criterion=_loss(self.tau, y, outputs),
                 dataset=TensorDataset(front(rows), y), gate=None if regression else 0.3, allocation="min_variance",
@@ -161,11 +126,10 @@ class NetRecipe:
                 criterion(network(xb), yb).backward()
                 optimizer.step()
                 average.update()
-        spent = {"epsilon": engine.get_epsilon(budget.delta), "delta": budget.delta}
-        return Learnt(_arrays(average.weights()), {**engine.plan.as_dict(), **spent})
+        return average.weights(), engine.plan, engine.get_epsilon(delta)
 
 
-def choose(hidden: int | Sequence[int] | None, steps: int | None) -> Recipe:
+def choose(hidden: int | Sequence[int] | None, steps: int | None) -> TableRecipe | NetRecipe:
     """The recipe for `hidden` as it may be given: None takes that for tables, 0 a linear model, else a net.
 
     >>> choose(None, None), choose(0, 5), choose((32, 16), None).hidden
@@ -183,7 +147,3 @@ def _loss(tau: float, y: Tensor, outputs: int) -> LipschitzLoss:
     if y.is_floating_point():
         return Huber(_HUBER)
     return TauBCEWithLogits(tau) if outputs == 1 else TauCrossEntropy(tau)
-
-
-def _arrays(state: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
-    return {name: np.array(value.cpu().numpy()) for name, value in state.items()}

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lipdp.data.columns import scaled
 from lipdp.data.listed import as_numbers
-from lipdp.data.schema import scaled
 from lipdp.errors import ParameterError
 from lipdp.estimators.base import PrivateEstimator
 from lipdp.estimators.columns import bounds_of_data, read_bounds

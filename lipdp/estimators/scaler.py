@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lipdp.data.schema import scaled
+from lipdp.data.columns import scaled
 from lipdp.estimators.columns import bounds_of_data, read_bounds
 from lipdp.estimators.scikit import (
     BaseEstimator,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,18 +19,6 @@ _CONTRAST = 10.0
 """Added to the variance of a patch of pixels in 0..255."""
 
 Arrays = Mapping[str, Tensor]
-
-
-class Block(Protocol):
-    """A map of images (n, C, H, W) to (n, d) that treats each alone, once it is fitted to synthetic images."""
-
-    def fit(self, synthetic: Tensor, seed: int) -> dict[str, Tensor]:
-        """What it keeps of the synthetic images."""
-        ...
-
-    def __call__(self, x: Tensor, fitted: Arrays) -> Tensor:
-        """Images to features."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class ScatteringBlock:
     flips: bool
 
     def fit(self, synthetic: Tensor, seed: int) -> dict[str, Tensor]:
-        """Nothing: wavelets are fixed."""
+        """What it keeps of the synthetic images: nothing, wavelets are fixed."""
         return {}
 
     def __call__(self, x: Tensor, fitted: Arrays) -> Tensor:
@@ -176,3 +164,7 @@ class PatchBlock:
         if self.flips:
             z = z[:, :, : self.filters] + z[:, :, self.filters :].flip(4)
         return z.flatten(1)
+
+
+Block: TypeAlias = ScatteringBlock | PatchBlock
+"""A map of images (n, C, H, W) to (n, d) that treats each alone, once it is fitted to synthetic images."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,33 +17,14 @@ from lipdp.batches.records import finite
 from lipdp.errors import DataError
 from lipdp.files import written_whole
 
+if TYPE_CHECKING:
+    from lipdp.features.maps import FeatureSpec
+
 _FORMAT = 2  # of the cache; raise it when the same spec would give other numbers
 _BATCH = 512
 
 
-class Spec(Protocol):
-    """What `lipdp.features.FeatureSpec` is to the cache."""
-
-    @property
-    def dtype(self) -> str:
-        """The type it is stored in."""
-        ...
-
-    @property
-    def key(self) -> tuple[str, dict[str, Any]]:
-        """Its name, and all that its numbers follow from."""
-        ...
-
-    def output_shape(self, input_shape: Sequence[int]) -> tuple[int]:
-        """Of one record."""
-        ...
-
-    def __call__(self, x: Tensor, /) -> Tensor:
-        """Images to features."""
-        ...
-
-
-def kept(x: Tensor, spec: Spec, folder: Path, report: Callable[[int], None]) -> Tensor:
+def kept(x: Tensor, spec: FeatureSpec, folder: Path, report: Callable[[int], None]) -> Tensor:
     """The features of `x`, read from `folder` if a complete file is there, else computed and left there.
 
     Each batch is left there as it is computed, and all of them are removed once the whole is there. So an interrupted
@@ -95,7 +76,7 @@ def _is_intact(path: Path, record: Path) -> bool:
 
 
 @torch.no_grad()
-def _write(path: Path, x: Tensor, spec: Spec, report: Callable[[int], None]) -> str:
+def _write(path: Path, x: Tensor, spec: FeatureSpec, report: Callable[[int], None]) -> str:
     """Compute the features batch by batch into an npy file, whole or not at all; return its checksum."""
     digest, shape = hashlib.sha256(), (len(x), *spec.output_shape(x.shape[1:]))
     with written_whole(path) as stream:
@@ -128,7 +109,7 @@ def _read_part(part: Path, size: int) -> bytes | None:
     return features if len(features) == size and hashlib.sha256(features).digest() == checksum else None
 
 
-def _computed(part: Path, x: Tensor, spec: Spec, *, keep: bool) -> bytes:
+def _computed(part: Path, x: Tensor, spec: FeatureSpec, *, keep: bool) -> bytes:
     features = bytes(_raw(finite(spec(finite(x)))))
     if keep:
         with written_whole(part) as stream:

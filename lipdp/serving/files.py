@@ -153,18 +153,12 @@ def read_records(path: Path, schema: Schema | None = None) -> Any:
 
 def _csv(path: Path) -> npt.NDArray[np.float64]:
     """Empty cells are missing: NaN, which the model's own map reads."""
-    text = path.read_text(encoding="utf-8")
-    first = text.splitlines()[0].split(",") if text else []
-    header = sum(not _is_number(cell) for cell in first) > 0
-    return np.genfromtxt(path, delimiter=",", skip_header=int(header), ndmin=2, encoding="utf-8")
-
-
-def _is_number(cell: str) -> bool:
+    first, header = path.read_text(encoding="utf-8").partition("\n")[0], 0
     try:
-        float(cell or "nan")
+        _ = [float(cell or "nan") for cell in first.split(",")]
     except ValueError:
-        return False
-    return True
+        header = 1
+    return np.genfromtxt(path, delimiter=",", skip_header=header, ndmin=2, encoding="utf-8")
 
 
 def predictions_csv(model: TrainedModel, x: Any) -> str:

@@ -21,7 +21,7 @@ from lipdp.features.maps import FeatureSpec, features
 from lipdp.files import read_json
 from lipdp.nn.convert import to_torch
 from lipdp.training.checkpoint import RunFolder
-from lipdp.training.choices import make_loss, make_model
+from lipdp.training.choices import make_network
 from lipdp.training.config import TrainConfig, config_from_dict
 
 WEIGHTS = ("model", "ema")
@@ -46,11 +46,7 @@ def load(folder: str | os.PathLike[str], *, weights: str = "model", run_code: bo
     if weights not in WEIGHTS:
         raise UnknownNameError("weights", weights, WEIGHTS)
     run = RunFolder(folder)
-    checkpoint = run.load()
-    try:
-        return _built(checkpoint["config"], checkpoint["data"], checkpoint[weights], run.path, run_code=run_code)
-    except KeyError as error:
-        raise CheckpointError(f"the checkpoint in {run} has no {error}: it can't be used without its data") from error
+    return _built(run.load(), f"the checkpoint in {run}", run.path, weights=weights, run_code=run_code)
 
 
 @dataclass(frozen=True)
@@ -130,18 +126,15 @@ class TrainedModel:
         Raises:
             ParameterError: the loss of the run makes none.
         """
-        self._require_probabilities()
+        if self.tau is None:
+            raise ParameterError(f"the loss {self.config.loss} makes no probabilities of logits; use predict or logits")
         logits = torch.from_numpy(self.logits(x))
-        return _probabilities(logits, float(self.tau or 1.0)).numpy()
+        return _probabilities(logits, self.tau).numpy()
 
     def predict(self, x: Any) -> npt.NDArray[np.int64]:
         """Labels (N,), 0 … C − 1."""
         logits = self.logits(x)
         return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else logits.argmax(1)
-
-    def _require_probabilities(self) -> None:
-        if self.tau is None:
-            raise ParameterError(f"the loss {self.config.loss} makes no probabilities of logits; use predict or logits")
 
     def as_module(self) -> nn.Module:
         """All of it as one module in plain torch: raw float32 inputs (N, *input_shape) to probabilities, or to logits
@@ -166,11 +159,8 @@ class TrainedModel:
         from lipdp.serving.files import read_weights
 
         path = Path(folder)
-        written = read_json(path / "config.json")
-        try:
-            return _built(written["config"], written["data"], read_weights(path / PRETRAINED), path, run_code=run_code)
-        except KeyError as error:
-            raise CheckpointError(f"{path / 'config.json'} has no {error}: is it of save_pretrained?") from error
+        written = {**read_json(path / "config.json"), "model": read_weights(path / PRETRAINED)}
+        return _built(written, path / "config.json", path, run_code=run_code)
 
 
 class _Served(nn.Module):
@@ -202,10 +192,14 @@ def _probabilities(logits: Tensor, tau: float) -> Tensor:
 
 
 def _built(
-    plain: Mapping[str, Any], data: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path, *, run_code: bool
+    written: Mapping[str, Any], where: object, folder: Path, *, weights: str = "model", run_code: bool
 ) -> TrainedModel:
     """The model of a configuration and the public facts of its data, as `lipdp.training.assembly` built it."""
-    config = config_from_dict(plain)
+    try:
+        config, data, state = config_from_dict(written["config"]), dict(written["data"]), dict(written[weights])
+        shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
+    except KeyError as error:
+        raise CheckpointError(f"{where} has no {error}: it can't be used without its data") from error
     own = [name for name in (config.model, config.features) if name and ":" in name]
     if own and not run_code:
         raise ParameterError(
@@ -215,18 +209,14 @@ def _built(
         raise CheckpointError(
             f"the run in {folder} does not name the map of its inputs; it was trained on a given split"
         )
-    shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
     spec = None if config.features is None else features(config.features, **config.feature_options)
-    loss, outputs = make_loss(str(config.loss), classes, config.loss_options)
-    model_options = dict(config.model_options)
-    if spec is not None and ":" not in config.model:
-        model_options.setdefault("input_bound", spec.input_bound(shape))
-    network = make_model(config.model, shape if spec is None else spec.output_shape(shape), outputs, model_options)
+    seen, bound = (shape, None) if spec is None else (spec.output_shape(shape), spec.input_bound(shape))
+    network, loss = make_network(config, seen, classes, input_bound=bound)
     try:
-        network.load_state_dict(dict(weights))
+        network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"the weights in {folder} do not fit the model {config.model}: {error}") from error
     tau = getattr(loss, "tau", None)
     made = bounding(config.bounding, **options)
-    return TrainedModel(network.eval(), made, spec, shape, classes, tau, config, dict(data), folder)
+    return TrainedModel(network.eval(), made, spec, shape, classes, tau, config, data, folder)

@@ -51,14 +51,14 @@ class Objective:
         own = dict(self.model.named_parameters())
         return {name: torch.zeros_like(x) if name == INPUT else own[name] for name in self.names}
 
+    def _norms(self, x: Tensor, y: Tensor) -> Tensor:
+        """(names,): the gradient norms of one sample."""
+        grads = grad(self._value)(self._arguments(x), x, y)
+        return torch.stack([_norm(grads[name]) for name in self.names])
+
     def norms(self, x: Tensor, y: Tensor) -> Tensor:
         """(S, names): per-sample gradient norms of the S samples."""
-
-        def one(x: Tensor, y: Tensor) -> Tensor:
-            grads = grad(self._value)(self._arguments(x), x, y)
-            return torch.stack([_norm(grads[name]) for name in self.names])
-
-        vectorised = self._vectorised(one, x, y)
+        vectorised = self._vectorised(self._norms, x, y)
         if vectorised is not None:
             return vectorised
         return torch.stack([self._plain_norms(*pair).detach() for pair in zip(x, y, strict=True)])
@@ -68,8 +68,7 @@ class Objective:
         along = (0, 1) if y.is_floating_point() else (0,)
 
         def weighted(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            grads = grad(self._value)(self._arguments(x), x, y)
-            norms = torch.stack([_norm(grads[name]) for name in self.names])
+            norms = self._norms(x, y)
             return (norms * weights).sum(), norms
 
         vectorised = self._vectorised(grad_and_value(weighted, argnums=along, has_aux=True), x, y, weights)

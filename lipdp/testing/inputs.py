@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,23 @@ def starting_tokens(
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 
+def _corners(num_outputs: int) -> Tensor:
+    """Zeros, ones, every one-hot vector, and an alternating one: (n, C)."""
+    rows = torch.arange(num_outputs) % 2
+    both = torch.stack([torch.zeros(num_outputs), torch.ones(num_outputs), rows, 1 - rows])
+    return torch.cat([both, torch.eye(num_outputs)]).double()
+
+
+_MADE_OF_CORNERS: dict[Any, Callable[[Any, Tensor], Tensor]] = {
+    losses.TauBCEWithLogits: lambda loss, c: c,
+    losses.SoftMargin: lambda loss, c: 2 * c - 1,
+    losses.SoftCrossEntropy: lambda loss, c: torch.cat([c, 100 * c, -c, c / c.shape[1]]),
+    (losses.MeanAbsoluteError, losses.Huber, losses.SmoothL1): lambda loss, c: torch.cat([10 * c, -10 * c]),
+    losses.MeanSquaredError: lambda loss, c: loss.target_bound * torch.cat([c, -c, 100 * c]),
+    losses.CosineSimilarity: lambda loss, c: torch.cat([c, -c, 100 * c]),
+}
+
+
 @singledispatch
 def example_targets(loss: nn.Module, num_outputs: int) -> Tensor:
     """Targets worth trying with a loss, one a row: every label, unless a loss registers something else.
@@ -82,6 +100,9 @@ def example_targets(loss: nn.Module, num_outputs: int) -> Tensor:
     >>> example_targets(losses.TauCrossEntropy(), 3)
     tensor([0, 1, 2])
     """
+    for kind, made in _MADE_OF_CORNERS.items():
+        if isinstance(loss, kind):
+            return made(loss, _corners(num_outputs))
     return torch.arange(num_outputs)
 
 
@@ -98,46 +119,6 @@ def targets_for(loss: nn.Module, shape: tuple[int, ...]) -> Tensor:
 @example_targets.register
 def _(loss: losses.HKR, num_outputs: int) -> Tensor:
     return torch.arange(len(loss.priors))
-
-
-def _corners(num_outputs: int) -> Tensor:
-    """Zeros, ones, every one-hot vector, and an alternating one: (n, C)."""
-    rows = torch.arange(num_outputs) % 2
-    both = torch.stack([torch.zeros(num_outputs), torch.ones(num_outputs), rows, 1 - rows])
-    return torch.cat([both, torch.eye(num_outputs)]).double()
-
-
-@example_targets.register
-def _(loss: losses.TauBCEWithLogits, num_outputs: int) -> Tensor:
-    return _corners(num_outputs)
-
-
-@example_targets.register
-def _(loss: losses.SoftMargin, num_outputs: int) -> Tensor:
-    return 2 * _corners(num_outputs) - 1
-
-
-@example_targets.register
-def _(loss: losses.SoftCrossEntropy, num_outputs: int) -> Tensor:
-    corners = _corners(num_outputs)
-    return torch.cat([corners, 100 * corners, -corners, corners / num_outputs])
-
-
-@example_targets.register(losses.MeanAbsoluteError)
-@example_targets.register(losses.Huber)
-@example_targets.register(losses.SmoothL1)
-def _(loss: nn.Module, num_outputs: int) -> Tensor:
-    return torch.cat([10 * _corners(num_outputs), -10 * _corners(num_outputs)])
-
-
-@example_targets.register
-def _(loss: losses.MeanSquaredError, num_outputs: int) -> Tensor:
-    return loss.target_bound * torch.cat([_corners(num_outputs), -_corners(num_outputs), 100 * _corners(num_outputs)])
-
-
-@example_targets.register
-def _(loss: losses.CosineSimilarity, num_outputs: int) -> Tensor:
-    return torch.cat([_corners(num_outputs), -_corners(num_outputs), 100 * _corners(num_outputs)])
 
 
 class ProbeLoss(losses.LipschitzLoss):

@@ -21,12 +21,12 @@ from lipdp.data.augment import Augmented, augment
 from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
 from lipdp.errors import ParameterError
-from lipdp.features.maps import Progress, apply, features
+from lipdp.features.maps import FeatureSpec, Progress, apply, features
 from lipdp.losses import LipschitzLoss
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.privacy.gate import QuantileGate
-from lipdp.training.choices import make_loss, make_model, make_optimizer, make_scheduler
+from lipdp.training.choices import make_network, make_optimizer, make_scheduler
 from lipdp.training.config import TrainConfig, columns_of
 from lipdp.training.ema import Ema, average_of
 from lipdp.training.forward import Forward, precision
@@ -90,19 +90,23 @@ def prepare(
     split = split.bounded(bounding_of(config, split))
     if opened is not None:
         opened(config, split)
-    if config.features is None:
+    spec = features_of(config)
+    if spec is None:
         return split, None
-    spec = features(config.features, **config.feature_options)
-    bound = spec.input_bound(split.input_shape)
-    return apply(split.in_memory(), spec, progress=progress), bound
+    return apply(split.in_memory(), spec, progress=progress), spec.input_bound(split.input_shape)
+
+
+def features_of(config: TrainConfig) -> FeatureSpec | None:
+    """The features of a run, if it has some."""
+    return None if config.features is None else features(config.features, **config.feature_options)
 
 
 def stated_features(config: TrainConfig) -> dict[str, Any] | None:
     """The spec of the features of a run, and what computes them; no record has a part in it."""
-    if config.features is None:
-        return None
-    spec = features(config.features, **config.feature_options)
-    return {**spec.to_json(), "computed_by": spec.map.version(), "learned_from_records": False}
+    spec = features_of(config)
+    return (
+        None if spec is None else {**spec.to_json(), "computed_by": spec.map.version(), "learned_from_records": False}
+    )
 
 
 def plan_of(
@@ -193,13 +197,10 @@ def assemble(
     """
     world = world or Alone()
     device = choose_device(config.device)
-    loss, outputs = make_loss(str(config.loss), split.num_classes, config.loss_options)
-    options = dict(config.model_options)
-    if input_bound is not None and ":" not in config.model:
-        options.setdefault("input_bound", input_bound)
     with own_random_state(device):
         torch.manual_seed(config.seed if config.seed is not None else secrets.randbits(63))
-        model = make_model(config.model, split.input_shape, outputs, options).to(device)
+        model, loss = make_network(config, split.input_shape, split.num_classes, input_bound=input_bound)
+        model = model.to(device)
         random = random_state(device)
     bounding, parts = bounding_of(config, split), table_model(model)
     if parts is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,23 +21,19 @@ from lipdp.losses import (
 )
 from lipdp.models import build
 
-
-@dataclass(frozen=True)
-class _Loss:
-    """How a loss is made for C classes. `single_logit`: for two classes, with one output."""
-
-    make: Callable[..., LipschitzLoss]
-    single_logit: bool = False
+if TYPE_CHECKING:
+    from lipdp.training.config import TrainConfig
 
 
-LOSSES: dict[str, _Loss] = {
-    "bce": _Loss(lambda classes, **options: TauBCEWithLogits(**options), single_logit=True),
-    "cosine": _Loss(lambda classes, **options: CosineSimilarity(**options)),
-    "cross-entropy": _Loss(lambda classes, **options: TauCrossEntropy(**options)),
-    "hinge": _Loss(lambda classes, **options: CategoricalHinge(**options)),
-    "hkr": _Loss(lambda classes, **options: HKR(**{"priors": [1 / classes] * classes, **options})),
-    "multiclass-hinge": _Loss(lambda classes, **options: MulticlassHinge(classes, **options)),
+LOSSES: dict[str, Callable[..., LipschitzLoss]] = {
+    "bce": lambda classes, **options: TauBCEWithLogits(**options),
+    "cosine": lambda classes, **options: CosineSimilarity(**options),
+    "cross-entropy": lambda classes, **options: TauCrossEntropy(**options),
+    "hinge": lambda classes, **options: CategoricalHinge(**options),
+    "hkr": lambda classes, **options: HKR(**{"priors": [1 / classes] * classes, **options}),
+    "multiclass-hinge": lambda classes, **options: MulticlassHinge(classes, **options),
 }
+"""Name → the loss for C classes; `bce` alone is for two classes with a single logit."""
 
 
 def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> tuple[LipschitzLoss, int]:
@@ -60,14 +55,30 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
     """
     if name not in LOSSES:
         raise UnknownNameError("loss", name, LOSSES)
-    choice = LOSSES[name]
-    if choice.single_logit and num_classes != 2:
+    if name == "bce" and num_classes != 2:
         raise ParameterError(f"loss {name!r} has a single logit, for 2 classes; there are {num_classes}")
     try:
-        loss = choice.make(num_classes, **(options or {}))
+        loss = LOSSES[name](num_classes, **(options or {}))
     except TypeError as error:
         raise ParameterError(f"loss {name!r}: {error}") from error
-    return loss, 1 if choice.single_logit else num_classes
+    return loss, 1 if name == "bce" else num_classes
+
+
+def make_network(
+    config: TrainConfig, input_shape: Sequence[int], num_classes: int, *, input_bound: float | None = None
+) -> tuple[nn.Module, LipschitzLoss]:
+    """The untrained model of a run, and its loss.
+
+    Args:
+        config: resolved, so that it names the loss.
+        input_shape, num_classes: of what the model sees, and C.
+        input_bound: where the model clips its inputs, if it is not told otherwise.
+    """
+    loss, outputs = make_loss(str(config.loss), num_classes, config.loss_options)
+    options = dict(config.model_options)
+    if input_bound is not None and ":" not in config.model:
+        options.setdefault("input_bound", input_bound)
+    return make_model(config.model, input_shape, outputs, options), loss
 
 
 def make_model(name: str, input_shape: Sequence[int], num_classes: int, options: Mapping[str, Any]) -> nn.Module:

@@ -38,24 +38,26 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ParameterError(f"ema={decay}: a decay in [0, 1) is needed")
-        self.decay = decay
-        self.updates = 0
+        self.updates, self._before = 0, 0
+        self._kept, self._added = decay, 1.0 - decay
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._sums = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are."""
-        sums = list(self._sums.values())
-        torch._foreach_mul_(sums, self.decay)
-        torch._foreach_add_(sums, [p.to(torch.float32) for p in self._parameters.values()], alpha=1.0 - self.decay)
         self.updates += 1
+        if self.updates > self._before:
+            sums = list(self._sums.values())
+            torch._foreach_mul_(sums, self._kept)
+            torch._foreach_add_(sums, [p.to(torch.float32) for p in self._parameters.values()], alpha=self._added)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameter name → average; the weights themselves before the first update."""
-        if self.updates == 0:
+        """Parameter name → average; the weights themselves before the first that counts."""
+        count = self.updates - self._before
+        if count < 1:
             return {n: p.detach().clone() for n, p in self._parameters.items()}
-        share = 1.0 - self.decay**self.updates
+        share = 1.0 - self._kept**count if self._kept < 1 else count
         return {n: (self._sums[n] / share).to(p.dtype) for n, p in self._parameters.items()}
 
     def apply(self) -> None:
@@ -116,21 +118,7 @@ class TailAverage(Ema):
         if not 1 <= last <= steps:
             raise ParameterError(f"tail={last}: a whole number from 1 to the {steps} steps is needed")
         super().__init__(model, 0.0)
-        self._before = steps - last
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights as they are, where the step is among the last."""
-        self.updates += 1
-        if self.updates > self._before:
-            torch._foreach_add_(list(self._sums.values()), [p.to(torch.float32) for p in self._parameters.values()])
-
-    def weights(self) -> dict[str, Tensor]:
-        """Parameter name → mean."""
-        count = self.updates - self._before
-        if count < 1:
-            return {n: p.detach().clone() for n, p in self._parameters.items()}
-        return {n: (self._sums[n] / count).to(p.dtype) for n, p in self._parameters.items()}
+        self._kept, self._added, self._before = 1.0, 1.0, steps - last
 
 
 def average_of(model: nn.Module, decay: float, *, tail: int | None, steps: int) -> Ema:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
-from lipdp.data import Bounding, Rescale, Split
+from lipdp.data import Bounding, Rescale
 from lipdp.data import bounding as named_bounding
 from lipdp.errors import DataError, ParameterError
 from lipdp.losses import LipschitzLoss
@@ -134,7 +135,7 @@ def fit_table(
         bounding(table), labels.long(), loss, bounding=bounding, outputs=outs, epsilon=epsilon, delta=delta,
         steps=steps, gate=gate, waves=waves, accountant=accountant, seed=seed, secure=secure, check_every=check_every,
     )  # fmt: skip
-    return TableModel(bounding=bounding, num_classes=num_classes, delta=delta, **fitted)
+    return replace(fitted, num_classes=num_classes)
 
 
 def fit_head(
@@ -153,14 +154,13 @@ def fit_head(
     seed: int | None = None,
     secure: bool = False,
     check_every: int | None = None,
-) -> dict[str, Any]:
-    """`fit_table` for any loss: the module, the plan, the ε spent and the sensitivities, as `TableModel` names them.
+) -> TableModel:
+    """`fit_table` for any loss.
 
     Args:
         inputs: (N, k) float32, mapped by `bounding`. targets: (N,), as the loss takes them.
         outputs: of the model. The others: see `fit_table`.
     """
-    split = Split("arrays", inputs, targets, inputs[:0], targets[:0], max(outputs, 2), "multiclass")
     model: Any = build("tabular", input_shape=tuple(inputs.shape[1:]), num_classes=outputs, waves=waves)
     tables.set_public_map(model[0], bounding)
     plan = PrivacyPlan.of(
@@ -174,19 +174,21 @@ def fit_head(
         plan, module=model[1:], optimizer=optimizer, criterion=loss, dataset=TensorDataset(phi, targets), gate=gate
     )
     preconditioner = tables.Preconditioner(optimizer, model[2].weight)
-    tables.TableRun(model, preconditioner, bounding, tables.rows_of(split), min(gate, loss.lipschitz)).measure(engine)
+    parts = inputs.split(tables.BATCH)
+    gate = min(gate, loss.lipschitz)
+    tables.TableRun(model, preconditioner, bounding, lambda: zip(parts, repeat(None)), gate).measure(engine)
     with torch.no_grad():
-        torch.cat([model[0](part) for part in inputs.split(tables.BATCH)], out=phi)
+        torch.cat([model[0](part) for part in parts], out=phi)
     average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
     for batch in loader:
         optimizer.zero_grad()
         engine.backward(*batch, microbatch=tables.BATCH)
         optimizer.step()
         average.update()
-    fitted = {"sensitivity": dict(engine.sensitivity()), "epsilon": engine.get_epsilon(delta), "plan": engine.plan}
+    account = engine.plan, engine.get_epsilon(delta), delta, dict(engine.sensitivity())
     engine.detach()
     average.apply()
-    return {"module": model.eval(), **fitted}
+    return TableModel(model.eval(), bounding, outputs, *account)
 
 
 def _table(x: Array) -> Tensor:

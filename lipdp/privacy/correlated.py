@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.population import glance
-from lipdp.distributed.collectives import World
 from lipdp.errors import CheckpointError, EngineError, ParameterError, ResumeError
 from lipdp.noise.banded import BandedNoise
 from lipdp.noise.gaussian import GaussianNoise
@@ -30,8 +29,8 @@ class Correlated:
 
     @classmethod
     def of(
-        cls, plan: PrivacyPlan, request: Request, noise: GaussianNoise, names: Sequence[str], world: World, *,
-        steps: int, beside: Sequence[str],
+        cls, plan: PrivacyPlan, request: Request, noise: GaussianNoise, names: Sequence[str], *, steps: int,
+        beside: Sequence[str],
     ) -> Correlated | None:  # fmt: skip
         """The noise of a plan with bands.
 
@@ -47,9 +46,7 @@ class Correlated:
             raise EngineError(f"bands={plan.bands}: this engine has taken steps already; use an engine of its own")
         if beside:
             raise ParameterError(f"bands={plan.bands} beside {beside[0]} is not proven: take bands=1, or leave it out")
-        with world.fail_together():
-            own = glance(request.dataset, inputs=request.shards)
-        return cls(noise, plan.bands, names, ",".join(dict.fromkeys(world.gather(own))))
+        return cls(noise, plan.bands, names, glance(request.dataset))
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse a step that trains other parameters than the first: EngineError."""

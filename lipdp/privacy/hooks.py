@@ -87,9 +87,9 @@ class StepHooks:
         self._stepping = threading.RLock()  # of two threads that step at once, the second finds the batch used
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._sharded_grads = torch.empty(0)
-        beside = ["fully_shard"] * bool(self._sharded) + ["a QuantileGate"] * gate.moves
+        unproven = {"fully_shard": bool(self._sharded), "shards=True": request.shards, "a QuantileGate": gate.moves}
         self.correlated = Correlated.of(
-            plan, request, self.noise, self.names, world, steps=self.ledger.steps, beside=beside
+            plan, request, self.noise, self.names, steps=self.ledger.steps, beside=[n for n in unproven if unproven[n]]
         )
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size

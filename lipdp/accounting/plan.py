@@ -281,8 +281,8 @@ class PrivacyPlan:
     @cached_property
     def subsampling(self) -> Subsampling:
         """How the steps draw."""
-        drawn = {"steps": self.steps, "sampling": self.sampling, "bands": self.bands}
-        return Subsampling.of(self.dataset_size, self.expected_batch_size, **drawn)
+        n, batch, b = self.dataset_size, self.expected_batch_size, self.bands
+        return Subsampling.of(n, batch, steps=self.steps, sampling=self.sampling, bands=b)
 
     @property
     def sampling_rate(self) -> float:

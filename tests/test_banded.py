@@ -349,6 +349,12 @@ def test_another_order_of_the_records_is_refused():
         other.load_state_dict(engine.state_dict())
 
 
+def test_other_owners_are_refused():
+    engine = private(group=torch.arange(256) // 2, expected_batch_size=16)[0]
+    with pytest.raises(ResumeError, match="in two groups"):
+        private(group=torch.arange(256) % 128, expected_batch_size=16)[0].load_state_dict(engine.state_dict())
+
+
 @pytest.mark.parametrize("change", [lambda s: s.pop("correlated"), lambda s: s["correlated"].update(recent="!")])
 def test_a_state_without_its_noise_is_refused(change):
     from lipdp.accounting.digest import with_digest

@@ -53,8 +53,8 @@ class Task:
         drawn = (self.plan.dataset_size, self.plan.sampling, self.plan.unit, self.plan.bands)
         if drawn != (len(self.dataset), "poisson", "record", 1):
             raise ParameterError(
-                f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}, bands={drawn[3]}; trainers are compared on Poisson"
-                f" batches of all {len(self.dataset)} records, with independent noise"
+                f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}, bands={drawn[3]}; trainers are compared on"
+                f" Poisson batches of all {len(self.dataset)} records, with independent noise"
             )
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.owners import Owners
 from lipdp.batches.population import glance
 from lipdp.errors import CheckpointError, EngineError, ParameterError, ResumeError
 from lipdp.noise.banded import BandedNoise
@@ -29,13 +30,13 @@ class Correlated:
 
     @classmethod
     def of(
-        cls, plan: PrivacyPlan, request: Request, noise: GaussianNoise, names: Sequence[str], *, steps: int,
-        beside: Sequence[str],
+        cls, plan: PrivacyPlan, request: Request, noise: GaussianNoise, names: Sequence[str], *, owners: Owners | None,
+        steps: int, beside: Sequence[str],
     ) -> Correlated | None:  # fmt: skip
         """The noise of a plan with bands.
 
         Args:
-            steps: that the account has already. beside: what the run has that the proof does not cover.
+            owners: that are drawn, if records are not. steps: that the account has already. beside: what the run has that the proof does not cover.
 
         Raises:
             EngineError: there are such steps. ParameterError: there is such.
@@ -46,7 +47,7 @@ class Correlated:
             raise EngineError(f"bands={plan.bands}: this engine has taken steps already; use an engine of its own")
         if beside:
             raise ParameterError(f"bands={plan.bands} beside {beside[0]} is not proven: take bands=1, or leave it out")
-        return cls(noise, plan.bands, names, glance(request.dataset))
+        return cls(noise, plan.bands, names, glance(request.dataset) + ("" if owners is None else owners.digest))
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse a step that trains other parameters than the first: EngineError."""

@@ -89,7 +89,13 @@ class StepHooks:
         self._sharded_grads = torch.empty(0)
         unproven = {"fully_shard": bool(self._sharded), "shards=True": request.shards, "a QuantileGate": gate.moves}
         self.correlated = Correlated.of(
-            plan, request, self.noise, self.names, steps=self.ledger.steps, beside=[n for n in unproven if unproven[n]]
+            plan,
+            request,
+            self.noise,
+            self.names,
+            owners=loader.owners,
+            steps=self.ledger.steps,
+            beside=[name for name in unproven if unproven[name]],
         )
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size

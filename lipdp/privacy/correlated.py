@@ -36,7 +36,9 @@ class Correlated:
         """The noise of a plan with bands.
 
         Args:
-            owners: that are drawn, if records are not. steps: that the account has already. beside: what the run has that the proof does not cover.
+            owners: that are drawn, if records are not.
+            steps: that the account has already.
+            beside: what the run has that the proof does not cover.
 
         Raises:
             EngineError: there are such steps. ParameterError: there is such.

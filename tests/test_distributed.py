@@ -53,7 +53,9 @@ def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, siz
     assert max(max(parts) - min(parts) for parts in zip(*(part for _, part, *_ in answers), strict=True)) <= 1
 
 
-@pytest.mark.parametrize("options", [{"ddp": True}, {"sampling": "fixed_size"}, {"secure": True}, {"mapped": True}])
+@pytest.mark.parametrize(
+    "options", [{"ddp": True}, {"sampling": "fixed_size"}, {"secure": True}, {"mapped": True}, {"bands": 3}]
+)
 def test_however_it_is_fed_and_wrapped(groups, options):
     fed = {k: v for k, v in options.items() if k != "ddp"}
     weights, _, epsilon, _ = alone(steps=20, **fed)
@@ -121,9 +123,10 @@ def test_one_record_moves_the_sum_by_delta_and_no_more(groups, size):
         assert 0.95 * delta < move <= delta * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2), (2, 1), (1, 4)])
-def test_a_resume_with_another_number_of_processes(groups, first, second):
-    weights, _, epsilon, _ = alone(steps=20)
+@pytest.mark.parametrize(("first", "second", "bands"), [(2, 4, 1), (4, 2, 1), (2, 1, 1), (1, 4, 1), (2, 4, 3)])
+def test_a_resume_with_another_number_of_processes(groups, first, second, bands):
+    options = {"steps": 20, "bands": bands}
+    weights, _, epsilon, _ = alone(**options)
 
     def run(size, *arguments, **options):
         return (
@@ -132,10 +135,10 @@ def test_a_resume_with_another_number_of_processes(groups, first, second):
             else groups[size].run(scenarios.half, *arguments, **options)
         )
 
-    saved = run(first, 8, steps=20)
+    saved = run(first, 8, **options)
     state = saved[0]
     assert all(other["engine"] == state["engine"] for other in saved)
-    for ended in run(second, 12, state, steps=20):
+    for ended in run(second, 12, state, **options):
         assert_close(weights, ended["model"], 1e-9)
         assert ended["epsilon"] == epsilon
 

@@ -127,12 +127,12 @@ class Accountant(ABC):
 
 
 def merged(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Equal steps brought together: ε does not depend on the order, and this is shorter to compose and to cache."""
+    """Equal mechanisms brought together: ε does not depend on their order, and fewer are composed and cached."""
     if len({event.relation for event in events}) > 1:
         raise ParameterError("the events have different relations; one ε needs one relation")
     steps: dict[Event, int] = {}
     for event in events:
-        steps[event.with_steps(1)] = steps.get(event.with_steps(1), 0) + event.steps
+        steps[event.single] = steps.get(event.single, 0) + event.compositions
     ordered = sorted(steps, key=lambda event: (event.noise_multiplier, event.sampling_rate))
     return tuple(event.with_steps(steps[event]) for event in ordered if steps[event])
 

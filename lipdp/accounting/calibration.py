@@ -190,12 +190,12 @@ class EpsilonCurve:
             raise ParameterError(f"steps={steps}: the plan has {self.steps}")
         if steps == 0:
             return 0.0
-        counts = dict.fromkeys((event.with_steps(1) for event in self._merged), 0)
+        counts = dict.fromkeys((event.single for event in self._merged), 0)
         left = steps
         for event in self._plan:
             taken = min(left, event.steps)
             if taken:
-                counts[event.with_steps(1)] += taken
+                counts[event.single] += event.with_steps(taken).compositions
             left -= taken
         try:
             return min(self._bound(tuple(counts.values())), self._end)

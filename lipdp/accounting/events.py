@@ -23,6 +23,10 @@ class Event:
     - `ADD_OR_REMOVE_ONE`: Poisson subsample, every record in it with probability q; `s = σ·Δ`.
     - `REPLACE_ONE`: a batch of `q·N` records without replacement; `s = σ·2Δ`.
 
+    - `bands` = b > 1: cyclic Poisson sampling and noise correlated over b steps (`lipdp.noise.banded`). A record is in
+      one of b consecutive steps at most, with probability `sampling_rate` = b B/N there, and `steps` consecutive ones
+      are `compositions` = ⌈steps/b⌉ of the first kind.
+
     With `q = 1` both are the Gaussian mechanism of `μ = 1/σ`. Under `REPLACE_ONE` dp-accounting 0.6 reads the same
     number in two ways: its RDP accountant takes `GaussianDpEvent.noise_multiplier` relative to the sensitivity (our σ),
     its PLD accountant relative to Δ (that is 2σ; given σ it would charge for a mechanism with half our noise).
@@ -32,9 +36,10 @@ class Event:
         sampling_rate: q in (0, 1].
         steps: a whole number ≥ 0; empty batches count.
         relation: a `Relation` or its value.
+        bands: b ≥ 1.
 
     Raises:
-        ParameterError: a value outside its range.
+        ParameterError: a value outside its range, or bands under another relation than the first.
         UnknownNameError: no such relation.
 
     >>> Event(1.1, 0.01, 1000).relation.value
@@ -45,6 +50,7 @@ class Event:
     sampling_rate: float
     steps: int
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
+    bands: int = 1
 
     def __post_init__(self) -> None:
         _require_positive("noise_multiplier", self.noise_multiplier)
@@ -52,10 +58,29 @@ class Event:
             raise ParameterError(f"sampling_rate={self.sampling_rate!r}: a probability in (0, 1] is needed")
         if not isinstance(self.steps, Integral) or isinstance(self.steps, bool) or self.steps < 0:
             raise ParameterError(f"steps={self.steps!r}: a whole number ≥ 0 is needed")
+        if not isinstance(self.bands, Integral) or isinstance(self.bands, bool) or self.bands < 1:
+            raise ParameterError(f"bands={self.bands!r}: a whole number ≥ 1 is needed")
+        if self.bands > 1 and as_relation(self.relation) is not Relation.ADD_OR_REMOVE_ONE:
+            raise ParameterError(f"bands={self.bands}: correlated noise is proven for sampling='poisson' alone")
         object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
         object.__setattr__(self, "sampling_rate", float(self.sampling_rate))
         object.__setattr__(self, "steps", int(self.steps))
         object.__setattr__(self, "relation", as_relation(self.relation))
+        object.__setattr__(self, "bands", int(self.bands))
+
+    @property
+    def compositions(self) -> int:
+        """How many mechanisms with fresh noise one record takes part in at most.
+
+        >>> Event(1.0, 0.4, 9, bands=4).compositions
+        3
+        """
+        return -(-self.steps // self.bands)
+
+    @property
+    def single(self) -> Event:
+        """One of those mechanisms."""
+        return replace(self, steps=1, bands=1)
 
     def with_steps(self, steps: int) -> Event:
         """The same step, taken `steps` times."""
@@ -117,7 +142,8 @@ def remaining_noise_multiplier(joint: float, *others: float) -> float:
 class Ledger:
     """The steps a run has taken, in order; consecutive equal steps are kept as one event.
 
-    Appending costs O(1), so that it can be done at every step.
+    Appending costs O(1), so that it can be done at every step. What a ledger begins with may be of several runs, so
+    events with bands stay apart there: ⌈m/b⌉ + ⌈n/b⌉ may exceed ⌈(m + n)/b⌉.
 
     >>> ledger = Ledger()
     >>> for _ in range(3):
@@ -132,14 +158,17 @@ class Ledger:
         self._events: list[Event] = []
         self._steps = 0
         for event in events:
-            self.append(event)
+            self._append(event, merge=event.bands == 1)
 
     def append(self, event: Event) -> None:
-        """Add an event of any number of steps.
+        """Add an event of any number of steps, which go on with the run of the last ones.
 
         Raises:
             ParameterError: its relation is another than the ledger's.
         """
+        self._append(event, merge=True)
+
+    def _append(self, event: Event, *, merge: bool) -> None:
         if event.steps == 0:
             return
         if self._events and self._events[-1].relation is not event.relation:
@@ -147,7 +176,7 @@ class Ledger:
                 f"a step under {event.relation.value!r} cannot follow steps under {self._events[-1].relation.value!r};"
                 " one ε needs one relation"
             )
-        if self._events and self._events[-1].with_steps(event.steps) == event:
+        if merge and self._events and self._events[-1].with_steps(event.steps) == event:
             self._events[-1] = event.with_steps(self._events[-1].steps + event.steps)
         else:
             self._events.append(event)

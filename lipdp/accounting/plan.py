@@ -31,27 +31,37 @@ class Subsampling:
         sampling_rate: q in (0, 1], the probability of a unit to be in a batch.
         steps: T ≥ 1.
         sampling: "poisson" or "fixed_size".
+        bands: b, over how many steps noise is correlated and batches take turns (`lipdp.noise.banded`); 1: neither.
 
     Raises:
-        ParameterError, UnknownNameError: a value outside its range.
+        ParameterError, UnknownNameError: a value outside its range, b q > 1, or bands with batches of a fixed size.
 
     >>> Subsampling.of(1000, 100, epochs=3)
-    Subsampling(sampling_rate=0.1, steps=30, sampling='poisson')
+    Subsampling(sampling_rate=0.1, steps=30, sampling='poisson', bands=1)
     """
 
     sampling_rate: float
     steps: int
     sampling: str = "poisson"
+    bands: int = 1
 
     def __post_init__(self) -> None:
         if self.sampling not in tuple(SAMPLINGS):
             raise UnknownNameError("sampling", self.sampling, SAMPLINGS)
         Event(1.0, self.sampling_rate, whole("steps", self.steps))  # refuses a q out of range
+        if whole("bands", self.bands) * self.sampling_rate > 1 + 1e-9:
+            most = int(1 / self.sampling_rate)
+            raise ParameterError(
+                f"bands={self.bands} at q = {self.sampling_rate:.4g}: a group of 1/b of the data is drawn from at rate"
+                f" b q, which is more than 1. Take at most {most} bands, or smaller batches"
+            )
+        self.event(1.0)  # refuses bands with batches of a fixed size
 
     @classmethod
     def at(
-        cls, sampling_rate: float, *, steps: int | None = None, epochs: float | None = None, sampling: str = "poisson"
-    ) -> Subsampling:
+        cls, sampling_rate: float, *, steps: int | None = None, epochs: float | None = None, sampling: str = "poisson",
+        bands: int = 1,
+    ) -> Subsampling:  # fmt: skip
         """At a rate q, for T steps or for a number of passes over the data: T = epochs / q, rounded.
 
         Raises:
@@ -65,12 +75,12 @@ class Subsampling:
             if not (isinstance(epochs, Real) and 0 < epochs < math.inf):
                 raise ParameterError(f"epochs={epochs!r}: a finite number > 0 is needed")
             steps = max(1, round(epochs / cls(sampling_rate, 1, sampling).sampling_rate))
-        return cls(sampling_rate, whole("steps", steps), sampling)
+        return cls(sampling_rate, whole("steps", steps), sampling, bands)
 
     @classmethod
     def of(
         cls, units: int, expected_batch_size: int, *, steps: int | None = None, epochs: float | None = None,
-        sampling: str = "poisson",
+        sampling: str = "poisson", bands: int = 1,
     ) -> Subsampling:  # fmt: skip
         """B of N units: q = B/N. The rest as `at`.
 
@@ -80,7 +90,7 @@ class Subsampling:
         batch, units = whole("expected_batch_size", expected_batch_size), whole("dataset_size", units)
         if batch > units:
             raise ParameterError(f"expected_batch_size={batch}: a whole number in 1 … N = {units} is needed")
-        return cls.at(batch / units, steps=steps, epochs=epochs, sampling=sampling)
+        return cls.at(batch / units, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
 
     @property
     def relation(self) -> Relation:
@@ -89,16 +99,18 @@ class Subsampling:
 
     def event(self, noise_multiplier: float) -> Event:
         """All T steps, as accountants take them."""
-        return Event(noise_multiplier, self.sampling_rate, self.steps, self.relation)
+        rate = min(1.0, self.bands * self.sampling_rate)
+        return Event(noise_multiplier, rate, self.steps, self.relation, self.bands)
 
     def noise_multiplier(
         self, *, epsilon: float, delta: float, accountant: str = "prv", beside: Sequence[Event] = ()
     ) -> float:
         """The least σ with ε(σ) ≤ `epsilon` at δ, with the events `beside` the steps; see `calibrate`."""
+        event = self.event(1.0)
         return calibrate(
             target_epsilon=epsilon,
-            sampling_rate=self.sampling_rate,
-            steps=self.steps,
+            sampling_rate=event.sampling_rate,
+            steps=event.compositions,
             delta=delta,
             accountant=accountant,
             relation=self.relation,
@@ -110,9 +122,10 @@ class Subsampling:
 
         Source: Bu et al. (2020), the central limit: `q √(T (e^{1/σ²} − 1))`.
         """
-        if self.sampling_rate == 1:
-            return math.sqrt(self.steps) / noise_multiplier
-        return self.sampling_rate * math.sqrt(self.steps * math.expm1(min(noise_multiplier**-2, 500.0)))
+        event = self.event(noise_multiplier)
+        if event.sampling_rate == 1:
+            return math.sqrt(event.compositions) / noise_multiplier
+        return event.sampling_rate * math.sqrt(event.compositions * math.expm1(min(noise_multiplier**-2, 500.0)))
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,7 @@ class PrivacyPlan:
         noise_multiplier: the joint σ of everything one step releases.
         measurements: what is released once beside the steps, of all units; part of the same ε.
         sampling: "poisson" or "fixed_size", which decides the relation.
+        bands: b, over how many steps noise is correlated and batches take turns (`lipdp.noise.banded`); 1: neither.
         unit: what one step draws and ε protects: a "record", or an "owner" with all records.
         accountant: whose ε is reported: "prv", "pld" or "rdp".
         target_epsilon, target_delta: what was asked for, if it was.
@@ -172,6 +186,7 @@ class PrivacyPlan:
     noise_multiplier: float
     measurements: tuple[Measurement, ...] = ()
     sampling: str = "poisson"
+    bands: int = 1
     unit: str = "record"
     accountant: str = "prv"
     target_epsilon: float | None = None
@@ -187,6 +202,8 @@ class PrivacyPlan:
         get_accountant(self.accountant)
         if len({m.name for m in self.measurements}) < len(self.measurements):
             raise ParameterError("two measurements have one name; give each a name of its own")
+        if self.measurements and self.bands > 1:
+            raise ParameterError(f"bands={self.bands} beside measurements is not proven: take bands=1")
         event = self.subsampling.event(self.noise_multiplier)
         plain = {"dataset_size": int(self.dataset_size), "expected_batch_size": int(self.expected_batch_size)}
         for measurement in self.measurements:
@@ -203,6 +220,7 @@ class PrivacyPlan:
         steps: int | None = None,
         epochs: float | None = None,
         sampling: str = "poisson",
+        bands: int = 1,
         unit: str = "record",
         noise_multiplier: float | None = None,
         target_epsilon: float | None = None,
@@ -220,7 +238,9 @@ class PrivacyPlan:
             CalibrationError: no σ reaches the target.
             ParameterError: neither σ nor a target with its δ, both or none of steps and epochs, a value out of range.
         """
-        drawn = Subsampling.of(dataset_size, expected_batch_size, steps=steps, epochs=epochs, sampling=sampling)
+        drawn = Subsampling.of(
+            dataset_size, expected_batch_size, steps=steps, epochs=epochs, sampling=sampling, bands=bands
+        )
         shares = shares or {}
         measurements: tuple[Measurement, ...] = ()
         left, given = 1 - _all_of(shares), noise_multiplier
@@ -246,6 +266,7 @@ class PrivacyPlan:
             noise_multiplier=sigma,
             measurements=measurements,
             sampling=sampling,
+            bands=bands,
             unit=unit,
             accountant=accountant,
             target_epsilon=target_epsilon,
@@ -260,7 +281,8 @@ class PrivacyPlan:
     @cached_property
     def subsampling(self) -> Subsampling:
         """How the steps draw."""
-        return Subsampling.of(self.dataset_size, self.expected_batch_size, steps=self.steps, sampling=self.sampling)
+        n, batch, b = self.dataset_size, self.expected_batch_size, self.bands
+        return Subsampling.of(n, batch, steps=self.steps, sampling=self.sampling, bands=b)
 
     @property
     def sampling_rate(self) -> float:

@@ -27,6 +27,10 @@ def plan_rows(plan: PrivacyPlan) -> list[Row]:
             f"{plan.noise_multiplier:.4g}",
             f"σ: ε ≤ {plan.target_epsilon:g} at δ = {plan.target_delta:g} after all steps" if budget else "σ, as given",
         ),
+        *(
+            [("bands", str(plan.bands), "noise correlated over b steps; every record in 1/b of them")]
+            * (plan.bands > 1)
+        ),
         *((m.name, f"σ = {m.noise_multiplier:.4g}", "measured once, beside the steps") for m in plan.measurements),
     ]
     if plan.gate:

@@ -99,11 +99,7 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
     if world.size == 1:
         return
     with world.fail_together():
-        count = len(dataset)
-        batches = [read_mapped(dataset, [i]) for i in looked_at(count)]
-        records = [[torch.as_tensor(part).tolist() for part in batch] for batch in batches]
-        targets = [record[1] for record in records]
-        own = hashlib.blake2b(repr([count, records if shards else targets]).encode()).hexdigest() if count else ""
+        own = glance(dataset, inputs=shards)
     for rank, other in enumerate(world.gather(own)):
         if shards and rank != world.rank and own and other == own:
             raise EngineError(
@@ -116,6 +112,15 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
                 " One record could be used twice in a step. Give every process the same records in the same order, or"
                 " pass shards=True if each process has its own records"
             )
+
+
+def glance(dataset: Any, *, inputs: bool = False) -> str:
+    """A digest of the number of records, and of up to 16 of them: their targets, or all of them; "" where none is."""
+    count = len(dataset)
+    batches = [read_mapped(dataset, [i]) for i in looked_at(count)]
+    records = [[torch.as_tensor(part).tolist() for part in batch] for batch in batches]
+    known = records if inputs else [record[1] for record in records]
+    return hashlib.blake2b(repr([count, known]).encode()).hexdigest() if count else ""
 
 
 def length(dataset: Any) -> int:

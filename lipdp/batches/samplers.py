@@ -176,14 +176,19 @@ class PoissonSampler(_IndependentBatches):
         super().__init__(population, steps, float(sampling_rate), seed, secure)
 
     def _draw(self, generator: np.random.Generator) -> np.ndarray:
-        if self.population > _MANY and self.sampling_rate <= _SPARSE:
-            arrivals = int(generator.poisson(-math.log1p(-self.sampling_rate) * self.population))
+        if self.population > _MANY and self._rate <= _SPARSE:
+            arrivals = int(generator.poisson(-math.log1p(-self._rate) * self.population))
             records = np.sort(generator.integers(self.population, size=arrivals))
             return records[np.diff(records, prepend=-1) > 0]  # faster than np.unique, which hashes first
-        return self._subset(generator, int(generator.binomial(self.population, self.sampling_rate)))
+        return self._subset(generator, int(generator.binomial(self.population, self._rate)))
+
+    @property
+    def _rate(self) -> float:
+        """The probability of every record to be drawn."""
+        return self.sampling_rate
 
     def _secure_draw(self, blocks: Iterator[np.ndarray]) -> np.ndarray:
-        below = int(self.sampling_rate * 2**64)  # exact: q is a binary fraction
+        below = int(self._rate * 2**64)  # exact: q is a binary fraction
         if below == 2**64:
             return np.arange(self.population)
         found, start = [], 0
@@ -191,6 +196,83 @@ class PoissonSampler(_IndependentBatches):
             found.append(start + np.flatnonzero(words < below))
             start += len(words)
         return np.concatenate(found)
+
+
+class CyclicPoissonSampler(PoissonSampler):
+    """Every record is dealt to one of b groups, once; batch t takes records of group t mod b alone, each at rate b q.
+
+    So a record is in one of b consecutive batches at most, which `lipdp.noise.banded` needs, and in each with
+    probability q over dealing and draw. For a given dealing the draws are those of a `PoissonSampler` of rate b q, of
+    which the other groups are left out.
+
+    Guarantees: the relation is *add or remove one record*: a record's group is a die of its own, neither the data nor
+    the number of records has a part in it, and with or without the record all others have the same law. (Groups of
+    equal size would not do.) The dealing is kept with the state, so that it outlives every resume. It may be known:
+    the account holds for every dealing; the draws may not.
+
+    Args:
+        population, sampling_rate, steps, seed, secure: see `PoissonSampler`; the rate is q, over the dealing too.
+        bands: b ≥ 1 with b q ≤ 1.
+
+    Raises:
+        ParameterError: an argument outside its range.
+
+    >>> sampler = CyclicPoissonSampler(1000, sampling_rate=0.25, steps=3, bands=2, seed=0)
+    >>> first, second, third = (set(batch.tolist()) for batch in sampler)
+    >>> len(first & second), len(first & third) > 0
+    (0, True)
+
+    Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", algorithm 2; there groups have one
+    size.
+    """
+
+    def __init__(
+        self, population: int, *, sampling_rate: float, steps: int, bands: int, seed: int | None = None,
+        secure: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(population, sampling_rate=sampling_rate, steps=steps, seed=seed, secure=secure)
+        self.bands = _positive("bands", bands)
+        if self.bands * self.sampling_rate > 1 + 1e-9 or self.bands >= 2**15:
+            raise ParameterError(f"bands is {bands} at rate {sampling_rate}; b q must be at most 1, and b below 2**15")
+        self._deal(f"{self._ratchet.advance():064x}")
+
+    def _deal(self, key: str) -> None:
+        self._dealing = key
+        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(int(key, 16), pool_size=8)))
+        self._groups = generator.integers(self.bands, size=self.population, dtype=np.int16)
+
+    @property
+    def _rate(self) -> float:
+        return min(1.0, self.bands * self.sampling_rate)
+
+    def _own(self, drawn: np.ndarray) -> np.ndarray:
+        return drawn[self._groups[drawn] == self.position % self.bands]
+
+    def _draw(self, generator: np.random.Generator) -> np.ndarray:
+        return self._own(super()._draw(generator))
+
+    def _secure_draw(self, blocks: Iterator[np.ndarray]) -> np.ndarray:
+        return self._own(super()._secure_draw(blocks))
+
+    def _settings(self) -> dict[str, int | float | str]:
+        return {**super()._settings(), "bands": self.bands}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of a `PoissonSampler`, and the key of the dealing."""
+        return {**super().state_dict(), "dealing": self._dealing}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue bit-identically, with the groups of the state; errors as for a `PoissonSampler`."""
+        dealing = state.get("dealing")
+        try:
+            fits = isinstance(dealing, str) and 0 <= int(dealing, 16) < 2**256
+        except ValueError:
+            fits = False
+        if not fits and state.get("sampler") == type(self).__name__:
+            raise CheckpointError(f"sampler state has dealing {dealing!r}; expected 64 hex digits")
+        super().load_state_dict(state)
+        if dealing != self._dealing:  # the loader loads its own state at every pass
+            self._deal(str(dealing))
 
 
 class FixedSizeSampler(_IndependentBatches):

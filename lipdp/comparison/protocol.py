@@ -50,11 +50,11 @@ class Task:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        drawn = (self.plan.dataset_size, self.plan.sampling, self.plan.unit)
-        if drawn != (len(self.dataset), "poisson", "record"):
+        drawn = (self.plan.dataset_size, self.plan.sampling, self.plan.unit, self.plan.bands)
+        if drawn != (len(self.dataset), "poisson", "record", 1):
             raise ParameterError(
-                f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}; trainers are compared on Poisson batches of all"
-                f" {len(self.dataset)} records"
+                f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}, bands={drawn[3]}; trainers are compared on"
+                f" Poisson batches of all {len(self.dataset)} records, with independent noise"
             )
 
     @property

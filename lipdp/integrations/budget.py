@@ -39,7 +39,8 @@ def steps_within(engine: PrivacyEngine, *, epsilon: float, delta: float) -> int:
         return left
 
     def spent(steps: int) -> float:
-        then = Ledger([*engine.ledger.events, engine.plan.step_event.with_steps(steps)])
+        then = Ledger(engine.ledger.events)
+        then.append(engine.plan.step_event.with_steps(steps))
         return engine.accountant.epsilon(then.events, delta).epsilon
 
     if left == 0 or spent(left) <= epsilon:

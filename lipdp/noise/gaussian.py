@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lipdp.errors import EngineError, ParameterError
 from lipdp.noise.ratchet import Ratchet
+
+Draw = Callable[[int, torch.dtype], Tensor]
+"""(count,) numbers of that dtype."""
 
 
 class NoiseSource(Protocol):
@@ -125,12 +128,14 @@ class GaussianNoise:
         return self.source.seeded
 
     @torch.no_grad()
-    def add_(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
+    def add_(self, tensors: Sequence[Tensor], stds: Tensor, *, draw: Draw | None = None) -> None:
         """Add noise of std `stds[l]` to `tensors[l]` in place, for all l with one draw, or one for each 4 M normals.
 
         Args:
             tensors: D dense floating-point tensors on the noise's device, of any shape, layout and float dtype.
             stds: (D,) finite, ≥ 0, on any device (on the tensors' own device nothing syncs).
+            draw: of (count, dtype), what is scaled and added; by default `normal`. It is called for all entries of
+                the tensors in order, each once.
 
         Raises:
             EngineError: another number of stds, or a tensor that is sparse, not floating-point or elsewhere. Nothing
@@ -142,20 +147,20 @@ class GaussianNoise:
             _require_dense_float(index, tensor, self.source.device)
         if not tensors:
             return
-        self._add(tensors, stds.to(self.source.device, torch.float64))
+        self._add(tensors, stds.to(self.source.device, torch.float64), self.normal if draw is None else draw)
 
-    def _add(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
+    def _add(self, tensors: Sequence[Tensor], stds: Tensor, draw: Draw) -> None:
         double = any(tensor.dtype == torch.float64 for tensor in tensors)
         dtype = torch.float64 if double else torch.float32
         # Rounding to float32 loses at most a relative 2**-24; the factor makes sure that it never rounds below.
         scales = (stds * (1.0 if double else 1.0 + 2.0**-23)).to(dtype).unbind()
         for group in groups(tensors):
             sizes = [chunk.numel() for _, chunk in group]
-            draws = self.normal(sum(sizes), dtype=dtype).split(sizes)
-            for (index, chunk), draw in zip(group, draws, strict=True):
-                chunk.addcmul_(draw.view(chunk.shape), scales[index])
+            draws = draw(sum(sizes), dtype).split(sizes)
+            for (index, chunk), drawn in zip(group, draws, strict=True):
+                chunk.addcmul_(drawn.view(chunk.shape), scales[index])
 
-    def normal(self, count: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(count,) fresh standard normals, float32 or float64."""
         pairs = (count + 1) // 2
         words = self.source.words(2 * pairs if dtype == torch.float64 else pairs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipdp.noise.cipher import ChaChaSource
-from lipdp.noise.gaussian import GaussianNoise, groups, normals_from_words_
+from lipdp.noise.gaussian import Draw, GaussianNoise, groups, normals_from_words_
 
 _DRAWS = 4  # normals summed for one; a power of 4, so that dividing by √_DRAWS is exact
 _GRID_BITS = 10
@@ -62,16 +62,15 @@ class SecureGaussianNoise(GaussianNoise):
     def __init__(self, seed: int | None = None, *, device: torch.device | str = "cpu") -> None:
         super().__init__(source=ChaChaSource(seed, device=device))
 
-    def _add(self, tensors: Sequence[Tensor], stds: Tensor) -> None:
+    def _add(self, tensors: Sequence[Tensor], stds: Tensor, draw: Draw) -> None:
         grids = (stds / torch.frexp(stds)[0] * 2.0 ** -(1 + _GRID_BITS)).unbind()  # s = f 2^e with ½ ≤ f < 1: exact
         scales = stds.unbind()
         for index, chunk in chain.from_iterable(groups(tensors)):
             std, grid = scales[index], grids[index]
-            draw = self.normal(chunk.numel(), dtype=torch.float64).view(chunk.shape)
-            noisy = draw.mul_(std).add_(chunk)
+            noisy = draw(chunk.numel(), torch.float64).view(chunk.shape).mul_(std).add_(chunk)
             chunk.copy_(torch.where(std > 0, noisy.div_(grid).round_().mul_(grid), chunk))
 
-    def normal(self, count: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    def normal(self, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(count,) fresh standard normals, made in float64."""
         drawn = torch.empty(count, dtype=torch.float64, device=self.source.device)
         for block in drawn.split(_CPU_BLOCK if drawn.is_cpu else _BLOCK):

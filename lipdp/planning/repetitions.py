@@ -97,7 +97,7 @@ class Repetitions:
                 f"the account of a search covers add_or_remove_one, not {event.relation.value}: use Poisson batches"
             )
         step = dp_event.PoissonSampledDpEvent(event.sampling_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
-        run = dp_event.SelfComposedDpEvent(step, event.steps)
+        run = dp_event.SelfComposedDpEvent(step, event.compositions)
         return _bounded(dp_event.RepeatAndSelectDpEvent(run, self.mean, self.shape), checked_delta(delta))
 
     def calibrate(self, *, target_epsilon: float, sampling_rate: float, steps: int, delta: float) -> float:

@@ -114,6 +114,7 @@ class PrivacyEngine:
         steps: int | None = None,
         epochs: float | None = None,
         sampling: str = "poisson",
+        bands: int = 1,
         dataset_size: int | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
@@ -136,6 +137,7 @@ class PrivacyEngine:
             epochs: T as a number of passes over the data, T = epochs N/B, of which one iteration of the loader is one.
             noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
+            bands: b > 1 for noise that is correlated over b steps, and batches of every b-th group (`noise.banded`).
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
@@ -170,6 +172,7 @@ class PrivacyEngine:
             world=world,
             dataset_size=population.present if dataset_size is None else dataset_size,
             sampling=sampling,
+            bands=bands,
             unit=population.unit,
             noise_multiplier=noise_multiplier,
             target_epsilon=target_epsilon,
@@ -426,7 +429,8 @@ class PrivacyEngine:
     def noise_stds(self) -> dict[str, float]:
         """Standard deviation of the noise on each parameter's *summed* gradient: as the last step drew it.
 
-        Before the first step, and before the first after `load_state_dict`: of a step at the weights as they are.
+        Before the first step, and before the first after `load_state_dict`: of a step at the weights as they are. With
+        bands, of the noise before it is correlated.
         """
         return self._current().noise_stds()
 

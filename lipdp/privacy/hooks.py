@@ -27,6 +27,7 @@ from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
 from lipdp.noise.allocation import get_allocation, rescaled
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
+from lipdp.privacy.correlated import Correlated
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.forward import PrivateForward
 from lipdp.privacy.gate import GateState
@@ -86,6 +87,16 @@ class StepHooks:
         self._stepping = threading.RLock()  # of two threads that step at once, the second finds the batch used
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._sharded_grads = torch.empty(0)
+        unproven = {"fully_shard": bool(self._sharded), "shards=True": request.shards, "a QuantileGate": gate.moves}
+        self.correlated = Correlated.of(
+            plan,
+            request,
+            self.noise,
+            self.names,
+            owners=loader.owners,
+            steps=self.ledger.steps,
+            beside=[name for name in unproven if unproven[name]],
+        )
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size
         self._gradients = GradientCheck(
@@ -261,6 +272,9 @@ class StepHooks:
 
     def _draw(self, gradients: list[Tensor], stds: Tensor) -> None:
         """Noise, of one draw for the world; on shards, independent draws of their processes."""
+        if self.correlated is not None:
+            self.correlated.add_(gradients, stds, batch=self.loader.position)
+            return
         if not self._sharded:
             self.noise.add_(gradients, stds)
             return
@@ -301,6 +315,8 @@ class StepHooks:
     def _check_unchanged(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimiser, the model and the loss are those that were bounded, weights and freezing excepted."""
         self.names, self.parameters, self.sizes = self._trainable(optimizer)
+        if self.correlated is not None:
+            self.correlated.check(self.names)
         for snapshot in self._snapshots:
             snapshot.check()
         if not self._vetted.issuperset(self.names):  # a parameter is trained that was frozen when the model was traced
@@ -312,6 +328,8 @@ class StepHooks:
         if self.world.size == 1:
             return
         at = [self.ledger.state_dict(), self.before, self.loader.state_dict(), self.noise.state_dict()]
+        if self.correlated is not None:
+            at.append(self.correlated.mark)
         hashed = hashlib.blake2b(json.dumps(at, sort_keys=True).encode(), digest_size=7).digest()
         if not self.world.all_equal(int.from_bytes(hashed, "little")):
             raise EngineError(
@@ -372,6 +390,8 @@ class StepHooks:
         for _ in range(skipped):
             self.ledger.append(self.plan.step_event)
         self._taken_at = self.loader.position
+        if self.correlated is not None:
+            self.correlated.skip_(self.loader.position)
         return skipped
 
     def _drop_gradients(self) -> None:
@@ -409,6 +429,9 @@ class StepHooks:
             "noise": self.noise.state_dict(),
             "gate": self.gate.state_dict(),
         }
+        if self.correlated is not None:
+            over = self.loader.position == self.plan.steps
+            state["correlated"] = self.correlated.state_dict(over=over)
         return with_digest(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -430,6 +453,8 @@ class StepHooks:
                 f"the engine has released {self.ledger.steps} steps that the saved account does not hold: ε would leave"
                 " them out. Load a checkpoint before the first step, into a new engine"
             )
+        if self.correlated is not None:
+            self.correlated.load_state_dict(state.get("correlated"))
         if self.step_in_progress.without_noise:
             self._drop_gradients()
         self.loader.load_state_dict(state["loader"])
@@ -437,5 +462,8 @@ class StepHooks:
         self.gate.load_state_dict(state["gate"])
         self.measured[:] = state["measured"]
         self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
-        self._began = ledger.steps
         self._taken_at = self.loader.position
+        if self.correlated is not None:
+            for _ in range(self.correlated.give_up_(self.loader.position)):
+                ledger.append(self.plan.step_event)
+        self._began = ledger.steps

@@ -15,7 +15,7 @@ from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.inputs import Fields
 from lipdp.batches.population import Group
-from lipdp.batches.samplers import FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.batches.samplers import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, Sampler
 from lipdp.errors import ParameterError
 from lipdp.noise.allocation import Allocation
 from lipdp.noise.gaussian import GaussianNoise
@@ -50,6 +50,7 @@ class Given(Options, total=False):
     steps: int | None
     epochs: float | None
     sampling: str
+    bands: int
     fields: Fields | None
     dataset_size: int | None
     gate: float | FixedGate | QuantileGate | None
@@ -100,6 +101,8 @@ class Draws:
     def sampler(self, plan: PrivacyPlan, population: int) -> Sampler:
         """Of the batches."""
         options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
+        if plan.bands > 1:
+            return CyclicPoissonSampler(population, sampling_rate=plan.sampling_rate, bands=plan.bands, **options)
         if plan.sampling == "poisson":
             return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
         return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)

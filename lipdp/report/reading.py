@@ -46,7 +46,7 @@ class Account:
         steps: T so far; steps_counted_again: those that were taken twice. planned_steps: T of the whole run.
         sensitivity: parameter → Δ, at the weights as they are.
         noise_stds: parameter → s, as the last step drew it; empty before the first.
-        seeded: the noise can be repeated. secure: it comes from a cipher.
+        seeded: the noise can be repeated. secure: it comes from a cipher. bands: steps over which it is correlated.
         measurements: what was released beside the steps, in the same ε.
         digest: of the file. intact: whether it agrees, found when read (None: there is none).
     """
@@ -72,6 +72,7 @@ class Account:
     secure: bool
     unit: Literal["record", "owner"]
     measurements: tuple[Measured, ...] = ()
+    bands: Count = 1
     digest: str | None = None
     intact: bool | None = None
 

@@ -169,6 +169,7 @@ def nist(account: Account) -> tuple[tuple[str, str], ...]:
     Source: Near, Darais, Lefkovitz & Howarth (March 2025), doi:10.6028/NIST.SP.800-226.
     """
     unit, change = account.unit, account.relation.words
+    correlated = f", correlated over {account.bands} steps," if account.bands > 1 else ""
     sampling = {"poisson": "Poisson subsampling", "fixed_size": "subsampling without replacement"}
     return (
         (
@@ -183,7 +184,10 @@ def nist(account: Account) -> tuple[tuple[str, str], ...]:
             "Privacy parameters",
             f"ε = {account.epsilon:.4g} at δ = {account.delta:g}, for all {account.steps:,} steps together",
         ),
-        ("Mechanism", f"Gaussian noise on sums of gradients, {sampling.get(account.sampling, account.sampling)}"),
+        (
+            "Mechanism",
+            f"Gaussian noise{correlated} on sums of gradients, {sampling.get(account.sampling, account.sampling)}",
+        ),
         (
             "Trust model",
             "central: whoever runs the training sees the records; everybody else sees at most all weights of all steps",
@@ -209,7 +213,8 @@ def recomputed_epsilon(account: Account) -> float | None:
 def _events(account: Account) -> list[Event]:
     """The measurements, and the steps."""
     once = [Event(m.noise_multiplier, 1.0, 1, account.relation) for m in account.measurements]
-    return [*once, Event(account.noise_multiplier, account.sampling_rate, account.steps, account.relation)]
+    rate = min(1.0, account.bands * account.sampling_rate)
+    return [*once, Event(account.noise_multiplier, rate, account.steps, account.relation, account.bands)]
 
 
 _ALARMS: tuple[tuple[Callable[[RecordedRun], bool], str, str], ...] = (

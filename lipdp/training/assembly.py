@@ -136,6 +136,7 @@ def plan_of(
         expected_batch_size=decided(config.batch_size),
         steps=decided(config.steps),
         sampling=config.sampling,
+        bands=config.bands,
         noise_multiplier=config.noise_multiplier or noise_multiplier,
         target_epsilon=config.epsilon,
         target_delta=config.delta,

@@ -102,6 +102,9 @@ class TrainConfig:
     sampling: str = _privacy(
         NAME, ACCOUNT, "batches for add or remove one, or for replace one", "poisson", choices=("poisson", "fixed_size")
     )
+    bands: int = _privacy(
+        whole(1, 1024), ACCOUNT, "correlate the noise of so many steps, each with its own part of the data", 1
+    )
     allocation: str = _privacy(NAME, METHOD, "of the noise", "per_layer", choices=ALLOCATIONS)
     gate: float | None = _privacy(
         GATE, METHOD, "bound on every record's gradient at the logits, or off (the loss's own)"

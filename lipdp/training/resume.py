@@ -90,6 +90,11 @@ def restore(
     try:
         engine = state["engine"]
         lost = released - int(engine["loader"]["position"])
+        if lost > 0 and parts.engine.plan.bands > 1:
+            raise ResumeError(
+                f"the checkpoint of step {released} is lost, and with bands no step can be taken again: its noise would"
+                " follow the same draws. Start a new run"
+            )
         if lost > 0 and config.seed is None:
             engine = _counting(parts.engine, engine, lost)
         parts.engine.load_state_dict(engine)

@@ -1,0 +1,102 @@
+"""Noise with bands in a run: what is refused beside it, and what must stay as it was at the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.owners import Owners
+from lipdp.batches.population import glance
+from lipdp.errors import CheckpointError, EngineError, ParameterError, ResumeError
+from lipdp.noise.banded import BandedNoise
+from lipdp.noise.gaussian import GaussianNoise
+from lipdp.privacy.options import Request
+
+
+class Correlated:
+    """Keeps the rows of `BandedNoise`, the batches and the account in step; its docstring says why.
+
+    Args:
+        noise, bands: of the steps.
+        names: of the parameters that are trained.
+        records: a digest that another order of the records would change.
+    """
+
+    def __init__(self, noise: GaussianNoise, bands: int, names: Sequence[str], records: str) -> None:
+        self._noise, self._names, self._records = BandedNoise(noise, bands), list(names), records
+
+    @classmethod
+    def of(
+        cls, plan: PrivacyPlan, request: Request, noise: GaussianNoise, names: Sequence[str], *, owners: Owners | None,
+        steps: int, beside: Sequence[str],
+    ) -> Correlated | None:  # fmt: skip
+        """The noise of a plan with bands.
+
+        Args:
+            owners: that are drawn, if records are not.
+            steps: that the account has already.
+            beside: what the run has that the proof does not cover.
+
+        Raises:
+            EngineError: there are such steps. ParameterError: there is such.
+        """
+        if plan.bands == 1:
+            return None
+        if steps:
+            raise EngineError(f"bands={plan.bands}: this engine has taken steps already; use an engine of its own")
+        if beside:
+            raise ParameterError(f"bands={plan.bands} beside {beside[0]} is not proven: take bands=1, or leave it out")
+        return cls(noise, plan.bands, names, glance(request.dataset) + ("" if owners is None else owners.digest))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a step that trains other parameters than the first: EngineError."""
+        if list(names) != self._names:
+            raise EngineError(
+                "other parameters are trained than at the first step: noise with bands goes on from step to step."
+                " Freeze before make_private, or take bands=1"
+            )
+
+    def add_(self, gradients: Sequence[Tensor], stds: Tensor, *, batch: int) -> None:
+        """The noise of the step of this batch; see `BandedNoise.add_`."""
+        self._noise.add_(gradients, stds, row=batch)
+
+    def skip_(self, batch: int) -> None:
+        """The batches up to this one are given up."""
+        self._noise.skip_(batch)
+
+    @property
+    def mark(self) -> list[Any]:
+        """What all processes must agree on."""
+        return self._noise.mark
+
+    def state_dict(self, *, over: bool) -> dict[str, Any]:
+        """See `BandedNoise.state_dict`."""
+        return {**self._noise.state_dict(over=over), "records": self._records}
+
+    def give_up_(self, batch: int) -> int:
+        """Once a state was loaded: give up what was drawn after its last step, up to this batch.
+
+        Returns:
+            How many batches that were: the account must count them.
+        """
+        unused = batch - self._noise.row if self._noise.row else 0
+        self.skip_(batch)
+        return unused
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue bit for bit.
+
+        Raises:
+            ResumeError: of other records, or of another order. CheckpointError: not a state.
+        """
+        if not isinstance(state, dict):
+            raise CheckpointError("the state of the engine lacks the noise that its later steps go on from")
+        if state.get("records") != self._records:
+            raise ResumeError(
+                "the data set has other records, or another order, than when the run began: with bands, a record would"
+                " be in two groups. Give the same data in the same order, or start a new run"
+            )
+        self._noise.load_state_dict(state)

@@ -24,7 +24,7 @@ def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -
     """y = α W x + b over R rows: gain α‖W‖₂; ‖Σ g xᵀ‖_F ≤ ‖g‖‖x‖ (Cauchy–Schwarz); b is added R times: √R."""
     count = call.x.numel // layer.in_features
     rows = math.sqrt(count)
-    norm = constraint.norm_bound(call.used(layer.weight * scale))
+    norm = constraint.norm_bound(call.used(layer.weight if scale == 1.0 else layer.weight * scale))
     parameters: dict[str, Number] = {"weight": scale * call.x.value}
     offset: Number = 0.0
     if layer.bias is not None:

@@ -87,7 +87,8 @@ class StepInProgress(Listener):
     def records(self) -> list[Tensor] | None:
         """Inputs and labels of the batch drawn last, as plain tensors; None where it holds none."""
         drawn = self.drawn
-        return [plain(part) for part in drawn.batch[:2]] if drawn is not None and drawn.rows else None
+        held = None if drawn is None or not drawn.rows else drawn.batch  # None: no piece of it was asked for yet
+        return None if held is None else [plain(part) for part in held[:2]]
 
     def before_call(self) -> None:
         """The model is about to be called with gradients on."""

@@ -114,3 +114,12 @@ def test_layers_of_every_layout_are_projected_in_place(pieces):
         lipdp.nn.project_(layer, batched=False)
         assert layer.constraint.contains(layer.weight_matrix())
         assert not any(layer.uncertified().values())
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
+def test_a_large_layer_is_bounded_as_it_is_computed(scale, pieces):
+    """The gain of a scaled layer, without a scaled copy: never below ‖fl(α W)‖₂."""
+    layer = lipdp.nn.SpectralLinear(30, 20, k_coef_lip=scale)
+    true = float(true_norm(layer.weight * layer.scale))
+    bound = float(lipdp.bounds.BoundGraph(layer, (30,), input_bound=1.0).lipschitz())
+    assert true <= bound <= true * 1.01

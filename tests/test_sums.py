@@ -63,7 +63,7 @@ def test_shared_memory_gives_the_same_weights_bit_for_bit(one_pass, monkeypatch)
 
 
 def test_the_sum_is_the_memory_of_grad():
-    _, model, optimizer, loader, criterion = private()
+    _, model, _, loader, criterion = private()
     x, y = next(iter(loader))
     criterion(model(x), y).backward()
     held = criterion._step.gradients._sums

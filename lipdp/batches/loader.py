@@ -30,6 +30,7 @@ from lipdp.timing import Clock
 Drawn: TypeAlias = tuple[np.ndarray, int]
 """The records of a batch, and a seed for what the dataset draws while it reads them."""
 
+
 @dataclass(eq=False)
 class Draw:
     """One batch, as it was handed out.
@@ -248,7 +249,7 @@ class BatchLoader:
             yield drawn.batch
 
     def _draws(self, iteration: int, ahead: deque[_Ahead], count: int) -> Iterator[Drawn]:
-        """The records of `count` batches, in pieces; notes sizes and the states after them for when they are consumed."""
+        """The records of `count` batches, in pieces; notes their sizes and the states after them."""
         draws = iter(self.sampler)
         for _ in range(count):
             self._require_newest(iteration)

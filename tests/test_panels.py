@@ -7,6 +7,7 @@ import torch
 
 import lipdp
 from lipdp import panels
+from lipdp.bounds import BoundGraph
 from lipdp.constraints import Frobenius, Orthogonal, Spectral, certified_norm
 from lipdp.nn.constrained import cannot_certify
 
@@ -121,5 +122,5 @@ def test_a_large_layer_is_bounded_as_it_is_computed(scale, pieces):
     """The gain of a scaled layer, without a scaled copy: never below ‖fl(α W)‖₂."""
     layer = lipdp.nn.SpectralLinear(30, 20, k_coef_lip=scale)
     true = float(true_norm(layer.weight * layer.scale))
-    bound = float(lipdp.bounds.BoundGraph(layer, (30,), input_bound=1.0).lipschitz())
+    bound = float(BoundGraph(layer, (30,), input_bound=1.0).lipschitz())
     assert true <= bound <= true * 1.01

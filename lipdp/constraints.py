@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lipdp import panels
 from lipdp.errors import ConstraintError, ParameterError
 
 _GRAM_SQUARINGS = 9  # the bound is loose by at most rank ** (1 / 2**11): 0.4 % at rank 1000
@@ -146,6 +147,9 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
         matrix: (..., m, n), any floating dtype; computed in float64.
         squarings: k.
 
+    A large matrix on a CPU is taken in pieces (`lipdp.panels`): the second bound, of W divided by a scale, where it is
+    within a thousandth, else the eigenvalue.
+
     Returns:
         float64 tensor of shape (...), an upper bound up to and including its own rounding error; NaN or infinite when
         an entry is.
@@ -156,6 +160,9 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
 
     Source: Delattre, Barthélemy, Araujo & Allauzen (2023), theorem 2 (Gram iteration); Weyl's inequality.
     """
+    if panels.is_large(matrix):
+        norms = torch.tensor([_large_norm(w) for w in panels.each(matrix)], dtype=torch.float64)
+        return norms.view(matrix.shape[:-2]) * _slack(matrix)
     w, scale = _rescaled(matrix)
     if min(w.shape[-2:]) == 1:  # one row or column: the Euclidean norm
         norm = torch.linalg.matrix_norm(w)
@@ -164,6 +171,16 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
     else:
         norm = torch.linalg.eigvalsh(_gram(w))[..., -1].clamp_min(0.0).sqrt()
     return norm * scale[..., 0, 0] * _slack(matrix)
+
+
+def _large_norm(w: Tensor) -> float:
+    """‖W‖₂ of one large wide matrix on a CPU, up to rounding from above."""
+    near = panels.near_orthogonal(w)
+    if near is not None:
+        return near
+    scale = panels.largest_entry(w)
+    gram = panels.gram(w, scale).nan_to_num_(0.0, 0.0, 0.0)
+    return scale * math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0))
 
 
 class Constraint(ABC):
@@ -180,6 +197,22 @@ class Constraint(ABC):
     def retract(self, matrix: Tensor) -> Tensor:
         """`project` for a matrix that was in the set before a step; a constraint may be quicker about it."""
         return self.project(matrix)
+
+    def retract_(self, matrix: Tensor) -> None:
+        """`retract` in place, of a large matrix without a second one of its size."""
+        if type(self) in BUILT_IN and panels.is_large(matrix):
+            self._each_large_(matrix)
+        else:
+            matrix.copy_(self.retract(matrix))
+
+    def _each_large_(self, matrix: Tensor) -> Tensor:
+        for w in panels.each(matrix):
+            self._project_large_(w)
+        return matrix
+
+    def _project_large_(self, w: Tensor) -> None:
+        """Project one large matrix on a CPU in place, at least as wide as high."""
+        w.copy_(self.project(w))
 
     @abstractmethod
     def contains(self, matrix: Tensor, *, tolerance: float | None = None) -> bool:
@@ -256,12 +289,24 @@ class Spectral(_Ball):
     _order: ClassVar[Any] = 2
 
     def project(self, matrix: Tensor) -> Tensor:
+        if panels.is_large(matrix):
+            return self._each_large_(matrix.clone())
         w, scale = _rescaled(matrix)
-        eigenvalues, vectors = torch.linalg.eigh(_gram(w))
+        clipped = _apply(self._transform(_gram(w), scale), w).mul_(scale)
+        return _shrink(clipped, self.radius).to(matrix.dtype)
+
+    def _transform(self, gram: Tensor, scale: Tensor) -> Tensor:
+        """U min(1, rΛ^(-1/2)) Uᵀ of the Gram matrix of W/scale."""
+        eigenvalues, vectors = torch.linalg.eigh(gram)
         norms = eigenvalues.clamp_min(0.0).sqrt() * scale[..., 0]
         shrink = self.radius / norms.clamp_min(self.radius)
-        clipped = _apply((vectors * shrink[..., None, :]) @ vectors.mT, w).mul_(scale)
-        return _shrink(clipped, self.radius).to(matrix.dtype)
+        return (vectors * shrink[..., None, :]) @ vectors.mT
+
+    def _project_large_(self, w: Tensor) -> None:
+        scale = panels.largest_entry(w)
+        gram = panels.gram(w, scale).nan_to_num_(0.0, 0.0, 0.0)
+        panels.multiply_(self._transform(gram, w.new_full((1, 1), scale, dtype=torch.float64)), w)
+        panels.shrink_(w, float(certified_norm(w)), self.radius)
 
 
 @dataclass(frozen=True)
@@ -281,7 +326,13 @@ class Orthogonal(Constraint):
     """
 
     def project(self, matrix: Tensor) -> Tensor:
+        if panels.is_large(matrix):
+            return self._each_large_(matrix.clone())
         return self._polar(matrix, _newton_schulz_root if matrix.is_cuda else _eigen_root)
+
+    def _project_large_(self, w: Tensor) -> None:
+        panels.polar_(w)
+        panels.shrink_(w, float(certified_norm(w)), 1.0)
 
     def retract(self, matrix: Tensor) -> Tensor:
         """`project`; on a GPU for a matrix that was orthogonal before a step, with most iterations in bfloat16.
@@ -328,6 +379,9 @@ class Frobenius(_Ball):
         w, scale = _rescaled(matrix)
         norm = torch.linalg.matrix_norm(w, keepdim=True) * scale
         return (matrix.double() * (self.radius / norm.clamp_min(self.radius))).to(matrix.dtype)
+
+    def _project_large_(self, w: Tensor) -> None:
+        panels.shrink_(w, panels.frobenius(w), self.radius)
 
 
 BUILT_IN = (Spectral, Orthogonal, Frobenius)

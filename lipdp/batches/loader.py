@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,9 +30,6 @@ from lipdp.timing import Clock
 Drawn: TypeAlias = tuple[np.ndarray, int]
 """The records of a batch, and a seed for what the dataset draws while it reads them."""
 
-_Ahead: TypeAlias = tuple[int, Tensor | None, dict[str, Any]]
-"""Of a batch that was drawn: its units, the weights of their records, the sampler's state afterwards."""
-
 
 @dataclass(eq=False)
 class Draw:
@@ -39,7 +37,7 @@ class Draw:
 
     Attributes:
         units: how many records (or owners) it holds. rows: how many rows the model is to be given.
-        batch: (x, y), or (x, y, weight); None once the next batch is asked for.
+        batch: (x, y), or (x, y, weight), or the piece of it that was read last; None once the next one is asked for.
         weights: (rows,) of every row, where owners are drawn: the engine's own copy.
         key: by which rows know their batch. The tensors don't hold the draw itself: in a circle a batch would live
             until Python looks for circles, and full batches of a gigabyte fill a machine before that.
@@ -50,6 +48,10 @@ class Draw:
     batch: Any
     weights: Tensor | None = None
     key: object = field(default_factory=object)
+
+
+_Ahead: TypeAlias = tuple[Draw, int, dict[str, Any]]
+"""A batch that was drawn, in how many pieces it is read, the sampler's state afterwards."""
 
 
 class Listener:
@@ -86,6 +88,10 @@ class BatchLoader:
     weight of each, for the criterion. With `views` = K > 1 the inputs of a record are K views of it, (K, *features),
     and a batch has K rows for each.
 
+    With `piece` a batch comes as an iterator of (x, y), at most so many records each, that are read when they are asked
+    for: a batch of 32,768 is never held at once. Its pieces know which rows of the whole batch they hold, so a step on
+    some of them is refused like one on a part of a batch. The draws and the account are those of whole batches.
+
     Args:
         dataset: map-style, with `__len__` (equal to the sampler's population) and `__getitem__`; if it has
             `__getitems__(indices)` or `read_batch(indices)`, a whole batch is read by that.
@@ -100,6 +106,7 @@ class BatchLoader:
         clock: names the part of a step in which batches are drawn.
         passes: one iteration ends after about steps/passes batches, a pass over the data, so that a loop over epochs
             works; by default it is the whole training.
+        piece: records that are read at a time; by default the whole batch.
 
     Attributes:
         drawn: the batch handed out last; None before the first.
@@ -135,15 +142,18 @@ class BatchLoader:
         listener: Listener | None = None,
         clock: Clock | None = None,
         passes: float | None = None,
+        piece: int | None = None,
     ) -> None:
         expected = owners.total if owners is not None else sampler.population
         _require_map_style(dataset, expected if records is None else records)
         if num_workers < 0:
             raise ParameterError(f"num_workers is {num_workers}; it must be 0 or more")
+        if piece is not None and piece < 1:
+            raise ParameterError(f"a piece of a batch has at least one record, got {piece}")
         self.dataset = dataset
         self.sampler = sampler
         self.part: Partition = part or EveryNth()
-        self.owners, self.views = owners, views
+        self.owners, self.views, self._piece = owners, views, piece
         self.drawn: Draw | None = None
         self._listener, self._clock = listener or Listener(), clock or Clock()
         self._records: Dataset[Any]
@@ -208,27 +218,38 @@ class BatchLoader:
             self._require_newest(iteration)
             if batch is None:
                 return
-            units, weights, self._consumed = ahead.popleft()
-            self.drawn = self._arranged(batch, units, weights)
-            self._listener.after_draw(self.drawn)
+            self.drawn, count, self._consumed = ahead.popleft()
+            rest = islice(arriving, count - 1)
+            pieces = self._arranged(chain([batch], rest), self.drawn)
             del batch
-            yield self.drawn.batch
+            if self._piece is None:
+                next(pieces)
+                self._listener.after_draw(self.drawn)
+                yield self.drawn.batch
+            else:
+                self._listener.after_draw(self.drawn)
+                yield pieces
+                deque(rest, 0)  # what the script did not ask for
 
-    def _arranged(self, batch: Any, units: int, weights: Tensor | None) -> Draw:
-        """A collated batch as it is handed out."""
-        parts = tuple(batch) if isinstance(batch, list) else batch
-        rows = units if weights is None else len(weights)
-        if weights is not None:
-            parts = (*parts, weights.to(parts[0].device, non_blocking=True))
-        if self.views > 1:
-            parts = flattened_views(parts, self.views)
-            weights = None if weights is None else weights.repeat_interleave(self.views)
-        drawn = Draw(units, rows * self.views, None, None if weights is None else weights.clone())
-        drawn.batch = _labelled(parts, Rows(drawn.key, 0, drawn.rows))
-        return drawn
+    def _arranged(self, read: Iterator[Any], drawn: Draw) -> Iterator[Any]:
+        """The pieces of a batch as they are handed out, one after the other."""
+        start = 0
+        for batch in read:
+            if self.drawn is not drawn:
+                raise EngineError("these are pieces of a batch that was given up: the loader has handed out another")
+            parts = tuple(batch) if isinstance(batch, list) else batch
+            stop = min(start + (self._piece or drawn.rows) * self.views, drawn.rows)
+            if self.views > 1:
+                parts = flattened_views(parts, self.views)
+            if drawn.weights is not None:
+                parts = (*parts, drawn.weights[start:stop].clone().to(parts[0].device, non_blocking=True))
+            drawn.batch = _labelled(parts, Rows(drawn.key, start, stop))
+            start = stop
+            del batch, parts
+            yield drawn.batch
 
     def _draws(self, iteration: int, ahead: deque[_Ahead], count: int) -> Iterator[Drawn]:
-        """The records of `count` batches; notes sizes and the states after them for when they will be consumed."""
+        """The records of `count` batches, in pieces; notes their sizes and the states after them."""
         draws = iter(self.sampler)
         for _ in range(count):
             self._require_newest(iteration)
@@ -240,10 +261,13 @@ class BatchLoader:
             records, weights = units, None
             if self.owners is not None:
                 records, shares = self.owners.records(units)
-                weights = torch.from_numpy(shares)
+                weights = torch.from_numpy(shares).repeat_interleave(self.views)
             state = self.sampler.state_dict()
-            ahead.append((len(units), weights, state))
-            yield records, _seed_of(state)
+            size = self._piece or max(len(records), 1)
+            starts = range(0, max(len(records), 1), size)
+            ahead.append((Draw(len(units), len(records) * self.views, None, weights), len(starts), state))
+            for start in starts:
+                yield records[start : start + size], _seed_of(state, start)
 
     def _require_newest(self, iteration: int) -> None:
         if iteration != self._iteration:
@@ -371,10 +395,10 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _seed_of(state: dict[str, Any]) -> int:
-    """For what a dataset draws while it reads the batch: a hash of the state, with its secret key, and of the rank."""
+def _seed_of(state: dict[str, Any], start: int) -> int:
+    """For what a dataset draws while it reads a piece: a hash of the state, with its secret key, rank and first row."""
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    text = json.dumps([state, rank], sort_keys=True)
+    text = json.dumps([state, rank, *([start] if start else [])], sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7, person=b"lipdp.views").digest(), "little")
 
 

@@ -10,6 +10,7 @@ import torch
 from deel import torchlip
 from torch import Tensor, nn
 
+from lipdp import panels
 from lipdp.bounds.rules import Call, Local, Number, least, own_axes, rule, times
 from lipdp.constraints import Constraint, Spectral, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
@@ -24,7 +25,11 @@ def _dense(call: Call, layer: nn.Linear, constraint: Constraint, scale: float) -
     """y = α W x + b over R rows: gain α‖W‖₂; ‖Σ g xᵀ‖_F ≤ ‖g‖‖x‖ (Cauchy–Schwarz); b is added R times: √R."""
     count = call.x.numel // layer.in_features
     rows = math.sqrt(count)
-    norm = constraint.norm_bound(call.used(layer.weight * scale))
+    if panels.is_large(layer.weight) or scale == 1.0:  # without a copy: rounding α W moves it by u √m α ‖W‖₂ at most
+        rounding = 0.0 if scale == 1.0 else math.sqrt(min(layer.weight.shape)) * torch.finfo(layer.weight.dtype).eps
+        norm = constraint.norm_bound(call.used(layer.weight)) * (scale * (1.0 + rounding))
+    else:
+        norm = constraint.norm_bound(call.used(layer.weight * scale))
     parameters: dict[str, Number] = {"weight": scale * call.x.value}
     offset: Number = 0.0
     if layer.bias is not None:

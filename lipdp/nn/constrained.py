@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipdp import panels
 from lipdp.constraints import BUILT_IN, Constraint, Frobenius, Orthogonal, check_positive
 from lipdp.nn.sharded import is_sharded, load_unsharded_, unsharded
 
@@ -78,7 +79,10 @@ class Constrained(nn.Module):
     def project_(self) -> None:
         """Put the trainable weight and bias back in their sets, in place."""
         if self.weight.requires_grad:
-            self.weight.copy_(self.constraint.retract(self.weight_matrix()).view(self.weight.shape))
+            matrix = self.weight_matrix()
+            self.constraint.retract_(matrix)
+            if matrix.data_ptr() != self.weight.data_ptr():  # channels-last kernels are no matrix in memory
+                self.weight.copy_(matrix.view(self.weight.shape))
         self._project_bias_()
 
     def _project_bias_(self) -> None:
@@ -179,7 +183,20 @@ def cannot_certify(matrix: Tensor, radius: float) -> Tensor:
     small, large = sorted(matrix.shape[-2:])
     slack = math.sqrt(small) * torch.finfo(matrix.dtype).eps
     slack += (large + small + 1) * max(small, 1) * torch.finfo(torch.float64).eps
+    limit = radius * (1 + slack)
+    if panels.is_large(matrix):
+        return torch.tensor(any(_is_beyond(w, limit) for w in panels.each(matrix)))
     w = matrix.double()
-    gram = w @ w.mT if w.shape[-2] == small else w.mT @ w
-    gram.neg_().diagonal(dim1=-2, dim2=-1).add_((radius * (1 + slack)) ** 2)
+    return _no_factor(w @ w.mT if w.shape[-2] == small else w.mT @ w, limit)
+
+
+def _is_beyond(w: Tensor, limit: float) -> bool:
+    """Of one large matrix on a CPU: a Gram matrix is made only where blocks of it don't show that W is within."""
+    near = panels.near_orthogonal(w)
+    return (near is None or near > limit) and bool(_no_factor(panels.gram(w, 1.0), limit))
+
+
+def _no_factor(gram: Tensor, limit: float) -> Tensor:
+    """() bool: whether limit² I − G has no Cholesky factor; G is overwritten."""
+    gram.neg_().diagonal(dim1=-2, dim2=-1).add_(limit**2)
     return torch.linalg.cholesky_ex(gram).info.any()

@@ -16,7 +16,7 @@ from lipdp.batches.population import Population, check_records, first_records
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
-from lipdp.errors import CannotLearnWarning, ParameterError
+from lipdp.errors import CannotLearnWarning, EngineError, ParameterError
 from lipdp.losses import as_lipschitz
 from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import get_allocation
@@ -96,6 +96,11 @@ def _hooked(
     records: tuple[Tensor, Tensor],
 ) -> StepHooks:
     """The loss checked, the loader and the criterion made, the optimiser hooked."""
+    if request.piece is not None and is_sharded(inner):
+        raise EngineError(
+            "piece= reads a number of pieces that differs between processes, and under fully_shard all take part in"
+            " every pass: leave it out, and cut batches with engine.microbatches"
+        )
     x, targets = records
     loss = as_lipschitz(request.criterion, graph.output_shape)
     check_loss(loss, targets.to(graph.device), graph.output_shape)
@@ -118,6 +123,7 @@ def _hooked(
         listener=step,
         clock=clock,
         passes=request.passes,
+        piece=request.piece,
     )
     private = PrivateCriterion(loss, graph, state, step)
     typical = _probed(inner, graph, min(float(private.constant()), float(state.bound)))

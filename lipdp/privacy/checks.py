@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,10 +202,31 @@ class GradientCheck:
         share = min(1.0, 80 / batch_size) if graph.device.type == "cpu" else 1.0
         self.every = math.ceil(records * share / _SHARE) if every is None else every
         self._model, self._graph, self._loss, self._records = model, graph, loss, records
+        self._found: tuple[tuple[int, list[int]], Tensor, Tensor] | None = None
 
     def due(self, step: int) -> bool:
         """Whether step number `step`, counted from 0, is one to look at."""
         return self.every > 0 and step % self.every == 0
+
+    def measure(self, batch: Any, parameters: list[nn.Parameter], *, step: int) -> None:
+        """Take the norms of a few records, at a cotangent of norm 1; `check` compares them.
+
+        Before the batch's own forward pass there is room: no activation is held, and a parameter's gradient goes as
+        soon as its norm is known.
+
+        Args:
+            batch: (x, y) as the loader yielded it, not empty.
+            step: number of this step, counted from 0; also says which records.
+        """
+        x, y = batch
+        count = min(self._records, len(x))
+        rows = [(step * 7919 + i * (len(x) // count)) % len(x) for i in range(count)]
+        at = step, [p._version for p in parameters]
+        with self._beside():
+            inputs, targets = self._inputs(x[rows]), y[rows].to(self._graph.device)
+            alike = self._is_traced(inputs, step)
+            norms = [self._norms(inputs[i : i + 1], targets[i : i + 1], parameters) for i in range(count)]
+        self._found = at, alike, torch.stack(norms).amax(0)
 
     def check(
         self, batch: Any, limit: float | Tensor, bounds: dict[str, Tensor], parameters: list[nn.Parameter], *, step: int
@@ -212,21 +234,15 @@ class GradientCheck:
         """Look at a few records; BoundViolation where a gradient is longer than its bound.
 
         Args:
-            batch: (x, y) as the loader yielded it, not empty.
+            batch: (x, y), measured now unless `measure` did so at these weights.
             limit: the longest cotangent at the logits.
             bounds: parameter name → Δ for one record, in the order of `parameters`.
-            step: number of this step, counted from 0; also says which records.
+            step: number of this step, counted from 0.
         """
-        x, y = batch
-        count = min(self._records, len(x))
-        rows = [(step * 7919 + i * (len(x) // count)) % len(x) for i in range(count)]
-        limit = torch.as_tensor(limit, dtype=torch.float64, device=self._graph.device)
-        with self._beside():
-            inputs, targets = self._inputs(x[rows]), y[rows].to(self._graph.device)
-            alike = self._is_traced(inputs, step)
-            norms = torch.stack(
-                [self._norms(inputs[i : i + 1], targets[i : i + 1], limit, parameters) for i in range(count)]
-            ).amax(0)
+        if self._found is None or self._found[0] != (step, [p._version for p in parameters]):
+            self.measure(batch, parameters, step=step)
+        (_, alike, norms), self._found = self._found, None  # type: ignore[misc]
+        norms = norms * limit
         deltas = torch.stack(list(bounds.values()))
         over = norms > deltas * (1 + self.TOLERANCE)
         if not bool(alike & ~over.any()):
@@ -262,17 +278,31 @@ class GradientCheck:
         like = self._graph.probe(batch=len(x))
         return x.to(like).reshape(like.shape) if x.numel() == like.numel() else like
 
-    def _norms(self, x: Tensor, y: Tensor, limit: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """(D,) norms of one record's gradients, at a cotangent of norm `limit`."""
+    def _norms(self, x: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """(D,) norms of one record's gradients, at a cotangent of norm 1."""
         copies = 2 if is_compiled(self._model) else 1
         logits = self._model(x.repeat_interleave(copies, 0))[:1]
         apart = logits.detach().requires_grad_()
         (cotangent,) = torch.autograd.grad(self._loss(apart, y).sum(), apart)
         length = torch.linalg.vector_norm(cotangent.double())
-        cotangent = (cotangent.double() * torch.where(length > 0, limit / length, 0.0)).to(cotangent.dtype)
-        grads = torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+        cotangent = (cotangent.double() * torch.where(length > 0, 1 / length, 0.0)).to(cotangent.dtype)
+        norms: dict[int, Tensor] = {}
+
+        def note(index: int, gradient: Tensor) -> Tensor:
+            """What the pass goes on with holds no memory."""
+            if index not in norms:
+                parts = gradient.reshape(-1).split(1 << 20)
+                norms[index] = torch.stack([torch.linalg.vector_norm(p.double()) for p in parts]).norm()
+            return gradient.new_zeros(()).expand_as(gradient)
+
+        handles = [p.register_hook(partial(note, i)) for i, p in enumerate(parameters)]
+        try:
+            torch.autograd.grad(logits, parameters, cotangent, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
         zero = torch.zeros((), dtype=torch.float64, device=logits.device)
-        return torch.stack([zero if g is None else torch.linalg.vector_norm(g.double()) for g in grads])
+        return torch.stack([norms.get(i, zero) for i in range(len(parameters))])
 
     def _refuse(self, bounds: dict[str, Tensor], norms: list[float], over: list[bool], step: int) -> None:
         found = [

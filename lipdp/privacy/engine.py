@@ -246,6 +246,8 @@ class PrivacyEngine:
             input_shape: of one sample; by default that of record 0.
             forward_dtype: `torch.bfloat16` if the forward pass will run under autocast.
             num_workers, pin_memory: of the loader.
+            piece: records read at a time, where a whole batch is too large for memory: `for pieces in loader:` gives
+                an iterator of (x, y), each for one `backward`, before one `step()`. Not under `fully_shard`.
 
         Raises:
             ParameterError, UnknownNameError: an argument out of range. OptimizerError: an optimiser that is not

@@ -109,6 +109,7 @@ class PrivateForward:
         if reason:
             self._step.reason = reason
             return self._as_written(*args, **kwargs)
+        self._step.before_call()
         x, versions = plain(args[0]), tensors_of(self._model, *(() if self._sharded else self._graph.held()))
         self._within, before = compute is not self._compute, self._within
         try:

@@ -16,7 +16,6 @@ from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
-from lipdp.batches.rows import plain
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
 from lipdp.bounds.sensitivity import Sensitivity, read_sweep
@@ -116,6 +115,7 @@ class StepHooks:
         self.before = draws.ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
         self._taken_at = loader.position
         self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=request.module)
+        step.before_first_call = self._measure_records
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -356,10 +356,15 @@ class StepHooks:
             return
         bounds = {n: sweep.parameters[n] for n in self.names}
         with self.world.fail_together():
-            drawn = self.step_in_progress.drawn
-            if drawn is not None and drawn.rows:
-                batch = [plain(part) for part in drawn.batch[:2]]
+            batch = self.step_in_progress.records()
+            if batch is not None:
                 self._gradients.check(batch, self._start(sweep.output), bounds, self.parameters, step=step)
+
+    def _measure_records(self) -> None:
+        """For `_check_records`, in front of the first private call of a batch."""
+        step, batch = self.ledger.steps - self.before, self.step_in_progress.records()
+        if batch is not None and self._gradients.due(step):
+            self._gradients.measure(batch, self.parameters, step=step)
 
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""

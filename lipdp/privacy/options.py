@@ -37,6 +37,7 @@ class Options(TypedDict, total=False):
     shards: bool
     num_workers: int
     pin_memory: bool
+    piece: int | None
 
 
 class Given(Options, total=False):
@@ -77,6 +78,7 @@ class Request:
     shards: bool = False
     num_workers: int = 0
     pin_memory: bool = False
+    piece: int | None = None
 
     @property
     def gating(self) -> FixedGate | QuantileGate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -93,10 +94,16 @@ class Gradients(Protocol):
 
 
 class OwnGradients:
-    """S_l, formed by the engine: `p.grad` is compared with it and then replaced by it."""
+    """S_l, formed by the engine: `p.grad` is compared with it and then replaced by it.
+
+    A large S_l is not kept twice. Where a pass hands out a gradient whose memory nothing else uses, S_l is that memory,
+    which autograd makes `p.grad` of, and the engine keeps a sum over its bits (`_mark`): what is written there by
+    anyone, past torch's counts too, is refused at the step like a `p.grad` that differs.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._marks: dict[nn.Parameter, Tensor] = {}  # of sums in shared memory
         self._found: list[Claim] = []
 
     def add(self, call: RootCall) -> list[Tensor | None]:
@@ -106,14 +113,29 @@ class OwnGradients:
             if p.grad is not None and p not in self._sums:  # zeros, if the script called zero_grad(set_to_none=False)
                 self._found.append(((p.grad == 0).all(), _LEFT))
         wanted = [t for t in call.inputs if t.requires_grad]
-        pairs = zip(wanted, torch.autograd.grad(call.out, wanted, call.cotangent, allow_unused=True), strict=True)
-        found = {id(t): g for t, g in pairs}
+        gradients = torch.autograd.grad(call.out, wanted, call.cotangent, allow_unused=True)
+        found = dict(zip(map(id, wanted), gradients, strict=True))
+        del gradients  # `found` alone holds them: see `_is_alone`
         with torch.no_grad():
             for p in call.parameters:
-                g = found[id(p)]
-                if g is not None:
-                    self._sums[p] = self._sums[p].add_(g) if p in self._sums else g.clone()
+                key = id(p)
+                if found[key] is None:
+                    continue
+                if p in self._sums:
+                    self._own(p).add_(found[key])
+                elif _is_alone(found, key):
+                    self._sums[p] = found[key].detach()
+                    self._marks[p] = _mark(found[key])
+                else:
+                    self._sums[p] = found[key].clone()
         return [found.get(id(t)) for t in call.inputs]
+
+    def _own(self, p: nn.Parameter) -> Tensor:
+        """The sum in memory of its own."""
+        if p in self._marks:
+            self._found.append((_mark(self._sums[p]) == self._marks.pop(p), OTHER_TERMS))
+            self._sums[p] = self._sums[p].clone()
+        return self._sums[p]
 
     def claims(self, parameters: Iterable[nn.Parameter]) -> list[Claim]:
         found = list(self._found)
@@ -121,7 +143,9 @@ class OwnGradients:
             own, held = self._sums.get(p), p.grad
             if held is None and own is not None:
                 raise EngineError(DROPPED)
-            if held is not None:
+            if p in self._marks:
+                found.append((_mark(self._sums[p]) == self._marks[p], OTHER_TERMS))
+            if held is not None and (own is None or held.data_ptr() != own.data_ptr()):
                 same = held == 0 if own is None else (held == own) | (own != own)  # NaN is named elsewhere
                 found.append((same.all(), OTHER_TERMS))
         return found
@@ -132,7 +156,46 @@ class OwnGradients:
             p.grad = torch.zeros_like(p) if own is None else own
 
     def forget(self) -> None:
-        self._sums, self._found = {}, []
+        self._sums, self._marks, self._found = {}, {}, []
+
+
+_LARGE = 1 << 20  # numbers of a gradient that is not kept twice
+_PIECE = 1 << 18
+
+
+def _is_alone(found: dict[int, Any], key: int) -> bool:
+    """Whether a large gradient, and its memory, is held by `found` and by nothing else: no cotangent, buffer or view.
+
+    Holders are counted, in Python and in C++, and compared with those of a tensor that was just made.
+    """
+    g = found[key]
+    if g.numel() < _LARGE or not g.is_contiguous() or g.untyped_storage().nbytes() != g.numel() * g.itemsize:
+        return False
+    del g
+    fresh = {key: torch.empty(1, 1)} if found[key]._base is None else {key: torch.empty(1, 1).mT}
+    return _holders(found, key) == _holders(fresh, key)
+
+
+def _holders(found: dict[int, Any], key: int) -> list[int]:
+    """Of a tensor, of what it is a view of, and of their memory."""
+    g = found[key]
+    storage, base = g.untyped_storage(), g._base
+    counts = [torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage), g._use_count(), sys.getrefcount(g)]
+    return counts + ([] if base is None else [base._use_count(), sys.getrefcount(base)])
+
+
+def _mark(tensor: Tensor) -> Tensor:
+    """() int64 Σ_i w_i b_i mod 2⁶⁴ over the bits b_i of the entries, with fixed random odd weights w_i.
+
+    A change of one entry always shows, any other that is not made for it but with a chance of 2⁻⁶⁰.
+    """
+    bits = tensor.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    generator = torch.Generator().manual_seed(0x5EA1)
+    weights = torch.randint(-(2**62), 2**62, (min(len(bits), _PIECE),), generator=generator).mul_(2).add_(1)
+    weights, total = weights.to(bits.device), torch.zeros((), dtype=torch.int64, device=bits.device)
+    for number, piece in enumerate(bits.split(_PIECE)):
+        total = total * 0x2545F4914F6CDD1D + (piece * weights[: len(piece)]).sum() + number
+    return total
 
 
 class SealedGradients:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import lipdp
 from lipdp.cli import app, main
-from lipdp.commands.display import BarMonitor, LineMonitor, show_result
+from lipdp.commands.display import Screen, show_result
 from lipdp.commands.options import repeat_options
 from lipdp.noise.allocation import get_allocation
 from lipdp.report.parameters import parameter_rows
@@ -378,9 +378,9 @@ def test_sensitivity_of_a_data_set_is_what_a_dry_run_of_train_shows(tmp_path, mo
 
 
 def test_what_a_run_spends_is_shown_before_its_features_are_computed(capsys, monkeypatch):
-    seen, features = [], LineMonitor.features
+    seen, features = [], Screen.features
     monkeypatch.setattr(
-        LineMonitor, "features", lambda self, *told: seen.append(capsys.readouterr().out) or features(self, *told)
+        Screen, "features", lambda self, *told: seen.append(capsys.readouterr().out) or features(self, *told)
     )
     assert main(["train", "--dry-run", "--features", "dct", "--steps", "3", "--noise-multiplier", "3"]) == 0
     assert "T = 3 steps" in seen[0]
@@ -414,11 +414,11 @@ def test_rows_of_shared_and_unused_parameters():
 # --- how it looks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [LineMonitor, BarMonitor])
-def test_the_screen_holds_eighty_columns(kind, tmp_path):
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_screen_holds_eighty_columns(terminal, tmp_path):
     screen = io.StringIO()
-    console = Console(file=screen, width=80, force_terminal=kind is BarMonitor, color_system=None)
-    with kind(console) as monitor:
+    console = Console(file=screen, width=80, force_terminal=terminal, color_system=None)
+    with Screen(console) as monitor:
         monitor.features(5, 10)
         monitor.features(10, 10)
         config = configure(
@@ -430,7 +430,7 @@ def test_the_screen_holds_eighty_columns(kind, tmp_path):
     assert all(len(line) <= 80 for line in lines if "written to" not in line and "next: " not in line)
     text = " ".join(" ".join(lines).split())
     assert "gate from 0.3 to quantile 0.5" in text
-    assert ("6/6 loss* " in text) == (kind is BarMonitor)
+    assert ("6/6 loss* " in text) == terminal
     assert "averaged weights" in text
 
 

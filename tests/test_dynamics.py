@@ -18,15 +18,13 @@ from lipdp.comparison.dynamics import (
     Flat,
     GlobalFlat,
     GlobalPerLayer,
-    Ntk,
     PerLayer,
     Unclipped,
     gradient_flow,
     markdown,
-    ntk,
     published_table,
-    spectrum,
 )
+from lipdp.comparison.kernel import Ntk, ntk, spectrum
 from lipdp.errors import LossError, NonFiniteError, ParameterError, UnsupportedLayerError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

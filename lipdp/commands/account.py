@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,7 +73,7 @@ def epsilon(
 
         curve = trade_off([event])
         facts |= {"tpr": {f"{rate:g}": curve.tpr(rate) for rate in tpr}, "mu": curve.mu, "mu_floor": curve.floor}
-    _show(facts, notes, as_json, "ε", facts["epsilon"])
+    _show(facts, notes, as_json, f"σ = {noise_multiplier:g}", "ε", facts["epsilon"])
 
 
 @interruptible
@@ -104,7 +103,7 @@ def calibrate(
     if not found:
         raise CalibrationError(notes[_ACCOUNTANTS[0]])
     facts = _facts(drawn, delta) | {"target_epsilon": epsilon, "noise_multiplier": found}
-    _show(facts, notes, as_json, "σ", found)
+    _show(facts, notes, as_json, f"target ε = {epsilon:g}", "σ", found)
 
 
 def _subsampling(
@@ -131,23 +130,19 @@ def _facts(drawn: Subsampling, delta: float) -> dict[str, Any]:
     return {**stated, "relation": drawn.relation.value}
 
 
-def _show(facts: dict[str, Any], notes: dict[str, str], as_json: bool, symbol: str, values: dict[str, float]) -> None:
+def _show(
+    facts: dict[str, Any], notes: dict[str, str], as_json: bool, given: str, symbol: str, values: dict[str, float]
+) -> None:
     if as_json:
         typer.echo(json.dumps({**facts, "notes": notes}, indent=2))
         return
     from lipdp.commands.tables import plain_console, plain_table
 
-    texts: dict[str, Callable[[Any], str]] = {
-        "noise_multiplier": lambda v: f"σ = {v:g}",
-        "target_epsilon": lambda v: f"target ε = {v:g}",
-        "sampling_rate": lambda v: f"q = {v:.6g}",
-        "steps": lambda v: f"T = {v}",
-        "delta": lambda v: f"δ = {v:g}",
-        "relation": lambda v: v.replace("_", " "),
-    }
-    plain = {name: value for name, value in facts.items() if not isinstance(value, dict)}
     console = plain_console()
-    console.print(", ".join(text(plain[name]) for name, text in texts.items() if name in plain))
+    console.print(
+        f"{given}, q = {facts['sampling_rate']:.6g}, T = {facts['steps']}, δ = {facts['delta']:g},"
+        f" {facts['relation'].replace('_', ' ')}"
+    )
     table = plain_table("accountant", symbol, "")
     for name in _ACCOUNTANTS:
         table.add_row(name, f"{values[name]:.5g}" if name in values else "-", notes.get(name, ""))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -33,49 +32,12 @@ from lipdp.training.monitor import Monitor, Result
 _SAMPLINGS = {"poisson": "Poisson batches", "fixed_size": "fixed-size batches"}
 
 
-class LineMonitor(Monitor):
-    """Plain lines: what is decided before the first step, then one line a record."""
+class Screen(Monitor):
+    """What is decided before the first step, then a line a record; on a terminal also a bar, with the time left."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._shown = False
-
-    def __enter__(self) -> LineMonitor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to take down."""
-
-    def opened(self, config: TrainConfig, split: DataSplit) -> None:
-        """Where features are to be computed, which takes time: what the run will spend."""
-        if config.features is not None:
-            config = config.resolve(number_of_units(split), binary=split.task == "binary")
-            show_budget(self.console, config, split, plan_of(config, split))
-            self._shown = True
-
-    def features(self, done: int, total: int) -> None:
-        """Say so once, when they are there."""
-        if done == total:
-            self.console.print(f"features of {total:,} records ready")
-
-    def begin(self, trainer: Trainer) -> None:
-        """Relation, q, T, B, σ, predicted ε, and the table of parameters."""
-        if not self._shown:
-            show_budget(self.console, trainer.config, trainer.split, trainer.engine.plan)
-        show_plan(self.console, trainer)
-
-    def record(self, record: dict[str, Any]) -> None:
-        """One line."""
-        self.console.print(describe(record))
-
-
-class BarMonitor(LineMonitor):
-    """A bar with step, loss, ε so far and the time left."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -85,30 +47,42 @@ class BarMonitor(LineMonitor):
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._features: TaskID | None = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
         """Take the bar down."""
         self._bar.stop()
 
+    def opened(self, config: TrainConfig, split: DataSplit) -> None:
+        """Where features are to be computed, which takes time: what the run will spend."""
+        if config.features is not None:
+            config = config.resolve(number_of_units(split), binary=split.task == "binary")
+            show_budget(self.console, config, split, plan_of(config, split))
+            self._shown = True
+
     def features(self, done: int, total: int) -> None:
-        """A bar of its own."""
-        if self._features is None:
+        """A bar of their own, or a line when they are there."""
+        if self._task is None:
             self._bar.start()
-            self._features = self._bar.add_task("features", total=total, figures="")
-        self._bar.update(self._features, completed=done)
+            self._task = self._bar.add_task("features", total=total, figures="")
+        self._bar.update(self._task, completed=done)
         if done == total:
-            self._bar.remove_task(self._features)
-            self._features = None
+            self._bar.remove_task(self._task)
+            self._task = None
+            if not self.console.is_terminal:
+                self.console.print(f"features of {total:,} records ready")
 
     def begin(self, trainer: Trainer) -> None:
-        """The plan, then the bar."""
+        """Relation, q, T, B, σ, predicted ε, the table of parameters, and the bar."""
         self._bar.stop()
-        super().begin(trainer)
+        if not self._shown:
+            show_budget(self.console, trainer.config, trainer.split, trainer.engine.plan)
+        show_plan(self.console, trainer)
         self._bar.start()
         self._task = self._bar.add_task("step", total=trainer.total_steps, completed=trainer.step, figures="")
 
@@ -117,10 +91,9 @@ class BarMonitor(LineMonitor):
         if self._task is not None:
             self._bar.update(self._task, completed=step, figures=f"loss* {loss:.4f}  ε ≤ {epsilon:.3f}")
 
-
-def terminal_monitor(console: Console) -> LineMonitor:
-    """A bar on a terminal, plain lines elsewhere."""
-    return BarMonitor(console) if console.is_terminal else LineMonitor(console)
+    def record(self, record: dict[str, Any]) -> None:
+        """One line."""
+        self.console.print(describe(record))
 
 
 def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: PrivacyPlan) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lipdp.planning.search import Found
+    from lipdp.planning.space import Dimension
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -63,12 +64,11 @@ def simulate(
     given |= parse_options("--option", option) or {}
     options = {"scale": scale, "validation": validation, "seed": search_seed}
     given_options = {name: value for name, value in options.items() if value is not None}
-    settings, texts, search_options = _stored(out, given, search, given_options)
+    settings, space, search_options = _stored(out, given, search, given_options)
 
     from lipdp.commands.tables import plain_console
     from lipdp.planning.search import simulate as go
     from lipdp.planning.simulation import LABEL
-    from lipdp.planning.space import parse_space
 
     console = plain_console()
     console.print(f"[yellow]{LABEL}[/yellow]")
@@ -77,7 +77,7 @@ def simulate(
         console.print(_line(number, record, found), soft_wrap=True)
 
     try:
-        found = go(settings, parse_space(texts), out=out, trials=trials, jobs=jobs, progress=progress, **search_options)
+        found = go(settings, space, out=out, trials=trials, jobs=jobs, progress=progress, **search_options)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(
             f"interrupted; go on with: lipdp plan simulate --out {out} --trials {trials}"
@@ -93,25 +93,19 @@ def simulate(
 
 def _stored(
     out: Path, given: dict[str, Any], search: list[str] | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Dimension], dict[str, Any]]:
     """What was given, or if that is nothing but the folder, what lies there."""
+    from lipdp.files import read_json
+    from lipdp.planning.space import Choice, Range, parse_space
+
     path = out / "simulation.json"
     if given or search or options or not path.exists():
-        return given, search or [], options
-
-    from lipdp.files import read_json
-
+        return given, parse_space(search or []), options
     stored = read_json(path)
-    texts = [f"{name}={_written(dimension)}" for name, dimension in stored["space"].items()]
-    return stored["settings"], texts, {name: stored[name] for name in ("scale", "validation", "seed")}
-
-
-def _written(dimension: Mapping[str, Any]) -> str:
-    import json
-
-    if "values" in dimension:
-        return ",".join(value if isinstance(value, str) else json.dumps(value) for value in dimension["values"])
-    return f"{dimension['low']!r}:{dimension['high']!r}" + (":log" if dimension["log"] else "")
+    space: dict[str, Dimension] = {
+        name: Choice(tuple(one["values"])) if "values" in one else Range(**one) for name, one in stored["space"].items()
+    }
+    return stored["settings"], space, {name: stored[name] for name in ("scale", "validation", "seed")}
 
 
 def _line(number: int, record: Mapping[str, Any], found: Found) -> str:
@@ -145,11 +139,11 @@ def _show(console: Console, found: Found, out: Path) -> None:
 
 def _train(console: Console, found: Found, folder: Path) -> None:
     """The full run, or what is left of it."""
-    from lipdp.commands.display import show_result, terminal_monitor
+    from lipdp.commands.display import Screen, show_result
     from lipdp.errors import ResumeError
     from lipdp.training import Trainer, configure
 
-    monitor = terminal_monitor(console)
+    monitor = Screen(console)
     with monitor:
         if (folder / "config.json").exists():
             try:

@@ -75,12 +75,12 @@ def train(
 
 def _dry_run(given: dict[str, Any]) -> None:
     """All that is decided before the first step."""
-    from lipdp.commands.display import show_settings, terminal_monitor
+    from lipdp.commands.display import Screen, show_settings
     from lipdp.commands.tables import plain_console
     from lipdp.training import Trainer, configure
 
     console = plain_console()
-    with terminal_monitor(console) as screen:
+    with Screen(console) as screen:
         trainer = Trainer(configure(**given), monitor=screen)
         screen.begin(trainer)
     show_settings(console, trainer.config)
@@ -91,7 +91,7 @@ def _run(
     given: dict[str, Any], out: Path | None, resume: Path | None, world: World, *, tensorboard: bool, profile: bool
 ) -> None:
     """One process's part; the first one speaks."""
-    from lipdp.commands.display import show_profile, show_result, terminal_monitor
+    from lipdp.commands.display import Screen, show_profile, show_result
     from lipdp.commands.tables import plain_console
     from lipdp.distributed.launch import resumed_folder
     from lipdp.training import Monitor, Trainer, configure
@@ -99,7 +99,7 @@ def _run(
 
     first = world.rank == 0
     console = plain_console(quiet=not first)
-    screen = terminal_monitor(console)
+    screen = Screen(console)
     resume = resume or resumed_folder(out)
     config = configure(**given) if resume is None else None
     folder = world.broadcast(resume or out or (_default_folder(config.dataset, config.model) if config else Path()))

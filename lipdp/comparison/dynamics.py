@@ -45,31 +45,10 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.comparison.factors import Clipping, Flat, GlobalFlat, GlobalPerLayer, PerLayer, Unclipped
-from lipdp.comparison.kernel import Ntk, PerSampleLoss, Probe, Spectrum, kernel_of, ntk, spectrum
+from lipdp.comparison.kernel import PerSampleLoss, Probe, Spectrum, kernel_of, spectrum
 from lipdp.comparison.results import markdown as table
 from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
-
-__all__ = [
-    "PUBLISHED",
-    "Claim",
-    "Clipping",
-    "ClippingRow",
-    "Flat",
-    "Flow",
-    "GlobalFlat",
-    "GlobalPerLayer",
-    "Ntk",
-    "PerLayer",
-    "Spectrum",
-    "Unclipped",
-    "gradient_flow",
-    "markdown",
-    "ntk",
-    "published_table",
-    "spectrum",
-]
-
 
 # ------------------------------------------------------------------------------------------------------------- the flow
 

@@ -39,30 +39,8 @@ class Unclipped:
 
 
 @dataclass(frozen=True)
-class Flat:
-    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient; a zero gradient keeps 1.
-
-    >>> Flat(5.0).factors(torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
-    tensor([[0.5000, 0.5000],
-            [1.0000, 1.0000]])
-
-    Source: Abadi et al. (2016).
-    """
-
-    bound: float
-    name: ClassVar[str] = "flat"
-
-    def __post_init__(self) -> None:
-        check_positive("bound", self.bound)
-
-    def factors(self, norms: Tensor) -> Tensor:
-        whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-        return (self.bound / whole.clamp_min(self.bound)).expand_as(norms)
-
-
-@dataclass(frozen=True)
 class PerLayer:
-    """Local per-layer clipping: c_{i,r} = min(1, C_r/‖g_{i,r}‖).
+    """Local per-layer clipping: c_{i,r} = min(1, C_r/‖g_{i,r}‖); a zero gradient keeps 1.
 
     Args:
         bound: C, shared out as C_r = C/√D so that C² = Σ C_r²; or the C_r themselves, one a block.
@@ -83,6 +61,23 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class Flat(PerLayer):
+    """Local flat clipping: c_i = min(1, C/‖g_i‖), with the norm of the whole gradient.
+
+    >>> Flat(5.0).factors(torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
+    tensor([[0.5000, 0.5000],
+            [1.0000, 1.0000]])
+
+    Source: Abadi et al. (2016).
+    """
+
+    name: ClassVar[str] = "flat"
+
+    def factors(self, norms: Tensor) -> Tensor:
+        return super().factors(_whole(norms)).expand_as(norms)
+
+
+@dataclass(frozen=True)
 class Automatic:
     """Automatic clipping: c_i = C/(‖g_i‖ + γ); every gradient counts about the same, and no threshold is left to tune.
 
@@ -97,42 +92,9 @@ class Automatic:
     stability: float = 0.01
     name: ClassVar[str] = "automatic"
 
-    def __post_init__(self) -> None:
-        check_positive("bound", self.bound)
-
     def factors(self, norms: Tensor) -> Tensor:
-        whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-        return (self.bound / (whole + self.stability)).expand_as(norms)
-
-
-@dataclass(frozen=True)
-class GlobalFlat:
-    """Global flat clipping: c_i = (C/Z) 1(‖g_i‖ ≤ Z); sensitivity C.
-
-    Args:
-        bound: C.
-        threshold: Z ≥ C; None takes Z = C, which is the later definition, 1(‖g_i‖ ≤ C).
-
-    >>> GlobalFlat(1.0, 5.0).factors(torch.tensor([[3.0, 4.0], [3.1, 4.0]]))
-    tensor([[0.2000, 0.2000],
-            [0.0000, 0.0000]])
-
-    Source: Bu et al. (2021).
-    """
-
-    bound: float
-    threshold: float | None = None
-    name: ClassVar[str] = "global flat"
-
-    def __post_init__(self) -> None:
-        check_positive("bound", self.bound)
-        if self.threshold is not None and check_positive("threshold", self.threshold) < self.bound:
-            raise ParameterError(f"threshold={self.threshold} is below bound={self.bound}: factors would exceed 1")
-
-    def factors(self, norms: Tensor) -> Tensor:
-        threshold = self.bound if self.threshold is None else self.threshold
-        whole = torch.linalg.vector_norm(norms, dim=1, keepdim=True)
-        return ((whole <= threshold).to(norms.dtype) * (self.bound / threshold)).expand_as(norms)
+        bound = check_positive("bound", self.bound)
+        return (bound / (_whole(norms) + self.stability)).expand_as(norms)
 
 
 @dataclass(frozen=True)
@@ -159,6 +121,32 @@ class GlobalPerLayer:
         if bool((thresholds < bounds).any()):
             raise ParameterError(f"threshold={self.threshold} is below bound={self.bound}: factors would exceed 1")
         return (norms <= thresholds).to(norms.dtype) * (bounds / thresholds)
+
+
+@dataclass(frozen=True)
+class GlobalFlat(GlobalPerLayer):
+    """Global flat clipping: c_i = (C/Z) 1(‖g_i‖ ≤ Z); sensitivity C. Z = C is the later definition, 1(‖g_i‖ ≤ C).
+
+    >>> GlobalFlat(1.0, 5.0).factors(torch.tensor([[3.0, 4.0], [3.1, 4.0]]))
+    tensor([[0.2000, 0.2000],
+            [0.0000, 0.0000]])
+
+    Source: Bu et al. (2021).
+    """
+
+    name: ClassVar[str] = "global flat"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.factors(torch.zeros(1, 1))  # refuses a threshold below the bound
+
+    def factors(self, norms: Tensor) -> Tensor:
+        return super().factors(_whole(norms)).expand_as(norms)
+
+
+def _whole(norms: Tensor) -> Tensor:
+    """‖g_i‖ (n, 1), as of one block."""
+    return torch.linalg.vector_norm(norms, dim=1, keepdim=True)
 
 
 def _check_bounds(name: str, bound: float | tuple[float, ...]) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,7 @@ from lipdp.training.monitor import Monitor
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from lipdp.data import DataSplit
-    from lipdp.training import TrainConfig, Trainer
+    from lipdp.training import Trainer
 
 _log = logging.getLogger(__name__)
 _CERTIFIED = 256  # test records whose radius is looked at in every record: enough for a median
@@ -30,25 +30,12 @@ class Monitors(Monitor):
 
     def __init__(self, monitors: Sequence[Monitor]) -> None:
         self.monitors = tuple(monitors)
+        for what in ("opened", "features", "begin", "step", "record"):
+            setattr(self, what, partial(self._tell, what))
 
     def _tell(self, what: str, *arguments: Any) -> None:
         for monitor in self.monitors:
             getattr(monitor, what)(*arguments)
-
-    def opened(self, config: TrainConfig, split: DataSplit) -> None:
-        self._tell("opened", config, split)
-
-    def features(self, done: int, total: int) -> None:
-        self._tell("features", done, total)
-
-    def begin(self, trainer: Trainer) -> None:
-        self._tell("begin", trainer)
-
-    def step(self, step: int, loss: float, epsilon: float) -> None:
-        self._tell("step", step, loss, epsilon)
-
-    def record(self, record: dict[str, Any]) -> None:
-        self._tell("record", record)
 
 
 class TensorBoard(Monitor):

@@ -14,9 +14,23 @@ FORKED = [
     "torch.distributed.fsdp", "lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "lipdp.comparison.speed",
     "lipdp.comparison.utility", "lipdp.planning.search", "lipdp.planning.cost",
 ]  # fmt: skip
+LONGEST = (
+    "torchrun", "distributed", "compare", "faults", "cost", "simulation", "suggestion", "fuzz", "cli", "readme",
+    "planning", "testing", "training", "report", "estimators", "audit", "secure", "trainers", "any_loop", "port",
+)  # fmt: skip
+"""The files to begin with, where several processes share them: the last to end decides when all is done."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
     torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, not the longest
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

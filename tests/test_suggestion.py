@@ -247,6 +247,12 @@ def test_loose_weights_get_a_gate_at_what_is_typical(make):
     assert all(after[n] == pytest.approx(gates.get(n, before[n]), rel=1e-4) for n in before)
 
 
+def test_frozen_weights_get_no_gate():
+    model = chain()
+    model.get_submodule("0").weight.requires_grad_(False)
+    assert all(j.layer != "0" for j in lipdp.suggest(model, **FACTS).joints)
+
+
 def test_what_a_joint_with_a_weight_gate_makes_of_a_record():
     model = chain()
     place_joints(model, lipdp.suggest(model, **FACTS).joints)

@@ -104,7 +104,7 @@ def without_joints(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
     for path, module in list(copied.named_modules()):
         if vars(module).pop(_PLACED, False):
-            module.weight_gate = None  # type: ignore[assignment]
+            module.weight_gate = None
         kind = path.rpartition("_")[2]
         placed = {"clip": ValueClip, "gate": GradientGate}.get(kind)
         if placed is not None and type(module) is placed:
@@ -114,7 +114,7 @@ def without_joints(model: nn.Module) -> nn.Module:
 
 
 def gateable(model: nn.Module) -> dict[str, str]:
-    """Names of weights at which a gate can be placed, and of their layers: of `lipdp.nn`, and without a gate.
+    """Names of weights at which a gate can be placed, and of their layers: of `lipdp.nn`, trained, without a gate.
 
     None where the model has clips or gates of its own.
 
@@ -124,7 +124,7 @@ def gateable(model: nn.Module) -> dict[str, str]:
     if _has_own(model):
         return {}
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, Constrained) and m.weight_gate is None]
-    return {f"{name}.weight": name for name, layer in layers if name and "weight" in dict(layer.named_parameters())}
+    return {f"{name}.weight": name for name, layer in layers if name and layer.weight.requires_grad}
 
 
 def _has_own(model: nn.Module) -> bool:

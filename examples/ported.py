@@ -74,7 +74,7 @@ def mlp3(d, width, classes):
 NETS = {f.__name__: f for f in (script, lenet, vgg, resnet8, mlp, mlp3)}
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("data", help="digits, mnist, fashion-mnist, cifar10, or a table (magic)")
+parser.add_argument("data", help="digits, mnist, fashion-mnist, cifar10, or a table (adbench/22_magic.gamma)")
 parser.add_argument("net", choices=NETS)
 parser.add_argument("--epsilon", type=float, default=3.0)
 parser.add_argument("--seed", type=int, default=0, help="of the initial weights; batches and noise have none")
@@ -96,7 +96,7 @@ if args.net.startswith("mlp"):
 train = torch.utils.data.TensorDataset(x[: args.records], y[: args.records])
 shape, classes = tuple(x.shape[1:]), int(max(y.max(), test_y.max())) + 1
 torch.manual_seed(args.seed)
-net = NETS[args.net](shape[0], shape[-1], classes)
+net = NETS[args.net](shape[0], 32 if args.net.startswith("mlp") else shape[-1], classes)
 settings = {"target_epsilon": args.epsilon, "target_delta": 1e-5}
 start = time.time()
 

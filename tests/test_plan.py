@@ -182,7 +182,7 @@ def test_the_engine_executes_the_plan_it_is_given_and_names_the_rest():
     plan = PrivacyPlan(**GIVEN, noise_multiplier=1.5, target_delta=1e-5)
     engine = offered(plan, allocation="global", gate=0.3)
     assert mechanism(engine) == stated(plan)
-    assert engine.plan == replace(plan, allocation="global", gate="FixedGate(bound=0.3)")
+    assert engine.plan == replace(plan, allocation="global", gate="norm 0.3 at most")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from lipdp import nn as lnn
 from lipdp.batches.rows import plain as plain_tensor
 from lipdp.errors import CannotLearnWarning, CheckpointError, EngineError, LossError, ParameterError
 from lipdp.suggestion import Joint, place_joints
-from lipdp.suggestion.choose import CLIP_AT, GATE_AT, NOISE_ALONE, budget, default_criterion
+from lipdp.suggestion.choose import CLIP_AT, GATE_AT, LOOSE, NOISE, budget, default_criterion
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import joint_layers, without_joints
 from lipdp.suggestion.learning import GrowthWatch, drowned, signal_over_noise
@@ -82,6 +82,7 @@ def test_a_model_and_a_budget_are_enough(make):
     assert {b.name for b in engine.settings.blocks} == names == set(engine.noise_stds())
     assert isinstance(criterion.loss, losses.TauCrossEntropy)
     assert engine.plan.target_epsilon == 3.0
+    assert "norm 0.3 at most" in str(engine.plan)
     train(optimizer, loader, engine)
     assert engine.steps_left == 0
     assert 2.9 < engine.get_epsilon(1e-4) <= 3.0
@@ -156,7 +157,7 @@ def test_learning_rates_leave_the_noise_at_a_share_of_the_weights():
     for _ in range(200):
         weight.grad = std * torch.randn(40, 60, generator=generator)
         optimizer.step()
-    assert float(torch.linalg.matrix_norm(weight.detach(), 2)) == pytest.approx(NOISE_ALONE, rel=0.15)
+    assert float(torch.linalg.matrix_norm(weight.detach(), 2)) == pytest.approx(NOISE, rel=0.15)
 
 
 @pytest.mark.parametrize(("outputs", "loss"), [(1, losses.TauBCEWithLogits), (3, losses.TauCrossEntropy)])
@@ -173,7 +174,7 @@ def test_few_records_are_passed_over_more_often():
 def test_the_table_says_everything(capsys):
     settings = lipdp.suggest(chain(), **FACTS)
     text = str(settings)
-    for word in ("expected_batch_size", "passes", "TauCrossEntropy(tau=16.0)", "min_variance", "ValueClip", "lr of"):
+    for word in ("expected_batch_size", "passes", "TauCrossEntropy(tau=16.0)", "min_variance", "lr of", "joint at 0"):
         assert word in text
     with pytest.raises(AttributeError):
         settings.gate = 1.0
@@ -220,6 +221,7 @@ def test_joints_that_are_there_are_replaced(make):
     clips = [m.bound for m in model.modules() if type(m) is lnn.ValueClip]
     assert clips == [0.1] * len(layers)
     assert joint_layers(without_joints(model)) == layers
+    place_joints(model, [Joint(layers[0], weight=0.1)])
     first = lipdp.suggest(model, **FACTS)
     assert first.joints == lipdp.suggest(make(), **FACTS).joints
 
@@ -227,6 +229,48 @@ def test_joints_that_are_there_are_replaced(make):
 def test_clips_and_gates_of_ones_own_stay_alone():
     model = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(8, 8), lnn.ValueClip(0.5), lnn.SpectralLinear(8, 3))
     assert lipdp.suggest(model, input_shape=(8,), dataset_size=900, noise_multiplier=2.0).joints == ()
+
+
+@pytest.mark.parametrize("make", [chain, graph])
+def test_loose_weights_get_a_gate_at_what_is_typical(make):
+    """A bound is loose where a weight is used at many positions; the gate is what the noise is calibrated to."""
+    model = make()
+    settings = lipdp.suggest(model, **FACTS)
+    gates = {f"{j.layer}.weight": j.weight for j in settings.joints if j.weight < math.inf}
+    place_joints(model, [j for j in settings.joints if j.weight == math.inf])
+    norms = gradient_norms(model, public_inputs(SHAPE), settings.gate)
+    before = lipdp.sensitivity(model, settings.criterion, SHAPE, gate=settings.gate)
+    assert gates == {n: pytest.approx(norms[n]) for n in before if before[n] > LOOSE * norms[n]}
+    assert {n for n, p in model.named_parameters() if p.dim() == 4} <= gates.keys()
+    place_joints(model, settings.joints)
+    after = lipdp.sensitivity(model, settings.criterion, SHAPE, gate=settings.gate)
+    assert all(after[n] == pytest.approx(gates.get(n, before[n]), rel=1e-4) for n in before)
+
+
+def test_frozen_weights_get_no_gate():
+    model = chain()
+    model.get_submodule("0").weight.requires_grad_(False)
+    assert all(j.layer != "0" for j in lipdp.suggest(model, **FACTS).joints)
+
+
+def test_what_a_joint_with_a_weight_gate_makes_of_a_record():
+    model = chain()
+    place_joints(model, lipdp.suggest(model, **FACTS).joints)
+    bounds = lipdp.sensitivity(model, losses.TauCrossEntropy(), SHAPE)
+    x = torch.rand(6, *SHAPE)
+    for i in range(6):
+        model.zero_grad()
+        losses.TauCrossEntropy(50.0)(model(x[i : i + 1]), torch.tensor([i % 3])).sum().backward()
+        assert all(float(p.grad.norm()) <= bounds[n] for n, p in model.named_parameters())
+    assert float(model.get_submodule("0").weight.grad.norm()) > 0.95 * bounds["0.weight"]  # the gate is reached
+
+
+def test_no_place_for_a_gate_at_a_weight_is_named():
+    with pytest.raises(ParameterError, match="no gate can be placed at the weight of '0'"):
+        place_joints(nn.Sequential(nn.Linear(3, 3)), [Joint("0", weight=1.0)])
+    own = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralConv2d(1, 4, 3, weight_gate=0.5), nn.Flatten())
+    place_joints(own, ())
+    assert without_joints(own)[1].weight_gate == 0.5  # one's own
 
 
 def test_no_place_for_a_joint_is_named():
@@ -240,8 +284,9 @@ def test_joints_stand_at_shares_of_what_is_typical():
     model = chain()
     x = public_inputs(SHAPE)
     settings = lipdp.suggest(model, **FACTS)
-    seen = typical(model, x, [j.layer for j in settings.joints], settings.gate)
-    for joint in settings.joints:
+    between = [j for j in settings.joints if j.weight == math.inf]
+    seen = typical(model, x, [j.layer for j in between], settings.gate)
+    for joint in between:
         assert joint.clip == pytest.approx(CLIP_AT * seen[joint.layer].value)
         assert joint.gate == pytest.approx(GATE_AT * seen[joint.layer].cotangent)
 

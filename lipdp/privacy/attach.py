@@ -79,7 +79,7 @@ def _completed(plan: PrivacyPlan, request: Request, draws: Draws, population: Po
     return replace(
         plan,
         allocation=getattr(get_allocation(request.allocation), "name", type(request.allocation).__name__),
-        gate=repr(request.gating),
+        gate=str(request.gating),
         seeded=draws.seed is not None,
         secure=draws.secure,
     )

@@ -29,6 +29,9 @@ class FixedGate:
         if not (self.bound == math.inf or is_positive(self.bound)):
             raise ParameterError(f"gate={self.bound!r}: a number > 0 is needed")
 
+    def __str__(self) -> str:
+        return "none below the loss's own bound" if self.bound == math.inf else f"norm {self.bound:.6g} at most"
+
     @property
     def noise_multiplier(self) -> float:
         """Of what the gate itself releases: nothing, so infinite."""
@@ -71,6 +74,9 @@ class QuantileGate:
                 raise ParameterError(f"QuantileGate: {name} is a positive finite number, got {getattr(self, name)}")
         if not 0 < self.quantile < 1:
             raise ParameterError(f"QuantileGate: quantile lies in (0, 1), got {self.quantile}")
+
+    def __str__(self) -> str:
+        return f"the {self.quantile:g}-quantile of the norms, as privately counted; {self.initial:.6g} at first"
 
     @property
     def noise_multiplier(self) -> float:

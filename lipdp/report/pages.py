@@ -129,17 +129,10 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
         ("Sampling rate q", rate),
         ("Steps T", f"{number(account.steps)}{planned}{again}"),
         ("Noise shared among parameters", account.allocation.replace("_", " ")),
-        ("Gate on every record’s gradient at the outputs", _gate(account.gate)),
+        ("Gate on every record’s gradient at the outputs", account.gate),
         ("Source of the noise", source),
         ("privacy.json", checked[account.intact]),
     ]
-
-
-def _gate(text: str) -> str:
-    fixed = re.fullmatch(r"FixedGate\(bound=([\d.e+-]+|inf)\)", text)
-    if fixed is None:
-        return text
-    return "none below the loss’s own bound" if fixed.group(1) == "inf" else f"norm {fixed.group(1)} at most"
 
 
 _WORDS = {

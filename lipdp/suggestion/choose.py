@@ -13,7 +13,7 @@ from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
 from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_lipschitz
 from lipdp.noise.allocation import Allocation, get_allocation
-from lipdp.suggestion.joints import Joint, joint_layers, place_joints, without_joints
+from lipdp.suggestion.joints import Joint, gateable, joint_layers, place_joints, without_joints
 from lipdp.suggestion.learning import signals
 from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 from lipdp.suggestion.settings import BlockSetting, Settings
@@ -22,8 +22,8 @@ TAU = 16.0
 GATE = 0.3 / math.sqrt(2)  # of the loss's constant
 CLIP_AT = 0.7  # of the typical norm of values
 GATE_AT = 0.03  # of the typical norm of cotangents
-NOISE = 0.8  # the spectral norm that noise alone may reach, of the radius of the weights, where joints bias gradients
-NOISE_ALONE = 1.6  # where there are none
+LOOSE = 1.5  # a bound of this many times a weight's typical gradient gets a gate at what is typical
+NOISE = 1.6  # the spectral norm that noise alone may reach, of the radius of the weights
 MOMENTUM = 0.9
 PASSES, MOST_PASSES = 5.0, 60.0
 SAMPLES = 100_000
@@ -60,8 +60,10 @@ def suggest(
     - *Joints*: a pass of `public` inputs through the model as it is gives typical norms X and G in front of each layer
       with weights; there a clip at 0.7 X and a gate at 0.03 G are placed, so that bounds are those of typical samples
       and not of the worst. None in dense models and those of two layers, whose bounds are tight without.
+    - *Gates at weights*: where the bound of a weight's gradient is still more than 1.5 times what is typical, as in
+      convolutions, a gate at what is typical takes its place (`lipdp.nn.weight_gate` says what it costs).
     - *Learning rates*: T steps at a rate that falls linearly from lr, with momentum β, move an m x n weight by noise of
-      spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 0.8 of the weight's own, 1.6 without joints.
+      spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 1.6 of the weight's own.
 
     Args:
         model: constrained; it is left as it is.
@@ -70,7 +72,7 @@ def suggest(
         target_epsilon, target_delta: the budget; or `noise_multiplier`.
         expected_batch_size, steps, epochs, sampling, unit, accountant, criterion, gate, allocation: as for
             `PrivacyEngine.make_private`.
-        joints: clips and gates; () places none.
+        joints: clips and gates between layers and at weights; () places none.
         public: (n, *input_shape) samples that no record has a part in, of a public data set say; by default 1/f noise
             for images and normal rows for tables.
         world: the processes that train together; the first one decides.
@@ -108,18 +110,22 @@ def suggest(
     if gate is None and loss.lipschitz < math.inf:
         gate = GATE * loss.lipschitz
     start = min(math.inf if gate is None else gate, loss.lipschitz)
+    limit = math.inf if gate is None else gate
     if joints is None:
         joints = _joints(trial, x, 1.0 if start == math.inf else start)
+        weights = gateable(trial) if _shares_weights(trial, x) else {}
+        place_joints(trial, joints)
+        joints += _weight_gates(trial, x, weights, sensitivity(trial, loss, input_shape, gate=limit))
     place_joints(trial, joints)
     allocation = "min_variance" if allocation is None else allocation
-    bounds = sensitivity(trial, loss, input_shape, gate=math.inf if gate is None else gate)
+    bounds = sensitivity(trial, loss, input_shape, gate=limit)
     settings = Settings(
         plan=plan,
         criterion=loss,
         gate=gate,
         allocation=allocation,
         joints=joints,
-        blocks=_blocks(trial, x, bounds, plan, get_allocation(allocation), NOISE if joints else NOISE_ALONE),
+        blocks=_blocks(trial, x, bounds, plan, get_allocation(allocation)),
         momentum=MOMENTUM,
     )
     return world.broadcast(settings)
@@ -155,7 +161,7 @@ def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
 
     They are tight where no weight is used at several positions: on tables, and between two layers only.
     """
-    layers = joint_layers(model) if x.dim() == 3 or any(p.dim() > 2 for p in model.parameters()) else []
+    layers = joint_layers(model) if _shares_weights(model, x) else []
     found = typical(model, x, layers, start) if len(layers) > 1 else {}
     return tuple(
         Joint(name, clip=CLIP_AT * seen.value, gate=GATE_AT * seen.cotangent)
@@ -164,8 +170,21 @@ def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
     )
 
 
+def _shares_weights(model: nn.Module, x: Tensor) -> bool:
+    """Whether a weight is used at several positions: tokens, or the pixels of a convolution."""
+    return x.dim() == 3 or any(p.dim() > 2 for p in model.parameters())
+
+
+def _weight_gates(model: nn.Module, x: Tensor, weights: dict[str, str], bounds: Sensitivity) -> tuple[Joint, ...]:
+    """Gates at the weights whose bound is loose; `model` has the other joints already."""
+    norms = gradient_norms(model, x, bounds.loss_constant)
+    return tuple(
+        Joint(layer, weight=norms[name]) for name, layer in weights.items() if bounds[name] > LOOSE * norms[name] > 0
+    )
+
+
 def _blocks(
-    model: nn.Module, x: Tensor, bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation, share: float
+    model: nn.Module, x: Tensor, bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation
 ) -> tuple[BlockSetting, ...]:
     """A learning rate per parameter, and what its signal is over its noise."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -179,6 +198,6 @@ def _blocks(
         matrix = parameter.detach().reshape(rows, -1)
         radius = float(torch.linalg.matrix_norm(matrix.double(), 2)) or 1.0
         noise = math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size * sum(map(math.sqrt, matrix.shape))
-        rate = share * radius * (1 - MOMENTUM) / noise if noise else 1.0
+        rate = NOISE * radius * (1 - MOMENTUM) / noise if noise else 1.0
         blocks.append(BlockSetting(name, rate, strengths[name]))
     return tuple(blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from lipdp.losses import LipschitzLoss
 from lipdp.noise.allocation import Allocation
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import Joint
+
+_SHARES = "shares of what public inputs make there; biases gradients, as clipping does"
+_COST = "of each record, where its bound is loose: per-layer clipping; the backward pass forms each record's gradient"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Settings:
         criterion: the loss.
         gate: at the logits; None: none.
         allocation: of the noise over the parameters.
-        joints: clips and gates between layers.
+        joints: clips and gates between layers and at weights.
         blocks: the learning rate of every parameter.
         momentum: of SGD, whose learning rates fall linearly to 0.
 
@@ -95,6 +99,6 @@ class Settings:
             ("allocation", str(self.allocation), "of the noise over the parameters"),
             ("optimizer", f"SGD, momentum {self.momentum:g}", "learning rates fall linearly to 0"),
             *((f"lr of {b.name}", f"{b.learning_rate:.3g}", f"signal over noise {b.signal:.3g}") for b in self.blocks),
-            *((f"joint before {j.layer}", j.summary, "shares of what public inputs make there") for j in self.joints),
+            *((f"joint at {j.layer}", j.summary, _COST if j.weight < math.inf else _SHARES) for j in self.joints),
         ]
         return aligned([HEADER, *rows])

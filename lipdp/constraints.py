@@ -161,7 +161,7 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
     Source: Delattre, Barthélemy, Araujo & Allauzen (2023), theorem 2 (Gram iteration); Weyl's inequality.
     """
     if panels.is_large(matrix):
-        norms = torch.tensor([_large_norm(w) for w in panels.each(matrix)], dtype=torch.float64)
+        norms = torch.tensor([_large_norm(w) for w in panels.each(matrix.detach())], dtype=torch.float64)
         return norms.view(matrix.shape[:-2]) * _slack(matrix)
     w, scale = _rescaled(matrix)
     if min(w.shape[-2:]) == 1:  # one row or column: the Euclidean norm

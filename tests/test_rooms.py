@@ -12,7 +12,7 @@ import lipdp
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "lazy errors files timing processes", "accounting", "noise", "constraints", "nn", "losses", "bounds",
+    "lazy errors files timing processes", "accounting", "noise", "panels", "constraints", "nn", "losses", "bounds",
     "distributed", "batches", "suggestion", "privacy", "models", "testing", "data features", "training",
     "audit certify planning", "estimators", "comparison", "report integrations", "serving",
     "commands cli __main__ __init__",
@@ -112,6 +112,7 @@ COVERS = {
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "privacy/loss_check",
+    "test_banded": "privacy/correlated",
     "test_bounds": "bounds/sensitivity",
     "test_forms": "bounds/functions bounds/probe bounds/trace",
     "test_certify": "certify/certificate certify/network",

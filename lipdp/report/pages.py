@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import fields, is_dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError
 from lipdp.report.statement import NOT_COVERED, PUBLIC, one_in
 
@@ -182,4 +183,14 @@ def _escape_markdown(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """JSON values; what is not a finite number is None."""
-    return json.loads(msgspec.json.encode(value, enc_hook=str))
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (str, int, type(None))):
+        return value.value if isinstance(value, Relation) else value
+    if hasattr(value, "items"):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value]

@@ -42,6 +42,7 @@ def suggest(
     steps: int | None = None,
     epochs: float | None = None,
     sampling: str = "poisson",
+    bands: int = 1,
     unit: str = "record",
     accountant: str = "prv",
     criterion: nn.Module | None = None,
@@ -70,7 +71,7 @@ def suggest(
         input_shape: of one sample.
         dataset_size: N, a public constant.
         target_epsilon, target_delta: the budget; or `noise_multiplier`.
-        expected_batch_size, steps, epochs, sampling, unit, accountant, criterion, gate, allocation: as for
+        expected_batch_size, steps, epochs, sampling, bands, unit, accountant, criterion, gate, allocation: as for
             `PrivacyEngine.make_private`.
         joints: clips and gates between layers and at weights; () places none.
         public: (n, *input_shape) samples that no record has a part in, of a public data set say; by default 1/f noise
@@ -97,6 +98,7 @@ def suggest(
         steps=steps,
         epochs=epochs,
         sampling=sampling,
+        bands=bands,
         unit=unit,
         noise_multiplier=noise_multiplier,
         target_epsilon=target_epsilon,

@@ -40,6 +40,12 @@ def script(c, n, classes):
     )  # fmt: skip
 
 
+def script_gn(c, n, classes):
+    """The script as Opacus' users would write it: GroupNorm behind the convolutions."""
+    net = list(script(c, n, classes))
+    return nn.Sequential(net[0], nn.GroupNorm(8, 16), *net[1:4], nn.GroupNorm(8, 32), *net[4:])
+
+
 def lenet(c, n, classes):
     side = (n // 2 - 4) // 2
     return nn.Sequential(
@@ -71,7 +77,7 @@ def mlp3(d, width, classes):
     return nn.Sequential(nn.Linear(d, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
 
 
-NETS = {f.__name__: f for f in (script, lenet, vgg, resnet8, mlp, mlp3)}
+NETS = {f.__name__: f for f in (script, script_gn, lenet, vgg, resnet8, mlp, mlp3)}
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("data", help="digits, mnist, fashion-mnist, cifar10, or a table (adbench/22_magic.gamma)")

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import json
 from functools import partial
 
 import dp_accounting
@@ -20,6 +21,7 @@ from lipdp.accounting.events import Event, Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.accounting.tradeoff import trade_off
 from lipdp.batches.samplers import CyclicPoissonSampler, PoissonSampler
+from lipdp.cli import main
 from lipdp.errors import CheckpointError, EngineError, ParameterError, ResumeError
 from lipdp.noise import GaussianNoise, SecureGaussianNoise
 from lipdp.noise.banded import BandedNoise, coefficients
@@ -451,7 +453,7 @@ def test_an_attacker_reaches_what_the_account_allows_and_no_more(bands, steps, r
     for false_rate in (0.01, 0.1):
         false, true, found = reached(without, present, false_rate)
         assert true <= curve.tpr(false)
-        assert found > 0.75 * curve.tpr(false_rate)  # near the bound; the ends of the run, cut off, keep it below
+        assert found > (0.6 if steps % bands else 0.8) * curve.tpr(false_rate)  # a cycle that is cut off costs less
 
 
 @pytest.mark.statistical
@@ -467,3 +469,16 @@ def test_the_attack_finds_noise_out_of_step_with_the_batches():
     score = c[0] * v[0] + (c[0] + c[1]) * v[1]
     _, true, _ = reached(score[:n], score[n:], 0.01)
     assert true > trade_off([Event(1.0, 1.0, 3, bands=2)]).tpr(0.0125)
+
+
+def test_what_prints_q_and_steps_prints_the_bands(capsys):
+    plan = PrivacyPlan.of(dataset_size=1000, expected_batch_size=50, steps=20, noise_multiplier=1.0, bands=4)
+    assert "in 4 bands" in plan.summary
+    numbers = ["--noise-multiplier", "1", "--batch-size", "50", "--dataset-size", "1000", "--steps", "20"]
+    assert main(["epsilon", *numbers, "--bands", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epsilon"]["prv"] == pytest.approx(
+        get_accountant("prv").epsilon([plan.subsampling.event(1.0)], 1e-5).epsilon, rel=1e-6
+    )
+    assert main(["calibrate", "--epsilon", "3", *numbers[2:], "--bands", "4"]) == 0
+    assert "in 4 bands" in capsys.readouterr().out

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_environment")
 
 def test_a_run_from_disk_is_the_run_from_memory(digits_folder, tmp_path):
     """The same bits after every step, with and without workers."""
+    already = set(multiprocessing.active_children())  # of other tests
     options = {**SHORT, "model": "cnn", "model_options": {"width": 8}}
     runs = [
         train(configure(dataset=str(dataset), **options, **more), out=tmp_path / str(i))
@@ -47,7 +48,7 @@ def test_a_run_from_disk_is_the_run_from_memory(digits_folder, tmp_path):
     assert all(equal(first, other) for other in others)
     assert len({run.metrics["test_accuracy"] for run in runs}) == 1
     assert len({run.epsilon for run in runs}) == 1
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= already
 
 
 @pytest.mark.parametrize(

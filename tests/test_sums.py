@@ -17,7 +17,7 @@ def every_sum_is_large(monkeypatch):
     monkeypatch.setattr(sums, "_PIECE", 7)
 
 
-def private(seed=0):
+def private(seed=0, **options):
     torch.manual_seed(0)
     model = nn.Sequential(
         lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 6, bias=True), lipdp.nn.GroupSort2(), nn.Linear(6, 3)
@@ -27,7 +27,7 @@ def private(seed=0):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     made = engine.make_private(
         module=model, optimizer=optimizer, criterion=lipdp.losses.TauCrossEntropy(4.0), dataset=dataset,
-        expected_batch_size=12, steps=3, noise_multiplier=1.0, sampling="fixed_size",
+        expected_batch_size=12, steps=3, noise_multiplier=1.0, sampling="fixed_size", **options,
     )  # fmt: skip
     return engine, *made
 
@@ -79,6 +79,9 @@ def test_the_sum_is_the_memory_of_grad():
         lambda p: p.grad.numpy().__setitem__(0, 0.25),
         lambda p: p.grad.data.view(-1)[-1:].add_(1e-3),
         lambda p: p.grad.data.copy_(p.grad.data.flip(0)),
+        lambda p: p.grad.data.neg_(),
+        lambda p: p.grad.data[:2].neg_(),
+        lambda p: p.grad.data.mul_(2.0**8),
         lambda p: setattr(p, "grad", p.grad * 2),
         lambda p: setattr(p, "grad", None),
     ],
@@ -93,6 +96,35 @@ def test_whatever_is_written_to_grad_is_refused(write, index):
     with pytest.raises(LipdpError, match="changed between"):
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mark_sees_signs_scales_and_order(dtype):
+    """An even number of signs in float64 cancels in a sum of odd multiples of the bits."""
+    s = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    signs = [s * torch.tensor([1.0] * (6 - k) + [-1.0] * k).to(dtype) for k in range(7)]
+    changed = [*signs, s.abs(), s.flip(0), s.roll(1), *(s * 2.0**k for k in (-4, 1, 3))]
+    assert len({int(sums._mark(each.contiguous())) for each in changed}) == len(changed)
+
+
+def test_a_write_by_code_that_the_step_calls_is_refused():
+    """After `claims` was asked, before the noise: an allocation of the user's."""
+    held = []
+
+    class Writes:
+        name = "writes"
+
+        def stds(self, deltas, sizes, noise_multiplier):
+            for grad in held:
+                grad.mul_(2)
+            return deltas * noise_multiplier * len(deltas) ** 0.5
+
+    _, model, optimizer, loader, criterion = private(allocation=Writes())
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+    held.append(next(model.parameters()).grad.detach())
+    with pytest.raises(LipdpError, match="changed between"):
+        optimizer.step()
 
 
 def test_a_write_between_two_passes_is_refused():

@@ -23,6 +23,11 @@ UNITS = ("record", "owner")
 """What a step draws and ε protects: a record, or an owner with all records."""
 
 
+def in_bands(bands: int) -> str:
+    """What σ, q and T lack where noise is correlated: read alone they would give another ε."""
+    return "" if bands == 1 else f" in {bands} bands"
+
+
 @dataclass(frozen=True)
 class Subsampling:
     """How the random batches of a run are drawn.
@@ -330,7 +335,8 @@ class PrivacyPlan:
         unit = self.unit
         return (
             f"T = {self.steps} steps, B = {self.expected_batch_size} of N = {self.dataset_size:,} {unit}s,"
-            f" q = {self.sampling_rate:.4g}, σ = {self.noise_multiplier:.4g} ({self.relation.words} {unit})"
+            f" q = {self.sampling_rate:.4g}{in_bands(self.bands)},"
+            f" σ = {self.noise_multiplier:.4g} ({self.relation.words} {unit})"
         )
 
     def as_dict(self) -> dict[str, Any]:

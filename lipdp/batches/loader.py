@@ -224,6 +224,7 @@ class BatchLoader:
             del batch
             if self._piece is None:
                 next(pieces)
+                del pieces, rest  # which hold the batch
                 self._listener.after_draw(self.drawn)
                 yield self.drawn.batch
             else:

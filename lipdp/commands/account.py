@@ -36,6 +36,7 @@ Steps = Annotated[int | None, typer.Option(help="T")]
 Epochs = Annotated[float | None, typer.Option(help="instead of T: T = epochs / q")]
 Delta = Annotated[float, typer.Option(help="δ, in (0, 1)")]
 Sampling = Annotated[str, typer.Option(help="poisson (add or remove one), or fixed_size (replace one)")]
+Bands = Annotated[int, typer.Option(help="b of a run with --bands: batches of b groups in turn, correlated noise")]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 
@@ -49,6 +50,7 @@ def epsilon(
     epochs: Epochs = None,
     delta: Delta = 1e-5,
     sampling: Sampling = "poisson",
+    bands: Bands = 1,
     tpr: Annotated[
         list[float] | None,
         typer.Option(help="false-positive rates at which to bound an attacker's true-positive rate, e.g. 0.01 0.001"),
@@ -62,7 +64,7 @@ def epsilon(
     """
     from lipdp.accounting.accountants import get_accountant
 
-    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
+    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands)
     event = drawn.event(noise_multiplier)
     spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
     facts = _facts(drawn, delta)
@@ -86,13 +88,14 @@ def calibrate(
     epochs: Epochs = None,
     delta: Delta = 1e-5,
     sampling: Sampling = "poisson",
+    bands: Bands = 1,
     as_json: Json = False,
 ) -> None:
     """The least noise for a target ε, by every accountant.
 
     ε of the σ found is at most the target and at least 0.995 of it.
     """
-    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling)
+    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands)
     found: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in _ACCOUNTANTS:
@@ -113,20 +116,21 @@ def _subsampling(
     steps: int | None,
     epochs: float | None,
     sampling: str,
+    bands: int,
 ) -> Subsampling:
     from lipdp.accounting.plan import Subsampling
 
     if sampling_rate is None:
         if batch_size is None or dataset_size is None:
             raise ParameterError("give --sampling-rate, or --batch-size and --dataset-size")
-        return Subsampling.of(dataset_size, batch_size, steps=steps, epochs=epochs, sampling=sampling)
+        return Subsampling.of(dataset_size, batch_size, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
     if batch_size is not None or dataset_size is not None:
         raise ParameterError("--sampling-rate follows from --batch-size and --dataset-size; give one or the other")
-    return Subsampling.at(sampling_rate, steps=steps, epochs=epochs, sampling=sampling)
+    return Subsampling.at(sampling_rate, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
 
 
 def _facts(drawn: Subsampling, delta: float) -> dict[str, Any]:
-    stated = {"sampling_rate": drawn.sampling_rate, "steps": drawn.steps, "delta": delta}
+    stated = {"sampling_rate": drawn.sampling_rate, "steps": drawn.steps, "bands": drawn.bands, "delta": delta}
     return {**stated, "relation": drawn.relation.value}
 
 
@@ -136,11 +140,13 @@ def _show(
     if as_json:
         typer.echo(json.dumps({**facts, "notes": notes}, indent=2))
         return
+    from lipdp.accounting.plan import in_bands
     from lipdp.commands.tables import plain_console, plain_table
 
     console = plain_console()
     console.print(
-        f"{given}, q = {facts['sampling_rate']:.6g}, T = {facts['steps']}, δ = {facts['delta']:g},"
+        f"{given}, q = {facts['sampling_rate']:.6g}, T = {facts['steps']}"
+        f"{in_bands(facts['bands'])}, δ = {facts['delta']:g},"
         f" {facts['relation'].replace('_', ' ')}"
     )
     table = plain_table("accountant", symbol, "")

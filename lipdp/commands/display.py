@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from lipdp import __version__
-from lipdp.accounting.plan import PrivacyPlan
+from lipdp.accounting.plan import PrivacyPlan, in_bands
 from lipdp.commands.tables import LEGEND, number, parameter_table, plain_table
 from lipdp.data import DataSplit, Schema, SignedLog, number_of_units
 from lipdp.report.parameters import parameter_rows
@@ -106,7 +106,7 @@ def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: P
             "inputs": _inputs(config, split),
             "protects": f"each of {plan.dataset_size:,} {plan.unit}s ({plan.relation.words} {plan.unit})",
             "batches": f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}"
-            f" ({_SAMPLINGS[plan.sampling]})",
+            f"{in_bands(plan.bands)} ({_SAMPLINGS[plan.sampling]})",
             **_measurements(plan),
             "budget": f"ε = {plan.predicted.epsilon:.4g} at δ = {plan.predicted.delta:g} after all steps"
             f" ({plan.predicted.accountant})",

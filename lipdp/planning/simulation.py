@@ -160,7 +160,7 @@ def _simulated(plan: PrivacyPlan, split: Split, scale: float) -> PrivacyPlan:
 
 def _stated(plan: PrivacyPlan) -> dict[str, Any]:
     """What the files of a simulation say of a plan: no ε."""
-    names = ("dataset_size", "unit", "sampling", "relation", "expected_batch_size", "sampling_rate", "steps")
+    names = ("dataset_size", "unit", "sampling", "relation", "expected_batch_size", "sampling_rate", "steps", "bands")
     stated = plan.as_dict()
     return {name: stated[name] for name in (*names, "noise_multiplier")}
 

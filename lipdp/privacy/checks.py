@@ -202,30 +202,32 @@ class GradientCheck:
         share = min(1.0, 80 / batch_size) if graph.device.type == "cpu" else 1.0
         self.every = math.ceil(records * share / _SHARE) if every is None else every
         self._model, self._graph, self._loss, self._records = model, graph, loss, records
-        self._found: tuple[tuple[int, list[int]], Tensor, Tensor] | None = None
+        self._found: tuple[tuple[int, float, list[int]], Tensor, Tensor] | None = None
 
     def due(self, step: int) -> bool:
         """Whether step number `step`, counted from 0, is one to look at."""
         return self.every > 0 and step % self.every == 0
 
-    def measure(self, batch: Any, parameters: list[nn.Parameter], *, step: int) -> None:
-        """Take the norms of a few records, at a cotangent of norm 1; `check` compares them.
+    def measure(self, batch: Any, limit: float | Tensor, parameters: list[nn.Parameter], *, step: int) -> None:
+        """Take the norms of a few records; `check` compares them.
 
         Before the batch's own forward pass there is room: no activation is held, and a parameter's gradient goes as
         soon as its norm is known.
 
         Args:
             batch: (x, y) as the loader yielded it, not empty.
+            limit: the longest cotangent at the logits. (At another one gates let through another share of it.)
             step: number of this step, counted from 0; also says which records.
         """
         x, y = batch
         count = min(self._records, len(x))
         rows = [(step * 7919 + i * (len(x) // count)) % len(x) for i in range(count)]
-        at = step, [p._version for p in parameters]
+        limit = torch.as_tensor(limit, dtype=torch.float64, device=self._graph.device)
+        at = step, float(limit), [p._version for p in parameters]
         with self._beside():
             inputs, targets = self._inputs(x[rows]), y[rows].to(self._graph.device)
             alike = self._is_traced(inputs, step)
-            norms = [self._norms(inputs[i : i + 1], targets[i : i + 1], parameters) for i in range(count)]
+            norms = [self._norms(inputs[i : i + 1], targets[i : i + 1], limit, parameters) for i in range(count)]
         self._found = at, alike, torch.stack(norms).amax(0)
 
     def check(
@@ -234,15 +236,14 @@ class GradientCheck:
         """Look at a few records; BoundViolation where a gradient is longer than its bound.
 
         Args:
-            batch: (x, y), measured now unless `measure` did so at these weights.
+            batch: (x, y), measured now unless `measure` did so at this limit and these weights.
             limit: the longest cotangent at the logits.
             bounds: parameter name → Δ for one record, in the order of `parameters`.
             step: number of this step, counted from 0.
         """
-        if self._found is None or self._found[0] != (step, [p._version for p in parameters]):
-            self.measure(batch, parameters, step=step)
+        if self._found is None or self._found[0] != (step, float(limit), [p._version for p in parameters]):
+            self.measure(batch, limit, parameters, step=step)
         (_, alike, norms), self._found = self._found, None  # type: ignore[misc]
-        norms = norms * limit
         deltas = torch.stack(list(bounds.values()))
         over = norms > deltas * (1 + self.TOLERANCE)
         if not bool(alike & ~over.any()):
@@ -278,18 +279,20 @@ class GradientCheck:
         like = self._graph.probe(batch=len(x))
         return x.to(like).reshape(like.shape) if x.numel() == like.numel() else like
 
-    def _norms(self, x: Tensor, y: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-        """(D,) norms of one record's gradients, at a cotangent of norm 1."""
+    def _norms(self, x: Tensor, y: Tensor, limit: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+        """(D,) norms of one record's gradients, at a cotangent of norm `limit`."""
         copies = 2 if is_compiled(self._model) else 1
         logits = self._model(x.repeat_interleave(copies, 0))[:1]
         apart = logits.detach().requires_grad_()
         (cotangent,) = torch.autograd.grad(self._loss(apart, y).sum(), apart)
         length = torch.linalg.vector_norm(cotangent.double())
-        cotangent = (cotangent.double() * torch.where(length > 0, 1 / length, 0.0)).to(cotangent.dtype)
+        cotangent = (cotangent.double() * torch.where(length > 0, limit / length, 0.0)).to(cotangent.dtype)
         norms: dict[int, Tensor] = {}
 
-        def note(index: int, gradient: Tensor) -> Tensor:
+        def note(index: int, gradient: Tensor | None) -> Tensor | None:
             """What the pass goes on with holds no memory."""
+            if gradient is None:
+                return None
             if index not in norms:
                 parts = gradient.reshape(-1).split(1 << 20)
                 norms[index] = torch.stack([torch.linalg.vector_norm(p.double()) for p in parts]).norm()

@@ -364,7 +364,8 @@ class StepHooks:
         """For `_check_records`, in front of the first private call of a batch."""
         step, batch = self.ledger.steps - self.before, self.step_in_progress.records()
         if batch is not None and self._gradients.due(step):
-            self._gradients.measure(batch, self.parameters, step=step)
+            limit = self._start(self.graph.sweep(self._start).output)
+            self._gradients.measure(batch, limit, self.parameters, step=step)
 
     def _check_order(self) -> None:
         """One step per drawn batch, and each record of it at most once."""

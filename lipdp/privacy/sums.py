@@ -153,6 +153,8 @@ class OwnGradients:
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
         for p in parameters:
             own = self._sums.get(p)
+            if p in self._marks and not torch.equal(_mark(self._sums[p]), self._marks[p]):
+                raise EngineError(OTHER_TERMS)  # changed while the step went on
             p.grad = torch.zeros_like(p) if own is None else own
 
     def forget(self) -> None:
@@ -169,7 +171,12 @@ def _is_alone(found: dict[int, Any], key: int) -> bool:
     Holders are counted, in Python and in C++, and compared with those of a tensor that was just made.
     """
     g = found[key]
-    if g.numel() < _LARGE or not g.is_contiguous() or g.untyped_storage().nbytes() != g.numel() * g.itemsize:
+    if (
+        g.is_cuda
+        or g.numel() < _LARGE
+        or not g.is_contiguous()
+        or g.untyped_storage().nbytes() != g.numel() * g.itemsize
+    ):
         return False
     del g
     fresh = {key: torch.empty(1, 1)} if found[key]._base is None else {key: torch.empty(1, 1).mT}
@@ -185,16 +192,19 @@ def _holders(found: dict[int, Any], key: int) -> list[int]:
 
 
 def _mark(tensor: Tensor) -> Tensor:
-    """() int64 Σ_i w_i b_i mod 2⁶⁴ over the bits b_i of the entries, with fixed random odd weights w_i.
+    """() int64 Σ_i h(w_i b_i) mod 2⁶⁴ over words b_i of the entries, with fixed random odd weights w_i; h mixes bits.
 
-    A change of one entry always shows, any other that is not made for it but with a chance of 2⁻⁶⁰.
+    A change that is not made for it shows but with a chance of 2⁻⁶⁰, be it of one entry, of all signs or by 2^k. (A sum
+    of w_i b_i alone does not see an even number of signs in float64: each adds 2⁶³.)
     """
-    bits = tensor.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    bits = tensor.detach().reshape(-1).view(torch.int16 if tensor.itemsize == 2 else torch.int32)
     generator = torch.Generator().manual_seed(0x5EA1)
     weights = torch.randint(-(2**62), 2**62, (min(len(bits), _PIECE),), generator=generator).mul_(2).add_(1)
     weights, total = weights.to(bits.device), torch.zeros((), dtype=torch.int64, device=bits.device)
     for number, piece in enumerate(bits.split(_PIECE)):
-        total = total * 0x2545F4914F6CDD1D + (piece * weights[: len(piece)]).sum() + number
+        mixed = piece * weights[: len(piece)]
+        mixed ^= mixed >> 29  # the top bits, where a sign is, reach all others by the next product
+        total = total * 0x2545F4914F6CDD1D + mixed.mul_(0x1B873593CC9E2D51).bitwise_xor_(mixed >> 32).sum() + number
     return total
 
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lipdp.accounting.plan import in_bands
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError
 from lipdp.report.statement import NOT_COVERED, PUBLIC, one_in
@@ -117,7 +118,8 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
         "a cipher" if account.secure else "a fast generator that is no cipher (numpy's on a CPU, torch's elsewhere)"
     )
     source = "a fixed seed: repeatable" if account.seeded else f"{source}, seeded by the operating system"
-    rate = f"{number(account.sampling_rate)} ({batches} batches of B = {number(account.expected_batch_size)})"
+    size = f"B = {number(account.expected_batch_size)}"
+    rate = f"{number(account.sampling_rate)} ({batches} batches of {size}){in_bands(account.bands)}"
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
         ("Protected", _PROTECTED[account.unit].format(number(account.dataset_size))),
@@ -158,7 +160,13 @@ def _environment(**options: Any) -> jinja2.Environment:
         lstrip_blocks=True,
         **options,
     )
-    filters: dict[str, Any] = {"number": number, "percent": percent, "setting": setting, "verbatim": _verbatim}
+    filters: dict[str, Any] = {
+        "number": number,
+        "in_bands": in_bands,
+        "percent": percent,
+        "setting": setting,
+        "verbatim": _verbatim,
+    }
     environment.filters |= filters
     return environment
 

@@ -15,6 +15,7 @@ from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.errors import EngineError, ParameterError
 from lipdp.privacy.gate import QuantileGate
+from lipdp.suggestion.joints import Joint
 
 # --- the sum ----------------------------------------------------------------------------------------------------------
 
@@ -252,3 +253,14 @@ def test_autocast_within_the_bound():
         criterion(forward(xb), yb).backward()
         optimizer.step()
     assert engine.steps_taken == 3
+
+
+@pytest.mark.parametrize("cap", [0.01, 0.5])
+def test_the_look_at_records_goes_through_gates_at_the_cotangent_of_the_run(cap):
+    """A gate at a weight is not linear: what it lets through of a cotangent of norm 1, times √2, exceeds its bound."""
+    torch.manual_seed(0)
+    model = nn.Sequential(lnn.InputBound(5.0), lnn.SpectralLinear(20, 8), lnn.SpectralLinear(8, 5))
+    joints = tuple(Joint(name, weight=cap) for name in "12")
+    engine, model, optimizer, loader, criterion = private(model, joints=joints, check_every=1)
+    train(model, optimizer, loader, criterion)
+    assert engine.sensitivity()["1.weight"] == pytest.approx(cap, rel=1e-3)

@@ -202,7 +202,7 @@ class GradientCheck:
         share = min(1.0, 80 / batch_size) if graph.device.type == "cpu" else 1.0
         self.every = math.ceil(records * share / _SHARE) if every is None else every
         self._model, self._graph, self._loss, self._records = model, graph, loss, records
-        self._found: tuple[tuple[int, float, list[int]], Tensor, Tensor] | None = None
+        self._found: tuple[tuple[int, list[int]], Tensor, Tensor] | None = None
 
     def due(self, step: int) -> bool:
         """Whether step number `step`, counted from 0, is one to look at."""
@@ -223,7 +223,7 @@ class GradientCheck:
         count = min(self._records, len(x))
         rows = [(step * 7919 + i * (len(x) // count)) % len(x) for i in range(count)]
         limit = torch.as_tensor(limit, dtype=torch.float64, device=self._graph.device)
-        at = step, float(limit), [p._version for p in parameters]
+        at = step, [p._version for p in parameters]  # the limit follows from the weights and the gate of the step
         with self._beside():
             inputs, targets = self._inputs(x[rows]), y[rows].to(self._graph.device)
             alike = self._is_traced(inputs, step)
@@ -236,12 +236,12 @@ class GradientCheck:
         """Look at a few records; BoundViolation where a gradient is longer than its bound.
 
         Args:
-            batch: (x, y), measured now unless `measure` did so at this limit and these weights.
+            batch: (x, y), measured now unless `measure` did so at these weights.
             limit: the longest cotangent at the logits.
             bounds: parameter name → Δ for one record, in the order of `parameters`.
             step: number of this step, counted from 0.
         """
-        if self._found is None or self._found[0] != (step, float(limit), [p._version for p in parameters]):
+        if self._found is None or self._found[0] != (step, [p._version for p in parameters]):
             self.measure(batch, limit, parameters, step=step)
         (_, alike, norms), self._found = self._found, None  # type: ignore[misc]
         deltas = torch.stack(list(bounds.values()))

@@ -13,6 +13,7 @@ import torch
 from dp_accounting.pld import PLDAccountant
 from kit import FALSE_ALARM, train, weights
 from scipy import stats
+from torch.utils.data import TensorDataset
 
 import lipdp
 from lipdp.accounting.accountants import epsilon, get_accountant
@@ -20,8 +21,10 @@ from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.events import Event, Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.accounting.tradeoff import trade_off
+from lipdp.batches.population import glance
 from lipdp.batches.samplers import CyclicPoissonSampler, PoissonSampler
 from lipdp.cli import main
+from lipdp.data.augment import Augmented, augment
 from lipdp.errors import CheckpointError, EngineError, ParameterError, ResumeError
 from lipdp.noise import GaussianNoise, SecureGaussianNoise
 from lipdp.noise.banded import BandedNoise, coefficients
@@ -482,3 +485,16 @@ def test_what_prints_q_and_steps_prints_the_bands(capsys):
     )
     assert main(["calibrate", "--epsilon", "3", *numbers[2:], "--bands", "4"]) == 0
     assert "in 4 bands" in capsys.readouterr().out
+
+
+def test_an_order_of_the_inputs_alone_is_seen_and_random_views_are_not():
+    """Targets that are all alike tell nothing of an order."""
+    x, y = torch.rand(64, 1, 8, 8), torch.zeros(64, dtype=torch.long)
+    first, again = (TensorDataset(x[order], y) for order in (torch.arange(64), torch.arange(64).roll(1)))
+    assert glance(first, inputs=True) != glance(again, inputs=True)
+    seen = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        seen.add(glance(Augmented(first, augment("crop-flip")), inputs=True))
+        assert torch.initial_seed() == seed
+    assert len(seen) == 1

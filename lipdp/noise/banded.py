@@ -25,10 +25,10 @@ mixture (the hockey-stick divergence is convex), and adaptively for k = 1, 2, �
 **What it needs**, where it is seen to. *Rows and batches in step*: row t of C belongs to batch t, whether batches were
 given up or not. `add_` is told the batch and refuses any but the next; `skip_` draws the rows of batches given up (that
 is releasing y_t and not showing it), and the account counts them. *The same dealing at every resume*: it is in the
-sampler's state, and so is a digest of targets, since another order of the data would be another dealing. *The same
+sampler's state, and so is a digest of some records, since another order of the data would be another dealing. *The same
 parameters at every step*. *One continuation of a checkpoint*, as for any noise. *No second run in one account*: ⌈·⌉ of
-the sum is less than the sum of ⌈·⌉. Steps that lost their checkpoint can't be taken again: their noise would follow
-the same w.
+the sum is less than the sum of ⌈·⌉. Steps that lost their checkpoint can't be taken again: their noise would follow the
+same w.
 
 **C** is the square root of the matrix of prefix sums, c_j ∝ binom(2j, j) 4^{−j}, cut to b bands. A C with the least
 error of prefix sums at T steps is better by 4 to 12 % (b = 2 … 16, T = 200, 1000; measured), but has to know T and a

@@ -49,7 +49,9 @@ class Correlated:
             raise EngineError(f"bands={plan.bands}: this engine has taken steps already; use an engine of its own")
         if beside:
             raise ParameterError(f"bands={plan.bands} beside {beside[0]} is not proven: take bands=1, or leave it out")
-        return cls(noise, plan.bands, names, glance(request.dataset) + ("" if owners is None else owners.digest))
+        return cls(
+            noise, plan.bands, names, glance(request.dataset, inputs=True) + ("" if owners is None else owners.digest)
+        )
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse a step that trains other parameters than the first: EngineError."""

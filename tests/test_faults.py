@@ -193,8 +193,9 @@ def test_a_released_step_whose_checkpoint_is_lost_is_counted_again_with_other_no
     assert [record["epsilon"] >= epsilon_of(record["step"] + 2) for record in records(folder)[-2:]] == [True, True]
 
 
-def test_an_older_checkpoint_in_the_place_of_the_newest_is_counted_again(tmp_path):
-    folder = begun(tmp_path / "run")
+@pytest.mark.parametrize("log_every", [3, 100])
+def test_an_older_checkpoint_in_the_place_of_the_newest_is_counted_again(tmp_path, log_every):
+    folder = begun(tmp_path / "run", log_every=log_every)  # metrics that go as far as the newest, or not
     shutil.copy(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")
     for _ in range(2):  # the count is on disk before the first step
         with pytest.raises(RuntimeError, match="gone"):

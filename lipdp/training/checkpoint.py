@@ -125,13 +125,20 @@ class RunFolder:
         """The last step that somebody may have seen something of, where `checkpoint` is what `load` returned.
 
         Metrics are written after the checkpoint of their step, so this is the checkpoint's own step unless the newest
-        one was damaged, or an older one put in its place. Then the metrics go further, or `privacy.json`, which is
-        written first.
+        one was damaged, or an older one put in its place: then it is no newer than the previous one. The metrics go
+        further then, or `privacy.json`, which is written first; it alone going further is a save that was cut short.
         """
         steps = [int(checkpoint["step"]), _number("step", *self._text("metrics.jsonl").splitlines()[-1:])]
-        if self._fell_back:
-            steps.append(_number("steps", self._text("privacy.json")))
+        if self._fell_back or self._previous_step() >= steps[0]:
+            stated = self._text("privacy.json")
+            steps.append(_number("steps", stated) - _number("steps_counted_again", stated))
         return max(steps)
+
+    def _previous_step(self) -> int:
+        try:
+            return int(_read(self.path / _PREVIOUS)["step"])
+        except CheckpointError:
+            return -1
 
     def check_privacy(self, plan: Mapping[str, Any]) -> None:
         """Refuse `privacy.json` where it was edited, or states another plan than this; a lost one is written again.

@@ -17,6 +17,8 @@ from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.batches.rows import plain as plain_tensor
 from lipdp.errors import CannotLearnWarning, CheckpointError, EngineError, LossError, ParameterError
+from lipdp.noise import GaussianNoise
+from lipdp.noise.banded import BandedNoise
 from lipdp.suggestion import Joint, place_joints
 from lipdp.suggestion.choose import CLIP_AT, GATE_AT, LOOSE, NOISE, budget, default_criterion
 from lipdp.suggestion.decay import decaying
@@ -141,11 +143,19 @@ def test_with_an_optimiser_of_ones_own_only_loss_and_budget_are_chosen():
     assert not any(isinstance(m, lnn.GradientGate) for m in model.modules())
 
 
-def test_learning_rates_leave_the_noise_at_a_share_of_the_weights():
+@pytest.mark.parametrize("bands", [1, 8])
+def test_learning_rates_leave_the_noise_at_a_share_of_the_weights(bands):
     """Simulated: noise alone, added up over T steps with momentum and decay, has the norm that was aimed at."""
     model = lnn.from_torch(nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 3)), (60,))
     settings = lipdp.suggest(
-        model, input_shape=(60,), dataset_size=4000, target_epsilon=3.0, target_delta=1e-5, steps=200
+        model,
+        input_shape=(60,),
+        dataset_size=4000,
+        expected_batch_size=400,
+        target_epsilon=3.0,
+        target_delta=1e-5,
+        steps=200,
+        bands=bands,
     )
     engine = lipdp.PrivacyEngine(seed=0)
     engine.make_private(module=model, dataset=data(4000, (60,)), **settings.arguments(model))
@@ -153,9 +163,10 @@ def test_learning_rates_leave_the_noise_at_a_share_of_the_weights():
     weight = nn.Parameter(torch.zeros(40, 60))
     rate = next(b.learning_rate for b in settings.blocks if b.name == "0.weight")
     optimizer = decaying(torch.optim.SGD([weight], lr=rate, momentum=settings.momentum), steps=200)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        weight.grad = std * torch.randn(40, 60, generator=generator)
+    noise = GaussianNoise(seed=0) if bands == 1 else BandedNoise(GaussianNoise(seed=0), bands)
+    for row in range(1, 201):
+        weight.grad = torch.zeros(40, 60)
+        noise.add_([weight.grad], torch.tensor([std]), **({} if bands == 1 else {"row": row}))
         optimizer.step()
     assert float(torch.linalg.matrix_norm(weight.detach(), 2)) == pytest.approx(NOISE, rel=0.15)
 

@@ -73,6 +73,15 @@ def coefficients(bands: int) -> tuple[float, ...]:
     return tuple(root / norm for root in roots)
 
 
+def accumulation(bands: int) -> float:
+    """The noise that many steps add up to, over that of as many independent draws: 1/Σ c_j, as C⁻¹ makes it.
+
+    >>> round(accumulation(2), 4), accumulation(1)
+    (0.7454, 1.0)
+    """
+    return 1.0 / sum(coefficients(bands))
+
+
 class BandedNoise:
     """Adds s_t w_t, w = C⁻¹z, to the sums of step t = 1, 2, …: see the module for what that is and why it is private.
 

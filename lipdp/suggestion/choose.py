@@ -13,6 +13,7 @@ from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
 from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_lipschitz
 from lipdp.noise.allocation import Allocation, get_allocation
+from lipdp.noise.banded import accumulation
 from lipdp.suggestion.joints import Joint, gateable, joint_layers, place_joints, without_joints
 from lipdp.suggestion.learning import signals
 from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
@@ -199,7 +200,8 @@ def _blocks(
         rows = parameter.shape[0] if parameter.dim() > 1 else 1
         matrix = parameter.detach().reshape(rows, -1)
         radius = float(torch.linalg.matrix_norm(matrix.double(), 2)) or 1.0
-        noise = math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size * sum(map(math.sqrt, matrix.shape))
+        noise = accumulation(plan.bands) * math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size
+        noise *= sum(map(math.sqrt, matrix.shape))
         rate = NOISE * radius * (1 - MOMENTUM) / noise if noise else 1.0
         blocks.append(BlockSetting(name, rate, strengths[name]))
     return tuple(blocks)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.errors import CannotLearnWarning
+from lipdp.noise.banded import accumulation
 
 GROWTH = 10.0
 """How much larger Δ may become during a run before it is said."""
@@ -37,11 +38,11 @@ def signal_over_noise(*, norm: float, std: float, size: int, batch_size: int, st
 def signals(
     stds: Mapping[str, float], norms: Mapping[str, float], parameters: Mapping[str, Tensor], plan: PrivacyPlan
 ) -> dict[str, float]:
-    """`signal_over_noise` of every parameter whose typical gradient is known."""
+    """`signal_over_noise` of every parameter whose typical gradient is known; bands cancel a part of the noise."""
     return {
         name: signal_over_noise(
             norm=norms[name],
-            std=std,
+            std=std * accumulation(plan.bands),
             size=parameters[name].numel(),
             batch_size=plan.expected_batch_size,
             steps=plan.steps,

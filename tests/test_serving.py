@@ -12,9 +12,11 @@ import torch
 
 import lipdp
 from lipdp import errors
+from lipdp.certify.run import load_run
 from lipdp.cli import main
 from lipdp.data import load as load_data
 from lipdp.losses import TauCrossEntropy
+from lipdp.report.reading import read_run
 from lipdp.training import configure, train
 
 quiet = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -202,3 +204,16 @@ def test_features_of_a_frozen_module_have_norm_one_and_mixing_is_refused(encoder
         lipdp.features.features("encoders_served:conv", unit_norm=False)
     with pytest.raises(errors.UnknownNameError):
         configure(features="wavelets")
+
+
+def test_the_model_of_a_run_that_averages_its_last_steps_is_the_average(tmp_path):
+    run = tmp_path / "run"
+    train(configure(dataset="digits", noise_multiplier=4.0, steps=6, batch_size=64, tail=3, seed=0), out=run)
+    default, averaged, last = (
+        lipdp.load(run, **given).network.state_dict() for given in ({}, {"weights": "ema"}, {"weights": "model"})
+    )
+    assert all(torch.equal(default[name], averaged[name]) for name in default)
+    assert not all(torch.equal(default[name], last[name]) for name in default)
+    scores = read_run(run)
+    assert scores.score() == scores.score(averaged=True)
+    assert load_run(run).weights == "ema"

@@ -14,16 +14,15 @@ from lipdp.certify import Certificate, certify
 from lipdp.certify.attack import pgd
 from lipdp.certify.inputs import InputMap, apply_maps
 from lipdp.data import DataSplit, number_of_units
-from lipdp.errors import BoundViolation, CheckpointError, ParameterError, UnknownNameError
+from lipdp.errors import BoundViolation, CheckpointError, ParameterError
 from lipdp.training.assembly import bounding_of, features_of, open_configured
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.choices import make_network
-from lipdp.training.config import TrainConfig, config_from_dict
+from lipdp.training.config import TrainConfig, config_from_dict, weights_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WEIGHTS = ("model", "ema")
 _CURVE_POINTS = 61
 
 
@@ -37,25 +36,25 @@ class LoadedRun:
     y: Tensor
     maps: tuple[InputMap, ...]
     step: int
+    weights: str
 
 
 def load_run(
-    folder: str | os.PathLike[str], *, weights: str = "model", data_dir: str | os.PathLike[str] | None = None
+    folder: str | os.PathLike[str], *, weights: str | None = None, data_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
     """Read a run's folder.
 
     Args:
         folder: of `lipdp train`.
-        weights: "model", the last ones, or "ema", their average.
+        weights: "model", the last ones, or "ema", their average; by default as `TrainConfig.weights` says.
         data_dir: where the data are, if not where the run read them.
 
     Raises:
         CheckpointError: the folder or its checkpoint cannot be read. DataError: the data cannot.
     """
-    if weights not in WEIGHTS:
-        raise UnknownNameError("weights", weights, WEIGHTS)
     runs = RunFolder(folder)
     config = config_from_dict(runs.config())
+    weights = weights_of(config, weights)
     checkpoint = runs.load()
     split = open_configured(config, data_dir=data_dir)
     config = config.resolve(number_of_units(split), binary=split.task == "binary")
@@ -68,7 +67,7 @@ def load_run(
         model.load_state_dict(checkpoint[weights])
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint in {runs} does not fit the run's model: {error}") from error
-    return LoadedRun(config, model.eval(), x, y, maps, int(checkpoint["step"]))
+    return LoadedRun(config, model.eval(), x, y, maps, int(checkpoint["step"]), weights)
 
 
 def maps_of(config: TrainConfig, split: DataSplit) -> tuple[InputMap, ...]:

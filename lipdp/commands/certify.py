@@ -35,7 +35,10 @@ def certify(
     samples: Annotated[
         int | None, typer.Option(help="test records, the first N; default: all", show_default=False)
     ] = None,
-    weights: Annotated[str, typer.Option(help="model (the last ones) or ema (averaged)")] = "model",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="model (the last ones) or ema (averaged); default: as the run says", show_default=False),
+    ] = None,
     convolution: Annotated[str, typer.Option(help="bound of convolutions: fourier or reshaped")] = "fourier",
     steps: Annotated[int, typer.Option(help="of the attack")] = 40,
     restarts: Annotated[int, typer.Option(help="of the attack")] = 2,
@@ -60,7 +63,13 @@ def certify(
         loaded.model, loaded.x[:samples], loaded.y[:samples], radii=asked, maps=loaded.maps, attack=attack,
         convolution=convolution, steps=steps, restarts=restarts,
     )  # fmt: skip
-    facts = {"run": str(run), "dataset": loaded.config.dataset, "weights": weights, "step": loaded.step, **_spent(run)}
+    facts = {
+        "run": str(run),
+        "dataset": loaded.config.dataset,
+        "weights": loaded.weights,
+        "step": loaded.step,
+        **_spent(run),
+    }
     facts["unit"] = _unit(loaded)
     facts |= result.as_dict()
     figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))

@@ -24,7 +24,10 @@ PREDICT_EPILOG = """[bold]Examples[/bold]
 [green]lipdp predict RUN records.csv --out predictions.csv[/green]"""
 
 _Run = Annotated[Path, typer.Argument(help="of lipdp train, or what lipdp export wrote", metavar="RUN")]
-_Weights = Annotated[str, typer.Option(help="model (the last ones) or ema (averaged)")]
+_Weights = Annotated[
+    str | None,
+    typer.Option(help="model (the last ones) or ema (averaged); default: the run's", show_default=False),
+]
 _Code = Annotated[bool, typer.Option("--run-code", help="run a module:function that the run names")]
 
 
@@ -32,7 +35,7 @@ _Code = Annotated[bool, typer.Option("--run-code", help="run a module:function t
 def export(
     run: _Run,
     path: Annotated[Path, typer.Argument(help="FILE.onnx, FILE.pt2 or a folder", metavar="PATH")],
-    weights: _Weights = "model",
+    weights: _Weights = None,
     run_code: _Code = False,
 ) -> None:
     """Write a trained model for use elsewhere, its input map folded in."""
@@ -46,7 +49,7 @@ def export(
 def predict(
     run: _Run,
     file: Annotated[Path, typer.Argument(help="raw records: .npy, .npz (X), .csv or .parquet", metavar="FILE")],
-    weights: _Weights = "model",
+    weights: _Weights = None,
     run_code: _Code = False,
     out: Annotated[Path | None, typer.Option(help="a CSV file; default: standard output", show_default=False)] = None,
 ) -> None:

@@ -20,7 +20,7 @@ _BROKEN = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, R
 def run_calibration(
     run: RecordedRun, *, data_dir: str | os.PathLike[str] | None = None, run_code: bool = False
 ) -> tuple[Calibration | None, str]:
-    """The calibration of the last weights, or None and why there is none; arguments as of `gather`."""
+    """The calibration of the run's model, or None and why there is none; arguments as of `gather`."""
     model = str(run.config.get("model"))
     if ":" in model and not run_code:
         return None, (

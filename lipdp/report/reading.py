@@ -251,8 +251,19 @@ class RecordedRun:
         """What the test records were scored by: "auroc" or "accuracy"."""
         return "auroc" if self.metrics and self.metrics[-1].test_auroc is not None else "accuracy"
 
-    def score(self, *, averaged: bool = False) -> float | None:
-        """The last one, of the last or of the averaged weights."""
+    @property
+    def is_averaged(self) -> bool:
+        """Whether the run's model is its averaged weights, as `TrainConfig.weights` says."""
+        return self.config.get("tail") is not None
+
+    @property
+    def other_weights(self) -> str:
+        """In a word, those that are not the run's model."""
+        return "last" if self.is_averaged else "averaged"
+
+    def score(self, *, averaged: bool | None = None) -> float | None:
+        """The last one, of the last or of the averaged weights; by default of those that are the run's model."""
+        averaged = self.is_averaged if averaged is None else averaged
         return self.metrics[-1].score(self.metric, averaged=averaged) if self.metrics else None
 
 

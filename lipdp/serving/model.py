@@ -22,19 +22,18 @@ from lipdp.files import read_json
 from lipdp.nn.convert import to_torch
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.choices import make_network
-from lipdp.training.config import TrainConfig, config_from_dict
+from lipdp.training.config import TrainConfig, config_from_dict, weights_of
 
-WEIGHTS = ("model", "ema")
 PRETRAINED = "model.safetensors"
 _BATCH = 1024
 
 
-def load(folder: str | os.PathLike[str], *, weights: str = "model", run_code: bool = False) -> TrainedModel:
+def load(folder: str | os.PathLike[str], *, weights: str | None = None, run_code: bool = False) -> TrainedModel:
     """Read a trained model: from the folder of a run, or from what `save_pretrained` wrote. No data are needed.
 
     Args:
         folder: of `lipdp train`, or of `TrainedModel.save_pretrained`.
-        weights: of a run: "model", the last ones, or "ema", their average.
+        weights: of a run: "model", the last ones, or "ema", their average; by default as `TrainConfig.weights` says.
         run_code: build a model or features given as module:function, which runs that module's code.
 
     Raises:
@@ -43,8 +42,6 @@ def load(folder: str | os.PathLike[str], *, weights: str = "model", run_code: bo
     """
     if (Path(folder) / PRETRAINED).exists():
         return TrainedModel.from_pretrained(folder, run_code=run_code)
-    if weights not in WEIGHTS:
-        raise UnknownNameError("weights", weights, WEIGHTS)
     run = RunFolder(folder)
     return _built(run.load(), f"the checkpoint in {run}", run.path, weights=weights, run_code=run_code)
 
@@ -192,12 +189,15 @@ def _probabilities(logits: Tensor, tau: float) -> Tensor:
 
 
 def _built(
-    written: Mapping[str, Any], where: object, folder: Path, *, weights: str = "model", run_code: bool
+    written: Mapping[str, Any], where: object, folder: Path, *, weights: str | None = "model", run_code: bool
 ) -> TrainedModel:
     """The model of a configuration and the public facts of its data, as `lipdp.training.assembly` built it."""
     try:
-        config, data, state = config_from_dict(written["config"]), dict(written["data"]), dict(written[weights])
+        config, data = config_from_dict(written["config"]), dict(written["data"])
+        state = dict(written[weights_of(config, weights)])
         shape, classes = tuple(data["input_shape"]), int(data["num_classes"])
+    except UnknownNameError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{where} has no {error}: it can't be used without its data") from error
     own = [name for name in (config.model, config.features) if name and ":" in name]

@@ -166,6 +166,17 @@ class TrainConfig:
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
 
+    @property
+    def weights(self) -> str:
+        """Which weights of a run are its model: "ema", the averaged ones, where it averages a `tail`; else "model".
+
+        Decided before the run, so that nobody picks by the score.
+
+        >>> configure(dataset="digits", epsilon=1.0).weights
+        'model'
+        """
+        return "model" if self.tail is None else "ema"
+
     def resolve(self, records: int, *, binary: bool = False) -> TrainConfig:
         """The same with B, T, δ and the loss decided, from two public facts: the number of training records (or of
         their owners, where those are drawn) and the kind of task.
@@ -218,6 +229,9 @@ class TrainConfig:
             )
         return replace(self, **{n: v for n, v in given.items() if n in RUNTIME})
 
+
+WEIGHTS = ("model", "ema")
+"""What a checkpoint holds: the last weights, and their average."""
 
 _TAU = setting(number(), METHOD, "temperature of cross-entropy and bce", panel="Model").metadata["setting"]
 SETTINGS: Mapping[str, Setting] = {
@@ -345,3 +359,10 @@ def settings_table() -> str:
     | `tau` | `--tau` | temperature of cross-entropy and bce | the recipe's |  | yes |
     """
     return table(SETTINGS)
+
+
+def weights_of(config: TrainConfig, asked: str | None) -> str:
+    """The weights asked for, "model" or "ema"; those that are the run's model if none are."""
+    if asked not in (None, *WEIGHTS):
+        raise UnknownNameError("weights", asked, WEIGHTS)
+    return asked or config.weights

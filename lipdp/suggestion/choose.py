@@ -19,7 +19,7 @@ from lipdp.suggestion.learning import signals
 from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 from lipdp.suggestion.settings import BlockSetting, Settings
 
-TAU = 16.0
+TAU = 16.0  # times what logits can reach
 GATE = 0.3 / math.sqrt(2)  # of the loss's constant
 CLIP_AT = 0.7  # of the typical norm of values
 GATE_AT = 0.03  # of the typical norm of cotangents
@@ -56,9 +56,11 @@ def suggest(
     r"""Settings for a private run, from public facts alone: what is given stays, what is not is chosen.
 
     - *Passes, B and T*: see `budget`.
-    - *Criterion*: `TauCrossEntropy`(τ = 16), `TauBCEWithLogits` for one output. A large τ keeps gradients long while a
-      network of constant 1 can't make its logits large. The gate at the logits is a fifth of the loss's constant, so
-      that it shortens nearly all cotangents at the beginning and Δ is tight.
+    - *Criterion*: `TauCrossEntropy`(τ), `TauBCEWithLogits` for one output, with τ = 16 over what logits can reach, the
+      longest ‖∂z/∂W‖ r of `public` inputs, r the norm of a weight W. A network of constant 1 has short logits, one with
+      joints or many layers shorter ones; while τ times them is below 1, the loss is linear and no record is done with.
+      The gate at the logits is a fifth of the loss's constant, so that it shortens nearly all cotangents at the
+      beginning and Δ is tight.
     - *Joints*: a pass of `public` inputs through the model as it is gives typical norms X and G in front of each layer
       with weights; there a clip at 0.7 X and a gate at 0.03 G are placed, so that bounds are those of typical samples
       and not of the worst. None in dense models and those of two layers, whose bounds are tight without.
@@ -109,7 +111,7 @@ def suggest(
     x = public_inputs(input_shape) if public is None else public
     trial = without_joints(model)
     outputs = output_shape(trial, x)
-    loss = _criterion(outputs) if criterion is None else as_lipschitz(criterion, outputs)
+    loss = _criterion(outputs, TAU) if criterion is None else as_lipschitz(criterion, outputs)
     if gate is None and loss.lipschitz < math.inf:
         gate = GATE * loss.lipschitz
     start = min(math.inf if gate is None else gate, loss.lipschitz)
@@ -122,13 +124,16 @@ def suggest(
     place_joints(trial, joints)
     allocation = "min_variance" if allocation is None else allocation
     bounds = sensitivity(trial, loss, input_shape, gate=limit)
+    norms = gradient_norms(trial, x, bounds.loss_constant)
+    if criterion is None:
+        loss = _criterion(outputs, _temperature(trial, norms, bounds.loss_constant))
     settings = Settings(
         plan=plan,
         criterion=loss,
         gate=gate,
         allocation=allocation,
         joints=joints,
-        blocks=_blocks(trial, x, bounds, plan, get_allocation(allocation)),
+        blocks=_blocks(trial, norms, bounds, plan, get_allocation(allocation)),
         momentum=MOMENTUM,
     )
     return world.broadcast(settings)
@@ -152,11 +157,28 @@ def budget(
 
 def default_criterion(model: nn.Module, input_shape: tuple[int, ...]) -> LipschitzLoss:
     """The loss where none is given, by the number of the model's outputs."""
-    return _criterion(output_shape(model, public_inputs(input_shape)))
+    x = public_inputs(input_shape)
+    return _criterion(output_shape(model, x), _temperature(model, gradient_norms(model, x, 1.0), 1.0))
 
 
-def _criterion(outputs: tuple[int, ...]) -> LipschitzLoss:
-    return TauBCEWithLogits(TAU) if math.prod(outputs) == 1 else TauCrossEntropy(TAU)
+def _criterion(outputs: tuple[int, ...], tau: float) -> LipschitzLoss:
+    return TauBCEWithLogits(tau) if math.prod(outputs) == 1 else TauCrossEntropy(tau)
+
+
+def _temperature(model: nn.Module, norms: dict[str, float], start: float) -> float:
+    """`TAU` over how far a weight can carry the logits, to two digits; norms: of gradients of `start` cotangents."""
+    named = dict(model.named_parameters())
+    reach = max((norm * _radius(named[name]) / start for name, norm in norms.items()), default=0.0)
+    return float(f"{TAU / reach:.2g}") if 0 < reach < math.inf else TAU
+
+
+def _radius(parameter: Tensor) -> float:
+    """The spectral norm of a weight, 1 where it is 0."""
+    return float(torch.linalg.matrix_norm(_matrix(parameter).double(), 2)) or 1.0
+
+
+def _matrix(parameter: Tensor) -> Tensor:
+    return parameter.detach().reshape(parameter.shape[0] if parameter.dim() > 1 else 1, -1)
 
 
 def _joints(model: nn.Module, x: Tensor, start: float) -> tuple[Joint, ...]:
@@ -187,21 +209,18 @@ def _weight_gates(model: nn.Module, x: Tensor, weights: dict[str, str], bounds: 
 
 
 def _blocks(
-    model: nn.Module, x: Tensor, bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation
+    model: nn.Module, norms: dict[str, float], bounds: Sensitivity, plan: PrivacyPlan, allocation: Allocation
 ) -> tuple[BlockSetting, ...]:
     """A learning rate per parameter, and what its signal is over its noise."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     deltas = torch.tensor([bounds[n] for n in named], dtype=torch.float64) * plan.relation.sensitivity_factor
     sizes = torch.tensor([p.numel() for p in named.values()])
     stds = dict(zip(named, allocation.stds(deltas, sizes, plan.noise_multiplier).tolist(), strict=True))
-    strengths = signals(stds, gradient_norms(model, x, bounds.loss_constant), named, plan)
+    strengths = signals(stds, norms, named, plan)
     blocks = []
     for name, parameter in named.items():
-        rows = parameter.shape[0] if parameter.dim() > 1 else 1
-        matrix = parameter.detach().reshape(rows, -1)
-        radius = float(torch.linalg.matrix_norm(matrix.double(), 2)) or 1.0
         noise = accumulation(plan.bands) * math.sqrt(plan.steps / 3) * stds[name] / plan.expected_batch_size
-        noise *= sum(map(math.sqrt, matrix.shape))
-        rate = NOISE * radius * (1 - MOMENTUM) / noise if noise else 1.0
+        noise *= sum(map(math.sqrt, _matrix(parameter).shape))
+        rate = NOISE * _radius(parameter) * (1 - MOMENTUM) / noise if noise else 1.0
         blocks.append(BlockSetting(name, rate, strengths[name]))
     return tuple(blocks)

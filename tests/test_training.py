@@ -39,7 +39,8 @@ from lipdp.training.recipes import _RECIPES, default_model, recipe
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = {
-    "model": "linear", "steps": 12, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0, "log_every": 4,
+    "model": "linear", "steps": 12, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0,
+    "log_every": 4,
 }  # fmt: skip
 
 OWN_MODELS = """

@@ -10,7 +10,7 @@ _NAMES = {
     "Population": "lipdp.batches.population",
     "Sampler": "lipdp.batches.samplers",
     "in_order": "lipdp.batches.reading",
-    "per_record": "lipdp.batches.rows",
+    "per_record": "lipdp.batches.per_record",
 }
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

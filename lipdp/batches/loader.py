@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
 from lipdp.batches.reading import Drawn, MapStyleRecords, TensorRecords, read
-from lipdp.batches.rows import BatchTensor, Rows
+from lipdp.batches.row_rules import Rows
+from lipdp.batches.rows import BatchTensor
 from lipdp.batches.samplers import Sampler
 from lipdp.errors import BudgetSpentWarning, EngineError, ParameterError
 from lipdp.timing import Clock

@@ -12,7 +12,7 @@ from npy_folders import digits, write
 
 FORKED = [
     "torch.distributed.fsdp", "lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "lipdp.comparison.speed",
-    "lipdp.comparison.utility", "lipdp.planning.search", "lipdp.planning.cost",
+    "lipdp.comparison.utility", "lipdp.planning.search", "lipdp.planning.cost", "torch._dynamo",
 ]  # fmt: skip
 LONGEST = (
     "torchrun", "distributed", "compare", "faults", "cost", "simulation", "suggestion", "fuzz", "cli", "readme",

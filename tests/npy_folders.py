@@ -10,7 +10,10 @@ import torch
 from lipdp import data
 
 RNG = np.random.default_rng(0)
-SHORT = {"model": "mlp", "steps": 6, "batch_size": 200, "noise_multiplier": 4.0, "seed": 3, "accountant": "rdp"}
+SHORT = {
+    "model": "mlp", "steps": 6, "batch_size": 200, "noise_multiplier": 4.0, "seed": 3, "accountant": "rdp",
+    "log_every": 3,
+}  # fmt: skip
 
 
 def write(folder: Path, **arrays) -> Path:

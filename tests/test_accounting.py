@@ -21,16 +21,10 @@ from scipy.special import log_ndtr, ndtr
 from scipy.stats import norm
 
 from lipdp.accounting import accountants as accounting
-from lipdp.accounting import waiting
-from lipdp.accounting.accountants import (
-    Event,
-    Ledger,
-    epsilon,
-    get_accountant,
-    joint_noise_multiplier,
-    remaining_noise_multiplier,
-)
+from lipdp.accounting import numerics, waiting
+from lipdp.accounting.accountants import epsilon, get_accountant
 from lipdp.accounting.calibration import EpsilonCurve, calibrate
+from lipdp.accounting.events import Event, Ledger, joint_noise_multiplier, remaining_noise_multiplier
 from lipdp.accounting.privacy_loss import AddLoss, RemoveLoss, ReplaceLoss, renyi
 from lipdp.accounting.relation import Relation
 from lipdp.accounting.rough import rough_epsilon
@@ -374,7 +368,7 @@ def test_when_all_fail_it_is_an_error(monkeypatch):
     def broken(*args):
         return math.nan, 0
 
-    monkeypatch.setattr(accounting, "compute_epsilon", broken)
+    monkeypatch.setattr(numerics, "compute_epsilon", broken)
     with pytest.raises(AccountingError, match=r"prv: .*pld: .*rdp: "):
         bound("prv", [Event(1.234, 0.02, 77)], 1e-5)
 

@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
-from lipdp.batches.rows import per_record
+from lipdp.batches.per_record import per_record
 from lipdp.errors import EngineError, LipdpError
 
 N, FEATURES, CLASSES = 24, 6, 3

@@ -37,7 +37,7 @@ def assert_close(weights, others, tolerance):
     ("dtype", "sigma", "tolerance"),
     [(torch.float64, 1e-12, 1e-9), (torch.float64, 1.0, 1e-9), (torch.float32, 1e-9, 2e-4)],
 )
-def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
+def test_twenty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
     options = {
         "dtype": dtype,
         "noise_multiplier": sigma,
@@ -58,8 +58,8 @@ def test_fifty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, siz
 )
 def test_however_it_is_fed_and_wrapped(groups, options):
     fed = {k: v for k, v in options.items() if k != "ddp"}
-    weights, _, epsilon, _ = alone(steps=20, **fed)
-    for other, _, spent, _ in groups[2].run(scenarios.train, steps=20, **options):
+    weights, _, epsilon, _ = alone(steps=10, **fed)
+    for other, _, spent, _ in groups[2].run(scenarios.train, steps=10, **options):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
 
@@ -67,8 +67,8 @@ def test_however_it_is_fed_and_wrapped(groups, options):
 @pytest.mark.parametrize("shards", [[100, 30, 170, 0], [75, 75, 75, 75], [1, 0, 0, 299]])
 @pytest.mark.parametrize(("mapped", "skip_empty"), [(False, True), (True, False)])
 def test_unequal_shards(groups, shards, mapped, skip_empty):
-    weights, seen, epsilon, _ = alone(steps=15)
-    answers = groups[4].run(scenarios.train, steps=15, shards=shards, mapped=mapped, skip_empty=skip_empty)
+    weights, seen, epsilon, _ = alone(steps=8)
+    answers = groups[4].run(scenarios.train, steps=8, shards=shards, mapped=mapped, skip_empty=skip_empty)
     for other, _, spent, _ in answers:
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
@@ -125,7 +125,7 @@ def test_one_record_moves_the_sum_by_delta_and_no_more(groups, size):
 
 @pytest.mark.parametrize(("first", "second", "bands"), [(2, 4, 1), (4, 2, 1), (2, 1, 1), (1, 4, 1), (2, 4, 3)])
 def test_a_resume_with_another_number_of_processes(groups, first, second, bands):
-    options = {"steps": 20, "bands": bands}
+    options = {"steps": 12, "bands": bands}
     weights, _, epsilon, _ = alone(**options)
 
     def run(size, *arguments, **options):
@@ -135,10 +135,10 @@ def test_a_resume_with_another_number_of_processes(groups, first, second, bands)
             else groups[size].run(scenarios.half, *arguments, **options)
         )
 
-    saved = run(first, 8, **options)
+    saved = run(first, 5, **options)
     state = saved[0]
     assert all(other["engine"] == state["engine"] for other in saved)
-    for ended in run(second, 12, state, **options):
+    for ended in run(second, 7, state, **options):
         assert_close(weights, ended["model"], 1e-9)
         assert ended["epsilon"] == epsilon
 
@@ -174,8 +174,8 @@ def test_what_one_process_refuses_all_refuse(groups, scenario, arguments, rank, 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_parameters_give_the_weights_and_the_epsilon_of_one_process(groups, size):
     """Of four processes one holds none of the last layer's three rows."""
-    weights, _, epsilon, _ = scenarios.train(noise_multiplier=1e-12, gate=0.8, steps=20)
-    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12, steps=20):
+    weights, _, epsilon, _ = alone(noise_multiplier=1e-12, gate=0.8, steps=8)
+    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12, steps=8):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
         assert set(deltas) == set(weights)

@@ -8,8 +8,9 @@ import torch
 import lipdp
 from lipdp import panels
 from lipdp.bounds import BoundGraph
-from lipdp.constraints import Frobenius, Orthogonal, Spectral, certified_norm
+from lipdp.constraints import Frobenius, Orthogonal, Spectral
 from lipdp.nn.constrained import cannot_certify
+from lipdp.norms import certified_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = [Orthogonal(), Spectral(0.7), Frobenius(0.7)]

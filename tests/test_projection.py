@@ -11,8 +11,8 @@ from small_convnet import needs_cuda, private, weights
 from torch import nn
 
 import lipdp
-from lipdp import constraints
 from lipdp import nn as lnn
+from lipdp import norms
 from lipdp.constraints import Orthogonal
 from lipdp.nn.constrained import cannot_certify
 
@@ -67,7 +67,7 @@ SHAPES = [(16, 27), (64, 576), (96, 96), (10, 2048), (40, 7)]
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 0.3, 2.0, None])
 def test_iterations_in_bfloat16_end_certified(shape, size, monkeypatch):
     """As on a GPU: whatever the low precision did, the norm of what comes out is at most 1, by `cannot_certify`."""
-    monkeypatch.setattr(constraints, "_low_precision", lambda matrix: torch.bfloat16)
+    monkeypatch.setattr(norms, "low_precision", lambda matrix: torch.bfloat16)
     generator = torch.Generator().manual_seed(2)
     orthogonal = Orthogonal()
     start = orthogonal.sample(3, *shape, generator=generator)
@@ -81,12 +81,12 @@ def test_iterations_in_bfloat16_end_certified(shape, size, monkeypatch):
         assert orthogonal.contains(out)
         assert (out - exact).norm() <= 0.01 * (exact - matrix).norm() + 1e-6 * exact.norm()
     if size is None or size >= 0.3:  # it is the finish that does it
-        monkeypatch.setattr(constraints, "_FINISH", ())
+        monkeypatch.setattr(norms, "_FINISH", ())
         assert not orthogonal.contains(orthogonal.retract(matrix), tolerance=1e-6)
 
 
 def test_a_matrix_without_full_rank_comes_out_within_the_norm(monkeypatch):
-    monkeypatch.setattr(constraints, "_low_precision", lambda matrix: torch.bfloat16)
+    monkeypatch.setattr(norms, "low_precision", lambda matrix: torch.bfloat16)
     matrix = torch.zeros(2, 8, 12)
     matrix[0, 0, 0], matrix[0, 1, 1] = 5.0, 1e-3
     out = Orthogonal().retract(matrix)
@@ -97,7 +97,7 @@ def test_a_matrix_without_full_rank_comes_out_within_the_norm(monkeypatch):
 
 
 def test_a_run_with_bfloat16_projections_is_certified_at_every_step(monkeypatch):
-    monkeypatch.setattr(constraints, "_low_precision", lambda matrix: torch.bfloat16)
+    monkeypatch.setattr(norms, "low_precision", lambda matrix: torch.bfloat16)
     engine, model, optimizer, loader, criterion = private(steps=12, lr=2.0)
     engine._hooks._projections.every = 1
     for batch in loader:

@@ -12,8 +12,8 @@ import lipdp
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "lazy errors files timing processes", "accounting", "noise", "panels", "constraints", "nn", "losses", "bounds",
-    "distributed", "batches", "suggestion", "privacy", "models", "testing", "data features", "training",
+    "lazy errors files timing processes", "accounting", "noise", "panels", "norms", "constraints", "nn", "losses",
+    "bounds", "distributed", "batches", "suggestion", "privacy", "models", "testing", "data features", "training",
     "audit certify planning", "estimators", "comparison", "report integrations", "serving",
     "commands cli __main__ __init__",
 )  # fmt: skip
@@ -107,13 +107,14 @@ def test_all_packages_are_in_the_wheel():
 
 
 COVERS = {
+    "test_accounting": "accounting/numerics accounting/prv_grid",
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
     "engine/test_state_of_run": "privacy/engine",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
-    "test_bad_records": "privacy/loss_check",
+    "test_bad_records": "batches/reading privacy/loss_check",
     "test_banded": "privacy/correlated",
-    "test_bounds": "bounds/sensitivity",
+    "test_bounds": "bounds/sensitivity bounds/steps",
     "test_forms": "bounds/functions bounds/probe bounds/trace",
     "test_certify": "certify/certificate certify/network",
     "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lipdp
-from lipdp.batches.rows import BatchTensor, Rows, known_rows, per_record
+from lipdp.batches.per_record import per_record
+from lipdp.batches.row_rules import Rows
+from lipdp.batches.rows import BatchTensor, known_rows
 from lipdp.errors import EngineError
 
 N, BATCH = 6, "a batch"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from worlds.agent import launch
 
 from lipdp.cli import main
 
@@ -62,7 +63,8 @@ def wait_for_step(folder, step, process):
         if report.exists() and json.loads(report.read_text())["steps"] >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=60)[0]}")
+    said = process.communicate(timeout=60)[0] if isinstance(process, subprocess.Popen) else process
+    raise AssertionError(f"step {step} was not reached: {said}")
 
 
 def last(folder):
@@ -85,7 +87,32 @@ def assert_same_run(folder, alone):
     assert json.loads((folder / "privacy.json").read_text())["steps_counted_again"] == 0
 
 
-def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(tmp_path, alone):
+@contextmanager
+def agent(forks, *arguments, restarts=0):
+    """What `torchrun` runs, without the start of Python and torch in each of its processes."""
+    folder = Path(arguments[1]).parent
+    words = ["train", *SETTINGS, *STEPS, *arguments]
+    process = forks.Process(target=launch, args=(folder, words), kwargs={"restarts": restarts})
+    process.start()
+    process.poll = lambda: process.exitcode
+    try:
+        yield process
+    finally:
+        process.terminate()  # ends its workers, if it has any left
+        process.join(60)
+
+
+def test_a_killed_process_is_started_again_with_all_and_nothing_is_lost(tmp_path, alone, forks):
+    with agent(forks, "--out", tmp_path / "run", restarts=1) as process:
+        wait_for_step(tmp_path / "run", EARLY, process)
+        os.kill(int((tmp_path / "worker-1").read_text()), signal.SIGKILL)
+        process.join(180)
+    assert process.exitcode == 0
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_under_torchrun_too(tmp_path, alone):
     with torchrun("--out", tmp_path / "run", restarts=1) as process:
         wait_for_step(tmp_path / "run", EARLY, process)
         os.kill(worker(process.pid, 1), signal.SIGKILL)

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from kit import LIGHT
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import TensorDataset
@@ -343,9 +344,8 @@ def test_backprop_clipping_bounds():
 
 
 def test_backprop_clipping_cannot_be_falsified():
-    report = falsify(
-        with_backprop_clipping(conv_model(), 0.5, 0.05).double(), losses.TauCrossEntropy(4.0), input_shape=(1, 6, 6)
-    )
+    model = with_backprop_clipping(conv_model(), 0.5, 0.05).double()
+    report = falsify(model, losses.TauCrossEntropy(4.0), (1, 6, 6), **LIGHT)
     assert 0.95 < report.worst <= 1.0 + 1e-9  # the dense layers reach their bound
 
 

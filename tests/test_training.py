@@ -38,7 +38,10 @@ from lipdp.training.evaluation import evaluate
 from lipdp.training.recipes import _RECIPES, default_model, recipe
 
 README = Path(__file__).parents[1] / "README.md"
-QUICK = {"model": "linear", "steps": 12, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0}
+QUICK = {
+    "model": "linear", "steps": 12, "batch_size": 128, "noise_multiplier": 2.0, "accountant": "rdp", "seed": 0,
+    "log_every": 4,
+}  # fmt: skip
 
 OWN_MODELS = """
 import torch
@@ -517,7 +520,7 @@ def test_a_binary_table_is_scored_by_its_roc_curve(loss, tmp_path):
     np.savez(tmp_path / "table.npz", X=generator.normal(size=(600, 5)) + 2.0 * y[:, None], y=y)
     config = configure(
         dataset=str(tmp_path / "table.npz"), model="tabular", loss=loss, steps=30, batch_size=200,
-        noise_multiplier=1.0, accountant="rdp", seed=0,
+        noise_multiplier=1.0, accountant="rdp", seed=0, log_every=30,
     )  # fmt: skip
     trainer = Trainer(config)
     metrics = trainer.run().metrics

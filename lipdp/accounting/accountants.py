@@ -4,60 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
-from dp_accounting.rdp import compute_epsilon
-from prv_accountant.composers import Heterogeneous
-from prv_accountant.discretisers import CellCentred
-from prv_accountant.domain import Domain
-from prv_accountant.privacy_random_variables import PrivacyRandomVariableTruncated
-from scipy.fft import next_fast_len
 
-from lipdp.accounting.events import Event, Ledger, as_relation, joint_noise_multiplier, remaining_noise_multiplier
-from lipdp.accounting.privacy_loss import (
-    DIRECTIONS,
-    Array,
-    StepLoss,
-    loss_deviation,
-    loss_distribution,
-    renyi,
-    smallest_interval,
+from lipdp.accounting.events import Event, as_relation
+from lipdp.accounting.numerics import (
+    COARSE_ORDERS,
+    FINE_ORDERS,
+    MAX_POINTS,
+    Counts,
+    delta_left,
+    failures_named,
+    finite,
+    rdp_epsilon,
 )
+from lipdp.accounting.privacy_loss import DIRECTIONS, Array, loss_deviation, loss_distribution, smallest_interval
+from lipdp.accounting.prv_grid import Composer, mesh_and_points
 from lipdp.accounting.relation import Relation
 from lipdp.accounting.waiting import announced
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
 
-__all__ = [
-    "Accountant",
-    "Event",
-    "Ledger",
-    "PLDAccountant",
-    "PRVAccountant",
-    "RDPAccountant",
-    "Spent",
-    "epsilon",
-    "get_accountant",
-    "joint_noise_multiplier",
-    "remaining_noise_multiplier",
-]
-
 logger = logging.getLogger(__name__)
 
-Counts = tuple[int, ...]
 _TOLERANCE = 0.005  # how far above ε the answer may lie, relative
-_DELTA_ERROR = 1e-3  # the share of δ given up to the numerical errors of PRV
 _MAX_STEPS = 1_000_000  # of the grid's composition: about ten seconds
-_MAX_POINTS = 2**21  # of a grid, all events together: about a second and 200 MB
-_COARSE_ORDERS = (1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
-_FINE_ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
 @dataclass(frozen=True)
@@ -175,39 +151,6 @@ def spent(name: str, events: tuple[Event, ...], delta: float) -> Spent:
     return Spent(bound, delta, name, used, note)
 
 
-@contextmanager
-def _failures_named() -> Iterator[None]:
-    """Whatever a third-party accountant raises or warns of while it computes becomes an AccountingError."""
-    try:
-        with warnings.catch_warnings(), np.errstate(over="warn", invalid="warn", divide="warn"):
-            warnings.simplefilter("error")
-            for outdated in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
-                warnings.simplefilter("ignore", outdated)
-            yield
-    except AccountingError:
-        raise
-    except (ArithmeticError, AssertionError, IndexError, MemoryError, RuntimeError, ValueError, Warning) as error:
-        raise AccountingError(f"{type(error).__name__}: {error}") from error
-
-
-def _finite(value: Any) -> float:
-    result = float(value)
-    if not math.isfinite(result):
-        raise AccountingError(f"ε came out as {result}")
-    return max(0.0, result)
-
-
-def _delta_left(delta: float, events: tuple[Event, ...]) -> float:
-    """δ less what float64 rounding can add up to over the composition, `T·2⁻⁵²`; the Fourier accountants use this.
-
-    Measured at q = 1, where ε is known: their errors in δ stay below a seventh of it.
-    """
-    rounding = sum(event.steps for event in events) * 2.0**-52
-    if rounding > delta / 2:
-        raise AccountingError(f"δ={delta:g} is within float64 rounding ({rounding:.1g}) for so many steps")
-    return delta - rounding
-
-
 class RDPAccountant(Accountant):
     """Rényi moments (dp-accounting). Quick and always possible, but looser.
 
@@ -225,13 +168,7 @@ class RDPAccountant(Accountant):
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
         """See `Accountant.prepare`."""
         del tolerance
-        return lambda counts: _rdp_epsilon(events, counts, delta, _FINE_ORDERS)
-
-
-def _rdp_epsilon(events: Sequence[Event], counts: Counts, delta: float, orders: tuple[float, ...]) -> float:
-    with _failures_named():
-        divergence = sum(n * renyi(event.with_steps(1), orders) for event, n in zip(events, counts, strict=True))
-        return _finite(compute_epsilon(orders, divergence, delta)[0])
+        return lambda counts: rdp_epsilon(events, counts, delta, FINE_ORDERS)
 
 
 class PLDAccountant(Accountant):
@@ -250,15 +187,15 @@ class PLDAccountant(Accountant):
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
         """See `Accountant.prepare`."""
         del tolerance
-        usable = _delta_left(delta, events)
+        usable = delta_left(delta, events)
         if sum(event.steps for event in events) > _MAX_STEPS:
             raise AccountingError(f"the grid takes minutes for more than {_MAX_STEPS:,} steps")
-        with _failures_named():
+        with failures_named():
             losses = self._losses(events, usable)
 
         def bound(counts: Counts) -> float:
-            with _failures_named():
-                return _finite(_composed(losses, counts).get_epsilon_for_delta(usable))
+            with failures_named():
+                return finite(_composed(losses, counts).get_epsilon_for_delta(usable))
 
         return bound
 
@@ -268,8 +205,8 @@ class PLDAccountant(Accountant):
         Raises:
             AccountingError: δ is within float64 rounding, or beyond numerical reach.
         """
-        usable = _delta_left(delta, events)
-        with _failures_named():
+        usable = delta_left(delta, events)
+        with failures_named():
             total = _composed(self._losses(events, usable), tuple(event.steps for event in events))
             found = np.asarray(total.get_delta_for_epsilon(list(epsilons)), dtype=np.float64)
         return np.minimum(found + (delta - usable), 1.0)
@@ -278,8 +215,8 @@ class PLDAccountant(Accountant):
     def _losses(events: tuple[Event, ...], usable: float) -> list[Any]:
         steps = [event.steps for event in events]
         variance = np.average([loss_deviation(event) ** 2 for event in events], weights=steps)
-        widest = _rdp_epsilon(events, tuple(steps), usable, _COARSE_ORDERS)
-        affordable = max(widest / _MAX_POINTS, *(smallest_interval(event) for event in events))
+        widest = rdp_epsilon(events, tuple(steps), usable, COARSE_ORDERS)
+        affordable = max(widest / MAX_POINTS, *(smallest_interval(event) for event in events))
         interval = max(min(0.05 * math.sqrt(variance), 0.01), affordable)
         return [loss_distribution(event, interval) for event in events]
 
@@ -317,12 +254,12 @@ class PRVAccountant(Accountant):
     def prepare(self, events: tuple[Event, ...], delta: float, tolerance: float) -> Callable[[Counts], float]:
         """See `Accountant.prepare`."""
         counts = tuple(event.steps for event in events)
-        usable = _delta_left(delta, events)
-        ceiling = guess = _rdp_epsilon(events, counts, usable, _COARSE_ORDERS)
+        usable = delta_left(delta, events)
+        ceiling = guess = rdp_epsilon(events, counts, usable, COARSE_ORDERS)
         if ceiling == 0.0:
             return lambda counts: 0.0
         for _ in range(8):
-            _mesh_and_points(events, usable, tolerance * guess * 1.06)  # at least what the last grid needs: fail early
+            mesh_and_points(events, usable, tolerance * guess * 1.06)  # at least what the last grid needs: fail early
             bound = self._bound(events, usable, 0.05 * guess)
             upper = bound(counts)
             if upper > ceiling * 1.06:
@@ -336,49 +273,8 @@ class PRVAccountant(Accountant):
 
     @staticmethod
     def _bound(events: tuple[Event, ...], delta: float, error: float) -> Callable[[Counts], float]:
-        composers = [_Composer(events, kind, delta, error) for kind in DIRECTIONS[events[0].relation]]
+        composers = [Composer(events, kind, delta, error) for kind in DIRECTIONS[events[0].relation]]
         return lambda counts: max(composer.epsilon(counts) for composer in composers)
-
-
-def _mesh_and_points(events: tuple[Event, ...], delta: float, error: float) -> tuple[float, int]:
-    """h and the number of grid points that cover [−L, L], as in `PRVAccountant`; AccountingError if too many."""
-    counts = tuple(event.steps for event in events)
-    lost = delta * _DELTA_ERROR
-    mesh = error / math.sqrt(sum(counts) / 2.0 * math.log(12.0 / lost))
-    margin = min(3.0, _rdp_epsilon(events, counts, delta, _COARSE_ORDERS))
-    mass = lost * -math.expm1(-margin) / 8.0
-    total = _rdp_epsilon(events, counts, mass, _COARSE_ORDERS) + error
-    single = max(_rdp_epsilon([event], (1,), mass / (2 * sum(counts)), _COARSE_ORDERS) for event in events)
-    points = 2 * next_fast_len(math.ceil((margin + max(total, single)) / mesh) + 2, real=True)
-    if points * len(events) > _MAX_POINTS:
-        raise AccountingError(f"the grid would need {points * len(events):.2g} points")
-    return mesh, points
-
-
-class _Truncated(PrivacyRandomVariableTruncated):
-    """A loss within [−L, L]. The mean is the whole loss's: the mass outside is below 2e-4·δ/T."""
-
-    def mean(self) -> float:
-        return self.prv.mean()
-
-
-class _Composer:
-    """The losses of `events` in one direction, on a grid fit for an error of `error` in ε."""
-
-    def __init__(self, events: tuple[Event, ...], kind: type[StepLoss], delta: float, error: float) -> None:
-        self._delta, self._error = delta, error
-        mesh, points = _mesh_and_points(events, delta, error)
-        with _failures_named():
-            half = (points / 2 - 1.5) * mesh
-            domain = Domain.create_aligned(-half, half, mesh)
-            truncated = [_Truncated(kind(event), domain.t_min(), domain.t_max()) for event in events]
-            self._composer = Heterogeneous([CellCentred().discretise(loss, domain) for loss in truncated])
-
-    def epsilon(self, counts: Counts) -> float:
-        """The upper bound for `counts` steps."""
-        with _failures_named():
-            composed = self._composer.compute_composition(list(counts))
-            return _finite(composed.compute_epsilon(self._delta, self._delta * _DELTA_ERROR, self._error)[2])
 
 
 _ACCOUNTANTS: dict[str, Accountant] = {

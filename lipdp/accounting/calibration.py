@@ -10,8 +10,9 @@ from numbers import Real
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
-from lipdp.accounting.accountants import Counts, checked_delta, get_accountant, merged, prepared
+from lipdp.accounting.accountants import checked_delta, get_accountant, merged, prepared
 from lipdp.accounting.events import Event, as_relation
+from lipdp.accounting.numerics import Counts
 from lipdp.accounting.relation import Relation
 from lipdp.accounting.rough import rough_epsilon
 from lipdp.accounting.waiting import announced

@@ -9,8 +9,8 @@ _NAMES = {
     "PoissonSampler": "lipdp.batches.samplers",
     "Population": "lipdp.batches.population",
     "Sampler": "lipdp.batches.samplers",
-    "in_order": "lipdp.batches.loader",
-    "per_record": "lipdp.batches.rows",
+    "in_order": "lipdp.batches.reading",
+    "per_record": "lipdp.batches.per_record",
 }
 
 __getattr__, __dir__, __all__ = facade(__name__, _NAMES)

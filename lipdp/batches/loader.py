@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
-import threading
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -14,21 +12,18 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
-from lipdp.batches.records import finite_inputs, pattern, read_mapped
-from lipdp.batches.rows import BatchTensor, Rows
+from lipdp.batches.reading import Drawn, MapStyleRecords, TensorRecords, read
+from lipdp.batches.row_rules import Rows
+from lipdp.batches.rows import BatchTensor
 from lipdp.batches.samplers import Sampler
-from lipdp.errors import BudgetSpentWarning, DataError, EngineError, LipdpError, ParameterError
+from lipdp.errors import BudgetSpentWarning, EngineError, ParameterError
 from lipdp.timing import Clock
-
-Drawn: TypeAlias = tuple[np.ndarray, int]
-"""The records of a batch, and a seed for what the dataset draws while it reads them."""
 
 
 @dataclass(eq=False)
@@ -158,9 +153,9 @@ class BatchLoader:
         self._listener, self._clock = listener or Listener(), clock or Clock()
         self._records: Dataset[Any]
         if type(dataset) is TensorDataset:  # a subclass may have its own __getitem__
-            self._records, self._num_workers = _TensorRecords(dataset, kind), 0
+            self._records, self._num_workers = TensorRecords(dataset, kind), 0
         else:
-            self._records, self._num_workers = _MapStyleRecords(dataset, empty, kind), num_workers
+            self._records, self._num_workers = MapStyleRecords(dataset, empty, kind), num_workers
         on_device = type(dataset) is TensorDataset and not all(tensor.is_cpu for tensor in dataset.tensors)
         self._pin_memory = pin_memory and torch.cuda.is_available() and not on_device
         self._consumed = sampler.state_dict()
@@ -198,17 +193,8 @@ class BatchLoader:
             )
         self.sampler.load_state_dict(self._consumed)  # take back what an abandoned iteration had drawn ahead
         ahead: deque[_Ahead] = deque()
-        batches = DataLoader(
-            self._records,
-            batch_size=None,
-            sampler=self._draws(iteration, ahead, end - self.position),
-            num_workers=self._num_workers,
-            collate_fn=_unchanged,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),
-            worker_init_fn=_ignore_interrupts,
-        )
-        arriving = _raising(batches)
+        draws = self._draws(iteration, ahead, end - self.position)
+        arriving = read(self._records, draws, num_workers=self._num_workers, pin_memory=self._pin_memory)
         while True:
             self._require_newest(iteration)
             self._listener.before_draw()
@@ -287,115 +273,6 @@ class BatchLoader:
         self._listener.after_draw(None)
 
 
-def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Iterator[Any]:
-    """All records of a data set, at most `size` at a time, in order: for evaluation.
-
-    >>> [len(x) for x, in in_order(TensorDataset(torch.zeros(5, 2)), 2)]
-    [2, 2, 1]
-    """
-    count = len(dataset)  # type: ignore[arg-type]
-    batches = DataLoader(
-        _MapStyleRecords(dataset, None),
-        batch_size=None,
-        sampler=[(np.arange(start, min(start + size, count)), 0) for start in range(0, count, size)],
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        generator=torch.Generator(),
-        worker_init_fn=_ignore_interrupts,
-    )
-    yield from _raising(batches)
-
-
-class _TensorRecords(Dataset[Any]):
-    """Whole batches of a `TensorDataset`, one gather per tensor, where the tensors are."""
-
-    def __init__(self, dataset: TensorDataset, kind: InputKind | None) -> None:
-        self._tensors, self._kind = dataset.tensors, kind
-
-    def __getitem__(self, drawn: Drawn) -> tuple[Tensor, ...]:
-        picked = torch.from_numpy(drawn[0])
-        batch = tuple(tensor.index_select(0, picked.to(tensor.device)) for tensor in self._tensors)
-        return _prepared(batch, self._kind)
-
-
-class _MapStyleRecords(Dataset[Any]):
-    """Whole batches of any map-style dataset, collated; the empty batch is an empty slice of one record."""
-
-    def __init__(self, dataset: Dataset[Any], empty: Any, kind: InputKind | None = None) -> None:
-        self._dataset, self._empty, self._kind = dataset, empty, kind
-
-    def __getitem__(self, drawn: Drawn) -> Any:
-        indices, seed = drawn
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            try:
-                if indices.size == 0:
-                    batch = _emptied(pattern(self._dataset) if self._empty is None else self._empty)
-                else:
-                    batch = read_mapped(self._dataset, indices.tolist(), self._empty)
-                return _prepared(batch, self._kind)
-            except LipdpError as error:
-                return _Refusal(error)
-
-
-def _prepared(batch: Any, kind: InputKind | None) -> Any:
-    """Inputs that are finite, and of the kind that the model takes."""
-    batch = finite_inputs(batch)
-    return batch if kind is None else kind.of(batch)
-
-
-@dataclass(frozen=True)
-class _Refusal:
-    """An error of this library on its way out of a worker; torch would send its traceback as the message."""
-
-    error: LipdpError
-
-
-def _raising(batches: DataLoader[Any]) -> Iterator[Any]:
-    """The batches; what kept one from being read is raised here, and nowhere else."""
-    try:
-        for batch in _without_alarm(batches):
-            if isinstance(batch, _Refusal):
-                raise batch.error
-            yield batch
-            del batch
-    except (RuntimeError, OSError, EOFError) as error:
-        ended = str(error).startswith("DataLoader worker")
-        cut_off = (
-            batches.num_workers > 0 and not isinstance(error, RuntimeError) and not str(error).startswith("Caught")
-        )
-        if not ended and not cut_off:
-            raise
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(
-            f"a process that reads records ended ({reason}). It was killed, or it lacked memory or shared memory. Try"
-            " fewer workers, or none (--num-workers 0)"
-        ) from error
-
-
-def _without_alarm(batches: DataLoader[Any]) -> Iterator[Any]:
-    """Its iterator, without torch's handler, which raises wherever the main thread is when a worker dies.
-
-    Without it the iterator notices within five seconds of waiting for that worker's batch.
-    """
-    alarm = getattr(signal, "SIGCHLD", None)  # not on every system
-    before = None if alarm is None else signal.getsignal(alarm)
-    iterator = iter(batches)
-    if (
-        alarm is not None
-        and before is not None
-        and batches.num_workers
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(alarm, before)
-    return iterator
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the one that trains takes a checkpoint, then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _seed_of(state: dict[str, Any], start: int) -> int:
     """For what a dataset draws while it reads a piece: a hash of the state, with its secret key, rank and first row."""
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
@@ -410,22 +287,6 @@ def _labelled(batch: Any, rows: Rows) -> Any:
     if isinstance(batch, dict):
         return {key: _labelled(value, rows) for key, value in batch.items()}
     return type(batch)(_labelled(value, rows) for value in batch) if type(batch) in (list, tuple) else batch
-
-
-def _emptied(batch: Any) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _emptied(value) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return [_emptied(value) for value in batch]
-    raise DataError(
-        f"a record holds a {type(batch).__name__}; records must be tensors, arrays or numbers to be trained on"
-    )
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
 
 
 def _require_map_style(dataset: Dataset[Any], population: int) -> None:

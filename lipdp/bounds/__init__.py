@@ -9,9 +9,10 @@ from lipdp.bounds import lookups as _lookups  # noqa: F401
 from lipdp.bounds import moving as _moving  # noqa: F401
 from lipdp.bounds import pooling as _pooling  # noqa: F401
 from lipdp.bounds import products as _products  # noqa: F401
-from lipdp.bounds.propagate import BoundGraph, ForwardSweep, NodeBound, Step, Sweep, as_tensor
+from lipdp.bounds.propagate import BoundGraph
 from lipdp.bounds.rounding import Rounding
 from lipdp.bounds.rules import Call, Local, Number, Rule, least, rule, times
+from lipdp.bounds.steps import ForwardSweep, NodeBound, Step, Sweep, as_tensor
 
 __all__ = [
     "BoundGraph",

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from lipdp.bounds.layers import weight_caps
 from lipdp.bounds.rules import Call, Local, Number, rule, times
 from lipdp.bounds.windows import axis_overlap, most_visits, sides
-from lipdp.constraints import certified_norm, vector_norm
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError, UnsupportedOperationError
 from lipdp.nn import conv as lconv
+from lipdp.norms import certified_norm, vector_norm
 
 _Transposed: TypeAlias = "nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d"
 

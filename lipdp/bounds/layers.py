@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lipdp import panels
 from lipdp.bounds.rules import Call, Local, Number, least, own_axes, rule, times
-from lipdp.constraints import Constraint, Spectral, vector_norm
+from lipdp.constraints import Constraint, Spectral
 from lipdp.errors import MixesSamplesError, UnsupportedLayerError
 from lipdp.nn import gates, linear, normalization, table
 from lipdp.nn.constrained import Constrained
 from lipdp.nn.normalization import check_centering_axes
+from lipdp.norms import vector_norm
 
 # --- dense -----------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lipdp.bounds.rules import Call, Input, Local, Number, rule, times
-from lipdp.constraints import certified_norm, vector_norm
 from lipdp.errors import UnsupportedOperationError
+from lipdp.norms import certified_norm, vector_norm
 
 
 def _product(call: Call, repeats: tuple[float, float], norms: tuple[Number, Number], fan_in: int) -> Local:

@@ -9,125 +9,33 @@ Backward:                        G_j += L_j · min(G_v, cap)                (cot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lipdp.bounds.probe import check_faithful, check_samples_apart, probe_input, untouched, vocabulary_of
 from lipdp.bounds.rounding import Rounding
-from lipdp.bounds.rules import Call, Input, Local, Number, Rule, function_rule, least, module_rule, times
-from lipdp.bounds.trace import NodeInfo, check_modules, inspect_nodes, trace
+from lipdp.bounds.rules import Call, Input, Local, Number, function_rule, least, module_rule, times
+from lipdp.bounds.steps import (
+    ForwardSweep,
+    NodeBound,
+    Slot,
+    Step,
+    Sweep,
+    as_tensor,
+    check_sums,
+    filled,
+    module_parameters,
+)
+from lipdp.bounds.trace import check_modules, inspect_nodes, trace
 from lipdp.bounds.weights import gains_of, most_alike
-from lipdp.constraints import vector_norm
-from lipdp.errors import UnboundedError, UnsupportedLayerError, UnsupportedOperationError
+from lipdp.errors import UnboundedError, UnsupportedOperationError
 from lipdp.nn.compiled import eager, original
 from lipdp.nn.sharded import full_tensor, is_sharded, unsharded
-
-N = TypeVar("N", covariant=True)
-
-
-@dataclass(frozen=True)
-class NodeBound(Generic[N]):
-    """One operation of the model: bounds X on its output and G on the cotangent there, and its parameters."""
-
-    name: str
-    kind: str
-    value: N
-    cotangent: N
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Result of both sweeps, as float64 tensors on the model's device (nothing was read on the host).
-
-    Attributes:
-        parameters: trainable parameter name → Δ.
-        lipschitz: Lipschitz constant of the output in the input.
-        output: bound on the norm of the output.
-        rows: per operation, in the order of the forward pass.
-    """
-
-    parameters: Mapping[str, Tensor]
-    lipschitz: Tensor
-    output: Tensor
-    rows: tuple[NodeBound[Number], ...]
-
-
-def as_tensor(number: Number, device: torch.device) -> Tensor:
-    """The number as a 0-dim float64 tensor."""
-    if isinstance(number, Tensor):
-        return number.to(torch.float64)
-    return torch.full((), number, dtype=torch.float64, device=device)
-
-
-class _Slot(int):
-    """In the arguments of a prepared call: the place of a tensor among its inputs."""
-
-
-def _fill(template: Any, inputs: tuple[Input, ...]) -> Any:
-    """The template with its slots filled."""
-    if isinstance(template, _Slot):
-        return inputs[template]
-    if isinstance(template, (tuple, list)):
-        return tuple(_fill(t, inputs) for t in template)
-    if isinstance(template, dict):
-        return {k: _fill(v, inputs) for k, v in template.items()}
-    return template
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operation of the graph, prepared once for every sweep.
-
-    Attributes:
-        index: of its value among the values of a sweep.
-        sources: indices of its tensor inputs, with repetitions (x + x has two).
-        source_info: what these inputs are.
-        args, kwargs: its arguments, tensors replaced by slots.
-    """
-
-    index: int
-    name: str
-    kind: str
-    module: nn.Module | None
-    rule: Rule
-    sources: tuple[int, ...]
-    source_info: tuple[NodeInfo, ...]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    output_shape: tuple[int, ...]
-
-    def combine(self, local: Local, norms: Sequence[Number]) -> Number:
-        """The norm at the output for these norms at the inputs, offsets aside: Σ L_j N_j, or √Σ (L_j N_j)²."""
-        if len(local.gains) != len(norms):
-            raise UnsupportedOperationError(
-                f"the rule of '{self.name}' ({self.kind}) gives {len(local.gains)} gains for {len(norms)} tensor"
-                " inputs; give one for each"
-            )
-        terms = [times(gain, norm) for gain, norm in zip(local.gains, norms, strict=True)]
-        return sum(t * t for t in terms) ** 0.5 if local.orthogonal else sum(terms)
-
-
-@dataclass(frozen=True)
-class ForwardSweep:
-    """The bounds of the forward sweep. The backward sweep starts from them.
-
-    Attributes:
-        rounding: slack of the forward pass's dtype.
-        values, lipschitz: X and K of every node, by index.
-        calls: per step the call, its rule's answer, and the slack for rounding.
-        constants: the values of the nodes that do not depend on the sample.
-    """
-
-    rounding: Rounding
-    values: list[Number]
-    lipschitz: list[Number]
-    calls: list[tuple[Step, Call, Local, Number]]
-    constants: Mapping[fx.Node, Tensor]
+from lipdp.norms import vector_norm
 
 
 class BoundGraph:
@@ -218,7 +126,7 @@ class BoundGraph:
             if info.kind == "plain":
                 return argument if info.value is None else info.value
             sources.append(argument)
-            return _Slot(len(sources) - 1)
+            return Slot(len(sources) - 1)
 
         args, kwargs = fx.map_arg(node.args, slot), fx.map_arg(node.kwargs, slot)
         if node.op == "call_module":
@@ -369,7 +277,7 @@ class BoundGraph:
                 Input(info.shape, values[i], constants.get(i), info.kind == "tuple")
                 for i, info in zip(step.sources, step.source_info, strict=True)
             )
-            args, kwargs = _fill(step.args, inputs), _fill(step.kwargs, inputs)
+            args, kwargs = filled(step.args, inputs), filled(step.kwargs, inputs)
             module = None if step.module is None else unsharded(step.module)  # gathered for this rule alone
             call = Call(step.name, module, inputs, step.output_shape, args, kwargs, rounding.dtype)
             local = step.rule(call)
@@ -408,9 +316,9 @@ class BoundGraph:
             inner = times(least(g, local.cotangent_cap if self.gated else math.inf), slack)
             for i, gain in zip(step.sources, local.gains, strict=True):
                 cotangents[i] = cotangents[i] + times(gain, inner)
-            own = _module_parameters(step, local, names)
+            own = module_parameters(step, local, names)
             if own:
-                _check_sums(step.name, step.kind, local.sums_in or forward.rounding.dtype)
+                check_sums(step.name, step.kind, local.sums_in or forward.rounding.dtype)
             for key, name in own.items():
                 cap = local.parameter_caps.get(key, math.inf) if self.gated else math.inf
                 deltas[name] = deltas[name] + least(times(local.parameters[key], inner), times(cap, slack))
@@ -435,39 +343,8 @@ class BoundGraph:
             g = cotangents[self.index[node]]
             for source, gain in gains[node].items():
                 if isinstance(source, str):
-                    _check_sums(source, "a parameter met outside a layer", forward.rounding.dtype)
+                    check_sums(source, "a parameter met outside a layer", forward.rounding.dtype)
                     deltas[source] = deltas[source] + times(gain, g)
                     continue
                 through = times(times(gain, g), forward.rounding.slack(2 * width))
                 cotangents[self.index[source]] = cotangents[self.index[source]] + through
-
-
-def _check_sums(name: str, kind: str, dtype: torch.dtype) -> None:
-    """A parameter's gradient must be summed over the batch in float32 or better."""
-    if dtype.itemsize < 4:
-        raise UnsupportedLayerError(
-            f"'{name}' ({kind}) under autocast sums its gradient over the batch in {dtype}, where one record moves the"
-            " rounded sum by more than its own gradient. Use layers of lipdp.nn that sum in float32 (SpectralLinear,"
-            " SpectralConv2d, LayerNorm, GroupNorm), freeze the parameter, or train in float32; the rule of a layer of"
-            " your own that sums in float32 says Local(..., sums_in=torch.float32)"
-        )
-
-
-def _module_parameters(step: Step, local: Local, trainable: Mapping[int, str]) -> dict[str, str]:
-    """Local → model-wide name of the module's trainable parameters; all must be covered by the rule."""
-    if step.module is None:
-        return {}
-    names: dict[str, str] = {}
-    for key, parameter in step.module.named_parameters(
-        remove_duplicate=False
-    ):  # a bias that is the weight counts twice
-        name = trainable.get(id(parameter))
-        if name is None:
-            continue
-        if key not in local.parameters:
-            raise UnboundedError(
-                f"the rule of '{step.name}' ({step.kind}) gives no bound for its trainable parameter"
-                f" '{key}'. Add parameters={{{key!r}: ...}} to its Local, or freeze it with requires_grad_(False)"
-            )
-        names[key] = name
-    return names

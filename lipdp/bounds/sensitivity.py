@@ -12,7 +12,8 @@ from torch import nn
 
 from lipdp.accounting.relation import Relation
 from lipdp.bounds.probe import sample_shape
-from lipdp.bounds.propagate import BoundGraph, NodeBound, Sweep, as_tensor
+from lipdp.bounds.propagate import BoundGraph
+from lipdp.bounds.steps import NodeBound, Sweep, as_tensor
 from lipdp.constraints import is_positive
 from lipdp.errors import NonFiniteError, ParameterError, UnboundedError
 from lipdp.losses import as_lipschitz

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from lipdp.constraints import certified_norm
 from lipdp.errors import UnsupportedOperationError
+from lipdp.norms import certified_norm
 
 Gains = Callable[[Sequence[Tensor], Tensor, Sequence[Any]], "list[float | Tensor]"]
 """From the tensors that go in, the tensor that comes out and all arguments: L in each of the tensors."""

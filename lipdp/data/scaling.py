@@ -83,14 +83,19 @@ def clip_features(x: Tensor, *, lower: Constants, upper: Constants) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """`clip_features` as an object: 1-Lipschitz, values in [lower, upper]. The default for images, with [0, 1]."""
+class _Interval:
+    """Public bounds lower < upper: numbers, or one for each feature."""
 
     lower: Constants = 0.0
     upper: Constants = 1.0
 
     def __post_init__(self) -> None:
         _intervals(self.lower, self.upper)
+
+
+@dataclass(frozen=True)
+class Clip(_Interval):
+    """`clip_features` as an object: 1-Lipschitz, values in [lower, upper]. The default for images, with [0, 1]."""
 
     @property
     def lipschitz(self) -> float:
@@ -101,7 +106,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Rescale:
+class Rescale(_Interval):
     """Clip to the public interval [lower, upper], then map it affinely onto [−1, 1].
 
     `y = 2 (clip(x) − lower) / (upper − lower) − 1`, Lipschitz with constant `2 / min(upper − lower)`.
@@ -110,12 +115,6 @@ class Rescale:
     >>> Rescale(0.0, 120.0)(torch.tensor([[30.0], [500.0]])).flatten().tolist()
     [-0.5, 1.0]
     """
-
-    lower: Constants = 0.0
-    upper: Constants = 1.0
-
-    def __post_init__(self) -> None:
-        _intervals(self.lower, self.upper)
 
     @property
     def lipschitz(self) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lipdp.batches.loader import in_order
+from lipdp.batches.reading import in_order
 from lipdp.batches.records import look
 from lipdp.data.scaling import Bounding
 from lipdp.data.split import Split, Task, require_images

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from lipdp.batches.rows import Rows, known_rows, plain
+from lipdp.batches.row_rules import Rows
+from lipdp.batches.rows import known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss

@@ -72,7 +72,7 @@ class PrivacyEngine:
     ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
     ...     criterion=lipdp.losses.TauCrossEntropy(8.0), dataset=torch.utils.data.TensorDataset(x, y),
     ...     expected_batch_size=16, steps=3, noise_multiplier=2.0)
-    >>> for xb, yb in loader:
+    >>> for xb, yb in loader:                               # or: _ = engine.backward(xb, yb)
     ...     optimizer.zero_grad(); criterion(model(xb), yb).backward(); optimizer.step()
     >>> 0 < engine.get_epsilon(delta=1e-3) < 2
     True
@@ -315,18 +315,6 @@ class PrivacyEngine:
 
         Returns:
             () the mean loss of the batch, which ε does not cover.
-
-        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
-        >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
-        >>> engine = lipdp.PrivacyEngine()
-        >>> model, optimizer, loader, criterion = engine.make_private(
-        ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        ...     criterion=lipdp.losses.TauCrossEntropy(8.0), dataset=torch.utils.data.TensorDataset(x, y),
-        ...     expected_batch_size=16, steps=3, noise_multiplier=2.0)
-        >>> for batch in loader:
-        ...     optimizer.zero_grad(); _ = engine.backward(*batch, microbatch=8); optimizer.step()
-        >>> engine.steps_taken
-        3
         """
         run = self._current()
         total = torch.zeros((), device=run.graph.device)

@@ -46,7 +46,8 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.batches.loader import Draw, Listener
-from lipdp.batches.rows import Rows, plain
+from lipdp.batches.row_rules import Rows
+from lipdp.batches.rows import plain
 from lipdp.errors import EngineError
 from lipdp.privacy.sums import DROPPED, Claim, Gradients, RootCall
 

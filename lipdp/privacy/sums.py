@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lipdp.batches.rows import Rows
+from lipdp.batches.row_rules import Rows
 from lipdp.errors import EngineError
 
 Claim = tuple[Tensor, str]

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import fields, is_dataclass
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,7 @@ _WORDS = {
 }
 
 
+@cache
 def _environment(**options: Any) -> jinja2.Environment:
     try:
         import jinja2

@@ -50,7 +50,7 @@ def private(*, dtype=torch.float64, shards=None, ddp=False, mapped=False, differ
     model = network(dtype, seed=world.rank if differ else 0)
     return offered(
         DistributedDataParallel(model) if ddp else model, x, y, kind=Pairs if mapped else TensorDataset,
-        shards=shards is not None, **{"seed": 0, "steps": 50, **options},
+        shards=shards is not None, **{"seed": 0, "steps": 20, **options},
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def train(*, skip_empty=True, **options):
 
 
 def train_with_quantile():
-    return train(gate=QuantileGate(0.5, count_std=3.0), steps=20)
+    return train(gate=QuantileGate(0.5, count_std=3.0), steps=12)
 
 
 def half(taken, state=None, **options):
@@ -211,7 +211,7 @@ def spread(*, dtype=torch.float64, **options):
     for layer in (model[1], model[3]):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    made = offered(model, *records(dtype), **{"seed": 0, "steps": 50, "gate": 0.8, **options})
+    made = offered(model, *records(dtype), **{"seed": 0, "steps": 20, "gate": 0.8, **options})
     loop(*made, skip_empty=False)
     engine = made[0]
     whole = {name: value.full_tensor().clone() for name, value in model.state_dict().items()}

@@ -57,6 +57,7 @@ _DELTA_ERROR = 1e-3  # the share of δ given up to the numerical errors of PRV
 _MAX_STEPS = 1_000_000  # of the grid's composition: about ten seconds
 _MAX_POINTS = 2**21  # of a grid, all events together: about a second and 200 MB
 _COARSE_ORDERS = (1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
+_LOW_ORDERS = (1.5, 2, 3, 5, 8, 16, 32)
 _FINE_ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -278,9 +279,12 @@ class PLDAccountant(Accountant):
     def _losses(events: tuple[Event, ...], usable: float) -> list[Any]:
         steps = [event.steps for event in events]
         variance = np.average([loss_deviation(event) ** 2 for event in events], weights=steps)
-        widest = _rdp_epsilon(events, tuple(steps), usable, _COARSE_ORDERS)
-        affordable = max(widest / _MAX_POINTS, *(smallest_interval(event) for event in events))
-        interval = max(min(0.05 * math.sqrt(variance), 0.01), affordable)
+        interval = max(min(0.05 * math.sqrt(variance), 0.01), *(smallest_interval(event) for event in events))
+        for orders in (_LOW_ORDERS, _COARSE_ORDERS):  # few orders bound ε from above; often that is enough
+            widest = _rdp_epsilon(events, tuple(steps), usable, orders)
+            if widest / _MAX_POINTS <= interval:
+                break
+        interval = max(interval, widest / _MAX_POINTS)
         return [loss_distribution(event, interval) for event in events]
 
 

@@ -179,7 +179,7 @@ def encoders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits):
+def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits, capsys):
     config = configure(dataset="digits", features="encoders_served:conv", epsilon=8.0, epochs=10, seed=0)
     result = train(config, out="run")
     assert result.metrics["test_accuracy"] > 0.7
@@ -189,6 +189,8 @@ def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits
     assert share == pytest.approx(result.metrics["test_accuracy"], abs=0.003)
     with pytest.raises(errors.ParameterError, match="run_code"):
         lipdp.load("run")
+    assert main(["certify", "run"]) == 2
+    assert "nothing is known of the Lipschitz constant of encoders_served:conv" in capsys.readouterr().err
 
 
 def test_features_of_a_frozen_module_have_norm_one_and_mixing_is_refused(encoders):

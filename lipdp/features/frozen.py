@@ -64,8 +64,7 @@ class Frozen:
         """Refused: nothing is known of it."""
         raise UnboundedError(
             f"nothing is known of the Lipschitz constant of {self.source}, so no radius can be certified behind it:"
-            " certify a run on raw inputs, or one that was trained with --certified; and keep unit_norm or group_norm,"
-            " which bound the features"
+            " certify a run on raw inputs, or one that was trained with --certified"
         )
 
     @torch.no_grad()

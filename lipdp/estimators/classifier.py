@@ -42,7 +42,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
             first 16 looked at have one, `fit` says so. By default those in y.
         missing: what a missing number is: "middle" of its bounds, or "indicator", the same with a column that says so.
         hidden: neurons of the hidden layers of a net, e.g. 64 or (64, 32), or 0 for a linear model; None takes the
-            recipe for tables, which is better nearly everywhere.
+            recipe for tables, which is better on most tables.
         steps: noisy steps; None takes the recipe's.
         random_state: repeats the fit exactly, for tests: NOT private.
 

@@ -153,6 +153,10 @@ def test_a_table_gets_a_certified_auroc(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert 1 >= found["auroc"] > found["certified_auroc"][0] > found["certified_auroc"][1]
     assert found["auroc"] > 0.8
+    assert main(["certify", str(tmp_path / "run"), "--radii", "90"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "No record is certified this far: the largest radius is" in shown
+    assert "train tables with --model linear" in shown
 
 
 def _tupled(given):

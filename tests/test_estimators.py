@@ -120,6 +120,13 @@ def test_a_label_that_is_not_public_is_none(table):
         fast().fit(x, np.full(len(y), "yes"))
 
 
+@pytest.mark.parametrize("hidden", [None, 0])
+def test_a_list_of_classes_that_is_not_that_of_y_is_named(table, hidden):
+    x, y = table
+    with pytest.raises(errors.ParameterError, match=r"classes=\[0, 1\] are not the labels in y, which are of type str"):
+        fast(classes=[0, 1], hidden=hidden).fit(x, y)
+
+
 def test_partial_fit_says_why_not():
     with pytest.raises(errors.RefusedMethodError, match="spend ε again"):
         PrivateClassifier().partial_fit  # noqa: B018

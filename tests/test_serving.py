@@ -85,13 +85,25 @@ def test_exports_answer_alike_without_lipdp(run, table, tmp_path, digits):
 
 
 @quiet
-def test_onnx_answers_alike(run, tmp_path, digits):
+def test_onnx_answers_alike(run, table, tmp_path, digits):
     pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model = lipdp.load(run)
-    session = runtime.InferenceSession(str(model.export(tmp_path / "model.onnx")))
-    (found,) = session.run(None, {"x": digits[:7].numpy()})
-    np.testing.assert_allclose(found, model.predict_proba(digits[:7]), atol=1e-5)
+    reference = pytest.importorskip("onnx.reference")
+    for name, folder, x in (("digits", run, digits.numpy()), ("table", table[0] / "run", table[1])):
+        model = lipdp.load(folder)
+        evaluator = reference.ReferenceEvaluator(str(model.export(tmp_path / f"{name}.onnx")))
+        (found,) = evaluator.run(None, {"x": x[:20]})
+        np.testing.assert_allclose(found, model.predict_proba(x[:20]), atol=1e-5)
+
+
+def test_what_onnx_cannot_express_is_one_line(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript")
+
+    def fails(*given, **options):
+        raise RuntimeError("steps\nno function for signbit")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    assert main(["export", str(run), str(tmp_path / "model.onnx")]) == 2
+    assert "ONNX can't express this model (no function for signbit); use .pt2" in capsys.readouterr().err
 
 
 def test_a_folder_with_safetensors_and_a_card(run, table, tmp_path, digits):
@@ -181,7 +193,7 @@ def encoders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits):
+def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits, capsys):
     config = configure(dataset="digits", features="encoders_served:conv", epsilon=8.0, epochs=10, seed=0)
     result = train(config, out="run")
     assert result.metrics["test_accuracy"] > 0.7
@@ -191,6 +203,8 @@ def test_a_frozen_module_is_a_feature_map_and_its_run_is_served(encoders, digits
     assert share == pytest.approx(result.metrics["test_accuracy"], abs=0.003)
     with pytest.raises(errors.ParameterError, match="run_code"):
         lipdp.load("run")
+    assert main(["certify", "run"]) == 2
+    assert "nothing is known of the Lipschitz constant of encoders_served:conv" in capsys.readouterr().err
 
 
 def test_features_of_a_frozen_module_have_norm_one_and_mixing_is_refused(encoders):

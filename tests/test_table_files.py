@@ -12,6 +12,7 @@ import lipdp
 from lipdp import data
 from lipdp.batches.records import NO_LABEL
 from lipdp.cli import main
+from lipdp.comparison.configs import UtilityConfig
 from lipdp.data.columns import Category, Number
 from lipdp.data.listed import ABSENT, OTHER, Listed
 from lipdp.data.schema import Schema
@@ -271,6 +272,19 @@ def test_a_trained_model_reads_raw_tables_by_the_schema_of_its_run(files, run, c
     pytest.importorskip("safetensors")
     model.save_pretrained(files / "saved")
     assert np.array_equal(lipdp.load(files / "saved").logits(table), logits)
+
+
+def test_a_simulation_takes_a_schema_and_names_it_in_its_command(files, capsys):
+    out, schema = str(files / "search"), str(files / "columns.toml")
+    command = ["plan", "simulate", "--dataset", str(files / "people.csv"), "--schema", schema, "--batch-size", "160"]
+    command += ["--steps", "2", "--option", "noise_multiplier=4.0", "--scale", "2", "--search", "lr=0.1:2:log"]
+    assert main([*command, "--trials", "1", "--out", out]) == 0
+    assert f"--schema {schema}" in capsys.readouterr().out
+
+
+def test_a_comparison_takes_a_schema(files):
+    config = UtilityConfig(datasets=(str(files / "people.csv"),), schema=str(files / "columns.toml"))
+    assert config.train_config(config.datasets[0]).schema == data.plain_schema(files / "columns.toml")
 
 
 def test_a_run_keeps_its_schema(files):

@@ -17,6 +17,7 @@ from lipdp.accounting.events import Event, as_relation
 from lipdp.accounting.numerics import (
     COARSE_ORDERS,
     FINE_ORDERS,
+    LOW_ORDERS,
     MAX_POINTS,
     Counts,
     delta_left,
@@ -215,9 +216,12 @@ class PLDAccountant(Accountant):
     def _losses(events: tuple[Event, ...], usable: float) -> list[Any]:
         steps = [event.steps for event in events]
         variance = np.average([loss_deviation(event) ** 2 for event in events], weights=steps)
-        widest = rdp_epsilon(events, tuple(steps), usable, COARSE_ORDERS)
-        affordable = max(widest / MAX_POINTS, *(smallest_interval(event) for event in events))
-        interval = max(min(0.05 * math.sqrt(variance), 0.01), affordable)
+        interval = max(min(0.05 * math.sqrt(variance), 0.01), *(smallest_interval(event) for event in events))
+        for orders in (LOW_ORDERS, COARSE_ORDERS):  # few orders bound ε from above; often that is enough
+            widest = rdp_epsilon(events, tuple(steps), usable, orders)
+            if widest / MAX_POINTS <= interval:
+                break
+        interval = max(interval, widest / MAX_POINTS)
         return [loss_distribution(event, interval) for event in events]
 
 

@@ -21,7 +21,6 @@ from lipdp.errors import AccountingError, CalibrationError, ParameterError
 _LARGEST = 1e4
 _SLACK = 0.005  # ε(σ) may lie this far below the target, relative
 _RANGE = (math.log(0.01), math.log(1e6))  # log σ
-_SLOPE = -1.2  # of log ε against log σ, until it is known
 
 
 def calibrate(
@@ -90,7 +89,7 @@ def calibrate(
 
     mu = gaussian_mu(target_epsilon, delta)
     guess = math.log1p((mu / sampling_rate) ** 2 / steps) ** -0.5
-    slope = _SLOPE
+    slope: Callable[[], float] = _usual_slope
     if sampling_rate < 1.0:  # where the central limit may be far off
         rough = partial(cost, partial(rough_epsilon, delta=delta, near=target_epsilon))
         guess, slope = _rough_start(rough, guess, target_epsilon / (1.0 + strategy.excess))
@@ -99,15 +98,23 @@ def calibrate(
         return smallest_noise_multiplier(exact, guess, target_epsilon, slope=slope)
 
 
-def _rough_start(cost: Callable[[float], float], guess: float, target: float) -> tuple[float, float]:
-    """Where to begin: a σ near the one sought, and the slope of log ε against log σ there."""
+def _usual_slope() -> float:
+    """Of log ε against log σ, until it is known."""
+    return -1.2
+
+
+def _rough_start(cost: Callable[[float], float], guess: float, target: float) -> tuple[float, Callable[[], float]]:
+    """Where to begin: a σ near the one sought, and the slope of log ε against log σ there, computed if asked for."""
     try:
         sigma = smallest_noise_multiplier(cost, guess, target * (1.0 - _SLACK / 2.0), slack=1e-3)
     except CalibrationError:  # out of its reach, which says nothing about the accountant's
-        return guess, _SLOPE
-    here, beside = cost(sigma), cost(1.02 * sigma)
-    known = 0.0 < beside < here < math.inf
-    return sigma, math.log(beside / here) / math.log(1.02) if known else _SLOPE
+        return guess, _usual_slope
+
+    def slope() -> float:
+        here, beside = cost(sigma), cost(1.02 * sigma)
+        return math.log(beside / here) / math.log(1.02) if 0.0 < beside < here < math.inf else _usual_slope()
+
+    return sigma, slope
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
@@ -120,7 +127,12 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
 
 def smallest_noise_multiplier(
-    cost: Callable[[float], float], guess: float, target: float, *, slope: float = _SLOPE, slack: float = _SLACK
+    cost: Callable[[float], float],
+    guess: float,
+    target: float,
+    *,
+    slope: Callable[[], float] = _usual_slope,
+    slack: float = _SLACK,
 ) -> float:
     """The σ, about the smallest, with `(1 − slack)·target ≤ cost(σ) ≤ target`; ε = `cost(σ)`.
 
@@ -149,10 +161,12 @@ def smallest_noise_multiplier(
             raise CalibrationError(f"even σ={sigma:.3g} costs ε={value:.4g}: the target {target:g} is too small")
         if high == _RANGE[0]:
             raise CalibrationError(f"even σ={sigma:.3g} costs only ε={value:.4g}: the target {target:g} is too large")
-        if last is not None and math.isfinite(gap - last[1]):
-            slope = min(max((gap - last[1]) / (x - last[0]), -20.0), -0.3)
+        if last is None:
+            steepness = slope()
+        elif math.isfinite(gap - last[1]):
+            steepness = min(max((gap - last[1]) / (x - last[0]), -20.0), -0.3)
         last = (x, gap)
-        x = min(max(x - min(max(gap / slope, -1.0), 1.0), _RANGE[0]), _RANGE[1])
+        x = min(max(x - min(max(gap / steepness, -1.0), 1.0), _RANGE[0]), _RANGE[1])
         if not low < x < high:
             x = (low + high) / 2.0
     raise CalibrationError(f"ε jumps over [{target * (1.0 - slack):.6g}, {target:.6g}] at σ={math.exp(low):.6g}")

@@ -17,6 +17,7 @@ from lipdp.errors import AccountingError
 
 Counts = tuple[int, ...]
 MAX_POINTS = 2**21  # of a grid, all events together: about a second and 200 MB
+LOW_ORDERS = (1.5, 2, 3, 5, 8, 16, 32)  # some of the coarse ones
 COARSE_ORDERS = (1.1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 1024)
 FINE_ORDERS = (*(1 + k / 10 for k in range(1, 100)), *range(11, 65), 80, 96, 128, 192, 256, 384, 512, 768, 1024)
 

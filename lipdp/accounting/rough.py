@@ -30,11 +30,13 @@ def rough_epsilon(events: Sequence[Event], delta: float, *, near: float) -> floa
     with np.errstate(all="ignore"):
         masses, shift, log_finite = _sum(events, cells)
         losses = cells + shift
+        first = int(np.searchsorted(losses, 0.0))
+        losses, masses = losses[first:], masses[first:]
         above, scaled = (np.cumsum(m[::-1])[::-1] for m in (masses, masses * np.exp(-losses)))
-        deltas = (above - np.exp(losses) * scaled - math.expm1(log_finite))[losses >= 0.0]
+        deltas = above - np.exp(losses) * scaled - math.expm1(log_finite)
     if not np.isfinite(deltas).all() or deltas.size == 0 or deltas[-1] > delta:
         return math.inf
-    return float(np.interp(-delta, -np.minimum.accumulate(deltas), losses[losses >= 0.0]))
+    return float(np.interp(-delta, -np.minimum.accumulate(deltas), losses))
 
 
 def _sum(events: Sequence[Event], cells: NDArray[np.float64]) -> tuple[NDArray[np.float64], float, float]:

@@ -30,7 +30,7 @@ class Suite:
     epsilon: Annotated[float, "the claim to audit: the engine's noise is calibrated to it"]
     delta: float = 1e-5
     confidence: Annotated[float, "of all lower bounds together"] = 0.95
-    methods: Annotated[Sequence[str], "repeat for several", "--method"] = (
+    methods: Annotated[Sequence[str], "the audits to run", "--method"] = (
         "many-runs",
         "sampled-runs",
         "gradient-canaries",

@@ -129,6 +129,12 @@ def _show(result: Robustness, loaded: LoadedRun, run: Path) -> None:
         cells += [f"{certificate.auroc(radius):.2%}"] if result.is_binary else []
         table.add_row(*cells)
     console.print(table)
+    if certificate.accuracy() > 0 and max(result.certified) == 0:
+        console.print(
+            f"No record is certified this far: the largest radius is {number(float(certificate.radii.max()))}. The"
+            f" network may turn a change of length 1 into one of {number(certificate.lipschitz)}. For radii, train"
+            " tables with --model linear and images with --certified"
+        )
     if result.attacked is not None:
         console.print(
             f"PGD inside certified radii: {result.broken_inside} of {result.attacked_inside:,} samples gave way"

@@ -92,7 +92,7 @@ def speed(
     typer.echo(f"{table(results)}\n\n{legend(cell['trainer'] for cell in results.cells)}")
 
 
-@with_config(UtilityConfig, "data_dir", "model", "model_options", "features", "delta", "batch_size", "epochs")
+@with_config(UtilityConfig, "data_dir", "schema", "model", "model_options", "features", "delta", "batch_size", "epochs")
 @interruptible
 def utility(
     config: UtilityConfig,
@@ -141,6 +141,7 @@ def tables(
 _SHARED = (
     "dataset",
     "data_dir",
+    "schema",
     "model",
     "model_options",
     "features",

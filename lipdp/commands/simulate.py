@@ -32,7 +32,9 @@ Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH
 (Optuna), trials/NUMBER.json, result.json; with --run also full/, the private run, and confirmation.json."""
 
 
-@with_settings("dataset", "data_dir", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs")
+@with_settings(
+    "dataset", "data_dir", "schema", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs"
+)
 @interruptible
 def simulate(
     given: dict[str, Any],

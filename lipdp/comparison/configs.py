@@ -77,6 +77,7 @@ class _Trained:
     """What training runs on one recipe share; None takes the recipe's."""
 
     data_dir: str | None = None
+    schema: str | None = None
     model: str | None = None
     model_options: Mapping[str, Any] | None = None
     features: str | None = None
@@ -86,7 +87,7 @@ class _Trained:
 
     def recipe_for(self, dataset: str, **given: Any) -> TrainConfig:
         """The recipe of a data set, with what was given."""
-        names = ("data_dir", "model_options", "features", "delta", "batch_size", "epochs")
+        names = ("data_dir", "schema", "model_options", "features", "delta", "batch_size", "epochs")
         model = self.model or default_model(dataset, self.features)
         return configure(dataset=dataset, model=model, **{name: getattr(self, name) for name in names}, **given)
 

@@ -175,7 +175,7 @@ class SignedLog:
     def __call__(self, x: Tensor) -> Tensor:
         x = finite(x)
         squashed = torch.log1p(x.abs() / self.scale) / math.log1p(1 / self.scale)
-        return torch.copysign(squashed.clamp(max=self.limit), x)
+        return squashed.clamp(max=self.limit) * x.sign()  # ONNX has no copysign
 
     def inverse(self, y: Tensor) -> Tensor:
         """The input that is mapped to `y`, where |y| ≤ limit.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lipdp.batches.records import NO_LABEL
+from lipdp.batches.records import NO_LABEL, looked_at
 from lipdp.certify.certificate import certify
 from lipdp.errors import ParameterError
 from lipdp.estimators.base import PrivateEstimator, public_list
@@ -42,7 +42,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
             first 16 looked at have one, `fit` says so. By default those in y.
         missing: what a missing number is: "middle" of its bounds, or "indicator", the same with a column that says so.
         hidden: neurons of the hidden layers of a net, e.g. 64 or (64, 32), or 0 for a linear model; None takes the
-            recipe for tables, which is better nearly everywhere.
+            recipe for tables, which is better on most tables.
         steps: noisy steps; None takes the recipe's.
         random_state: repeats the fit exactly, for tests: NOT private.
 
@@ -97,7 +97,14 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
                 " are two or more"
             )
         place = {label: i for i, label in enumerate(self.classes_.tolist())}
-        return np.array([place.get(label, NO_LABEL) for label in y.tolist()], dtype=np.int64)
+        places = np.array([place.get(label, NO_LABEL) for label in y.tolist()], dtype=np.int64)
+        if int((places[looked_at(count)] == NO_LABEL).sum()) > 1:
+            kinds = ", ".join(sorted({type(label).__name__ for label in y.tolist()}))
+            raise ParameterError(
+                f"classes={self.classes_.tolist()} are not the labels in y, which are of type {kinds}: list in classes"
+                " every label that y may hold, written as in y"
+            )
+        return places
 
     def decision_function(self, X: Any) -> npt.NDArray[np.float64]:
         """Log-odds of the second of two classes (N,), or logits (N, classes); at the temperature of the loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lipdp.errors import MixesSamplesError, ParameterError
+from lipdp.errors import MixesSamplesError, ParameterError, UnboundedError
 from lipdp.models import own
 
 
@@ -62,13 +61,16 @@ class Frozen:
         return channels, height, width
 
     def lipschitz(self, input_shape: Sequence[int]) -> float:
-        """Infinite: nothing is known of it."""
-        return math.inf
+        """Refused: nothing is known of it."""
+        raise UnboundedError(
+            f"nothing is known of the Lipschitz constant of {self.source}, so no radius can be certified behind it:"
+            " certify a run on raw inputs, or one that was trained with --certified"
+        )
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """(N, d, 1, 1), or (N, C, H, W)."""
-        made: Any = self.module(x)
+        made: Any = self.module(x.float())
         z = next((made[key] for key in ("pooler_output", "last_hidden_state") if _has(made, key)), made)
         if not isinstance(z, Tensor) or z.dim() not in (2, 3, 4) or len(z) != len(x):
             raise ParameterError(

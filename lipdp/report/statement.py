@@ -160,7 +160,7 @@ def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
             f"Given a test record of each class, the model ranks the two correctly {100 * score:.1f}\u00a0% of the time"
             " (AUROC)."
         )
-    return protected, f"It gives the right answer for {100 * score:.1f}\u00a0% of the test records."
+    return protected, f"The model gives the right answer for {100 * score:.1f}\u00a0% of the test records."
 
 
 def nist(account: Account) -> tuple[tuple[str, str], ...]:

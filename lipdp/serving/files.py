@@ -60,7 +60,11 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ParameterError(f'ONNX needs onnxscript ({error}): pip install "lipdp[serving]", or use .pt2') from error
-    made = torch.onnx.export(program, input_names=["x"], output_names=["y"], verbose=False)
+    try:
+        made = torch.onnx.export(program, input_names=["x"], output_names=["y"], verbose=False)
+    except Exception as error:  # the exporter has errors of many kinds, some from its own private modules
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise ParameterError(f"ONNX can't express this model ({reason}); use .pt2, or a folder") from error
     if made is None:
         raise ParameterError("this torch exports no ONNX program; use .pt2")
     made.save(str(path))

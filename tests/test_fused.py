@@ -1,0 +1,131 @@
+"""Layers written with few temporaries compute the plain formula: values, gradients, gradients of gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import grad, vmap
+from torch.nn import functional as F
+
+from lipdp import nn as lnn
+from lipdp.errors import ParameterError
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: torch.stack((x, x), -1)[..., 0],
+}
+
+
+class PlainNormPool(nn.Module):
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x):
+        height, width = (n // k for n, k in zip(x.shape[-2:], self.kernel, strict=True))
+        covered = x[..., : height * self.kernel[0], : width * self.kernel[1]]
+        windows = covered.unflatten(-1, (width, -1)).unflatten(-3, (height, -1))
+        return (windows.square().sum((-3, -1)) + 1e-12).sqrt() - 1e-6
+
+
+def images(layout, *shape, dtype=torch.float64):
+    """Random ones; the first is zeros in a corner, as every digit is."""
+    x = torch.randn(shape, dtype=dtype)
+    x[:1, ..., :2, :2] = 0.0
+    return LAYOUTS[layout](x)
+
+
+def gradients(layer, x, g):
+    """Value, gradient, and the gradient of a function of the gradient."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    (plain,) = torch.autograd.grad(y, x, g, retain_graph=True)
+    upper = g.detach().clone().requires_grad_()
+    (first,) = torch.autograd.grad(y, x, upper, create_graph=True)
+    second = torch.autograd.grad((first * first.detach().cos()).sum(), (x, upper))
+    return y, plain, first, *second
+
+
+def check_same(layer, formula, x, tolerance=1e-9):
+    g = torch.randn_like(formula(x))
+    for found, expected in zip(gradients(layer, x, g), gradients(formula, x, g), strict=True):
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+sizes = st.integers(1, 7)
+
+
+@given(
+    shape=st.tuples(st.integers(0, 4), sizes, sizes, sizes),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_norm_pool_is_the_root_of_its_squares(shape, kernel, layout):
+    x, layer = images(layout, *shape), lnn.ScaledL2NormPool2d(kernel)
+    if shape[2] < kernel[0] or shape[3] < kernel[1]:
+        with pytest.raises(ParameterError, match="windows"):
+            layer(x)
+        return
+    check_same(layer, PlainNormPool(kernel), x, 1e-6)  # the second derivative is 1/ε at a window of zeros
+
+
+LAYERS = {
+    "norm pool": (lambda: lnn.ScaledL2NormPool2d(2), (3, 5, 4)),
+    "norm pool, wide": (lambda: lnn.ScaledL2NormPool2d((1, 3)), (2, 4, 6)),
+}
+layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+
+
+@layers
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_derivatives_are_those_of_finite_differences(make, shape, layout):
+    x = LAYOUTS[layout](torch.randn(3, *shape, dtype=torch.float64)).detach().requires_grad_()
+    assert torch.autograd.gradcheck(make(), x)
+    assert torch.autograd.gradgradcheck(make(), x)
+
+
+@layers
+def test_functions_of_torch_func_follow(make, shape):
+    layer, x = make(), torch.randn(4, 2, *shape, dtype=torch.float64)
+    weights = torch.randn_like(layer(x[0]))
+
+    def value(one):
+        return (layer(one) * weights).sum()
+
+    apart = torch.stack([torch.func.grad(value)(one) for one in x])
+    assert torch.allclose(vmap(layer)(x), torch.stack([layer(one) for one in x]))
+    assert torch.allclose(vmap(grad(value))(x), apart)
+    leaf = x.clone().requires_grad_()
+    (together,) = torch.autograd.grad(sum(value(one) for one in leaf), leaf)
+    assert torch.allclose(together, apart)
+
+
+@layers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_go_through_in_blocks_of_any_dtype(make, shape, dtype):
+    """A batch of several blocks computes what its rows compute alone."""
+    layer, x = make(), torch.randn(3, *shape[:-2], 300, 400).to(dtype).requires_grad_()
+    y = layer(x)
+    g = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, x, g)
+    assert y.dtype == found.dtype == dtype
+    for i in range(3):
+        one = x[i : i + 1].detach().requires_grad_()
+        alone = layer(one)
+        assert torch.equal(alone, y[i : i + 1])
+        assert torch.equal(torch.autograd.grad(alone, one, g[i : i + 1])[0], found[i : i + 1])
+    wide = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(make()(wide), wide, g.double())
+    assert (found - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
+
+
+def test_a_norm_pool_keeps_the_layout():
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = lnn.ScaledL2NormPool2d(2)(x)
+    assert y.stride() == F.avg_pool2d(x, 2).stride()
+    assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()

@@ -1,5 +1,7 @@
 """Layers written with few temporaries compute the plain formula: values, gradients, gradients of gradients."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +31,16 @@ class PlainNormPool(nn.Module):
         covered = x[..., : height * self.kernel[0], : width * self.kernel[1]]
         windows = covered.unflatten(-1, (width, -1)).unflatten(-3, (height, -1))
         return (windows.square().sum((-3, -1)) + 1e-12).sqrt() - 1e-6
+
+
+class PlainClip(nn.Module):
+    def __init__(self, bound, radius):
+        super().__init__()
+        self.bound, self.radius = bound, radius
+
+    def forward(self, x):
+        norm = x.reshape(len(x), math.prod(x.shape[1:])).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+        return x * (self.radius / norm.clamp_min(self.bound))
 
 
 def images(layout, *shape, dtype=torch.float64):
@@ -74,7 +86,37 @@ def test_a_norm_pool_is_the_root_of_its_squares(shape, kernel, layout):
     check_same(layer, PlainNormPool(kernel), x, 1e-6)  # the second derivative is 1/ε at a window of zeros
 
 
+@given(
+    shape=st.lists(sizes, max_size=3),
+    rows=st.integers(0, 4),
+    lengths=st.lists(st.sampled_from([1e-3, 0.3, 1.0, 40.0]), min_size=4, max_size=4),
+    radius=st.sampled_from([0.5, 2.0]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_clip_is_a_projection_on_the_ball_and_a_scale(shape, rows, lengths, radius):
+    x = torch.randn(rows, *shape, dtype=torch.float64)
+    x *= torch.tensor(lengths[:rows], dtype=torch.float64).view(-1, *[1] * len(shape))
+    check_same(lnn.ValueClip(1.1, radius), PlainClip(1.1, radius), x)
+
+
+def test_at_zero_a_clip_has_the_derivatives_of_its_scale():
+    x, g = torch.zeros(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    for found, expected in zip(gradients(lnn.ValueClip(2.0, 1.0), x, g), (x, g / 2, g / 2, x), strict=False):
+        assert torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e15, 1e30])
+def test_the_gradient_of_a_clip_is_finite_and_short_at_any_length(length):
+    x = (torch.randn(3, 50) * length).requires_grad_()
+    g = torch.randn(3, 50)
+    (found,) = torch.autograd.grad(lnn.ValueClip(2.0)(x), x, g)
+    assert found.isfinite().all()
+    assert bool((found.norm(dim=1) <= g.norm(dim=1) * min(1.0, 2.01 / length)).all())
+
+
 LAYERS = {
+    "clip, within": (lambda: lnn.ValueClip(100.0, 3.0), (3, 2, 4)),
+    "clip, beyond": (lambda: lnn.ValueClip(0.1), (3, 2, 4)),
     "norm pool": (lambda: lnn.ScaledL2NormPool2d(2), (3, 5, 4)),
     "norm pool, wide": (lambda: lnn.ScaledL2NormPool2d((1, 3)), (2, 4, 6)),
 }

@@ -57,7 +57,7 @@ def gradients(layer, x, g):
     (plain,) = torch.autograd.grad(y, x, g, retain_graph=True)
     upper = g.detach().clone().requires_grad_()
     (first,) = torch.autograd.grad(y, x, upper, create_graph=True)
-    second = torch.autograd.grad((first * first.detach().cos()).sum(), (x, upper))
+    second = torch.autograd.grad((first * first.detach().cos()).sum(), (x, upper), materialize_grads=True)
     return y, plain, first, *second
 
 
@@ -99,6 +99,21 @@ def test_a_clip_is_a_projection_on_the_ball_and_a_scale(shape, rows, lengths, ra
     check_same(lnn.ValueClip(1.1, radius), PlainClip(1.1, radius), x)
 
 
+@given(
+    shape=st.tuples(st.integers(0, 4), sizes, sizes, sizes),
+    dim=st.sampled_from([(-2, -1), (-1,), (1,), (1, 2, 3)]),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    bias=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_centering_takes_off_the_mean(shape, dim, layout, bias):
+    layer = lnn.LayerCentering(shape[1], dim, bias).double()
+    if bias:
+        nn.init.normal_(layer.bias)
+    shift = layer.bias.view(-1, 1, 1) if bias else 0.0
+    check_same(layer, lambda x: x - x.mean(dim, keepdim=True) + shift, images(layout, *shape))
+
+
 def test_at_zero_a_clip_has_the_derivatives_of_its_scale():
     x, g = torch.zeros(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     for found, expected in zip(gradients(lnn.ValueClip(2.0, 1.0), x, g), (x, g / 2, g / 2, x), strict=False):
@@ -115,6 +130,7 @@ def test_the_gradient_of_a_clip_is_finite_and_short_at_any_length(length):
 
 
 LAYERS = {
+    "centering": (lnn.LayerCentering, (3, 2, 4)),
     "clip, within": (lambda: lnn.ValueClip(100.0, 3.0), (3, 2, 4)),
     "clip, beyond": (lambda: lnn.ValueClip(0.1), (3, 2, 4)),
     "norm pool": (lambda: lnn.ScaledL2NormPool2d(2), (3, 5, 4)),

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from lipdp import nn as lnn
 from lipdp.errors import ParameterError
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # which takes small blocks
+
 LAYOUTS = {
     "contiguous": lambda x: x,
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),

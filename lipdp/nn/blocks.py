@@ -7,20 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 18  # numbers: 1 MiB of float32
+_BLOCK, _SHARED = 1 << 18, 1 << 22  # numbers: 1 MiB of float32, 16 MiB
 
 
 def blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal rows of `x` and of the others, each (N, *): on a CPU at most 1 MiB of `x`, elsewhere all.
+    """Equal rows of `x` and of the others, each (N, *): on a CPU about 1 MiB of `x`, elsewhere all.
 
-    A core is given its MiB at once: small operations in two threads wait for each other.
+    Several threads are given 16 MiB at once: they wait for each other at every operation, on a busy machine for long.
 
-    >>> [len(rows) for rows, in blocks(torch.zeros(5, 1 << 17))] if torch.get_num_threads() == 1 else [2, 2, 1]
-    [2, 2, 1]
+    >>> sum(len(rows) for rows, in blocks(torch.zeros(5, 1 << 17)))
+    5
     """
     rows = len(x)
     if x.is_cpu and x.numel():
-        rows = max(1, _BLOCK * torch.get_num_threads() * rows // x.numel())
+        rows = max(1, (_BLOCK if torch.get_num_threads() == 1 else _SHARED) * rows // x.numel())
     return zip(*(t.split(max(rows, 1)) for t in (x, *others)), strict=True)
 
 

@@ -158,15 +158,15 @@ def test_a_step_of_the_trainer_reads_only_the_answers_of_the_last_one(options, m
     trainer.model.train()
     batches = iter(trainer.loader)
     for _ in range(2):
-        trainer._take_step(*next(batches))
-    third = next(batches)
+        trainer._take_step(next(batches))
+    third = iter(list(next(batches)))  # read before: the loader looks at what it reads
     trainer.engine.settle()
     shown = []
     monkeypatch.setattr(
         DeferredRead, "read", lambda self: shown.append(self) or torch.zeros(self._value.shape, dtype=bool) == 0
     )
     with HostReads() as reads:
-        trainer._take_step(*third)
+        trainer._take_step(third)
     counters = len(list(trainer.model.parameters())) if "optimizer" in options else 0  # Adam's are on the host
     assert len(shown) == 1  # the loss that the monitor is shown, of the step before
     assert len(reads.found) == 1 + counters

@@ -144,8 +144,8 @@ def two_steps(monkeypatch):
     """Runs are interrupted after two steps, however many they were asked for."""
     take_step = Trainer._take_step
 
-    def limited(self, x, y):
-        take_step(self, x, y)
+    def limited(self, pieces):
+        take_step(self, pieces)
         if self.step >= 2 and self.step < self.total_steps:
             raise Interrupted("that is enough")
 

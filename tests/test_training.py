@@ -19,7 +19,7 @@ from torch import nn
 
 import lipdp
 from lipdp.accounting.plan import default_delta
-from lipdp.data import load
+from lipdp.data import Split, load
 from lipdp.errors import (
     CheckpointError,
     DataError,
@@ -29,6 +29,7 @@ from lipdp.errors import (
     ResumeError,
     UnknownNameError,
 )
+from lipdp.processes import peak_bytes
 from lipdp.training import Interrupted, Monitor, Trainer, configure, train
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.choices import LOSSES, make_loss, make_optimizer, make_scheduler
@@ -489,6 +490,22 @@ def test_microbatches_make_no_difference():
     for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
     assert whole.engine.state_dict()["noise"] == parts.engine.state_dict()["noise"]
+
+
+def steps_on_large_records(microbatch):
+    """A step on all of 2400 records of 64 KiB: 150 MiB."""
+    x, y = torch.full((2400, 1, 128, 128), 0.5), torch.arange(2400) % 2
+    split = Split("large", x, y, x[:2], y[:2], 2, "binary")
+    trainer = Trainer(quick(batch_size=2400, steps=3, sampling="fixed_size", microbatch=microbatch), split=split)
+    batches, stop = iter(trainer.loader), threading.Event()
+    trainer.model.train()
+    return lambda: trainer._take_step(trainer._pieces(batches, stop))
+
+
+@pytest.mark.usefixtures("forks")
+def test_a_logical_batch_is_never_held_at_once():
+    whole, pieces = (peak_bytes(steps_on_large_records, size) for size in (2400, 100))
+    assert pieces < whole - 120 * 2**20
 
 
 def test_batches_that_are_mostly_empty():

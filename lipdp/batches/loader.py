@@ -148,7 +148,7 @@ class BatchLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.part: Partition = part or EveryNth()
-        self.owners, self.views, self._piece = owners, views, piece
+        self.owners, self.views, self.piece = owners, views, piece
         self.drawn: Draw | None = None
         self._listener, self._clock = listener or Listener(), clock or Clock()
         self._records: Dataset[Any]
@@ -208,7 +208,7 @@ class BatchLoader:
             rest = islice(arriving, count - 1)
             pieces = self._arranged(chain([batch], rest), self.drawn)
             del batch
-            if self._piece is None:
+            if self.piece is None:
                 next(pieces)
                 del pieces, rest  # which hold the batch
                 self._listener.after_draw(self.drawn)
@@ -225,7 +225,7 @@ class BatchLoader:
             if self.drawn is not drawn:
                 raise EngineError("these are pieces of a batch that was given up: the loader has handed out another")
             parts = tuple(batch) if isinstance(batch, list) else batch
-            stop = min(start + (self._piece or drawn.rows) * self.views, drawn.rows)
+            stop = min(start + (self.piece or drawn.rows) * self.views, drawn.rows)
             if self.views > 1:
                 parts = flattened_views(parts, self.views)
             if drawn.weights is not None:
@@ -250,7 +250,7 @@ class BatchLoader:
                 records, shares = self.owners.records(units)
                 weights = torch.from_numpy(shares).repeat_interleave(self.views)
             state = self.sampler.state_dict()
-            size = self._piece or max(len(records), 1)
+            size = self.piece or max(len(records), 1)
             starts = range(0, max(len(records), 1), size)
             ahead.append((Draw(len(units), len(records) * self.views, None, weights), len(starts), state))
             for start in starts:

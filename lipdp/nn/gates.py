@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipdp.constraints import check_positive
+from lipdp.nn.blocks import blocks, is_traced
 
 
 def per_sample_norm(x: Tensor) -> Tensor:
@@ -32,9 +33,60 @@ def clip_norm(x: Tensor, bound: float | Tensor, radius: float | Tensor | None = 
     """
     entries = x[0].numel() if len(x) else 0
     margin = 1 - torch.finfo(x.dtype).eps - entries * torch.finfo(torch.float64).eps
-    factor = (margin * (bound if radius is None else radius)) / per_sample_norm(x).clamp_min(margin * bound)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x * F.hardshrink(factor, torch.finfo(wide).smallest_normal).to(wide)).to(x.dtype)
+    out: Tensor = _Ball.apply(x, margin * bound, margin * (bound if radius is None else radius))[0]
+    return out
+
+
+class _Ball(torch.autograd.Function):
+    r"""x ↦ f x of every sample, f = r/max(‖x‖, c); and the norms.
+
+    Backward, with u = x/‖x‖ beyond the ball and 0 within: f (g − ⟨u, g⟩ u).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, bound: float | Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:
+        if is_traced(x):
+            norm = per_sample_norm(x)
+            return (x * _factor(norm, bound, radius, x.dtype)).to(x.dtype), norm
+        norm = torch.cat([per_sample_norm(some) for (some,) in blocks(x)])
+        out = torch.empty_like(x)
+        for some, factor, to in blocks(x, _factor(norm, bound, radius, x.dtype), out):
+            torch.mul(some, factor, out=to)
+        return out, norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], output[1], *(t for t in inputs[1:] if isinstance(t, Tensor)))
+        ctx.numbers = [None if isinstance(t, Tensor) else t for t in inputs[1:]]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, norm, *tensors = ctx.saved_tensors
+        bound, radius = (tensors.pop(0) if number is None else number for number in ctx.numbers)
+        if torch.is_grad_enabled() or is_traced(x):
+            norm = per_sample_norm(x)
+            factor = _factor(norm, bound, radius, x.dtype)
+            return (_tangent(x, grads[0], norm, bound, factor.dtype) * factor).to(x.dtype), None, None
+        out, factor = torch.empty_like(x), _factor(norm, bound, radius, x.dtype)
+        limits = torch.as_tensor(bound, dtype=norm.dtype, device=norm.device).expand_as(norm)
+        for some, upper, norms, limit, f, to in blocks(x, grads[0], norm, limits, factor, out):
+            torch.mul(_tangent(some, upper, norms, limit, f.dtype), f, out=to)
+        return out, None, None
+
+
+def _factor(norm: Tensor, bound: float | Tensor, radius: float | Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    return F.hardshrink(radius / norm.clamp_min(bound), torch.finfo(wide).smallest_normal).to(wide)
+
+
+def _tangent(x: Tensor, g: Tensor, norm: Tensor, bound: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """g − ⟨u, g⟩ u with u = x/‖x‖ where ‖x‖ > c, else 0."""
+    unit = x * torch.where(norm > bound, norm.clamp_min(bound).reciprocal(), 0.0).to(dtype)
+    along = (unit * g).flatten(1).sum(1).view(norm.shape) if x.dim() > 1 else unit * g
+    return torch.addcmul(g.to(dtype), along, unit, value=-1)
 
 
 class ValueClip(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipdp.errors import ParameterError
+from lipdp.nn.blocks import blocks, is_traced
 
 __all__ = [
     "InvertibleDownSampling",
@@ -52,29 +53,74 @@ class ScaledAvgPool2d(torchlip.ScaledAvgPool2d):
 
 
 class _L2NormPool(torch.autograd.Function):
-    """y = √(Σ x² + ε²) over disjoint windows; backward x · g / y."""
+    """y = √(Σ x² + ε²) − ε over disjoint windows; backward x · g / (y + ε)."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-        mean = F.avg_pool2d(x * x, (kernel_h, kernel_w))
-        return (mean * (kernel_h * kernel_w) + _EPSILON**2).sqrt()
+    def forward(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+        if is_traced(x):
+            mean = F.avg_pool2d(x * x, kernel)
+            return (mean * (kernel[0] * kernel[1]) + _EPSILON**2).sqrt() - _EPSILON
+        out = torch.empty_like(_covered(x, kernel)[..., :: kernel[0], :: kernel[1]])
+        for some, norms in blocks(x, out):
+            first, *rows = _rows(some.to(_wide(x)), kernel)
+            squares = first * first
+            for row in rows:
+                squares.addcmul_(row, row)
+            total = squares[..., :: kernel[1]]
+            for j in range(1, kernel[1]):
+                total = total + squares[..., j :: kernel[1]]
+            torch.sub(total.add_(_EPSILON**2).sqrt_(), _EPSILON, out=norms)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.kernel = inputs[1:]
+        ctx.kernel = inputs[1]
         ctx.save_for_backward(inputs[0], output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, y = ctx.saved_tensors
-        (kernel_h, kernel_w), (height, width) = ctx.kernel, y.shape[-2:]
-        inner = x[..., : height * kernel_h, : width * kernel_w]
-        windows = inner.reshape(*x.shape[:-2], height, kernel_h, width, kernel_w)
-        out = (windows * (grads[0] / y)[..., :, None, :, None]).reshape(inner.shape)
-        pad = (0, x.shape[-1] - inner.shape[-1], 0, x.shape[-2] - inner.shape[-2])
-        return F.pad(out, pad) if any(pad) else out, None, None
+        spread = _spread if torch.is_grad_enabled() or is_traced(x) else _spread_in_blocks
+        return spread(x, y, grads[0], ctx.kernel), None
+
+
+def _covered(x: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """What the windows cover."""
+    return x[..., : x.shape[-2] // kernel[0] * kernel[0], : x.shape[-1] // kernel[1] * kernel[1]]
+
+
+def _rows(x: Tensor, kernel: tuple[int, int]) -> list[Tensor]:
+    """The first rows of all windows, the second ones, and so on."""
+    return [_covered(x, kernel)[..., i :: kernel[0], :] for i in range(kernel[0])]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _spread(x: Tensor, y: Tensor, g: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """x · g / (y + ε), each window by its own; 0 beyond the windows. It can be differentiated again."""
+    inner, (height, width) = _covered(x, kernel), y.shape[-2:]
+    windows = inner.reshape(*x.shape[:-2], height, kernel[0], width, kernel[1])
+    out = (windows * (g / (y + _EPSILON))[..., :, None, :, None]).reshape(inner.shape)
+    pad = (0, x.shape[-1] - inner.shape[-1], 0, x.shape[-2] - inner.shape[-2])
+    return F.pad(out, pad) if any(pad) else out
+
+
+def _spread_in_blocks(x: Tensor, y: Tensor, g: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """The same: the factors of a row of windows are written out once, and multiply each of its rows of entries."""
+    out = torch.empty_like(x) if _covered(x, kernel).shape == x.shape else torch.zeros_like(x)
+    for some, norms, upper, to in blocks(x, y, g, out):
+        rows = _rows(some, kernel)
+        factors = torch.empty_like(rows[0], dtype=_wide(x))
+        torch.div(upper, norms.to(_wide(x)) + _EPSILON, out=factors[..., :: kernel[1]])
+        for j in range(1, kernel[1]):
+            factors[..., j :: kernel[1]] = factors[..., :: kernel[1]]
+        for row, into in zip(rows, _rows(to, kernel), strict=True):
+            torch.mul(row, factors, out=into)
+    return out
 
 
 class ScaledL2NormPool2d(nn.Module):
@@ -97,7 +143,11 @@ class ScaledL2NormPool2d(nn.Module):
         self.kernel_size = _pair(kernel_size)
 
     def forward(self, input: Tensor) -> Tensor:
-        return _L2NormPool.apply(input, *self.kernel_size) - _EPSILON
+        if input.dim() not in (3, 4) or any(n < k for n, k in zip(input.shape[-2:], self.kernel_size, strict=True)):
+            raise ParameterError(
+                f"ScaledL2NormPool2d takes (N, C, H, W) with windows of {self.kernel_size}, got {tuple(input.shape)}"
+            )
+        return _L2NormPool.apply(input, self.kernel_size)
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}"

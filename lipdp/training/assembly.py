@@ -176,6 +176,15 @@ class Assembly:
     table: TableRun | None = None
 
 
+_CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
+
+
+def _piece(config: TrainConfig, device: torch.device) -> int | None:
+    """Records that are read and go through the model together, all views of each; None: the whole batch."""
+    samples = config.microbatch or (_CPU_MICROBATCH if device.type == "cpu" else None)
+    return None if samples is None else max(1, samples // config.augment_multiplicity)
+
+
 def assemble(
     config: TrainConfig,
     split: DataSplit,
@@ -229,6 +238,7 @@ def assemble(
         num_workers=config.num_workers,
         pin_memory=config.pin_memory,
         forward_dtype=precision(config.autocast),
+        piece=_piece(config, device),
     )
     table = None
     if parts is not None and plan.measurements:

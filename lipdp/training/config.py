@@ -127,7 +127,7 @@ class TrainConfig:
     ema: float = _optimisation(number(1, zero=True), METHOD, "decay of the averaged weights", 0.95)
     tail: int | None = _optimisation(whole(), METHOD, "average the weights of the last so many steps, instead of ema")
     microbatch: int | None = _optimisation(
-        whole(), MACHINE, "samples per forward pass, to save memory (one noise draw all the same)",
+        whole(), MACHINE, "samples read and trained on at a time, to save memory (one noise draw all the same)",
         words="512 on a CPU, else the batch",
     )  # fmt: skip
 

@@ -33,7 +33,6 @@ from lipdp.training.release import Release
 from lipdp.training.resume import read_checkpoint, restore, saved_noise_multiplier
 from lipdp.training.runtime import own_random_state, stop_signals
 
-_CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leaves blocks of its own size in glibc's heap
 _EVALUATED = 1024  # test records at a time
 
 
@@ -229,10 +228,7 @@ class Trainer:
             clock = time.perf_counter() - self._progress.seconds
             while self._goes_on(stop):
                 with self._timed():
-                    with self._timer("data"):
-                        batch = self._read(batches, stop)
-                    self._take_step(*batch)
-                    del batch  # before the next one is drawn: of all records, it is most of the memory
+                    self._take_step(self._pieces(batches, stop))
                 self._progress.seconds = time.perf_counter() - clock
                 if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
                     self._record()
@@ -252,10 +248,18 @@ class Trainer:
             raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
         return self.step < self.total_steps
 
-    def _read(self, batches: Iterator[Any], stop: threading.Event) -> list[Tensor]:
-        """The next batch, where the model is."""
+    def _pieces(self, batches: Iterator[Any], stop: threading.Event) -> Iterator[list[Tensor]]:
+        """The pieces of the next batch, each read when it is asked for, where the model is."""
+        batch = self._read(batches, stop)
+        pieces = batch if self.loader.piece else iter([batch])
+        del batch
+        while (piece := self._read(pieces, stop)) is not None:
+            yield [part.to(self.device, non_blocking=True) for part in piece]
+
+    def _read(self, source: Iterator[Any], stop: threading.Event) -> Any:
         try:
-            return [part.to(self.device, non_blocking=True) for part in next(batches)]
+            with self._timer("data"):
+                return next(source, None)
         except DataError:
             if self.world.size == 1:
                 self._goes_on(stop)  # the signal that stops the run may have ended its workers first
@@ -271,11 +275,10 @@ class Trainer:
             self.engine.time_with(self._timer)
             yield
 
-    def _take_step(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
+    def _take_step(self, pieces: Iterator[list[Tensor]]) -> None:
         self.optimizer.zero_grad()
         total = torch.zeros((), device=self.device)
-        size = self.config.microbatch or (_CPU_MICROBATCH if self.device.type == "cpu" else max(len(x), 1))
-        for xb, *others in self.engine.microbatches(x, y, size, weight):
+        for xb, *others in pieces:
             if len(xb):  # an empty batch has no gradient, and its step is noise
                 with self._timer("model"):
                     logits = self.forward(xb)
@@ -285,6 +288,7 @@ class Trainer:
                 with self._timer("backward"):
                     loss.backward()
                 del logits, loss  # with the graph they hold
+            del xb, others  # before the next piece is read
         with self._timer("optimiser"):
             self.optimizer.step()
             self.scheduler.step()

@@ -1,0 +1,29 @@
+"""Rows of a batch some at a time, so that what is computed on the way stays in the cache and is never held whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCK, _SHARED = 1 << 18, 1 << 22  # numbers: 1 MiB of float32, 16 MiB
+
+
+def blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equal rows of `x` and of the others, each (N, *): on a CPU about 1 MiB of `x`, elsewhere all.
+
+    Several threads are given 16 MiB at once: they wait for each other at every operation, on a busy machine for long.
+
+    >>> sum(len(rows) for rows, in blocks(torch.zeros(5, 1 << 17)))
+    5
+    """
+    rows = len(x)
+    if x.is_cpu and x.numel():
+        rows = max(1, (_BLOCK if torch.get_num_threads() == 1 else _SHARED) * rows // x.numel())
+    return zip(*(t.split(max(rows, 1)) for t in (x, *others)), strict=True)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `torch.compile` or `torch.func` follows what is done with `x`: no `out=` then, and no blocks."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -205,6 +205,36 @@ def test_an_older_checkpoint_in_the_place_of_the_newest_is_counted_again(tmp_pat
     assert json.loads((folder / "privacy.json").read_text())["steps"] == 14
 
 
+def resumed(folder, *, until=None):
+    """The run gone on with, killed after a step; what `privacy.json` counts."""
+    trainer = Trainer.resume(folder, monitor=None if until is None else stop(until))
+    with contextlib.nullcontext() if until is None else pytest.raises(RuntimeError, match="gone"):
+        trainer.run()
+    return json.loads((folder / "privacy.json").read_text())["steps"]
+
+
+def test_the_same_checkpoint_put_back_twice_loses_the_steps_of_both_times(tmp_path):
+    folder = begun(tmp_path / "run", log_every=100)  # released 6 steps
+    old = shutil.copy(folder / "checkpoint.previous.pt", tmp_path / "old.pt")  # of step 4
+    shutil.copy(old, folder / "checkpoint.pt")
+    assert resumed(folder, until=9) == 6 + 4  # 5 to 8
+    shutil.copy(old, folder / "checkpoint.pt")
+    assert resumed(folder) == 6 + 4 + 8  # 5 to 12
+
+
+@pytest.mark.parametrize("previous", ["older too", "gone"])
+def test_an_older_checkpoint_is_seen_whatever_is_beside_it(tmp_path, previous):
+    folder = begun(tmp_path / "run", step=5, log_every=100)
+    old = shutil.copytree(folder, tmp_path / "old")  # 4, and before it 2
+    assert resumed(folder, until=9) == 8
+    shutil.copy(old / "checkpoint.pt", folder)
+    if previous == "gone":
+        (folder / "checkpoint.previous.pt").unlink()
+    else:
+        shutil.copy(old / "checkpoint.previous.pt", folder)
+    assert resumed(folder) == 8 + 8
+
+
 def test_a_step_that_nobody_saw_is_taken_again_and_counted_once(tmp_path):
     folder = begun(tmp_path / "run", step=8)  # steps 7 and 8 were drawn, and are in no file
     Trainer.resume(folder).run()

@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import zipfile
 
@@ -24,10 +25,12 @@ from kit import Raises, refusal
 
 import lipdp
 from lipdp.accounting.digest import with_digest
+from lipdp.batches.reading import TensorRecords
 from lipdp.cli import main
-from lipdp.errors import CheckpointError, ResumeError
+from lipdp.errors import CheckpointError, DataError, ResumeError
 from lipdp.training import Trainer, configure
 from lipdp.training.checkpoint import RunFolder
+from lipdp.training.monitor import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the killed processes: other threads sum in another order
 
@@ -241,6 +244,25 @@ def test_a_step_that_nobody_saw_is_taken_again_and_counted_once(tmp_path):
     privacy = json.loads((folder / "privacy.json").read_text())
     assert (privacy["steps"], privacy["steps_counted_again"]) == (12, 0)
     assert privacy["epsilon"] == epsilon_of(12)
+
+
+def test_stopped_between_the_pieces_of_a_batch_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    """The signal ends the processes that read as well: the batch is drawn, and cannot be read to its end."""
+    trainer = Trainer(configure(**QUICK, microbatch=16, checkpoint_every=2, log_every=3), out=tmp_path / "run")
+    read = TensorRecords.__getitem__
+
+    def cut_short(self, drawn):
+        if (trainer.step, trainer.loader.position) == (5, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise DataError("a process that reads records ended")
+        return read(self, drawn)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(TensorRecords, "__getitem__", cut_short)
+        trainer.run()
+    trainer = Trainer.resume(tmp_path / "run")
+    assert trainer.step == 4
+    assert trainer.run().epsilon == epsilon_of(12)
 
 
 def test_with_a_seed_the_draws_are_the_same_whatever_was_lost(tmp_path):

@@ -243,7 +243,7 @@ class Trainer:
     def _goes_on(self, stop: threading.Event) -> bool:
         """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
         if self.step < self.total_steps and self.world.any(stop.is_set()):
-            if self._release.saved_at != self.step:
+            if self._release.saved_at != self.step == self.loader.position:  # not between the pieces of a batch
                 self._release.save(self.folder)
             where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
             raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")

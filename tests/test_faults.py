@@ -257,9 +257,10 @@ def test_stopped_between_the_pieces_of_a_batch_a_run_goes_on_from_its_last_check
             raise DataError("a process that reads records ended")
         return read(self, drawn)
 
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(TensorRecords, "__getitem__", cut_short)
+    monkeypatch.setattr(TensorRecords, "__getitem__", cut_short)
+    with pytest.raises(Interrupted):
         trainer.run()
+    monkeypatch.undo()
     trainer = Trainer.resume(tmp_path / "run")
     assert trainer.step == 4
     assert trainer.run().epsilon == epsilon_of(12)

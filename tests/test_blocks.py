@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lipdp import nn as lnn
 from lipdp.errors import ParameterError
+from lipdp.nn.gates import clip_norm
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # which takes small blocks
 
@@ -163,6 +164,22 @@ def test_functions_of_torch_func_follow(make, shape):
     leaf = x.clone().requires_grad_()
     (together,) = torch.autograd.grad(sum(value(one) for one in leaf), leaf)
     assert torch.allclose(together, apart)
+
+
+@layers
+def test_many_gradients_at_once_are_those_one_by_one(make, shape):
+    x = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
+    y = make()(x)
+    upper = torch.randn(5, *y.shape, dtype=torch.float64)
+    (together,) = torch.autograd.grad(y, x, upper, is_grads_batched=True, retain_graph=True)
+    apart = [torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in upper]
+    assert torch.allclose(together, torch.stack(apart))
+
+
+def test_a_clip_takes_many_bounds_at_once():
+    x, bounds = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0.1, 1.0, 9.0], dtype=torch.float64)
+    apart = torch.stack([clip_norm(x, bound) for bound in bounds])
+    assert torch.allclose(vmap(lambda bound: clip_norm(x, bound))(bounds), apart)
 
 
 @layers

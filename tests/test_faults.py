@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import zipfile
 
@@ -24,10 +25,12 @@ from kit import Raises, refusal
 
 import lipdp
 from lipdp.accounting.digest import with_digest
+from lipdp.batches.reading import TensorRecords
 from lipdp.cli import main
-from lipdp.errors import CheckpointError, ResumeError
+from lipdp.errors import CheckpointError, DataError, ResumeError
 from lipdp.training import Trainer, configure
 from lipdp.training.checkpoint import RunFolder
+from lipdp.training.monitor import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the killed processes: other threads sum in another order
 
@@ -205,12 +208,62 @@ def test_an_older_checkpoint_in_the_place_of_the_newest_is_counted_again(tmp_pat
     assert json.loads((folder / "privacy.json").read_text())["steps"] == 14
 
 
+def resumed(folder, *, until=None):
+    """The run gone on with, killed after a step; what `privacy.json` counts."""
+    trainer = Trainer.resume(folder, monitor=None if until is None else stop(until))
+    with contextlib.nullcontext() if until is None else pytest.raises(RuntimeError, match="gone"):
+        trainer.run()
+    return json.loads((folder / "privacy.json").read_text())["steps"]
+
+
+def test_the_same_checkpoint_put_back_twice_loses_the_steps_of_both_times(tmp_path):
+    folder = begun(tmp_path / "run", log_every=100)  # released 6 steps
+    old = shutil.copy(folder / "checkpoint.previous.pt", tmp_path / "old.pt")  # of step 4
+    shutil.copy(old, folder / "checkpoint.pt")
+    assert resumed(folder, until=9) == 6 + 4  # 5 to 8
+    shutil.copy(old, folder / "checkpoint.pt")
+    assert resumed(folder) == 6 + 4 + 8  # 5 to 12
+
+
+@pytest.mark.parametrize("previous", ["older too", "gone"])
+def test_an_older_checkpoint_is_seen_whatever_is_beside_it(tmp_path, previous):
+    folder = begun(tmp_path / "run", step=5, log_every=100)
+    old = shutil.copytree(folder, tmp_path / "old")  # 4, and before it 2
+    assert resumed(folder, until=9) == 8
+    shutil.copy(old / "checkpoint.pt", folder)
+    if previous == "gone":
+        (folder / "checkpoint.previous.pt").unlink()
+    else:
+        shutil.copy(old / "checkpoint.previous.pt", folder)
+    assert resumed(folder) == 8 + 8
+
+
 def test_a_step_that_nobody_saw_is_taken_again_and_counted_once(tmp_path):
     folder = begun(tmp_path / "run", step=8)  # steps 7 and 8 were drawn, and are in no file
     Trainer.resume(folder).run()
     privacy = json.loads((folder / "privacy.json").read_text())
     assert (privacy["steps"], privacy["steps_counted_again"]) == (12, 0)
     assert privacy["epsilon"] == epsilon_of(12)
+
+
+def test_stopped_between_the_pieces_of_a_batch_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    """The signal ends the processes that read as well: the batch is drawn, and cannot be read to its end."""
+    trainer = Trainer(configure(**QUICK, microbatch=16, checkpoint_every=2, log_every=3), out=tmp_path / "run")
+    read = TensorRecords.__getitem__
+
+    def cut_short(self, drawn):
+        if (trainer.step, trainer.loader.position) == (5, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise DataError("a process that reads records ended")
+        return read(self, drawn)
+
+    monkeypatch.setattr(TensorRecords, "__getitem__", cut_short)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    monkeypatch.undo()
+    trainer = Trainer.resume(tmp_path / "run")
+    assert trainer.step == 4
+    assert trainer.run().epsilon == epsilon_of(12)
 
 
 def test_with_a_seed_the_draws_are_the_same_whatever_was_lost(tmp_path):

@@ -518,3 +518,12 @@ def test_the_sensitivity_prints_as_a_table():
 def test_a_criterion_without_a_constant_is_refused():
     with pytest.raises(LossError):
         private(chain(), criterion=nn.MSELoss())
+
+
+@pytest.mark.parametrize(("weight", "tau"), [(1e-20, 1e9), (0.0, 16.0), (math.nan, 16.0)])
+def test_the_temperature_of_strange_weights_is_a_number_that_float32_can_take(weight, tau):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(weight)
+    assert default_criterion(model, (8,)).tau == tau

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -398,3 +399,14 @@ def test_public_ranges_need_no_histogram(path, tmp_path):
     trainer = Trainer(run_config(path, **given))
     trainer.run()
     assert trainer.engine.measured == ("gram",)
+
+
+def test_measurements_are_not_taken_for_steps_where_an_older_checkpoint_lies(path, tmp_path):
+    folder = tmp_path / "run"
+    config = run_config(path, seed=None, log_every=100)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, out=folder, monitor=Stop(4)).run()
+    shutil.copy(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")  # of step 2, and 3 were released
+    Trainer.resume(folder).run()
+    said = json.loads((folder / "privacy.json").read_text())
+    assert (said["steps"], said["steps_counted_again"]) == (7, 1)

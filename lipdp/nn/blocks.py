@@ -24,6 +24,14 @@ def blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(max(rows, 1)) for t in (x, *others)), strict=True)
 
 
-def is_traced(x: Tensor) -> bool:
-    """Whether `torch.compile` or `torch.func` follows what is done with `x`: no `out=` then, and no blocks."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+def is_traced(*values: object) -> bool:
+    """Whether `torch.compile` or `torch.func` follows what is done with them: no `out=` then, and no blocks.
+
+    Or with their gradients, of which `torch.autograd.grad(is_grads_batched=True)` takes many at once.
+    """
+    known = torch._C._functorch
+    return torch.compiler.is_compiling() or any(
+        known.is_functorch_wrapped_tensor(t) or known.is_legacy_batchedtensor(t)
+        for t in values
+        if isinstance(t, Tensor)
+    )

@@ -47,7 +47,7 @@ class _Ball(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, bound: float | Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:
-        if is_traced(x):
+        if is_traced(x, bound, radius):
             norm = per_sample_norm(x)
             return (x * _factor(norm, bound, radius, x.dtype)).to(x.dtype), norm
         norm = torch.cat([per_sample_norm(some) for (some,) in blocks(x)])
@@ -66,7 +66,7 @@ class _Ball(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, norm, *tensors = ctx.saved_tensors
         bound, radius = (tensors.pop(0) if number is None else number for number in ctx.numbers)
-        if torch.is_grad_enabled() or is_traced(x):
+        if torch.is_grad_enabled() or is_traced(x, bound, radius, *grads):
             norm = per_sample_norm(x)
             factor = _factor(norm, bound, radius, x.dtype)
             return (_tangent(x, grads[0], norm, bound, factor.dtype) * factor).to(x.dtype), None, None
@@ -85,7 +85,7 @@ def _factor(norm: Tensor, bound: float | Tensor, radius: float | Tensor, dtype: 
 def _tangent(x: Tensor, g: Tensor, norm: Tensor, bound: float | Tensor, dtype: torch.dtype) -> Tensor:
     """g − ⟨u, g⟩ u with u = x/‖x‖ where ‖x‖ > c, else 0."""
     unit = x * torch.where(norm > bound, norm.clamp_min(bound).reciprocal(), 0.0).to(dtype)
-    along = (unit * g).flatten(1).sum(1).view(norm.shape) if x.dim() > 1 else unit * g
+    along = (unit * g).reshape(len(x), x.shape[1:].numel()).sum(1).view(norm.shape) if x.dim() > 1 else unit * g
     return torch.addcmul(g.to(dtype), along, unit, value=-1)
 
 

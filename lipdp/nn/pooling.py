@@ -82,7 +82,7 @@ class _L2NormPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, y = ctx.saved_tensors
-        spread = _spread if torch.is_grad_enabled() or is_traced(x) else _spread_in_blocks
+        spread = _spread if torch.is_grad_enabled() or is_traced(x, *grads) else _spread_in_blocks
         return spread(x, y, grads[0], ctx.kernel), None
 
 

@@ -19,7 +19,7 @@ from lipdp.suggestion.learning import signals
 from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 from lipdp.suggestion.settings import BlockSetting, Settings
 
-TAU = 16.0  # times what logits can reach
+TAU, MOST_TAU = 16.0, 1e9  # the first over what logits can reach; τz must not leave float32 when weights grow
 GATE = 0.3 / math.sqrt(2)  # of the loss's constant
 CLIP_AT = 0.7  # of the typical norm of values
 GATE_AT = 0.03  # of the typical norm of cotangents
@@ -169,12 +169,13 @@ def _temperature(model: nn.Module, norms: dict[str, float], start: float) -> flo
     """`TAU` over how far a weight can carry the logits, to two digits; norms: of gradients of `start` cotangents."""
     named = dict(model.named_parameters())
     reach = max((norm * _radius(named[name]) / start for name, norm in norms.items()), default=0.0)
-    return float(f"{TAU / reach:.2g}") if 0 < reach < math.inf else TAU
+    return min(float(f"{TAU / reach:.2g}"), MOST_TAU) if 0 < reach < math.inf else TAU
 
 
 def _radius(parameter: Tensor) -> float:
-    """The spectral norm of a weight, 1 where it is 0."""
-    return float(torch.linalg.matrix_norm(_matrix(parameter).double(), 2)) or 1.0
+    """The spectral norm of a weight, 1 where it is 0, infinite where an entry is."""
+    matrix = _matrix(parameter).double()
+    return float(torch.linalg.matrix_norm(matrix, 2)) or 1.0 if bool(matrix.isfinite().all()) else math.inf
 
 
 def _matrix(parameter: Tensor) -> Tensor:

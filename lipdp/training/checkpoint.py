@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lipdp.accounting.digest import check_digest
-from lipdp.errors import CheckpointError, ParameterError, ResumeError
+from lipdp.accounting.events import Ledger
+from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeError
 from lipdp.files import write_bytes, write_json, written_whole
 from lipdp.privacy.hooks import STEPS_TAKEN
 
@@ -121,18 +122,24 @@ class RunFolder:
         later = (_CHECKPOINT, _PREVIOUS, "metrics.jsonl")
         return (self.path / "config.json").exists() and not any((self.path / name).exists() for name in later)
 
-    def released_steps(self, checkpoint: Mapping[str, Any]) -> int:
+    def released_steps(self, checkpoint: Mapping[str, Any], *, every: int) -> int:
         """The last step that somebody may have seen something of, where `checkpoint` is what `load` returned.
 
         Metrics are written after the checkpoint of their step, so this is the checkpoint's own step unless the newest
-        one was damaged, or an older one put in its place: then it is no newer than the previous one. The metrics go
-        further then, or `privacy.json`, which is written first; it alone going further is a save that was cut short.
+        one was damaged, or an older one put in its place: then it is no newer than the previous one, or that is gone,
+        or `privacy.json`, which is written first, is more than one save ahead. The steps that the latter counts and the
+        checkpoint does not are lost then; it alone going further by one save is a save that was cut short.
+
+        Args:
+            every: steps from one save to the next, at most.
         """
-        steps = [int(checkpoint["step"]), _number("step", *self._text("metrics.jsonl").splitlines()[-1:])]
-        if self._fell_back or self._previous_step() >= steps[0]:
-            stated = self._text("privacy.json")
-            steps.append(_number("steps", stated) - _number("steps_counted_again", stated))
-        return max(steps)
+        step, stated = int(checkpoint["step"]), self._text("privacy.json")
+        ahead = _number("steps", stated) - _counted(checkpoint)
+        previous = self._previous_step()
+        gone = previous < 0 < step
+        shown = _number("step", *self._text("metrics.jsonl").splitlines()[-1:])
+        replaced = self._fell_back or gone or previous >= step or shown > step or ahead > every
+        return max(step, shown, step + ahead if replaced else 0)
 
     def _previous_step(self) -> int:
         try:
@@ -210,6 +217,15 @@ def _parsed(text: str, kind: type = dict) -> Any:
 def _number(key: str, text: str = "") -> int:
     value = _parsed(text).get(key)
     return value if isinstance(value, int) else 0
+
+
+def _counted(checkpoint: Mapping[str, Any]) -> int:
+    """Steps in the checkpoint's account, those counted again among them."""
+    try:
+        engine = checkpoint["resume"]["engine"]
+        return Ledger.from_state(engine["ledger"]).steps - len(engine["measured"])
+    except (LipdpError, LookupError, TypeError, ValueError):  # `restore` says what is wrong with it
+        return int(checkpoint["step"])
 
 
 def _link(path: Path, to: Path) -> None:

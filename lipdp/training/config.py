@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -176,6 +177,20 @@ class TrainConfig:
         'model'
         """
         return "model" if self.tail is None else "ema"
+
+    @property
+    def saves(self) -> tuple[int, int]:
+        """Steps from one record of metrics to the next, and from one checkpoint, which each record brings too; T is
+        decided.
+
+        >>> configure(dataset="digits", epsilon=1.0, steps=100, checkpoint_every=3).saves
+        (5, 3)
+        """
+        total = self.steps or 0
+        return (
+            self.log_every or max(1, math.ceil(total / 20)),
+            self.checkpoint_every or max(1, math.ceil(total / 10)),
+        )
 
     def resolve(self, records: int, *, binary: bool = False) -> TrainConfig:
         """The same with B, T, δ and the loss decided, from two public facts: the number of training records (or of

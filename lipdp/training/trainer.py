@@ -23,7 +23,7 @@ from lipdp.timing import UNTIMED, Timer
 from lipdp.training.account import Account
 from lipdp.training.assembly import assemble, decided, open_configured, prepare, with_inputs_named
 from lipdp.training.checkpoint import RunFolder
-from lipdp.training.config import TrainConfig
+from lipdp.training.config import TrainConfig, config_from_dict
 from lipdp.training.environment import environment
 from lipdp.training.evaluation import answers, detail_of, evaluate_batches, metrics_of, metrics_or_null
 from lipdp.training.monitor import Interrupted, Monitor, Result
@@ -135,7 +135,8 @@ class Trainer:
         trainer._set_up(config, split, monitor or Monitor(), noise_multiplier=sigma)
         with world.fail_together():  # and all have read the folder before the first process writes to it
             trainer.engine.plan.check_same(checkpoint.get("plan", {}))
-            released, first = folder.released_steps(checkpoint), world.rank == 0
+            every = min(config_from_dict(checkpoint["config"]).saves)  # of the session that saved it
+            released, first = folder.released_steps(checkpoint, every=every), world.rank == 0
             trainer._random, lost = restore(
                 trainer.config, trainer._parts, trainer._progress, checkpoint, released=released, first=first
             )
@@ -230,9 +231,9 @@ class Trainer:
                 with self._timed():
                     self._take_step(self._pieces(batches, stop))
                 self._progress.seconds = time.perf_counter() - clock
-                if self.step % self._every(self.config.log_every, 20) == 0 or self.step == self.total_steps:
+                if self.step == self._next_record():
                     self._record()
-                elif self.step % self._every(self.config.checkpoint_every, 10) == 0:
+                elif self.step % self.config.saves[1] == 0:
                     self._release.save(self.folder)
         if self.folder is not None and not self._details:  # killed after its last step
             self._test()
@@ -242,7 +243,7 @@ class Trainer:
     def _goes_on(self, stop: threading.Event) -> bool:
         """Whether there is a step to take; where a signal came, a checkpoint and `Interrupted`."""
         if self.step < self.total_steps and self.world.any(stop.is_set()):
-            if self._release.saved_at != self.step:
+            if self._release.saved_at != self.step == self.loader.position:  # not between the pieces of a batch
                 self._release.save(self.folder)
             where = f"; go on with --resume {self.folder}" if self.folder is not None else ""
             raise Interrupted(f"interrupted after step {self.step} of {self.total_steps}{where}")
@@ -304,11 +305,8 @@ class Trainer:
         shown, self._shown = self._shown or mean if deferred else mean, mean
         self.monitor.step(self.step, float(shown.read()), self._account.epsilon_at(self._next_record()))
 
-    def _every(self, given: int | None, parts: int) -> int:
-        return given or max(1, math.ceil(self.total_steps / parts))
-
     def _next_record(self) -> int:
-        every = self._every(self.config.log_every, 20)
+        every = self.config.saves[0]
         return min(math.ceil(self.step / every) * every, self.total_steps)
 
     # -- what is written -----------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ _ANSWERS = {
     "data_loader": "give dataset=loader.dataset: batches are drawn afresh, and a loader is returned",
     "grad_sample_mode": "leave it out: there are no per-sample gradients",
     "loss_reduction": "leave it out: the criterion that is returned reads as a mean, and gradients are summed",
-    "max_grad_norm": "leave it out: gradients are bounded by the model; gate= bounds the cotangent at the logits",
+    "max_grad_norm": "leave it out: gradients are bounded by the model; gate= bounds each record's gradient at the logits",
     "noise_multiplier": "it follows from the target ε; to give it, call make_private",
     "noise_generator": "give PrivacyEngine(seed=...), for tests",
     "poisson_sampling": "it is sampling='poisson' (default) or 'fixed_size'",

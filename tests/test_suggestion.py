@@ -471,6 +471,10 @@ def test_opacus_names_are_answered(name, answer):
         options = {} if make.__name__.endswith("epsilon") else {"noise_multiplier": 1.0}
         with pytest.raises(ParameterError, match=f"has no {name}: .*{answer}"):
             make(module=chain(), dataset=data(), target_epsilon=1.0, target_delta=1e-5, **options, **{name: 1})
+        with pytest.raises(ParameterError, match=f"has no {name}: .*{answer}"):
+            make(module=chain(), **options, **{"target_epsilon": 1.0, "target_delta": 1e-5, name: 1})
+        with pytest.raises(ParameterError, match="needs dataset="):
+            make(module=chain(), target_epsilon=1.0, target_delta=1e-5, **options)
     with pytest.raises(ParameterError, match="secure=True"):
         lipdp.PrivacyEngine(secure_mode=True)
 

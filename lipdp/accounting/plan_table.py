@@ -34,7 +34,7 @@ def plan_rows(plan: PrivacyPlan) -> list[Row]:
         *((m.name, f"σ = {m.noise_multiplier:.4g}", "measured once, beside the steps") for m in plan.measurements),
     ]
     if plan.gate:
-        rows.append(("gate", plan.gate, "of each cotangent at the logits"))
+        rows.append(("gate", plan.gate, "of each record's gradient at the logits"))
     if plan.seeded:
         rows.append(("seeded", "yes", "whoever knows the seed can repeat the noise: NOT private"))
     return rows

@@ -95,7 +95,7 @@ def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensit
     unbounded = [n for n, d in deltas.items() if math.isinf(d)]
     if unbounded:
         raise UnboundedError(
-            f"no finite sensitivity for {', '.join(unbounded)}: nothing bounds the values in front of them, or the"
+            f"no finite sensitivity for {', '.join(unbounded)}: nothing bounds the values that reach them, or the"
             f" gradient of the loss. {HOW_TO_BOUND}"
         )
     nodes = tuple(

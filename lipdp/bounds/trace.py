@@ -89,8 +89,8 @@ def check_modules(model: nn.Module) -> None:
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, torchlip.BatchLipNorm)):
             raise MixesSamplesError(
                 f"{name} uses or keeps statistics of the batch: one record changes the outputs of others, so no"
-                " per-sample bound exists. Use lipdp.nn.LayerCentering, or lipdp.nn.GroupNorm in front of the first"
-                " trainable layer"
+                " per-sample bound exists. lipdp.nn.from_torch(model, input_shape=...) ports the whole model; by hand,"
+                " put lipdp.nn.LayerCentering in its place"
             )
         if find_module_rule(module) is None:
             refuse_without_bound(name, module)

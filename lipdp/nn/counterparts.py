@@ -184,7 +184,7 @@ def _adaptive(site: Site) -> Choice:
 def _centering(site: Site, axes: tuple[int, ...]) -> Choice:
     if math.prod(site.shape[a - 1 if a > 0 else a] for a in axes) == 1:
         return Choice((), "it has one channel, and nothing would be left of it")
-    return Choice((LayerCentering(dim=axes),), "the mean of one sample; a scale by its variance has no bound")
+    return Choice((LayerCentering(dim=axes),), "subtracts a sample's mean; a division by its variance has no bound")
 
 
 def _batch_norm(site: Site) -> Choice:

@@ -83,7 +83,7 @@ def porting_table(model: nn.Module, input_shape: tuple[int, ...], **options: Any
     >>> net = torch.nn.Sequential(torch.nn.Linear(8, 3), torch.nn.ReLU())
     >>> print(lipdp.nn.porting_table(net, (8,), input_bound=2.0))
     layer        was     becomes         why
-    input_bound  -       InputBound      every record counts with norm at most 2, scaled to 1
+    input_bound  -       InputBound      shortens inputs longer than 2, then divides by 2
     0            Linear  SpectralLinear  the nearest orthogonal weights; no bias, which costs noise
     1            ReLU    ReLU            3 channels are odd and make no pairs; an even width would sort
     """

@@ -135,7 +135,7 @@ class Port:
                 ("input_range", InputBound(most), f"norm at most {most:g}, that of entries in [-1, 1]"),
                 ("input_centering", LayerCentering(dim=axes), "the mean of a sample takes norm and tells little"),
             ]
-        why = f"every record counts with norm at most {c:g}, scaled to 1"
+        why = f"shortens inputs longer than {c:g}, then divides by {c:g}"
         modules.append(("input_bound", InputBound(c, radius=1.0), why))
         last, users = node, list(node.users)
         for name, module, why in modules:

@@ -98,4 +98,5 @@ def note_shapes(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
     try:
         runner.run(torch.zeros(BATCH, *input_shape, dtype=like.dtype, device=like.device))
     except Exception as error:  # whatever the model raises at a shape it isn't made for
-        raise ParameterError(f"the model does not take inputs of shape {input_shape}: {error}") from error
+        what = f"inputs of shape {input_shape}, which is that of one sample without the batch"
+        raise ParameterError(f"the model does not take {what}: {error}") from error

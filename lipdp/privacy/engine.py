@@ -106,7 +106,7 @@ class PrivacyEngine:
         self,
         *,
         module: nn.Module,
-        dataset: Dataset[Any] | DataLoader[Any],
+        dataset: Dataset[Any] | DataLoader[Any] | None = None,
         noise_multiplier: float | None,
         optimizer: torch.optim.Optimizer | None = None,
         criterion: nn.Module | None = None,
@@ -141,7 +141,7 @@ class PrivacyEngine:
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
-            dataset: of a torch `DataLoader` its data set is taken, and nothing else.
+            dataset: the training records; of a torch `DataLoader` its data set is taken, and nothing else.
             module, optimizer, criterion, gate, allocation, joints, options: see `make_private_with_plan`. One that is
                 not there is refused, with what stands for an argument of Opacus.
 
@@ -149,6 +149,8 @@ class PrivacyEngine:
             CalibrationError: no σ reaches the target; and what `make_private_with_plan` raises.
         """
         refuse_unknown("make_private", options, Options)
+        if dataset is None:
+            raise ParameterError("make_private needs dataset=: the training records, or a torch DataLoader of them")
         self._refuse_second()
         world, group, shards = self._world or current_world(), options.get("group"), options.get("shards", False)
         dataset = as_records(dataset, fields)

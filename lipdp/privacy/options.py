@@ -122,7 +122,7 @@ _ANSWERS = {
     "data_loader": "give dataset=loader.dataset: batches are drawn afresh, and a loader is returned",
     "grad_sample_mode": "leave it out: there are no per-sample gradients",
     "loss_reduction": "leave it out: the criterion that is returned reads as a mean, and gradients are summed",
-    "max_grad_norm": "leave it out: gradients are bounded by the model; gate= bounds the cotangent at the logits",
+    "max_grad_norm": "leave it out: the model bounds gradients; gate= bounds each record's gradient at the logits",
     "noise_multiplier": "it follows from the target ε; to give it, call make_private",
     "noise_generator": "give PrivacyEngine(seed=...), for tests",
     "poisson_sampling": "it is sampling='poisson' (default) or 'fixed_size'",
@@ -139,7 +139,7 @@ def refuse_unknown(function: str, given: Mapping[str, Any], known: type[Options]
 
     >>> refuse_unknown("make_private", {"max_grad_norm": 1.0}, Options)
     Traceback (most recent call last):
-    lipdp.errors.ParameterError: make_private has no max_grad_norm: leave it out: gradients are bounded by the model;...
+    lipdp.errors.ParameterError: make_private has no max_grad_norm: leave it out: the model bounds gradients;...
     """
     unknown = [n for n in given if known is None or n not in known.__annotations__]
     if unknown:

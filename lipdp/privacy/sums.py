@@ -85,7 +85,7 @@ class Gradients(Protocol):
         ...
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Put the sum in the place of `p.grad`."""
+        """Put the sum in the place of `p.grad`, once: if the step is refused, nothing vouches for `p.grad` any more."""
         ...
 
     def forget(self) -> None:
@@ -152,8 +152,8 @@ class OwnGradients:
 
     def take(self, parameters: Iterable[nn.Parameter]) -> None:
         for p in parameters:
-            own = self._sums.get(p)
-            if p in self._marks and not torch.equal(_mark(self._sums[p]), self._marks[p]):
+            own, mark = self._sums.pop(p, None), self._marks.pop(p, None)
+            if own is not None and mark is not None and not torch.equal(_mark(own), mark):
                 raise EngineError(OTHER_TERMS)  # changed while the step went on
             p.grad = torch.zeros_like(p) if own is None else own
 

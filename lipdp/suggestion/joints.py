@@ -40,7 +40,7 @@ class Joint:
         >>> Joint("2", clip=0.5, gate=0.1).summary
         'values clipped to 0.5, gradients to 0.1'
         """
-        parts = {"values clipped to": self.clip, "gradients to": self.gate, "the weight's to": self.weight}
+        parts = {"values clipped to": self.clip, "gradients to": self.gate, "weight's gradient clipped to": self.weight}
         return ", ".join(f"{words} {bound:.3g}" for words, bound in parts.items() if bound < math.inf)
 
     def modules(self) -> dict[str, nn.Module]:

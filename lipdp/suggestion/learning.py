@@ -64,8 +64,9 @@ def drowned(signals: Mapping[str, float]) -> str:
     worst = min(weak, key=lambda name: weak[name])
     return (
         f"this run can hardly learn: in {len(weak)} of {len(signals)} parameters, the gradients of all steps can add up"
-        f" to less than twice the noise ({worst!r}: signal over noise {weak[worst]:.2g}). Take a larger batch, a larger"
-        " ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), or gate=0.3"
+        f" to less than twice the noise ({worst!r}: signal over noise {weak[worst]:.2g}). What helps: a larger batch,"
+        " a larger ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), and the"
+        " criterion, gate and joints of lipdp.suggest, which you get when you leave out the optimizer"
     )
 
 

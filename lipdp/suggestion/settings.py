@@ -16,8 +16,10 @@ from lipdp.noise.allocation import Allocation
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import Joint
 
-_SHARES = "shares of what public inputs make there; biases gradients, as clipping does"
-_COST = "of each record, where its bound is loose: per-layer clipping; the backward pass forms each record's gradient"
+_TAU = "a larger τ shortens the gradients of records that are classified well"
+_RATES = "rates fall linearly to 0; large where gradients are short; a signal over noise below 2 is little"
+_SHARES = "fixed shares of the typical norms of public inputs; longer ones are shortened, which biases gradients"
+_COST = "each record's, where its bound is loose; clips, and costs the memory of one gradient for each record"
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,10 @@ class Settings:
         gate = "none" if self.gate is None else f"{self.gate:.3g}"
         rows: list[Row] = [
             *plan_rows(self.plan),
-            ("criterion", str(self.criterion), "a large τ lets records that are classified well fall silent"),
-            ("gate", gate, "at the logits: the most that one record's cotangent counts, and so Δ"),
+            ("criterion", str(self.criterion), _TAU),
+            ("gate", gate, "the longest gradient of one record at the logits; longer ones are shortened"),
             ("allocation", str(self.allocation), "of the noise over the parameters"),
-            ("optimizer", f"SGD, momentum {self.momentum:g}", "learning rates fall linearly to 0"),
+            ("optimizer", f"SGD, momentum {self.momentum:g}", _RATES),
             *((f"lr of {b.name}", f"{b.learning_rate:.3g}", f"signal over noise {b.signal:.3g}") for b in self.blocks),
             *((f"joint at {j.layer}", j.summary, _COST if j.weight < math.inf else _SHARES) for j in self.joints),
         ]

@@ -64,6 +64,25 @@ def test_what_backward_left_is_what_the_step_must_find(change, parts):
     assert engine.steps_taken == 0
 
 
+@pytest.mark.parametrize("again", [clip_norm, add])
+def test_a_refused_step_vouches_for_no_gradient_that_is_changed_later(again):
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+    before = weights(model)
+    for change in (clip_norm, again):  # a script that catches the error and tries again
+        change(model, optimizer)
+        with pytest.raises(EngineError, match="were changed between"):
+            optimizer.step()
+        model[3].weight.grad.add_(1e-3)
+    assert engine.steps_taken == 0
+    assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    optimizer.step()
+    assert engine.steps_taken == 1
+
+
 def test_a_gradient_changed_between_two_parts_of_a_batch_is_refused():
     engine, model, optimizer, loader, criterion = private()
     x, y = next(iter(loader))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,16 @@ from torch.utils.data import DataLoader, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.rows import plain as plain_tensor
 from lipdp.errors import CannotLearnWarning, CheckpointError, EngineError, LossError, ParameterError
 from lipdp.noise import GaussianNoise
-from lipdp.noise.banded import BandedNoise
+from lipdp.noise.banded import BandedNoise, accumulation
 from lipdp.suggestion import Joint, place_joints
-from lipdp.suggestion.choose import CLIP_AT, GATE_AT, LOOSE, NOISE, budget, default_criterion
+from lipdp.suggestion.choose import CLIP_AT, GATE_AT, LOOSE, NOISE, _temperature, budget
 from lipdp.suggestion.decay import decaying
 from lipdp.suggestion.joints import joint_layers, without_joints
-from lipdp.suggestion.learning import GrowthWatch, drowned, signal_over_noise
+from lipdp.suggestion.learning import GrowthWatch, drowned, noise_moves, signal_over_noise
 from lipdp.suggestion.probe import gradient_norms, output_shape, public_inputs, typical
 
 SHAPE = (1, 8, 8)
@@ -134,12 +136,25 @@ def test_what_is_given_stays():
     assert (settings.plan.expected_batch_size, settings.plan.steps) == (500, 7)
 
 
-def test_with_an_optimiser_of_ones_own_only_loss_and_budget_are_chosen():
+def test_with_an_optimiser_of_ones_own_all_but_its_rates_are_chosen():
+    model, chosen = chain(), lipdp.suggest(chain(), **{**FACTS, "dataset_size": 400, "target_delta": 1e-4})
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, _, optimizer, _, criterion = private(model, optimizer=own)
+    assert optimizer is own
+    assert own.param_groups[0]["lr"] == 0.1
+    assert engine.settings == replace(chosen, criterion=engine.settings.criterion, own_optimizer=True)
+    assert "your own" in str(engine.settings)
+    assert criterion.loss.tau == chosen.criterion.tau
+    assert any(isinstance(m, lnn.GradientGate) for m in model.modules())
+
+
+def test_with_optimiser_and_loss_of_ones_own_only_the_budget_is_chosen():
     model = chain()
-    engine, _, _, _, criterion = private(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    engine, *_ = private(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=losses.TauCrossEntropy()
+    )
     assert engine.settings is None
-    assert engine.plan.allocation == "per_layer"
-    assert isinstance(criterion.loss, losses.TauCrossEntropy)
+    assert (engine.plan.allocation, engine.plan.expected_batch_size) == ("per_layer", 400)
     assert not any(isinstance(m, lnn.GradientGate) for m in model.modules())
 
 
@@ -173,7 +188,8 @@ def test_learning_rates_leave_the_noise_at_a_share_of_the_weights(bands):
 
 @pytest.mark.parametrize(("outputs", "loss"), [(1, losses.TauBCEWithLogits), (3, losses.TauCrossEntropy)])
 def test_the_loss_goes_by_the_number_of_outputs(outputs, loss):
-    assert type(default_criterion(nn.Linear(8, outputs), (8,))) is loss
+    model, facts = lnn.SpectralLinear(8, outputs), {**FACTS, "input_shape": (8,)}
+    assert type(lipdp.suggest(nn.Sequential(lnn.InputBound(1.0), model), **facts).criterion) is loss
     assert output_shape(nn.Linear(8, outputs), torch.zeros(4, 8)) == (outputs,)
 
 
@@ -364,7 +380,8 @@ def test_a_run_that_cannot_learn_is_warned_of(bound, epsilon, warned):
     model = nn.Sequential(
         lnn.InputBound(bound), lnn.SpectralLinear(25, 16), lnn.GroupSort2(), lnn.SpectralLinear(16, 3)
     )
-    options = {"epochs": 5, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "expected_batch_size": 200}
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.1), losses.TauCrossEntropy(16.0)
+    options = {"epochs": 5, "optimizer": optimizer, "criterion": loss, "expected_batch_size": 200}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine, *_ = private(model, data(2000, (25,)), target_epsilon=epsilon, target_delta=1e-5, **options)
@@ -372,11 +389,66 @@ def test_a_run_that_cannot_learn_is_warned_of(bound, epsilon, warned):
     assert bool(drowned(engine.signals)) is warned
 
 
+RATES = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("sgd", 1.0), ("adam", 0.01), ("adamw", 0.01)])
+def test_a_rate_far_from_what_the_noise_asks_for_is_warned_of(kind, rate):
+    for factor, word in ((3, ""), (1e-3, "as large"), (3e4, "smaller")):
+        model = lnn.from_torch(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), (8,))
+        optimizer = RATES[kind](model.parameters(), lr=rate * factor)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            private(model, data(2000, (8,)), optimizer=optimizer, epochs=5)
+        assert [w.category for w in caught] == [CannotLearnWarning] * bool(word)
+        assert not word or word in str(caught[0].message)
+
+
+@pytest.mark.parametrize("bands", [1, 4])
+@pytest.mark.parametrize("make", RATES.values(), ids=RATES)
+def test_noise_moves_weights_as_far_as_is_said(make, bands):
+    """The run itself, on noise alone, four times as long as the trial."""
+    weight = nn.Parameter(torch.ones(50, 40))
+    optimizer = make([weight], lr=1e-4)
+    plan = PrivacyPlan.of(dataset_size=10_000, expected_batch_size=100, steps=256, noise_multiplier=1.0, bands=bands)
+    said = noise_moves(optimizer, {"w": 3.0}, {"w": weight}, plan)["w"]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(256):
+        weight.grad = 0.03 * accumulation(bands) * torch.randn(50, 40, generator=generator)
+        optimizer.step()
+    assert float((weight.detach() - 1).square().mean().sqrt()) == pytest.approx(said, rel=0.2)
+
+
+def test_a_scheduler_that_warms_up_is_judged_by_its_highest_rate():
+    weight = nn.Parameter(torch.ones(50))
+    plain = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+    warm = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(warm, max_lr=0.5, total_steps=100, cycle_momentum=False)
+    plan = PrivacyPlan.of(dataset_size=1000, expected_batch_size=100, steps=20, noise_multiplier=1.0)
+    facts = {"w": 3.0}, {"w": weight}, plan
+    assert warm.param_groups[0]["lr"] < 0.1
+    assert noise_moves(warm, *facts) == noise_moves(plain, *facts)
+
+
+def test_an_optimiser_whose_rule_is_not_known_is_not_judged():
+    class Mine(torch.optim.SGD):
+        pass
+
+    weight = nn.Parameter(torch.ones(5))
+    plan = PrivacyPlan.of(dataset_size=1000, expected_batch_size=100, steps=20, noise_multiplier=1.0)
+    assert noise_moves(Mine([weight], lr=1.0), {"w": 3.0}, {"w": weight}, plan) == {}
+
+
 def test_plain_layers_whose_sensitivity_grows_are_warned_of():
     model = nn.Sequential(lnn.InputBound(1.0), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
     engine, _, optimizer, loader, _ = private(
-        model, data(400, (8,)), optimizer=optimizer, expected_batch_size=100, steps=8
+        model,
+        data(400, (8,)),
+        optimizer=optimizer,
+        criterion=losses.TauCrossEntropy(16.0),
+        expected_batch_size=100,
+        steps=8,
     )
     with pytest.warns(CannotLearnWarning, match="has grown"):
         train(optimizer, loader, engine)
@@ -530,4 +602,4 @@ def test_the_temperature_of_strange_weights_is_a_number_that_float32_can_take(we
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(weight)
-    assert default_criterion(model, (8,)).tau == tau
+    assert _temperature(model, gradient_norms(model, public_inputs((8,)), 1.0), 1.0) == tau

@@ -28,7 +28,7 @@ from lipdp.privacy.options import Draws, Request
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
 from lipdp.suggestion.joints import place_joints
-from lipdp.suggestion.learning import drowned, signals
+from lipdp.suggestion.learning import drowned, misfit, noise_moves, signals
 from lipdp.suggestion.probe import gradient_norms, public_inputs
 from lipdp.timing import Clock
 
@@ -131,8 +131,10 @@ def _hooked(
         request, plan, draws, world, inner=inner, graph=graph, criterion=private, gate=state, step=step, loader=loader,
         clock=clock,
     )  # fmt: skip
-    run.signals = signals(run.noise_stds(), typical, dict(inner.named_parameters()), plan)
-    if told := drowned(run.signals):
+    stds, parameters = run.noise_stds(), dict(inner.named_parameters())
+    run.signals = signals(stds, typical, parameters, plan)
+    moves = noise_moves(request.optimizer, stds, parameters, plan)
+    if told := drowned(run.signals) or misfit(request.optimizer, moves, run.signals, plan.steps):
         warnings.warn(told, CannotLearnWarning, stacklevel=4)
     return run
 

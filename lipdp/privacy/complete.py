@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import plan_together
 from lipdp.noise.allocation import Allocation
 from lipdp.privacy.gate import FixedGate, QuantileGate
-from lipdp.suggestion.choose import budget, default_criterion, suggest
+from lipdp.suggestion.choose import budget, suggest
 from lipdp.suggestion.joints import Joint
 from lipdp.suggestion.settings import Settings
 
@@ -32,7 +33,7 @@ def complete(
     world: World,
     **account: Any,
 ) -> tuple[PrivacyPlan, dict[str, Any], Settings | None]:
-    """What is given, and what is not: suggested together without an optimiser, else only criterion, B and passes.
+    """What is given, and what is not: suggested together where optimiser or criterion is left out, else B and passes.
 
     Args:
         model: inside its wrappers.
@@ -41,7 +42,7 @@ def complete(
     Returns:
         The plan, further arguments of `make_private_with_plan`, and the settings that were suggested together.
     """
-    if optimizer is None:
+    if optimizer is None or criterion is None:
         settings = suggest(
             model,
             input_shape=input_shape,
@@ -55,8 +56,9 @@ def complete(
             world=world,
             **account,
         )
+        settings = replace(settings, own_optimizer=optimizer is not None)
         found = {
-            "optimizer": settings.optimizer(model),
+            "optimizer": settings.optimizer(model) if optimizer is None else optimizer,
             "criterion": settings.criterion,
             "gate": settings.gate if gate is None else gate,
             "allocation": settings.allocation,
@@ -67,7 +69,7 @@ def complete(
     plan = plan_together(world, expected_batch_size=batch, steps=steps, epochs=passes, **account)
     found = {
         "optimizer": optimizer,
-        "criterion": default_criterion(model, input_shape) if criterion is None else criterion,
+        "criterion": criterion,
         "gate": gate,
         "allocation": "per_layer" if allocation is None else allocation,
         "joints": joints or (),

@@ -128,8 +128,8 @@ class PrivacyEngine:
 
         Without an optimiser everything that is not given is chosen together, by `lipdp.suggest`, from public facts: the
         optimiser with a learning rate for each parameter, criterion, B, passes, gate, allocation, and clips and gates
-        that are placed in the model. `settings` says what. With an optimiser of your own the learning rate is yours,
-        and only a missing criterion, B and number of passes are chosen.
+        that are placed in the model. `settings` says what. With an optimiser of your own the rest is chosen, and the
+        learning rate is yours; with a criterion of your own besides, only B and the passes are.
 
         Args:
             expected_batch_size: B, the divisor of the noisy sum.
@@ -380,7 +380,7 @@ class PrivacyEngine:
 
     @property
     def settings(self) -> Settings | None:
-        """What was chosen for the run, to be printed as a table; None where the optimiser was given."""
+        """What was chosen for the run, to be printed as a table; None where optimiser and criterion were given."""
         self._current()
         return self._settings
 

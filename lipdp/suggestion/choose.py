@@ -155,12 +155,6 @@ def budget(
     return batch, epochs
 
 
-def default_criterion(model: nn.Module, input_shape: tuple[int, ...]) -> LipschitzLoss:
-    """The loss where none is given, by the number of the model's outputs."""
-    x = public_inputs(input_shape)
-    return _criterion(output_shape(model, x), _temperature(model, gradient_norms(model, x, 1.0), 1.0))
-
-
 def _criterion(outputs: tuple[int, ...], tau: float) -> LipschitzLoss:
     return TauBCEWithLogits(tau) if math.prod(outputs) == 1 else TauCrossEntropy(tau)
 

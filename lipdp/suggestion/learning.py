@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.errors import CannotLearnWarning
@@ -17,6 +20,15 @@ GROWTH = 10.0
 
 LEAST = 2.0
 """Signal over noise below which a block learns nothing that the noise does not drown."""
+
+NEAR, FAR = 1.0, 100.0
+"""Of a weight's size: where all gradients together can't carry it this far, or noise alone carries it further.
+
+Found on digits with Adam and SGD (docs/port.md); about ten times the first was best.
+"""
+
+_ENTRYWISE = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop
+_STEPS, _ENTRIES = 64, 256  # of the run that stands for the whole
 
 
 def signal_over_noise(*, norm: float, std: float, size: int, batch_size: int, steps: int) -> float:
@@ -68,6 +80,75 @@ def drowned(signals: Mapping[str, float]) -> str:
         " a larger ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), and the"
         " criterion, gate and joints of lipdp.suggest, which you get when you leave out the optimizer"
     )
+
+
+def noise_moves(
+    optimizer: torch.optim.Optimizer, stds: Mapping[str, float], parameters: Mapping[str, Tensor], plan: PrivacyPlan
+) -> dict[str, float]:
+    """How far the noise of all steps alone moves a parameter, over its size (root mean squares); public.
+
+    The optimiser is run on noise, over a few entries that stand for all: its rule is the same for each. T steps of
+    independent noise move √(T/t) as far as t do. A scheduler is not seen; its base rate is taken.
+
+    Returns:
+        by parameter; none that is 0 at the start, and none for an optimiser whose rule is not known.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    if type(optimizer) not in _ENTRYWISE:
+        return {}
+    samples = {
+        id(p): nn.Parameter(torch.zeros(min(p.numel(), _ENTRIES))) for g in optimizer.param_groups for p in g["params"]
+    }
+    generator = torch.Generator().manual_seed(0)
+    trial = type(optimizer)([_trial_group(group, samples) for group in optimizer.param_groups])
+    steps = min(plan.steps, _STEPS)
+    for _ in range(steps):
+        for key, sample in samples.items():
+            std = stds.get(names.get(key, ""), 0.0) * accumulation(plan.bands) / plan.expected_batch_size
+            sample.grad = std * torch.randn(sample.shape, generator=generator)
+        trial.step()
+    far = math.sqrt(plan.steps / steps)
+    sizes = {key: _rms(parameters[name]) for key, name in names.items() if key in samples}
+    return {names[key]: far * _rms(samples[key]) / size for key, size in sizes.items() if size > 0}
+
+
+def _trial_group(group: Mapping[str, Any], samples: Mapping[int, nn.Parameter]) -> dict[str, Any]:
+    """A group of the optimiser over the samples, at the highest rate that a scheduler noted there."""
+    kept = {k: v for k, v in group.items() if k not in ("params", "fused", "foreach", "capturable", "differentiable")}
+    rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
+    return kept | {"params": [samples[id(p)] for p in group["params"]], "lr": rate}
+
+
+def _rms(parameter: Tensor) -> float:
+    values = parameter.detach()
+    return float(values.norm()) / math.sqrt(values.numel() or 1)
+
+
+def misfit(
+    optimizer: torch.optim.Optimizer, moves: Mapping[str, float], signals: Mapping[str, float], steps: int
+) -> str:
+    """In plain words that the learning rates are far from what the run asks for; "" if they aren't, or it isn't known.
+
+    Gradients can carry a weight `signal_over_noise` times as far as noise does, and √T times where each step is scaled
+    to the same length, as by Adam.
+    """
+    most = math.inf if isinstance(optimizer, torch.optim.SGD) else math.sqrt(steps)
+    known = [(move, move * min(signals[name], most)) for name, move in moves.items() if name in signals]
+    if not known:
+        return ""
+    noise, reach = (statistics.median(values) for values in zip(*known, strict=True))
+    told = "this run can hardly learn at its learning rate: "
+    if 0 < reach < NEAR:
+        return (
+            f"{told}if the gradients of all steps pointed the same way, they would still move a weight by only"
+            f" {reach:.1g} times its size. A rate about {10 * NEAR / reach:.1g} times as large suits most runs"
+        )
+    if FAR < noise < math.inf:
+        return (
+            f"{told}the noise of all steps moves a weight by {noise:.1g} times its size. A rate about {noise:.1g} times"
+            " smaller suits most runs"
+        )
+    return ""
 
 
 class GrowthWatch:

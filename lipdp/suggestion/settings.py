@@ -49,6 +49,7 @@ class Settings:
         joints: clips and gates between layers and at weights.
         blocks: the learning rate of every parameter.
         momentum: of SGD, whose learning rates fall linearly to 0.
+        own_optimizer: whether the run has another optimiser; `blocks` and `momentum` are then not in use.
 
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
     >>> facts = dict(input_shape=(4,), dataset_size=1000, target_epsilon=3.0, target_delta=1e-5)
@@ -67,6 +68,7 @@ class Settings:
     joints: tuple[Joint, ...]
     blocks: tuple[BlockSetting, ...]
     momentum: float
+    own_optimizer: bool = False
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """SGD over the model's trainable parameters, a group each, whose rates fall linearly to 0 at step T."""
@@ -99,8 +101,15 @@ class Settings:
             ("criterion", str(self.criterion), _TAU),
             ("gate", gate, "the longest gradient of one record at the logits; longer ones are shortened"),
             ("allocation", str(self.allocation), "of the noise over the parameters"),
-            ("optimizer", f"SGD, momentum {self.momentum:g}", _RATES),
-            *((f"lr of {b.name}", f"{b.learning_rate:.3g}", f"signal over noise {b.signal:.3g}") for b in self.blocks),
+            *self._optimizer_rows(),
             *((f"joint at {j.layer}", j.summary, _COST if j.weight < math.inf else _SHARES) for j in self.joints),
         ]
         return aligned([HEADER, *rows])
+
+    def _optimizer_rows(self) -> list[Row]:
+        if self.own_optimizer:
+            return [("optimizer", "your own", "its learning rates are not chosen here")]
+        rates = [
+            (f"lr of {b.name}", f"{b.learning_rate:.3g}", f"signal over noise {b.signal:.3g}") for b in self.blocks
+        ]
+        return [("optimizer", f"SGD, momentum {self.momentum:g}", _RATES), *rates]

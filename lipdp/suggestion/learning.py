@@ -100,7 +100,8 @@ def noise_moves(
         id(p): nn.Parameter(torch.zeros(min(p.numel(), _ENTRIES))) for g in optimizer.param_groups for p in g["params"]
     }
     generator = torch.Generator().manual_seed(0)
-    trial = type(optimizer)([_trial_group(group, samples) for group in optimizer.param_groups])
+    rule: Any = type(optimizer)
+    trial = rule([_trial_group(group, samples) for group in optimizer.param_groups])
     steps = min(plan.steps, _STEPS)
     for _ in range(steps):
         for key, sample in samples.items():

@@ -108,9 +108,6 @@ def as_records(dataset: Any, fields: Fields | None = None) -> Any:
     of records with names (dicts, Hugging Face's `datasets`) or with more than two parts, `fields` names input and
     target. Others stay as they are.
 
-    Args:
-        fields: see `Records`.
-
     Raises:
         DataError: a table without `fields`, or fields that it has not. EngineError: a loader with a `collate_fn` of its
             own, which would be lost.

@@ -73,11 +73,7 @@ def _finite(part: Any) -> Any:
 
 
 def read(dataset: Dataset[Any], indices: Sequence[int]) -> Any:
-    """Records of a map-style data set, at least one, collated, a row each; raises what the data set raises.
-
-    Raises:
-        RecordError: there are more rows, or fewer.
-    """
+    """Records of a map-style data set, at least one, collated, a row each; raises what the data set raises."""
     picked = list(indices)
     whole = getattr(dataset, "read_batch", None)  # what `default_collate` would make of them, at once
     many = getattr(dataset, "__getitems__", None)

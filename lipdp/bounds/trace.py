@@ -133,9 +133,6 @@ def trace(model: nn.Module, x: Tensor | None = None) -> tuple[fx.GraphModule, fx
 
     Args:
         x: a batch, whose shape answers branches on the shape of a sample; without one there may be none.
-
-    Raises:
-        UnsupportedOperationError: it cannot, or the graphs differ by more than dropout's mode.
     """
     root = model
     if find_module_rule(model) is not None or not list(model.children()):

@@ -40,11 +40,7 @@ class Ntk:
         return torch.stack(list(self.blocks.values())).sum(0)
 
     def gradient_norms(self, cotangents: Tensor) -> Tensor:
-        """‖g_{i,r}‖ (n, D): the square is u_iᵀ H_r^{ii} u_i, with H_r^{ii} the block of sample i on the diagonal.
-
-        Args:
-            cotangents: u, (n, C).
-        """
+        """‖g_{i,r}‖ (n, D): the square is u_iᵀ H_r^{ii} u_i, with H_r^{ii} the block of sample i on the diagonal."""
         n, c = self.samples, self.outputs
         squares = [
             torch.einsum("ia,abi,ib->i", cotangents, h.view(n, c, n, c).diagonal(dim1=0, dim2=2), cotangents)
@@ -193,9 +189,6 @@ class Spectrum:
 
 def spectrum(matrix: Tensor) -> Spectrum:
     """Symmetry, quadratic form and eigenvalues of a square float64 matrix.
-
-    Raises:
-        NonFiniteError: an entry is not finite.
 
     >>> report = spectrum(torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))  # keeps 1, drops 2
     >>> report.symmetric, report.positive_form, report.positive_eigenvalues

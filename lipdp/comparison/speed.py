@@ -40,11 +40,6 @@ def speed(
     Peak memory is that of three steps: the resident set of a process of their own on a CPU, what torch allocates for
     them on CUDA. A trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
 
-    Args:
-        config: what is measured.
-        out: the folder, with `results.json`.
-        progress: is told what is being measured.
-
     Returns:
         Cells with trainer, model, dataset, batch_size, views, status and, where it was measured, step_seconds,
         step_seconds_iqr, peak_bytes and the ratios ratio_to_non_private and ratio_to_plain_non_private, at the same

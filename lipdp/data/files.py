@@ -65,9 +65,6 @@ def read_idx(path: Path, item_shape: Sequence[int]) -> npt.NDArray[np.uint8]:
     Returns:
         Array of shape `(n, *item_shape)`, n ≥ 1, read-only.
 
-    Raises:
-        DataError: missing, empty, truncated or over-long file, failed checksum, wrong magic number or shape.
-
     Source: the format is described at the end of http://yann.lecun.com/exdb/mnist/.
     """
     item_shape = tuple(item_shape)
@@ -141,11 +138,7 @@ def axes_of(path: Path, key: str | None = None) -> int | None:
 def read_npz(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), *, text: Sequence[str] = ()
 ) -> dict[str, npt.NDArray[Any]]:
-    """Read named numeric arrays of an npz archive (of text those in `text`), without pickle or trust in its headers.
-
-    Raises:
-        DataError: missing or corrupt file, failed checksum, a required key absent, a dtype that is not a number.
-    """
+    """Read named numeric arrays of an npz archive (of text those in `text`), without pickle or trust in its headers."""
     with parsing(path, OWN_REMEDY), zipfile.ZipFile(path) as archive:
         held = {name.removesuffix(".npy") for name in archive.namelist()}
         absent = sorted(set(required) - held)

@@ -120,10 +120,6 @@ def open_hub(
     Args:
         path: the folder. input, label: columns. owner: the column of whose the records are.
         classes: the public list of the labels, where they are not numbered 0, 1, 2, ….
-
-    Raises:
-        DataError: no such folder, split or column, labels that are not 0, 1, 2, …, or no image among those looked at.
-        ParameterError: `datasets` is not installed.
     """
     absent = [part for part in ("train", "test") if not (path / part / "state.json").is_file()]
     if absent:

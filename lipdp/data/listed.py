@@ -24,13 +24,6 @@ class Listed:
     that 1, 1.0 and "1" are the same; a truth value also as "True", "true" or "TRUE". What the list has is never
     missing.
 
-    Args:
-        values: of the list: texts, numbers, truth values; at least one, none of them twice.
-        what: in a refusal.
-
-    Raises:
-        ParameterError: not such a list.
-
     >>> Listed(["no", "yes"])(["yes", " no ", "?", "", None]).tolist()
     [1, 0, -1, -2, -2]
     >>> Listed([-1, 1])(["1", -1.0, "-1.0"]).tolist()

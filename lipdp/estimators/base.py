@@ -151,11 +151,7 @@ class PrivateEstimator(BaseEstimator):
         return found
 
     def report(self) -> str:
-        """What the fit protects, how strongly, and what it does not, in sentences.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """What the fit protects, how strongly, and what it does not, in sentences."""
         check_is_fitted(self)
         told = self.privacy_
         reasons = list(self.leaks_)

@@ -131,11 +131,7 @@ def _range(values: Floats) -> tuple[float, float]:
 
 
 def read_categories(categories: Any, names: Sequence[Any] | None, count: int) -> dict[int, tuple[Any, ...]]:
-    """The public lists by column.
-
-    Raises:
-        ParameterError: no mapping, an empty list, or one that names a category twice.
-    """
+    """The public lists by column."""
     if not isinstance(categories or {}, Mapping):
         raise ParameterError(f"categories={categories!r}: a mapping from columns to their public lists is needed")
     found = {}

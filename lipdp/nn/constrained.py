@@ -167,10 +167,6 @@ def cannot_certify(matrix: Tensor, radius: float) -> Tensor:
     sizes and ε the spacing of a dtype at 1, rounding moves W by ``ε √m ‖W‖ / 2`` at most, and the Gram matrix and its
     factor, in float64, err by ``(n + m + 1) m ε₆₄ ‖W‖² / 2`` in norm; the slack s is twice their sum.
 
-    Args:
-        matrix: (..., m, n), of any floating dtype.
-        radius: r > 0.
-
     Returns:
         () bool, true also where an entry is not finite.
 

@@ -32,9 +32,6 @@ class Scale(nn.Module):
 class SortPairs(nn.Module):
     """What `GroupSort2` computes, in operations that every exporter knows: sort channel j with channel j + C/2.
 
-    Args:
-        dim: the axis of the channels.
-
     >>> SortPairs()(torch.tensor([[1.0, 5.0, 3.0, 2.0]]))
     tensor([[3., 5., 1., 2.]])
     """

@@ -89,11 +89,7 @@ class Correlated:
         return unused
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue bit for bit.
-
-        Raises:
-            ResumeError: of other records, or of another order. CheckpointError: not a state.
-        """
+        """Continue bit for bit; refuse other records, or another order of them."""
         if not isinstance(state, dict):
             raise CheckpointError("the state of the engine lacks the noise that its later steps go on from")
         if state.get("records") != self._records:

@@ -67,13 +67,7 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
 def make_network(
     config: TrainConfig, input_shape: Sequence[int], num_classes: int, *, input_bound: float | None = None
 ) -> tuple[nn.Module, LipschitzLoss]:
-    """The untrained model of a run, and its loss.
-
-    Args:
-        config: resolved, so that it names the loss.
-        input_shape, num_classes: of what the model sees, and C.
-        input_bound: where the model clips its inputs, if it is not told otherwise.
-    """
+    """The untrained model of a run, and its loss."""
     loss, outputs = make_loss(str(config.loss), num_classes, config.loss_options)
     options = dict(config.model_options)
     if input_bound is not None and ":" not in config.model:

@@ -103,11 +103,7 @@ def evaluate_batches(
 def answers(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The model's `outputs` on records that come in batches, and their labels (N,).
-
-    Raises:
-        DataError: no records. NonFiniteError: the model answers NaN.
-    """
+    """The model's `outputs` on records that come in batches, and their labels (N,)."""
     truths: list[Tensor] = []
 
     def inputs() -> Iterator[Tensor]:

@@ -184,9 +184,6 @@ def default_model(dataset: str, features: str | None = None, *, table: bool = Fa
     """The model where none is named: a linear head on features, `tabular` for a table, a convolution net on images, an
     MLP elsewhere.
 
-    Args:
-        table: whether the inputs are known to be a table.
-
     >>> default_model("digits"), default_model("mnist"), default_model("mnist", "dct"), default_model("adbench/donors")
     ('mlp', 'cnn', 'linear', 'tabular')
     """

@@ -85,12 +85,6 @@ def fit_map(engine: PrivacyEngine, features: TableFeatures, bounding: SignedLog,
     With s the noise std of a bin, bins below 1.5 s are set to 0 and a public prior, N(0, 1) of the raw values, is added
     with a mass of 6 s. The distribution function F gives ranks ``√12 (F − ½)``, which are mixed with the public signed
     logarithm by ``α = min(1, 20 s/N)``. All of this is post-processing.
-
-    Args:
-        engine: after `make_private`, with a plan that measures `HISTOGRAM`.
-        features: of the model; changed.
-        bounding: what the rows were mapped by.
-        rows: all training records.
     """
     k = features.columns
     counts = torch.zeros(k * BINS, dtype=torch.float64, device=features.values.device)
@@ -219,11 +213,7 @@ class TableRun:
     gate: float
 
     def measure(self, engine: PrivacyEngine) -> None:
-        """Take the measurements of the plan, those that are left, and set the model's map and the preconditioner.
-
-        Args:
-            engine: after `make_private`.
-        """
+        """Take the measurements of the plan, those that are left, and set the model's map and the preconditioner."""
         parts = table_model(self.model)
         if parts is None:
             raise ParameterError("the model is not tabular: build it with lipdp.models.build('tabular', ...)")

@@ -35,11 +35,7 @@ _LOST = 8
 
 
 def no_label(dtype: torch.dtype) -> float | int | bool:
-    """The target of a record that has none: NaN, or the whole number farthest from every label.
-
-    >>> no_label(torch.float32), no_label(torch.int64) == torch.iinfo(torch.int64).min
-    (nan, True)
-    """
+    """The target of a record that has none: NaN, or the whole number farthest from every label."""
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     if dtype is torch.bool:

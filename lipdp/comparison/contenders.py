@@ -41,11 +41,7 @@ class Contender:
 
 
 def contenders(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[Contender]:
-    """Every trainer named, on every kind of model that it trains; all trainers by default, and for "all".
-
-    >>> [contender.model_name("cnn") for contender in contenders(["clipless", "opacus_hooks"])]
-    ['cnn', 'cnn', 'cnn-twin']
-    """
+    """Every trainer named, on every kind of model that it trains; all trainers by default, and for "all"."""
     asked = list(kinds)
     unknown = [kind for kind in asked if kind not in KINDS]
     if unknown or not asked:

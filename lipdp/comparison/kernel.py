@@ -122,10 +122,6 @@ def ntk(model: nn.Module, x: Tensor) -> Ntk:
         ParameterError: no sample, or no trainable parameter.
         NonFiniteError: a kernel with NaN or infinity.
 
-    >>> ntk(torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [1.0, 2.0]])).total
-    tensor([[1., 1.],
-            [1., 5.]], dtype=torch.float64)
-
     Source: Jacot, Gabriel & Hongler (2018).
     """
     return kernel_of(Probe(model, x))
@@ -188,12 +184,7 @@ class Spectrum:
 
 
 def spectrum(matrix: Tensor) -> Spectrum:
-    """Symmetry, quadratic form and eigenvalues of a square float64 matrix.
-
-    >>> report = spectrum(torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))  # keeps 1, drops 2
-    >>> report.symmetric, report.positive_form, report.positive_eigenvalues
-    (False, False, True)
-    """
+    """Symmetry, quadratic form and eigenvalues of a square float64 matrix."""
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("the matrix of the flow has entries that are not finite")
     norm = float(torch.linalg.matrix_norm(matrix, 2))

@@ -31,9 +31,6 @@ def channels_last(what: str, shape: tuple[int, ...]) -> bool:
 
     Raises:
         DataError: it can't be told.
-
-    >>> channels_last("x", (9, 32, 32, 3)), channels_last("x", (9, 32, 32, 12)), channels_last("x", (9, 12, 32, 32))
-    (True, True, False)
     """
     if len(shape) != 4:
         return False

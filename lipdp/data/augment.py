@@ -39,12 +39,7 @@ class Augment(Protocol):
 
 @dataclass(frozen=True)
 class Flip:
-    """Mirrors left and right with probability ½.
-
-    >>> x = torch.arange(4.0).reshape(1, 1, 1, 4)
-    >>> Flip()(x).flatten().tolist() in ([0, 1, 2, 3], [3, 2, 1, 0])
-    True
-    """
+    """Mirrors left and right with probability ½."""
 
     def __call__(self, x: Tensor) -> Tensor:
         mirrored = torch.rand(len(x)) < 0.5
@@ -57,9 +52,6 @@ class Crop:
 
     Attributes:
         padding: width of the border, in pixels.
-
-    >>> Crop(1)(torch.ones(1, 1, 2, 2)).sum().item() in (1, 2, 4)
-    True
     """
 
     padding: int = 4

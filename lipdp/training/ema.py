@@ -24,14 +24,6 @@ class Ema:
         model: its trainable parameters are averaged.
         decay: d in [0, 1); 0 is the last weights.
 
-    >>> model = torch.nn.Linear(1, 1, bias=False)
-    >>> ema = Ema(model, decay=0.5)
-    >>> for value in (3.0, 6.0):
-    ...     _ = model.weight.data.fill_(value)
-    ...     ema.update()
-    >>> ema.weights()["weight"].item()                          # (3·½ + 6) / (½ + 1)
-    5.0
-
     Source: Polyak & Juditsky (1992); De et al. (2022) for private training.
     """
 

@@ -41,12 +41,6 @@ class PartsTimer:
     On a CPU by the clock, and by the processor time of all threads, which other processes do not lengthen. On CUDA an
     event is queued at every change from one part to another, and read when all is over: the device's own time line is
     cut in pieces, and nothing waits for it.
-
-    >>> timer = PartsTimer(torch.device("cpu"))
-    >>> with timer.step(), timer("noise"):
-    ...     _ = torch.randn(1000)
-    >>> [list(parts) for parts in timer.read()]
-    [['other', 'noise']]
     """
 
     def __init__(self, device: torch.device) -> None:

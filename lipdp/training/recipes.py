@@ -106,9 +106,6 @@ def head_rate(
     Args:
         noise_multiplier: σ. steps: T. batch_size: B. momentum: β. gate: c. tau: τ.
         features: by name.
-
-    >>> round(head_rate(noise_multiplier=28.9, steps=60, batch_size=50_000, momentum=0.9, gate=0.6, tau=1), 1)
-    37.2
     """
     deviation = _CERTIFIED_NOISE if features == CERTIFIED else LOGIT_NOISE
     return deviation * batch_size * (1 - momentum) / (tau * noise_multiplier * gate * math.sqrt(steps))
@@ -183,9 +180,6 @@ def certified_features(dataset: str, input_shape: Sequence[int] | None) -> dict[
 def default_model(dataset: str, features: str | None = None, *, table: bool = False) -> str:
     """The model where none is named: a linear head on features, `tabular` for a table, a convolution net on images, an
     MLP elsewhere.
-
-    >>> default_model("digits"), default_model("mnist"), default_model("mnist", "dct"), default_model("adbench/donors")
-    ('mlp', 'cnn', 'linear', 'tabular')
     """
     if features is not None:
         return "linear"

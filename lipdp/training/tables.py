@@ -35,11 +35,7 @@ _SLACK = 1 + 1e-9  # covers the float64 rounding of what one record adds
 
 
 def measured_shares(bounding: Bounding) -> Mapping[str, float]:
-    """What is measured, and each one's share of μ². Columns with public ranges need no histogram.
-
-    >>> measured_shares(Rescale(0.0, 1.0))
-    {'gram': 0.097}
-    """
+    """What is measured, and each one's share of μ². Columns with public ranges need no histogram."""
     gram = {GRAM: _GRAM_SHARE}
     return {HISTOGRAM: _HISTOGRAM_SHARE, **gram} if isinstance(bounding, SignedLog) else gram
 

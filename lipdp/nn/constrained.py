@@ -164,8 +164,8 @@ def cannot_certify(matrix: Tensor, radius: float) -> Tensor:
     arithmetic, and does not synchronise with a GPU.
 
     Guarantees: false only if ‖W‖₂ ≤ r (1 + s); never true for a W of norm ≤ r rounded to its dtype. With m ≤ n the
-    sizes and ε the spacing of a dtype at 1, rounding moves W by ``ε √m ‖W‖ / 2`` at most, and the Gram matrix and its
-    factor, in float64, err by ``(n + m + 1) m ε₆₄ ‖W‖² / 2`` in norm; the slack s is twice their sum.
+    sizes and ε the spacing of a dtype at 1, rounding moves W by `ε √m ‖W‖ / 2` at most, and the Gram matrix and its
+    factor, in float64, err by `(n + m + 1) m ε₆₄ ‖W‖² / 2` in norm; the slack s is twice their sum.
 
     Returns:
         () bool, true also where an entry is not finite.

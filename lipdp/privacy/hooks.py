@@ -467,9 +467,10 @@ class StepHooks:
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])
         self.measured[:] = state["measured"]
-        self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
+        self.ledger.become(ledger)
+        self.before, self._drawn = int(state["before"]), None
         self._taken_at = self.loader.position
         if self.correlated is not None:
             for _ in range(self.correlated.give_up_(self.loader.position)):
-                ledger.append(self.plan.step_event)
-        self._began = ledger.steps
+                self.ledger.append(self.plan.step_event)
+        self._began = self.ledger.steps

@@ -153,9 +153,6 @@ def check_copies(dataset: Any, group: Group | None = None) -> None:
     Looks through `Subset`, `ConcatDataset`, `StackDataset`, lists and expanded tensors, by identity and index; copies
     in memory of their own can't be told from records that are alike.
 
-    Raises:
-        EngineError: a record is there twice, and `group` does not give its copies one owner.
-
     >>> check_copies(torch.utils.data.Subset(TensorDataset(torch.zeros(5, 2), torch.zeros(5)), [0, 1, 1]))
     Traceback (most recent call last):
     lipdp.errors.EngineError: the data set holds one record at 1 and at 2: ε would be that of one copy. Give...

@@ -258,11 +258,7 @@ def _is_tuple(value: Any) -> bool:
 
 @torch.no_grad()
 def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
-    """Run the graph on the batch and on its first sample, and say what every node is.
-
-    Raises:
-        MixesSamplesError: a tensor whose first axis is not the batch, or whose other axes depend on its size.
-    """
+    """Run the graph on the batch and on its first sample, and say what every node is."""
     many, one = _run(graph, x), _run(graph, x[:1])
     kinds = kinds_of((n for n in graph.graph.nodes if n.op != "output"), many)
     nodes: dict[fx.Node, NodeInfo] = {}

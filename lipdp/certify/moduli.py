@@ -52,12 +52,7 @@ def pull(moduli: Sequence[Modulus], after: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lipschitz(Modulus):
-    """ω(r) = K r + e: a K-Lipschitz map whose two computed values are each off by e/2 at most.
-
-    Attributes:
-        constant: K, finite.
-        rounding: e, one number or one a sample.
-    """
+    """ω(r) = K r + e: a K-Lipschitz map whose two computed values are each off by e/2 at most."""
 
     constant: float
     rounding: float | Tensor = 0.0

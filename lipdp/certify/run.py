@@ -134,12 +134,7 @@ def assess(
     restarts: int = 2,
     convolution: str = "fourier",
 ) -> Robustness:
-    """Certify, and if asked attack: every sample at every radius, and at its own certified radius.
-
-    Raises:
-        BoundViolation: an attack succeeded inside a certified radius, which is an error of this library.
-        ParameterError: no radius, or a negative one.
-    """
+    """Certify, and if asked attack: every sample at every radius, and at its own certified radius."""
     if not radii or min(radii) < 0:
         raise ParameterError(f"radii={tuple(radii)}: give numbers of at least 0, in units of the raw input")
     certificate = certify(model, x, y, maps=maps, convolution=convolution)

@@ -113,15 +113,6 @@ def ntk(model: nn.Module, x: Tensor) -> Ntk:
 
     Memory: D matrices of (n·C)² numbers, and the Jacobian of one block at a time.
 
-    Args:
-        model: any that computes each sample on its own in evaluation mode; it is not changed.
-        x: (n, *input_shape).
-
-    Raises:
-        UnsupportedLayerError: the model has a gate, whose backward pass is not that of its forward pass.
-        ParameterError: no sample, or no trainable parameter.
-        NonFiniteError: a kernel with NaN or infinity.
-
     Source: Jacot, Gabriel & Hongler (2018).
     """
     return kernel_of(Probe(model, x))

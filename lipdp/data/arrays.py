@@ -56,9 +56,6 @@ def check_range(what: str, images: npt.NDArray[Any]) -> None:
 def as_inputs(array: npt.NDArray[Any], *, last: bool) -> Tensor:
     """Float32 tables (n, d) as they are, images (n, C, H, W) in [0, 1]; what is not finite is 0.
 
-    Args:
-        array: some of the records. last: whether images are (n, H, W, C).
-
     >>> as_inputs(np.array([[[0, 51]]], dtype=np.uint8), last=False).tolist()
     [[[[0.0, 0.20000000298023224]]]]
     """

@@ -48,11 +48,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Crop:
-    """A window of the image's own size at a uniform place of the image with a border of zeros around it.
-
-    Attributes:
-        padding: width of the border, in pixels.
-    """
+    """A window of the image's own size at a uniform place of the image with a border of zeros around it."""
 
     padding: int = 4
 

@@ -58,10 +58,6 @@ def _check_size(path: Path, declared: int, on_disk: int, remedy: str = REMEDY) -
 def read_idx(path: Path, item_shape: Sequence[int]) -> npt.NDArray[np.uint8]:
     """Read an IDX file of unsigned bytes, plain or gzipped (told by its content, not by its name).
 
-    Args:
-        path: the file, e.g. `train-images-idx3-ubyte.gz`.
-        item_shape: the shape every item must have: `(28, 28)` for MNIST images, `()` for labels.
-
     Returns:
         Array of shape `(n, *item_shape)`, n ≥ 1, read-only.
 

@@ -25,11 +25,7 @@ _TESTS = ("test", "val", "valid", "validation")
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """One part of a folder: each image is decoded where it is read.
-
-    Attributes:
-        path: the folder. files: below it. labels: (n,) int64. mode: "L" or "RGB", what images are brought to.
-    """
+    """One part of a folder: each image is decoded where it is read."""
 
     path: Path
     files: npt.NDArray[np.str_]

@@ -24,11 +24,7 @@ from lipdp.errors import DataError
 
 @dataclass(frozen=True)
 class NpyRecords:
-    """Inputs and labels in two memory-mapped `.npy` files.
-
-    Attributes:
-        x, y: the files. channels_last: whether images are (N, H, W, C). classes: of the labels, if they are listed.
-    """
+    """Inputs and labels in two memory-mapped `.npy` files."""
 
     x: Path
     y: Path

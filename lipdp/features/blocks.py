@@ -93,9 +93,6 @@ class PatchBlock:
     its mirror image, and what the mirror image of the picture gives is added, so that flips change nothing where the
     stride divides (side − patch).
 
-    Attributes:
-        down, patch, stride, filters, grid, flips: as above.
-
     Source: Coates & Ng (2012), Learning feature representations with K-means; (2011), The importance of encoding
     versus training with sparse coding and vector quantization.
     """

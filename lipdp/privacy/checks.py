@@ -79,11 +79,7 @@ class StepCheck:
         return torch.where(sound, torch.full((), factor, dtype=dtype, device=sound.device), math.nan)
 
     def read(self) -> None:
-        """The answer to the last look, once.
-
-        Raises:
-            NonFiniteError, EngineError: it is no.
-        """
+        """Raise what the last look found wrong, once."""
         pending, self._pending = self._pending, None
         if pending is None or bool(pending[0].read()):
             return
@@ -148,12 +144,7 @@ class ProjectionCheck:
                 self.read()
 
     def read(self) -> None:
-        """The answer to the last look, once.
-
-        Raises:
-            ConstraintError: a weight is outside. (One that is not finite is named at the next step, and by the
-                trainer.)
-        """
+        """Raise what the last look found wrong, once."""
         found, self._found = self._found, None
         if found is None:
             return

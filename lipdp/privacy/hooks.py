@@ -48,11 +48,7 @@ STEPS_TAKEN = "lipdp_steps"  # in the optimiser's first parameter group, when it
 
 
 class StepHooks:
-    """The hooks on one optimiser, and what they need at every step.
-
-    Attributes:
-        signals: the most that all steps can add up to over their noise, by parameter, at the first weights.
-    """
+    """The hooks on one optimiser, and what they need at every step."""
 
     def __init__(
         self,

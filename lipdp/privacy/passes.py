@@ -210,11 +210,7 @@ class StepInProgress(Listener):
 
 
 def tensors_of(model: nn.Module, *others: Tensor) -> list[tuple[Tensor, int]]:
-    """All tensors of a model, and how often each was changed in place so far: plain attributes among them, and others.
-
-    Args:
-        others: what its graph holds besides.
-    """
+    """All tensors of a model, plain attributes among them, and others; how often each was changed in place so far."""
     plain = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
     return [(t, t._version) for t in (*model.parameters(), *model.buffers(), *plain, *others)]
 

@@ -152,10 +152,6 @@ def default_features(dataset: str, input_shape: Sequence[int] | None) -> str | N
     Colour images from 28 pixels on are taken for photographs, grey ones for things on a plain ground. Handwriting has
     to be named: no record is looked at.
 
-    Args:
-        dataset: as it was given.
-        input_shape: of one record; None where it is not known.
-
     >>> default_features("mnist", None), default_features("my.npz", (3, 64, 64)), default_features("my.npz", (9,))
     ('handwriting', 'photographs', None)
     """

@@ -140,10 +140,6 @@ class Preconditioner:
 
     `P = (G₊ + ℓ)⁻¹` with `ℓ = 2 s √d`, the norm of the noise in G, and `η = 0.1 min(1.5 μ ℓ/(T c), 16)`: a
     smaller step where the head's noise, of std `c √T/μ`, would dominate. G₊ has no negative eigenvalues.
-
-    Args:
-        optimizer: private already.
-        weight: (C, d), of the layer.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
@@ -192,15 +188,7 @@ def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, Tensor]
 
 @dataclass(frozen=True)
 class TableRun:
-    """What a run of the recipe has beside model and optimiser.
-
-    Attributes:
-        model: `models.build("tabular", …)`, with its public map set.
-        preconditioner: of its head.
-        bounding: what the rows were mapped by.
-        rows: all training records.
-        gate: c, the bound on the cotangents at the logits.
-    """
+    """What a run of the recipe has beside model and optimiser."""
 
     model: nn.Module
     preconditioner: Preconditioner

@@ -34,11 +34,7 @@ class AutomaticClipping(OpacusTrainer):
 
 @dataclass(frozen=True)
 class GlobalScaledClipping(OpacusTrainer):
-    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version.
-
-    Attributes:
-        threshold: Z, above most gradient norms.
-    """
+    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version."""
 
     threshold: float = 10.0
 

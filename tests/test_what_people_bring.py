@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 
+import kit
 import numpy as np
 import pytest
 import torch
@@ -290,14 +291,8 @@ def test_losses(name):
 
 
 def private(model, dataset, **options):
-    engine = lipdp.PrivacyEngine("rdp", seed=0)
-    model, optimizer, loader, criterion = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=losses.TauCrossEntropy(),
-        dataset=dataset, expected_batch_size=8, steps=1, noise_multiplier=1.0, **options,
-    )  # fmt: skip
-    for x, y in loader:
-        criterion(model(x), y).backward()
-        optimizer.step()
+    _, *made = kit.private(model, dataset, expected_batch_size=8, steps=1, **options)
+    kit.train(*made)
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -25,7 +25,14 @@ from lipdp.training.evaluation import evaluate
 
 @dataclass(frozen=True)
 class Job:
-    """One training run: a trial, or a final run with the settings that won."""
+    """One training run: a trial, or a final run with the settings that won.
+
+    Attributes:
+        dataset, contender, epsilon: the cell; ε None without privacy.
+        settings: of the trainer, and "lr".
+        seed: of weights, batches and noise.
+        trial: judged on a validation part carved out of the training part, and scaled.
+    """
 
     dataset: str
     contender: Contender

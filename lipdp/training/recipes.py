@@ -176,6 +176,12 @@ def certified_features(dataset: str, input_shape: Sequence[int] | None) -> dict[
 def default_model(dataset: str, features: str | None = None, *, table: bool = False) -> str:
     """The model where none is named: a linear head on features, `tabular` for a table, a convolution net on images, an
     MLP elsewhere.
+
+    Args:
+        table: whether the inputs are known to be a table.
+
+    >>> default_model("digits"), default_model("mnist"), default_model("mnist", "dct"), default_model("adbench/donors")
+    ('mlp', 'cnn', 'linear', 'tabular')
     """
     if features is not None:
         return "linear"

@@ -34,7 +34,11 @@ class AutomaticClipping(OpacusTrainer):
 
 @dataclass(frozen=True)
 class GlobalScaledClipping(OpacusTrainer):
-    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version."""
+    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version.
+
+    Attributes:
+        threshold: Z, above most gradient norms.
+    """
 
     threshold: float = 10.0
 

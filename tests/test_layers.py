@@ -69,11 +69,7 @@ CASES = {
         (1, 4, 5),
         {"tight": 0.99},
     ),
-    "Conv2dCircularWide": (
-        lambda: lnn.SpectralConv2d(1, 2, 3, padding=3, padding_mode="circular"),
-        (1, 4, 4),
-        {},
-    ),
+    "Conv2dCircularWide": (lambda: lnn.SpectralConv2d(1, 2, 3, padding=3, padding_mode="circular"), (1, 4, 4), {}),
     "Conv2dWholeImage": (lambda: lnn.SpectralConv2d(1, 3, 4), (1, 4, 4), {"tight": 0.999}),
     "Conv2dPaddedBeyondKernel": (lambda: lnn.SpectralConv2d(1, 2, 3, padding=4), (1, 3, 3), {}),
     "PlainConv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4), IN_FLOAT32),

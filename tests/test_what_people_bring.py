@@ -250,10 +250,7 @@ RECORDS = {  # name → (data set, fields, None or what the refusal says)
     "PIL": (lambda: Records(picture), None, "tensor of the image"),
     "text labels": (lambda: Records(lambda i: (X[i], "abc"[Y[i]])), None, "public list"),
     "DataLoader": (lambda: DataLoader(TensorDataset(X, Y), batch_size=4), None, WORKS),
-    "two inputs in a record": (
-        lambda: Records(lambda i: ((X[i, :2], X[i, 2:]), int(Y[i]))),
-        *(None, "record 0"),
-    ),
+    "two inputs in a record": (lambda: Records(lambda i: ((X[i, :2], X[i, 2:]), int(Y[i]))), *(None, "record 0")),
 }
 
 

@@ -28,10 +28,7 @@ Entry = tuple[Contender, int]
 
 
 def speed(
-    config: SpeedConfig,
-    *,
-    out: str | None = None,
-    progress: Callable[[str], None] = lambda message: None,
+    config: SpeedConfig, *, out: str | None = None, progress: Callable[[str], None] = lambda message: None
 ) -> Results:
     """Measure, batch size by batch size; a folder that holds some of the cells is completed.
 

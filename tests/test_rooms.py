@@ -114,6 +114,7 @@ def test_all_packages_are_in_the_wheel():
 COVERS = {
     "test_accounting": "accounting/numerics accounting/prv_grid",
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
+    "engine/test_order_of_use": "privacy/step_count",
     "engine/test_state_of_run": "privacy/engine",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",

@@ -397,8 +397,7 @@ class PrivacyEngine:
     @property
     def steps_left(self) -> int:
         """Steps that the plan has left."""
-        run = self._current()
-        return run.plan.steps - (self.ledger.steps - run.before)
+        return self._current().count.left
 
     @property
     def world(self) -> World:

@@ -18,7 +18,7 @@ from lipdp.accounting.digest import check_digest
 from lipdp.accounting.events import Ledger
 from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeError
 from lipdp.files import write_bytes, write_json, written_whole
-from lipdp.privacy.hooks import STEPS_TAKEN
+from lipdp.privacy.step_count import STEPS_TAKEN
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

@@ -155,18 +155,12 @@ CASES = {
     ),
 }
 
-VARIANTS = {  # of a layer that the default run attacks as well
-    *(
-        "LinearTallBias",
-        "LinearScaled",
-        "FrobeniusMany",
-        "PlainConv1d",
-        "Conv2dCircularEven",
-        "Conv2dPaddedBeyondKernel",
-    ),
-    *("Conv2dWholeImage", "LeakyReLU", "GELUTanh", "Mish", "Softsign", "GroupSort2Tokens", "TorchlipFullSortOfTwo"),
-    *("FullSort", "TorchlipLayerCentering", "GroupNormPlain", "ValueClipTokens", "LipResidualByName", "Flatten"),
-}
+VARIANTS = {  # of a layer that the default run attacks as well, here or as a form of writing a model
+    "LinearTallBias", "LinearScaled", "LinearWideBias", "FrobeniusMany", "PlainConv1d", "Conv2dCircularEven",
+    "Conv2dPaddedBeyondKernel", "Conv2dWholeImage", "LeakyReLU", "GELUTanh", "Mish", "Softsign", "Tanh", "SiLU", "ELU",
+    "Hardtanh", "GroupSort2Tokens", "TorchlipFullSortOfTwo", "FullSort", "BetaAbsTokens", "TorchlipLayerCentering",
+    "LayerCenteringVector", "GroupNormPlain", "AdaptiveAvgPool2d", "ValueClipTokens", "LipResidualByName", "Flatten",
+}  # fmt: skip
 
 for _name, (_make, _shape, _attributes) in CASES.items():
     _members = {"make_layer": lambda self, make=_make: make(), "input_shape": _shape, **_attributes}

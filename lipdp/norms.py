@@ -144,10 +144,6 @@ def certified_norm(matrix: Tensor, *, squarings: int = _GRAM_SQUARINGS) -> Tenso
         float64 tensor of shape (...), an upper bound up to and including its own rounding error; NaN or infinite when
         an entry is.
 
-    >>> w = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
-    >>> 3.0 <= certified_norm(w).item() < 3.0001
-    True
-
     Source: Delattre, Barthélemy, Araujo & Allauzen (2023), theorem 2 (Gram iteration); Weyl's inequality.
     """
     if panels.is_large(matrix):
@@ -174,9 +170,5 @@ def _large_norm(w: Tensor) -> float:
 
 
 def vector_norm(vector: Tensor) -> Tensor:
-    """Certified Euclidean norm of a tensor of any shape: float64 scalar, rounding included.
-
-    >>> vector_norm(torch.tensor([3.0, 4.0])).item() >= 5.0
-    True
-    """
+    """Certified Euclidean norm of a tensor of any shape: float64 scalar, rounding included."""
     return torch.linalg.vector_norm(vector.double()) * (1.0 + 8 * vector.numel() * torch.finfo(torch.float64).eps)

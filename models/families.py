@@ -144,10 +144,6 @@ class Patches(nn.Module):
     """Cut (N, C, rows · p, columns · p) into tokens (N, rows · columns, C p²): the same numbers, so the same norm.
 
     (nn.PixelUnshuffle, which does the cutting, leaves the shape of an empty batch as it is.)
-
-    Args:
-        rows, columns: of the grid of patches.
-        size: p, the side of a patch.
     """
 
     def __init__(self, rows: int, columns: int, size: int) -> None:

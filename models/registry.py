@@ -67,7 +67,7 @@ def build(
     twin: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """A model of the zoo by name, or your own as ``"module:function"``.
+    """A model of the zoo by name, or your own as `"module:function"`.
 
     The models are made of stages, and a *joint* lies between each and the next (every model says how many). At a joint,
     `clips` projects the values on the ball of radius clip and scales it to the unit ball, and `gates` bounds the
@@ -77,7 +77,7 @@ def build(
     network's Lipschitz constant by 1/clip.
 
     Args:
-        name: one of `names()`, or ``"package.module:function"``: the function is called with `input_shape`,
+        name: one of `names()`, or `"package.module:function"`: the function is called with `input_shape`,
             `num_classes` and the other options given, and returns a module. It is looked for in the working folder too.
         input_shape: of one sample, (channels, height, width) for images.
         num_classes: number of outputs; 1 for a single logit.
@@ -146,7 +146,7 @@ def _build_own(name: str, input_shape: tuple[int, ...], num_classes: int, option
 
 
 def own(name: str) -> Callable[..., Any]:
-    """The function that ``package.module:function`` names, looked for on the path and then in the working folder.
+    """The function that `package.module:function` names, looked for on the path and then in the working folder.
 
     Raises:
         ParameterError: the module can't be imported. UnknownNameError: it has no such function.

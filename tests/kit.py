@@ -159,6 +159,28 @@ def has_std(samples: Tensor, std: float) -> bool:
     return tail > FALSE_ALARM / 2
 
 
+def assert_only_this_std(drawn: Tensor, std: float) -> None:
+    """Centred draws of that standard deviation; one per cent more or less is seen."""
+    assert has_std(drawn, std)
+    assert abs(drawn.mean().item()) < stats.norm.isf(FALSE_ALARM / 2) * std / drawn.numel() ** 0.5
+    assert not any(has_std(drawn * wrong, std) for wrong in (0.95, 0.99, 1.01, 1.05))
+
+
+def assert_normal_to_the_tails(z) -> None:
+    """Standard normal draws, 2 % less are seen; beyond 2, 3 and 4 there are as many as there should be."""
+    assert stats.kstest(z, "norm").pvalue > FALSE_ALARM
+    assert stats.kstest(z * 0.98, "norm").pvalue < FALSE_ALARM
+    for level in (2.0, 3.0, 4.0):
+        low, high = stats.poisson.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], len(z) * 2 * stats.norm.sf(level))
+        assert low <= (abs(z) > level).sum() <= high
+
+
+def assert_all_bits_are_fair(words: Tensor) -> None:
+    bits = (words[:, None] >> torch.arange(64)) & 1
+    z = (bits.double().mean(0) - 0.5) * 2 * len(words) ** 0.5
+    assert z.abs().max().item() < stats.norm.isf(FALSE_ALARM / 128)
+
+
 def pure_noise(engine, model, optimizer, loader, criterion) -> dict[str, Tensor]:
     """Per parameter the noise of every step on the *sum*, with lr = 1: what is released less what was summed."""
     draws: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}

@@ -4,13 +4,13 @@ import json
 import logging
 import math
 
+import kit
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, StackDataset, Subset, TensorDataset
 
-import lipdp
 from lipdp import nn as lnn
 from lipdp.batches import BatchLoader, PoissonSampler, in_order
 from lipdp.batches.records import NO_LABEL, finite, look, no_label
@@ -49,15 +49,9 @@ def run(dataset, *, loss=None, steps=3, num_workers=0, outputs=CLASSES, **option
     """A whole private run; returns the engine and the weights at its end."""
     torch.manual_seed(0)
     model = nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(FEATURES, 8), lnn.GroupSort2(), nn.Linear(8, outputs))
-    engine = lipdp.PrivacyEngine(accountant="rdp", seed=3)
-    model, optimizer, loader, criterion = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.5), criterion=loss or TauCrossEntropy(8.0),
-        dataset=dataset, expected_batch_size=100, steps=steps, noise_multiplier=1.0, num_workers=num_workers, **options,
-    )  # fmt: skip
-    for x, y, *weight in loader:
-        optimizer.zero_grad()
-        criterion(model(x), y, *weight).backward()
-        optimizer.step()
+    options = {"criterion": loss or TauCrossEntropy(8.0), "num_workers": num_workers, **options}
+    engine, *made = kit.private(model, dataset, seed=3, expected_batch_size=100, steps=steps, **options)
+    kit.train(*made)
     assert engine.steps_taken == steps
     return engine, torch.cat([p.detach().flatten() for p in model.parameters()])
 

@@ -50,8 +50,7 @@ def test_a_users_compiled_module_trains_like_the_module(how):
         model = conv_net()
         engine, trained, optimizer, loader, criterion = private(compiled(model, kind), check_every=2, steps=3)
         bounds.append(dict(engine.sensitivity()))
-        for batch in loader:
-            kit.step(batch, trained, optimizer, criterion)
+        kit.train(trained, optimizer, loader, criterion)
         ends.append(weights(model))
     assert bounds[0] == bounds[1]
     assert list(bounds[1]) == ["1.weight", "5.weight"]
@@ -202,8 +201,7 @@ def test_inductor_trains_like_eager():
         model = conv_net()
         forward = Forward(model, compiled=compile)
         _, _, optimizer, loader, criterion = private(forward.module, check_every=2, steps=4)
-        for batch in loader:
-            kit.step(batch, forward, optimizer, criterion)
+        kit.train(forward, optimizer, loader, criterion)
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
     model, dataset = tight()

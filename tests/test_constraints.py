@@ -7,11 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipdp.constraints import (
-    Frobenius,
-    Orthogonal,
-    Spectral,
-)
+from lipdp.constraints import Frobenius, Orthogonal, Spectral
 from lipdp.errors import ConstraintError
 from lipdp.norms import certified_norm, gram_bound, gram_of, newton_schulz_root, vector_norm
 

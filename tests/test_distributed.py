@@ -37,12 +37,9 @@ def assert_close(weights, others, tolerance):
     ("dtype", "sigma", "tolerance"),
     [(torch.float64, 1e-12, 1e-9), (torch.float64, 1.0, 1e-9), (torch.float32, 1e-9, 2e-4)],
 )
-def test_twenty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
-    options = {
-        "dtype": dtype,
-        "noise_multiplier": sigma,
-        "gate": 0.7,
-    }  # at 0.8 a record meets a kink of GroupSort2, whose two sides have other gradients
+def test_ten_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
+    # at a gate of 0.8 a record meets a kink of GroupSort2, whose two sides have other gradients
+    options = {"dtype": dtype, "noise_multiplier": sigma, "gate": 0.7, "steps": 10}
     weights, seen, epsilon, _ = alone(**options)
     answers = groups[size].run(scenarios.train, **options)
     for other, _, spent, _ in answers:
@@ -58,17 +55,20 @@ def test_twenty_steps_give_the_weights_and_the_epsilon_of_one_process(groups, si
 )
 def test_however_it_is_fed_and_wrapped(groups, options):
     fed = {k: v for k, v in options.items() if k != "ddp"}
-    weights, _, epsilon, _ = alone(steps=10, **fed)
-    for other, _, spent, _ in groups[2].run(scenarios.train, steps=10, **options):
+    weights, _, epsilon, _ = alone(steps=6, **fed)
+    for other, _, spent, _ in groups[2].run(scenarios.train, steps=6, **options):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
 
 
-@pytest.mark.parametrize("shards", [[100, 30, 170, 0], [75, 75, 75, 75], [1, 0, 0, 299]])
-@pytest.mark.parametrize(("mapped", "skip_empty"), [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("shards", "mapped", "skip_empty"),
+    [([100, 30, 170, 0], False, True), ([75, 75, 75, 75], True, False), ([1, 0, 0, 299], True, False),
+     ([1, 0, 0, 299], False, True)],
+)  # fmt: skip
 def test_unequal_shards(groups, shards, mapped, skip_empty):
-    weights, seen, epsilon, _ = alone(steps=8)
-    answers = groups[4].run(scenarios.train, steps=8, shards=shards, mapped=mapped, skip_empty=skip_empty)
+    weights, seen, epsilon, _ = alone(steps=6)
+    answers = groups[4].run(scenarios.train, steps=6, shards=shards, mapped=mapped, skip_empty=skip_empty)
     for other, _, spent, _ in answers:
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
@@ -125,7 +125,7 @@ def test_one_record_moves_the_sum_by_delta_and_no_more(groups, size):
 
 @pytest.mark.parametrize(("first", "second", "bands"), [(2, 4, 1), (4, 2, 1), (2, 1, 1), (1, 4, 1), (2, 4, 3)])
 def test_a_resume_with_another_number_of_processes(groups, first, second, bands):
-    options = {"steps": 12, "bands": bands}
+    options = {"steps": 7, "bands": bands}
     weights, _, epsilon, _ = alone(**options)
 
     def run(size, *arguments, **options):
@@ -135,10 +135,10 @@ def test_a_resume_with_another_number_of_processes(groups, first, second, bands)
             else groups[size].run(scenarios.half, *arguments, **options)
         )
 
-    saved = run(first, 5, **options)
+    saved = run(first, 4, **options)
     state = saved[0]
     assert all(other["engine"] == state["engine"] for other in saved)
-    for ended in run(second, 7, state, **options):
+    for ended in run(second, 3, state, **options):
         assert_close(weights, ended["model"], 1e-9)
         assert ended["epsilon"] == epsilon
 
@@ -168,14 +168,15 @@ def test_what_one_process_refuses_all_refuse(groups, scenario, arguments, rank, 
         assert errors[1 - rank][0] == "PeerError"
         assert errors[1 - rank][1].startswith(f"process {rank} of 2 refused: ")
     assert all(re.search(message, text) for _, text in errors), errors
-    assert groups[2].run(scenarios.train, steps=2)  # and they can go on
+    if rank is not None:
+        assert groups[2].run(scenarios.train, steps=2)  # and they can go on
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sharded_parameters_give_the_weights_and_the_epsilon_of_one_process(groups, size):
     """Of four processes one holds none of the last layer's three rows."""
-    weights, _, epsilon, _ = alone(noise_multiplier=1e-12, gate=0.8, steps=8)
-    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12, steps=8):
+    weights, _, epsilon, _ = alone(noise_multiplier=1e-12, gate=0.8, steps=6)
+    for other, spent, deltas in groups[size].run(scenarios.spread, noise_multiplier=1e-12, steps=6):
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
         assert set(deltas) == set(weights)

@@ -64,10 +64,7 @@ LAYERS = {
         *((1, 3, 3, 3), 1.0, (GAIN, WEIGHT, VALUE)),
     ),
     "ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, 3, 2, stride=2), (2, 3), 1.0, (GAIN, WEIGHT, BIAS)),
-    "ConvTranspose1d overlap": (
-        lambda: ones(nn.ConvTranspose1d(1, 1, 2, bias=False)),
-        *((1, 24), 1.0, (GAIN, WEIGHT)),
-    ),
+    "ConvTranspose1d overlap": (lambda: ones(nn.ConvTranspose1d(1, 1, 2, bias=False)), *((1, 24), 1.0, (GAIN, WEIGHT))),
     "ConvTranspose1d dilated": (
         lambda: ones(nn.ConvTranspose1d(1, 1, 2, stride=3, padding=1, output_padding=1, dilation=2)),
         *((1, 4), 1.0, (BIAS,)),

@@ -26,11 +26,7 @@ LOSSES = {
     ),
     "weighted and smoothed": (
         losses.TauCrossEntropy(weight=WEIGHT, label_smoothing=0.3),
-        *(
-            3,
-            5.46**0.5,
-            nn.CrossEntropyLoss(torch.tensor(WEIGHT, dtype=F64), label_smoothing=0.3, reduction="none"),
-        ),
+        *(3, 5.46**0.5, nn.CrossEntropyLoss(torch.tensor(WEIGHT, dtype=F64), label_smoothing=0.3, reduction="none")),
     ),
     "ignoring": (
         losses.TauCrossEntropy(ignore_index=1, label_smoothing=0.2),

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from data_files import PYTHON2_BATCH
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kit import Raises
@@ -359,7 +360,7 @@ def files(tmp_path_factory):
     images, labels = (folder / "images").read_bytes(), (folder / "labels").read_bytes()
     return {
         "images": images, "labels": labels, "images.gz": gzip.compress(images), "labels.gz": gzip.compress(labels),
-        **{f"cifar{protocol}": pickle.dumps(cifar, protocol) for protocol in range(6)},
+        **{f"cifar{p}": pickle.dumps(cifar, p) for p in range(6)}, "cifar of Python 2": PYTHON2_BATCH,
         "plain.npz": (folder / "plain.npz").read_bytes(), "zipped.npz": (folder / "zipped.npz").read_bytes(),
     }  # fmt: skip
 
@@ -430,7 +431,7 @@ def archives(draw):
 def data_files(draw):
     """A format, and what becomes of a valid file of it."""
     kinds = ["images", "labels", "images.gz", "labels.gz", *(f"cifar{p}" for p in range(6)), "plain.npz", "zipped.npz"]
-    kind = draw(st.sampled_from(kinds))
+    kind = draw(st.sampled_from([*kinds, "cifar of Python 2"]))
     made = {"c": pickles(), "p": archives(), "z": archives()}.get(kind[0])
     if made is not None and draw(st.booleans()):
         content = draw(made)
@@ -441,7 +442,7 @@ def data_files(draw):
     return kind, draw(damage())
 
 
-@sweep(80, 6000)
+@sweep(120, 6000)
 def test_data_files(cases, files, tmp_path):
     loaded = []
 

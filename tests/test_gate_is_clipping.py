@@ -41,10 +41,7 @@ def test_the_gated_head_releases_what_opacus_clips():
 
     twin = opacus.GradSampleModule(head(weight))
     clipping = opacus.optimizers.DPOptimizer(
-        torch.optim.SGD(twin.parameters(), lr=1.0),
-        noise_multiplier=0.0,
-        max_grad_norm=GATE,
-        expected_batch_size=len(x),
+        torch.optim.SGD(twin.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=GATE, expected_batch_size=len(x)
     )
     (nn.functional.cross_entropy(TAU * twin(x), y) / TAU).backward()
     clipping.clip_and_accumulate()

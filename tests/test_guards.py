@@ -21,7 +21,6 @@ from lipdp.errors import (
     BoundViolation,
     ConstraintError,
     EngineError,
-    LipdpError,
     OptimizerError,
     ParameterError,
     UnsupportedLayerError,
@@ -532,7 +531,3 @@ def test_how_often():
     for bad in (-1, 1.5, True, "often"):
         with pytest.raises(ParameterError, match="check_every"):
             private(check_every=bad)
-
-
-def test_every_refusal_is_a_lipdp_error():
-    assert all(issubclass(e, LipdpError) for e in (BoundViolation, ConstraintError, EngineError, OptimizerError))

@@ -69,11 +69,7 @@ CASES = {
         (1, 4, 5),
         {"tight": 0.99},
     ),
-    "Conv2dCircularWide": (
-        lambda: lnn.SpectralConv2d(1, 2, 3, padding=3, padding_mode="circular"),
-        (1, 4, 4),
-        {},
-    ),
+    "Conv2dCircularWide": (lambda: lnn.SpectralConv2d(1, 2, 3, padding=3, padding_mode="circular"), (1, 4, 4), {}),
     "Conv2dWholeImage": (lambda: lnn.SpectralConv2d(1, 3, 4), (1, 4, 4), {"tight": 0.999}),
     "Conv2dPaddedBeyondKernel": (lambda: lnn.SpectralConv2d(1, 2, 3, padding=4), (1, 3, 3), {}),
     "PlainConv2d": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 4, 4), IN_FLOAT32),
@@ -159,18 +155,12 @@ CASES = {
     ),
 }
 
-VARIANTS = {  # of a layer that the default run attacks as well
-    *(
-        "LinearTallBias",
-        "LinearScaled",
-        "FrobeniusMany",
-        "PlainConv1d",
-        "Conv2dCircularEven",
-        "Conv2dPaddedBeyondKernel",
-    ),
-    *("Conv2dWholeImage", "LeakyReLU", "GELUTanh", "Mish", "Softsign", "GroupSort2Tokens", "TorchlipFullSortOfTwo"),
-    *("FullSort", "TorchlipLayerCentering", "GroupNormPlain", "ValueClipTokens", "LipResidualByName", "Flatten"),
-}
+VARIANTS = {  # of a layer that the default run attacks as well, here or as a form of writing a model
+    "LinearTallBias", "LinearScaled", "LinearWideBias", "FrobeniusMany", "PlainConv1d", "Conv2dCircularEven",
+    "Conv2dPaddedBeyondKernel", "Conv2dWholeImage", "LeakyReLU", "GELUTanh", "Mish", "Softsign", "Tanh", "SiLU", "ELU",
+    "Hardtanh", "GroupSort2Tokens", "TorchlipFullSortOfTwo", "FullSort", "BetaAbsTokens", "TorchlipLayerCentering",
+    "LayerCenteringVector", "GroupNormPlain", "AdaptiveAvgPool2d", "ValueClipTokens", "LipResidualByName", "Flatten",
+}  # fmt: skip
 
 for _name, (_make, _shape, _attributes) in CASES.items():
     _members = {"make_layer": lambda self, make=_make: make(), "input_shape": _shape, **_attributes}

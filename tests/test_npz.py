@@ -139,16 +139,3 @@ def test_zip_that_declares_more_than_deflate_can_hold(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match="declares 2147483648 bytes"):
         read_npz(path, ("X",))
-
-
-# --- real files -------------------------------------------------------------------------------------------------------
-
-
-def test_images_of_an_npz_may_have_their_channels_last(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (6, 8, 9, 3), dtype=np.uint8)
-    labels = np.arange(6) % 2
-    np.savez(tmp_path / "last.npz", X=images, y=labels)
-    np.savez(tmp_path / "first.npz", X=images.transpose(0, 3, 1, 2), y=labels)
-    last, first = (data.load(str(tmp_path / name)) for name in ("last.npz", "first.npz"))
-    assert last.input_shape == (3, 8, 9)
-    assert torch.equal(last.train_x, first.train_x)

@@ -1,5 +1,6 @@
 """A batch that is read in pieces: the same draws, rows and weights as in one part, never held at once."""
 
+import kit
 import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
@@ -113,13 +114,8 @@ def test_a_piece_holds_a_record_at_least():
 def private(**options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
-    engine = lipdp.PrivacyEngine(seed=0)
     dataset = TensorDataset(torch.randn(COUNT, 4), torch.arange(COUNT) % 3)
-    made = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), dataset=dataset,
-        criterion=lipdp.losses.TauCrossEntropy(4.0), expected_batch_size=30, steps=3, noise_multiplier=1.0, **options,
-    )  # fmt: skip
-    return engine, *made
+    return kit.private(model, dataset, expected_batch_size=30, steps=3, **options)
 
 
 def test_a_run_in_pieces_is_the_run_in_one_part():

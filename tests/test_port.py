@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import kit
 import pytest
 import torch
 from torch import nn
@@ -143,15 +144,8 @@ def test_a_ported_net_trains_privately(net):
     before = copy.deepcopy(model.state_dict())
     ported = lnn.from_torch(model, input_shape=shape)
     data = torch.utils.data.TensorDataset(torch.randn(64, *shape), torch.randint(10, (64,)))
-    engine = lipdp.PrivacyEngine("rdp", seed=0)
-    ported, optimizer, loader, criterion = engine.make_private(
-        module=ported, optimizer=torch.optim.SGD(ported.parameters(), lr=0.1), criterion=losses.TauCrossEntropy(8.0),
-        dataset=data, expected_batch_size=16, steps=3, noise_multiplier=1.0,
-    )  # fmt: skip
-    for x, y in loader:
-        optimizer.zero_grad()
-        criterion(ported(x), y).backward()
-        optimizer.step()
+    engine, *made = kit.private(ported, data, expected_batch_size=16, steps=3)
+    kit.train(*made)
     assert engine.steps_taken == 3
     layers = [m for m in ported.modules() if isinstance(m, lnn.Constrained)]
     assert layers

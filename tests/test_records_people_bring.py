@@ -1,12 +1,12 @@
 """Records as people have them: they train, or one line says what record 0 is."""
 
+import kit
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.errors import DataError, EngineError, LossError, ParameterError
@@ -35,12 +35,10 @@ def net(features=6):
 
 
 def train(dataset, model=None, **options):
-    engine = lipdp.PrivacyEngine("rdp", seed=0)
-    model = model or net()
-    model, optimizer, loader, _ = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=losses.TauCrossEntropy(),
-        dataset=dataset, expected_batch_size=8, steps=4, noise_multiplier=1.0, **options,
-    )  # fmt: skip
+    options = {"criterion": losses.TauCrossEntropy(), **options}
+    engine, _, optimizer, loader, _ = kit.private(
+        model or net(), dataset, lr=0.1, expected_batch_size=8, steps=4, **options
+    )
     seen = []
     for batch in loader:
         optimizer.zero_grad()

@@ -47,6 +47,11 @@ def test_a_room_imports_the_rooms_above_it_only(path):
     assert not up
 
 
+def test_the_page_lists_the_rooms_in_this_order():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    assert [room for row in rows for room in re.findall(r"`(\w+)`", row)] == " ".join(ORDER).split()[:-2]
+
+
 def test_an_arrow_up_is_seen():
     tree = ast.parse(
         "def f():\n    from lipdp.training import Trainer\nimport lipdp.bounds.rules\nfrom lipdp import nn"
@@ -109,6 +114,7 @@ def test_all_packages_are_in_the_wheel():
 COVERS = {
     "test_accounting": "accounting/numerics accounting/prv_grid",
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
+    "engine/test_order_of_use": "privacy/step_count",
     "engine/test_state_of_run": "privacy/engine",
     "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",

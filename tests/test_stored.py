@@ -25,7 +25,7 @@ from lipdp.cli import main
 from lipdp.data import npy, stored
 from lipdp.data.scaling import BOUNDINGS
 from lipdp.data.split import resize
-from lipdp.errors import DataError, LipdpError, NonFiniteError, ParameterError, UnknownNameError
+from lipdp.errors import DataError, ParameterError, UnknownNameError
 from lipdp.training import configure, train
 
 pytestmark = pytest.mark.usefixtures("no_environment")
@@ -292,8 +292,3 @@ def test_signals_to_a_run_with_workers(digits_folder, tmp_path, end):
     assert "Traceback" not in error
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
-
-
-def test_errors_are_those_of_the_library():
-    assert issubclass(DataError, LipdpError)
-    assert issubclass(NonFiniteError, LipdpError)

@@ -1,5 +1,6 @@
 """A large sum of gradients is held once: nothing can be written to it unseen, and nothing else is written with it."""
 
+import kit
 import pytest
 import torch
 from torch import nn
@@ -23,13 +24,8 @@ def private(seed=0, **options):
         lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 6, bias=True), lipdp.nn.GroupSort2(), nn.Linear(6, 3)
     )
     dataset = torch.utils.data.TensorDataset(torch.randn(ROWS, 4), torch.arange(ROWS) % 3)
-    engine = lipdp.PrivacyEngine(seed=seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    made = engine.make_private(
-        module=model, optimizer=optimizer, criterion=lipdp.losses.TauCrossEntropy(4.0), dataset=dataset,
-        expected_batch_size=12, steps=3, noise_multiplier=1.0, sampling="fixed_size", **options,
-    )  # fmt: skip
-    return engine, *made
+    defaults = {"expected_batch_size": 12, "steps": 3, "lr": 0.1, "momentum": 0.9, "sampling": "fixed_size"}
+    return kit.private(model, dataset, seed=seed, criterion=lipdp.losses.TauCrossEntropy(4.0), **defaults, **options)
 
 
 def steps(one_pass):

@@ -139,11 +139,7 @@ MUTATIONS = {
     "average pooling as scaled": (lnn.ScaledAvgPool2d(2), (1, 4, 4), gains(1 / 2)),
     "dropout as identity": (nn.Dropout(0.5), (6,), gains(0.5)),
     "PReLU's slope": (nn.PReLU(init=2.0), (6,), without("weight", lambda c: 2.0)),
-    "normalised inputs as norm 1": (
-        lnn.GroupNorm(1, 6, eps=1e-3),
-        (6,),
-        without("weight", lambda c: math.sqrt(6)),
-    ),
+    "normalised inputs as norm 1": (lnn.GroupNorm(1, 6, eps=1e-3), (6,), without("weight", lambda c: math.sqrt(6))),
     "leaky slope beyond 1": (nn.LeakyReLU(3.0), (6,), gains(1 / 3)),
     "a gate that is not there": (nn.Sequential(nn.Identity()), (6,), None),
 }

@@ -7,6 +7,7 @@ import math
 import random
 import warnings
 
+import kit
 import numpy as np
 import pytest
 import torch
@@ -249,10 +250,7 @@ RECORDS = {  # name → (data set, fields, None or what the refusal says)
     "PIL": (lambda: Records(picture), None, "tensor of the image"),
     "text labels": (lambda: Records(lambda i: (X[i], "abc"[Y[i]])), None, "public list"),
     "DataLoader": (lambda: DataLoader(TensorDataset(X, Y), batch_size=4), None, WORKS),
-    "two inputs in a record": (
-        lambda: Records(lambda i: ((X[i, :2], X[i, 2:]), int(Y[i]))),
-        *(None, "record 0"),
-    ),
+    "two inputs in a record": (lambda: Records(lambda i: ((X[i, :2], X[i, 2:]), int(Y[i]))), *(None, "record 0")),
 }
 
 
@@ -290,14 +288,8 @@ def test_losses(name):
 
 
 def private(model, dataset, **options):
-    engine = lipdp.PrivacyEngine("rdp", seed=0)
-    model, optimizer, loader, criterion = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), criterion=losses.TauCrossEntropy(),
-        dataset=dataset, expected_batch_size=8, steps=1, noise_multiplier=1.0, **options,
-    )  # fmt: skip
-    for x, y in loader:
-        criterion(model(x), y).backward()
-        optimizer.step()
+    _, *made = kit.private(model, dataset, expected_batch_size=8, steps=1, **options)
+    kit.train(*made)
 
 
 @pytest.mark.parametrize("name", RECORDS)

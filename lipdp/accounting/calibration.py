@@ -140,9 +140,6 @@ def smallest_noise_multiplier(
         cost: decreasing.
         guess, slope: where the search begins, and about how log ε goes with log σ there.
         target, slack: of ε.
-
-    Raises:
-        CalibrationError: no σ in the range reaches it.
     """
     goal = math.log(target * (1.0 - slack / 2.0))
     low, high = _RANGE[0] - 1.0, _RANGE[1] + 1.0  # log σ: every tried one ≤ low costs too much, ≥ high too little

@@ -32,11 +32,7 @@ def with_digest(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_digest(values: Mapping[str, Any], what: str) -> None:
-    """Refuse values that are not what `with_digest` was given.
-
-    Raises:
-        ResumeError: they were edited since.
-    """
+    """Refuse values that are not what `with_digest` was given."""
     if values.get("digest") != digest(values):
         raise ResumeError(
             f"{what} was changed after it was written: its digest differs. ε or the noise would be wrong. Continue from"

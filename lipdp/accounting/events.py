@@ -168,6 +168,10 @@ class Ledger:
         """
         self._append(event, merge=True)
 
+    def become(self, other: Ledger) -> None:
+        """Hold the events of another one instead: all who hold this ledger see them."""
+        self._events, self._steps = list(other._events), other._steps
+
     def _append(self, event: Event, *, merge: bool) -> None:
         if event.steps == 0:
             return

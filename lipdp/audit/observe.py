@@ -111,9 +111,6 @@ def repeated(
     - likelihood: of the claimed mechanism, canary in over out (optimal against it when the other records are silent);
     - one step: the same if the canary takes another record's place in exactly one step, not known which;
     - energy: of the release across the canary's direction, in units of the claimed noise.
-
-    Returns:
-        name → (runs,) float64, and the training, for its claim.
     """
     training = Training(experiment, setting, torch.tensor([included]), runs=runs)
     stds = training.engine.noise_stds()
@@ -143,9 +140,6 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
 
     - likelihood: of the claimed mechanism, this canary in over out, summed over the steps: the others are noise.
     - joint: the coins of all canaries estimated together, where they are not orthogonal.
-
-    Returns:
-        name → (m,) float64, and the training.
     """
     training = Training(experiment, setting, included)
     scorer: _Orthogonal | _Joint = (_Orthogonal if experiment.saturated else _Joint)(experiment, setting)

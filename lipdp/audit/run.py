@@ -101,8 +101,7 @@ def many_runs(
     r"""Play many games: tell a tiny run on N records from one on N + 1.
 
     Every run is trained by the real `PrivacyEngine`, with the noise it calibrates for ε. A quarter of the runs chooses
-    the score and the thresholds, the others are guessed, and `statistics.independent_lower_bound` makes a bound of the
-    guesses.
+    the score and the thresholds, the others are guessed, and the number of right guesses gives the bound.
 
     Guarantees: if every run is (ε, δ)-DP and the runs are independent, the result exceeds ε with probability at most
     1 − `confidence`. Finding nothing proves nothing.
@@ -157,7 +156,7 @@ def one_run(
 
     The run is trained by the real `PrivacyEngine`; the adversary sees the weights at every step. A quarter of the
     canaries chooses how many guesses to make of either kind, the others are guessed, those with the most extreme
-    scores, and `statistics.one_run_lower_bound` makes a bound of the guesses.
+    scores, and the number of right ones gives the bound.
 
     Guarantees: if the run is (ε, δ)-DP, the result exceeds ε with probability at most 1 − `confidence`, whatever the
     canaries have to do with each other.

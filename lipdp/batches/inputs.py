@@ -73,10 +73,6 @@ def _narrows(x: Tensor, dtype: torch.dtype) -> bool:
 class Records(Dataset[Any]):
     """(input, target) of records that hold more, or name their parts.
 
-    Args:
-        dataset: map-style; a record is a mapping, a sequence, or a row with names.
-        fields: of the input and of the target: a key or a place, or several, which are put side by side.
-
     >>> Records([{"a": 1.0, "b": 2.0, "y": 0}], (("a", "b"), "y"))[0]
     (tensor([1., 2.]), 0)
     """
@@ -107,13 +103,6 @@ def as_records(dataset: Any, fields: Fields | None = None) -> Any:
     A `DataLoader` gives its data set; a pair of arrays is a `TensorDataset`; of tables (pandas, structured arrays) and
     of records with names (dicts, Hugging Face's `datasets`) or with more than two parts, `fields` names input and
     target. Others stay as they are.
-
-    Args:
-        fields: see `Records`.
-
-    Raises:
-        DataError: a table without `fields`, or fields that it has not. EngineError: a loader with a `collate_fn` of its
-            own, which would be lost.
 
     >>> table = np.array([(0.5, 1.5, 1)], dtype=[("a", "f4"), ("b", "f4"), ("y", "i8")])
     >>> as_records(table, (("a", "b"), "y")).tensors

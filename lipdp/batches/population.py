@@ -92,9 +92,6 @@ def check_records(dataset: Any, world: World, *, shards: bool) -> None:
 
     Looks at up to 16 records over the whole: at the targets of whole data sets, since inputs may differ by random
     views, and at inputs and targets of shards.
-
-    Raises:
-        EngineError: whole data sets that differ, or shards that do not.
     """
     if world.size == 1:
         return
@@ -129,11 +126,7 @@ def glance(dataset: Any, *, inputs: bool = False) -> str:
 
 
 def length(dataset: Any) -> int:
-    """Of a map-style data set.
-
-    Raises:
-        EngineError: it has none.
-    """
+    """Of a map-style data set."""
     if not hasattr(dataset, "__len__"):
         raise EngineError(
             f"{type(dataset).__name__} has no length: sampling needs a map-style dataset (e.g. a TensorDataset)"
@@ -142,11 +135,7 @@ def length(dataset: Any) -> int:
 
 
 def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[Tensor, Tensor]:
-    """The records looked at before the first step (`look`), for shapes and checks of the loss; of a shard with any.
-
-    Raises:
-        EngineError: no records, or not (input, target) pairs. What `look` raises.
-    """
+    """The records looked at before the first step (`look`), for shapes and checks of the loss; of a shard with any."""
     with world.fail_together():
         own = look(dataset) if len(dataset) else []
     records = next((some for some in world.gather(own[:4]) if some), []) if shards else own
@@ -163,9 +152,6 @@ def check_copies(dataset: Any, group: Group | None = None) -> None:
 
     Looks through `Subset`, `ConcatDataset`, `StackDataset`, lists and expanded tensors, by identity and index; copies
     in memory of their own can't be told from records that are alike.
-
-    Raises:
-        EngineError: a record is there twice, and `group` does not give its copies one owner.
 
     >>> check_copies(torch.utils.data.Subset(TensorDataset(torch.zeros(5, 2), torch.zeros(5)), [0, 1, 1]))
     Traceback (most recent call last):

@@ -35,11 +35,7 @@ _LOST = 8
 
 
 def no_label(dtype: torch.dtype) -> float | int | bool:
-    """The target of a record that has none: NaN, or the whole number farthest from every label.
-
-    >>> no_label(torch.float32), no_label(torch.int64) == torch.iinfo(torch.int64).min
-    (nan, True)
-    """
+    """The target of a record that has none: NaN, or the whole number farthest from every label."""
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     if dtype is torch.bool:
@@ -73,11 +69,7 @@ def _finite(part: Any) -> Any:
 
 
 def read(dataset: Dataset[Any], indices: Sequence[int]) -> Any:
-    """Records of a map-style data set, at least one, collated, a row each; raises what the data set raises.
-
-    Raises:
-        RecordError: there are more rows, or fewer.
-    """
+    """Records of a map-style data set, at least one, collated, a row each; raises what the data set raises."""
     picked = list(indices)
     whole = getattr(dataset, "read_batch", None)  # what `default_collate` would make of them, at once
     many = getattr(dataset, "__getitems__", None)

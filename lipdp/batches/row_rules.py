@@ -14,12 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Row j of a tensor was computed from row `start + j` of one batch, and from nothing else of it.
-
-    Attributes:
-        batch: whatever identifies the batch.
-        start, stop: the rows, of those the batch has.
-    """
+    """Row j of a tensor was computed from row `start + j` of one batch, and from nothing else of it."""
 
     batch: Any
     start: int

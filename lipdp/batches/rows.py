@@ -31,10 +31,6 @@ class BatchTensor(Tensor):
     Attributes:
         rows: of which batch, and which of its rows; None where they may be mixed.
 
-    >>> x = BatchTensor.of(torch.arange(6.0).view(3, 2), Rows("a batch", 0, 3))
-    >>> (x[1:] / 255).rows, (x - x.mean(0)).rows, (x - x.mean(1, keepdim=True)).rows
-    (Rows(batch='a batch', start=1, stop=3), None, Rows(batch='a batch', start=0, stop=3))
-
     Source: ours; tracking of information flow, operation by operation (Denning 1976), with the rows of a batch as
     labels.
     """

@@ -112,12 +112,7 @@ class _IndependentBatches(ABC):
         return {**self._settings(), "position": self.position, "ratchet": self._ratchet.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue bit-identically.
-
-        Raises:
-            ResumeError: the state is of another kind of sampler, population, rate or number of steps.
-            CheckpointError: the state is damaged.
-        """
+        """Continue bit for bit; refuse the state of another sampler, population, rate or number of steps."""
         for name, value in self._settings().items():
             if state.get(name) != value:
                 raise ResumeError(f"{name} was {state.get(name)!r} in the saved sampler and is {value!r} now")
@@ -213,9 +208,6 @@ class CyclicPoissonSampler(PoissonSampler):
     Args:
         population, sampling_rate, steps, seed, secure: see `PoissonSampler`; the rate is q, over the dealing too.
         bands: b ≥ 1 with b q ≤ 1.
-
-    Raises:
-        ParameterError: an argument outside its range.
 
     >>> sampler = CyclicPoissonSampler(1000, sampling_rate=0.25, steps=3, bands=2, seed=0)
     >>> first, second, third = (set(batch.tolist()) for batch in sampler)

@@ -12,11 +12,7 @@ from lipdp.nn.attention import BoundedAttention
 
 @lru_cache(maxsize=1024)
 def spread(sharpness: float, keys: int) -> tuple[float, float]:
-    """J and ρ for scores in [−β, β]: bounds on ‖diag(p) − ppᵀ‖₂ and on ‖p‖² of the rows p of T probabilities.
-
-    >>> [round(bound, 6) for bound in (*spread(1e-9, 4), *spread(50.0, 2))]
-    [0.25, 0.25, 0.5, 1.0]
-    """
+    """J and ρ for scores in [−β, β]: bounds on ‖diag(p) − ppᵀ‖₂ and on ‖p‖² of the rows p of T probabilities."""
     small = math.exp(-2 * sharpness)  # the least of the probabilities over the largest
     if keys == 1:
         return 0.0, 1.0

@@ -33,9 +33,6 @@ def answer(root: nn.Module, node: fx.Node, x: Tensor) -> bool:
     The graph holds one of the two branches and is bounded with that one alone. So what decides must be the same for
     every input of this shape: the sizes and dtypes of one sample, not the entries and not the number of samples, which
     tells how many records a batch drew.
-
-    Raises:
-        UnsupportedOperationError: it is not.
     """
     nodes = [n for n in node.graph.nodes if n in _ancestors(node)]
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()

@@ -57,11 +57,7 @@ class _Lookups(TorchFunctionMode):
 
 @torch.no_grad()
 def vocabulary_of(model: nn.Module, x: Tensor) -> int | None:
-    """How many tokens the model knows, if it looks its inputs up in embeddings; None where they are numbers.
-
-    Args:
-        x: `probe_input` of numbers.
-    """
+    """How many tokens the model knows, if it looks its inputs up in embeddings; None where they are numbers."""
     lookups = _Lookups()
     try:
         with untouched(model), lookups:

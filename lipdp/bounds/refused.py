@@ -42,11 +42,7 @@ def _dot_product_attention(call: Call) -> Local:
 
 
 def refuse_without_bound(name: str, module: nn.Module) -> None:
-    """Refuse a layer of the list above.
-
-    Raises:
-        UnsupportedLayerError: it is one.
-    """
+    """Refuse a layer of the list above."""
     reason = next((why for kind, why in NO_BOUND.items() if isinstance(module, kind)), None)
     if reason is not None:
         raise UnsupportedLayerError(f"{name} {reason}")
@@ -54,11 +50,7 @@ def refuse_without_bound(name: str, module: nn.Module) -> None:
 
 @contextmanager
 def nothing_random(name: str) -> Iterator[None]:
-    """A block in which the forward pass of `name` is traced: it may draw no random numbers outside the graph.
-
-    Raises:
-        UnsupportedOperationError: the state of Python's, numpy's or torch's generator has changed.
-    """
+    """A block in which the forward pass of `name` is traced: it may draw no random numbers outside the graph."""
     before = _states()
     yield
     after = _states()

@@ -76,12 +76,7 @@ class Sensitivity(Mapping[str, float]):
 
 
 def read_sweep(sweep: Sweep, loss_constant: float, relation: Relation) -> Sensitivity:
-    """A sweep's tensors as floats, in one transfer; refuses what is not finite.
-
-    Raises:
-        UnboundedError: a parameter without a finite sensitivity.
-        NonFiniteError: a NaN among the weights.
-    """
+    """A sweep's tensors as floats, in one transfer; refuses what is not finite."""
     names = list(sweep.parameters)
     columns = [*sweep.parameters.values(), sweep.lipschitz, sweep.output]
     for row in sweep.rows:

@@ -133,9 +133,6 @@ def trace(model: nn.Module, x: Tensor | None = None) -> tuple[fx.GraphModule, fx
 
     Args:
         x: a batch, whose shape answers branches on the shape of a sample; without one there may be none.
-
-    Raises:
-        UnsupportedOperationError: it cannot, or the graphs differ by more than dropout's mode.
     """
     root = model
     if find_module_rule(model) is not None or not list(model.children()):
@@ -261,11 +258,7 @@ def _is_tuple(value: Any) -> bool:
 
 @torch.no_grad()
 def inspect_nodes(graph: fx.GraphModule, x: Tensor) -> dict[fx.Node, NodeInfo]:
-    """Run the graph on the batch and on its first sample, and say what every node is.
-
-    Raises:
-        MixesSamplesError: a tensor whose first axis is not the batch, or whose other axes depend on its size.
-    """
+    """Run the graph on the batch and on its first sample, and say what every node is."""
     many, one = _run(graph, x), _run(graph, x[:1])
     kinds = kinds_of((n for n in graph.graph.nodes if n.op != "output"), many)
     nodes: dict[fx.Node, NodeInfo] = {}

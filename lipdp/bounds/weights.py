@@ -102,11 +102,7 @@ def most_alike(tokens: Tensor) -> Tensor:
 
 
 def gains_of(node: fx.Node, args: Sequence[Any], out: Tensor) -> list[float | Tensor]:
-    """L in each tensor that the node takes, in the order of `args`.
-
-    Raises:
-        UnsupportedOperationError: it is none of the operations above.
-    """
+    """L in each tensor that the node takes, in the order of `args`."""
     function = _GAINS.get(node.target)
     sources = [argument for argument in args if isinstance(argument, Tensor)]
     try:

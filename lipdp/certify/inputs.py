@@ -31,9 +31,6 @@ def apply_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> Tenso
 def moduli_of_maps(maps: Sequence[InputMap], x: Tensor, dtype: torch.dtype) -> list[Modulus]:
     """The moduli of the maps, in the order they are applied, at each raw input, and of the rounding to the model's
     dtype.
-
-    Raises:
-        UnboundedError: a map without a constant.
     """
     chain: list[Modulus] = []
     exact = all(isinstance(step, Clip) for step in maps) and torch.finfo(x.dtype).eps >= torch.finfo(dtype).eps

@@ -37,22 +37,14 @@ def sample_norms(x: Tensor) -> Tensor:
 
 
 def push(moduli: Sequence[Modulus], before: Tensor) -> Tensor:
-    """The move behind a chain of maps.
-
-    >>> push([Lipschitz(2.0), Lipschitz(3.0)], torch.tensor([1.0], dtype=torch.float64)).item()
-    6.0
-    """
+    """The move behind a chain of maps."""
     for modulus in moduli:
         before = modulus.after(before)
     return before
 
 
 def pull(moduli: Sequence[Modulus], after: Tensor) -> Tensor:
-    """The radius in front of a chain of maps for a radius behind it.
-
-    >>> pull([Lipschitz(2.0), Lipschitz(3.0)], torch.tensor([6.0], dtype=torch.float64)).item()
-    1.0
-    """
+    """The radius in front of a chain of maps for a radius behind it."""
     for modulus in reversed(moduli):
         after = modulus.before(after)
     return after
@@ -60,12 +52,7 @@ def pull(moduli: Sequence[Modulus], after: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lipschitz(Modulus):
-    """ω(r) = K r + e: a K-Lipschitz map whose two computed values are each off by e/2 at most.
-
-    Attributes:
-        constant: K, finite.
-        rounding: e, one number or one a sample.
-    """
+    """ω(r) = K r + e: a K-Lipschitz map whose two computed values are each off by e/2 at most."""
 
     constant: float
     rounding: float | Tensor = 0.0
@@ -118,10 +105,6 @@ class Projection(Modulus):
     Attributes:
         bound: c > 0.
         norms: a, (N,) float64, lower bounds.
-
-    >>> far = Projection(1.0, torch.tensor([10.0], dtype=torch.float64))
-    >>> round(far.before(torch.tensor([0.5], dtype=torch.float64)).item(), 3)       # instead of 0.5
-    4.841
 
     Source: elementary geometry, given here; for the segment bound Dunkl & Williams (1964).
     """

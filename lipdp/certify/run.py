@@ -42,16 +42,7 @@ class LoadedRun:
 def load_run(
     folder: str | os.PathLike[str], *, weights: str | None = None, data_dir: str | os.PathLike[str] | None = None
 ) -> LoadedRun:
-    """Read a run's folder.
-
-    Args:
-        folder: of `lipdp train`.
-        weights: "model", the last ones, or "ema", their average; by default as `TrainConfig.weights` says.
-        data_dir: where the data are, if not where the run read them.
-
-    Raises:
-        CheckpointError: the folder or its checkpoint cannot be read. DataError: the data cannot.
-    """
+    """Read a run's folder."""
     runs = RunFolder(folder)
     config = config_from_dict(runs.config())
     weights = weights_of(config, weights)
@@ -143,12 +134,7 @@ def assess(
     restarts: int = 2,
     convolution: str = "fourier",
 ) -> Robustness:
-    """Certify, and if asked attack: every sample at every radius, and at its own certified radius.
-
-    Raises:
-        BoundViolation: an attack succeeded inside a certified radius, which is an error of this library.
-        ParameterError: no radius, or a negative one.
-    """
+    """Certify, and if asked attack: every sample at every radius, and at its own certified radius."""
     if not radii or min(radii) < 0:
         raise ParameterError(f"radii={tuple(radii)}: give numbers of at least 0, in units of the raw input")
     certificate = certify(model, x, y, maps=maps, convolution=convolution)

@@ -13,12 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 @dataclass(frozen=True)
 class Entry:
-    """A command that is not imported yet: its module of `lipdp.commands`, and what is there.
-
-    Attributes:
-        name: of its function, or of a `typer.Typer`. epilog: of the text of examples.
-        help: what the group's help says of it, the first line of its own.
-    """
+    """A command that is not imported yet: its module of `lipdp.commands`, and what is there."""
 
     module: str
     name: str

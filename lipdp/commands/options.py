@@ -56,11 +56,7 @@ class Command(TyperCommand):
 
 
 def repeat_options(arguments: Sequence[str], repeated: Collection[str]) -> list[str]:
-    """The arguments with the option before every value of those of its values that stand in a row.
-
-    >>> repeat_options(["--input-shape", "1", "28", "--json"], {"--input-shape"})
-    ['--input-shape', '1', '--input-shape', '28', '--json']
-    """
+    """The arguments with the option before every value of those of its values that stand in a row."""
     expanded: list[str] = []
     current, fresh = "", False
     for argument in arguments:

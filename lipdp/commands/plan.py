@@ -137,10 +137,7 @@ def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
     chosen = found.chosen
     cost = search.epsilon(Event(chosen.noise_multiplier, chosen.sampling_rate, chosen.steps), chosen.delta)
     sigma = search.calibrate(
-        target_epsilon=found.budget.epsilon,
-        sampling_rate=chosen.sampling_rate,
-        steps=chosen.steps,
-        delta=chosen.delta,
+        target_epsilon=found.budget.epsilon, sampling_rate=chosen.sampling_rate, steps=chosen.steps, delta=chosen.delta
     )
     return {
         "law": search.law,

@@ -25,8 +25,7 @@ PREDICT_EPILOG = """[bold]Examples[/bold]
 
 _Run = Annotated[Path, typer.Argument(help="of lipdp train, or what lipdp export wrote", metavar="RUN")]
 _Weights = Annotated[
-    str | None,
-    typer.Option(help="model (the last ones) or ema (averaged); default: the run's", show_default=False),
+    str | None, typer.Option(help="model (the last ones) or ema (averaged); default: the run's", show_default=False)
 ]
 _Code = Annotated[bool, typer.Option("--run-code", help="run a module:function that the run names")]
 

@@ -1,7 +1,7 @@
 """The same models under clipping-based DP-SGD: speed, memory and utility side by side, training dynamics, calibration.
 
 Needs `pip install "lipdp[comparison]"` (Opacus). `trainers` holds the ways to train, each a frozen dataclass behind the
-protocol of `protocol.py`; `speed` and `utility` measure them; `dynamics` looks at the kernel of gradient flow.
+protocol `ComparedTrainer`; `speed` and `utility` measure them; `dynamics` looks at the kernel of gradient flow.
 """
 
 from lipdp.lazy import facade

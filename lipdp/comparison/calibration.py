@@ -78,13 +78,7 @@ class Calibration:
 
 
 def calibration(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    temperature: float = 1.0,
-    bins: int = 15,
-    batch_size: int = 1024,
+    model: nn.Module, x: Tensor, y: Tensor, *, temperature: float = 1.0, bins: int = 15, batch_size: int = 1024
 ) -> Calibration:
     r"""Calibration of a classifier on held-out records.
 

@@ -41,14 +41,7 @@ class Contender:
 
 
 def contenders(names: Iterable[str] = (), kinds: Iterable[str] = KINDS) -> list[Contender]:
-    """Every trainer named, on every kind of model that it trains; all trainers by default, and for "all".
-
-    Raises:
-        UnknownNameError: no such trainer. ParameterError: no such kind.
-
-    >>> [contender.model_name("cnn") for contender in contenders(["clipless", "opacus_hooks"])]
-    ['cnn', 'cnn', 'cnn-twin']
-    """
+    """Every trainer named, on every kind of model that it trains; all trainers by default, and for "all"."""
     asked = list(kinds)
     unknown = [kind for kind in asked if kind not in KINDS]
     if unknown or not asked:
@@ -132,11 +125,7 @@ class Bench:
     def trained(
         self, contender: Contender, settings: Mapping[str, Any], *, lr: float, seed: int, setup: Setup | None = None
     ) -> Session:
-        """A new model after all T steps on the training part: seeded, repeatable, not private.
-
-        Args:
-            settings: of the contender's trainer, over its own.
-        """
+        """A new model after all T steps on the training part: seeded, repeatable, not private."""
         setup = setup or self.setup()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -91,7 +91,7 @@ def gradient_flow(
         model: see `ntk`; it is not changed.
         x, y: the whole batch; memory for n gradients.
         loss: one value a sample.
-        clipping: the factors, of `factors.py`.
+        clipping: the factors.
         step_size: small enough that Euler's method follows the flow: well below 2 over the largest curvature.
         steps: how many.
 

@@ -40,11 +40,7 @@ class Ntk:
         return torch.stack(list(self.blocks.values())).sum(0)
 
     def gradient_norms(self, cotangents: Tensor) -> Tensor:
-        """‖g_{i,r}‖ (n, D): the square is u_iᵀ H_r^{ii} u_i, with H_r^{ii} the block of sample i on the diagonal.
-
-        Args:
-            cotangents: u, (n, C).
-        """
+        """‖g_{i,r}‖ (n, D): the square is u_iᵀ H_r^{ii} u_i, with H_r^{ii} the block of sample i on the diagonal."""
         n, c = self.samples, self.outputs
         squares = [
             torch.einsum("ia,abi,ib->i", cotangents, h.view(n, c, n, c).diagonal(dim1=0, dim2=2), cotangents)
@@ -117,19 +113,6 @@ def ntk(model: nn.Module, x: Tensor) -> Ntk:
 
     Memory: D matrices of (n·C)² numbers, and the Jacobian of one block at a time.
 
-    Args:
-        model: any that computes each sample on its own in evaluation mode; it is not changed.
-        x: (n, *input_shape).
-
-    Raises:
-        UnsupportedLayerError: the model has a gate, whose backward pass is not that of its forward pass.
-        ParameterError: no sample, or no trainable parameter.
-        NonFiniteError: a kernel with NaN or infinity.
-
-    >>> ntk(torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [1.0, 2.0]])).total
-    tensor([[1., 1.],
-            [1., 5.]], dtype=torch.float64)
-
     Source: Jacot, Gabriel & Hongler (2018).
     """
     return kernel_of(Probe(model, x))
@@ -192,15 +175,7 @@ class Spectrum:
 
 
 def spectrum(matrix: Tensor) -> Spectrum:
-    """Symmetry, quadratic form and eigenvalues of a square float64 matrix.
-
-    Raises:
-        NonFiniteError: an entry is not finite.
-
-    >>> report = spectrum(torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64))  # keeps 1, drops 2
-    >>> report.symmetric, report.positive_form, report.positive_eigenvalues
-    (False, False, True)
-    """
+    """Symmetry, quadratic form and eigenvalues of a square float64 matrix."""
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("the matrix of the flow has entries that are not finite")
     norm = float(torch.linalg.matrix_norm(matrix, 2))

@@ -29,11 +29,6 @@ class Results:
 
     Raises:
         ResumeError: the folder holds another comparison. CheckpointError: a file cannot be read or written.
-
-    >>> results = Results(None, config={})
-    >>> results.add({"trainer": "clipless", "batch_size": 64, "step_seconds": 0.1})
-    >>> results.find(trainer="clipless")[0]["batch_size"], results.find(trainer="opacus_hooks")
-    (64, [])
     """
 
     def __init__(

@@ -37,10 +37,6 @@ def robustness(
     All private trainers have the same data, q, T and joint noise multiplier, calibrated for ε, and the same optimiser.
     Nothing is tuned, so nothing is chosen by looking at the data.
 
-    Args:
-        config: what is compared.
-        out: the folder, with `results.json`; one that was begun is completed, cell by cell.
-
     Returns:
         Cells with trainer, model, dataset, tau, seed, epsilon, accuracy, certified_accuracy (one a radius), lipschitz,
         …. A model that cannot be certified has certified accuracy 0 and says why under `refused`.

@@ -28,10 +28,7 @@ Entry = tuple[Contender, int]
 
 
 def speed(
-    config: SpeedConfig,
-    *,
-    out: str | None = None,
-    progress: Callable[[str], None] = lambda message: None,
+    config: SpeedConfig, *, out: str | None = None, progress: Callable[[str], None] = lambda message: None
 ) -> Results:
     """Measure, batch size by batch size; a folder that holds some of the cells is completed.
 
@@ -39,11 +36,6 @@ def speed(
     and of the twin, is the median of the ratios within a repetition, so that a slow second of the machine strikes both.
     Peak memory is that of three steps: the resident set of a process of their own on a CPU, what torch allocates for
     them on CUDA. A trainer that runs out of memory has a cell that says so, and is not tried at larger batches.
-
-    Args:
-        config: what is measured.
-        out: the folder, with `results.json`.
-        progress: is told what is being measured.
 
     Returns:
         Cells with trainer, model, dataset, batch_size, views, status and, where it was measured, step_seconds,

@@ -64,16 +64,9 @@ def tables(
     tenth of the training part, by training runs that its ε does not pay for. The others take their own defaults. The
     test part is looked at once a run.
 
-    Args:
-        config: what is compared.
-        out: the folder, with `results.json`. One that was begun is completed.
-
     Returns:
         Cells with trainer, dataset, target_epsilon, seed, accuracy and, for two classes, auroc, average_precision,
         base_rate, recall, specificity.
-
-    Raises:
-        ParameterError: a package is missing, or a data set is no table. UnknownNameError: no such learner.
     """
     learners = _required(config.trainers)
     results = Results(out, config={**asdict(config), "what": "tables"})

@@ -31,9 +31,6 @@ def channels_last(what: str, shape: tuple[int, ...]) -> bool:
 
     Raises:
         DataError: it can't be told.
-
-    >>> channels_last("x", (9, 32, 32, 3)), channels_last("x", (9, 32, 32, 12)), channels_last("x", (9, 12, 32, 32))
-    (True, True, False)
     """
     if len(shape) != 4:
         return False
@@ -58,9 +55,6 @@ def check_range(what: str, images: npt.NDArray[Any]) -> None:
 
 def as_inputs(array: npt.NDArray[Any], *, last: bool) -> Tensor:
     """Float32 tables (n, d) as they are, images (n, C, H, W) in [0, 1]; what is not finite is 0.
-
-    Args:
-        array: some of the records. last: whether images are (n, H, W, C).
 
     >>> as_inputs(np.array([[[0, 51]]], dtype=np.uint8), last=False).tolist()
     [[[[0.0, 0.20000000298023224]]]]

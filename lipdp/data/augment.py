@@ -39,12 +39,7 @@ class Augment(Protocol):
 
 @dataclass(frozen=True)
 class Flip:
-    """Mirrors left and right with probability ½.
-
-    >>> x = torch.arange(4.0).reshape(1, 1, 1, 4)
-    >>> Flip()(x).flatten().tolist() in ([0, 1, 2, 3], [3, 2, 1, 0])
-    True
-    """
+    """Mirrors left and right with probability ½."""
 
     def __call__(self, x: Tensor) -> Tensor:
         mirrored = torch.rand(len(x)) < 0.5
@@ -53,14 +48,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Crop:
-    """A window of the image's own size at a uniform place of the image with a border of zeros around it.
-
-    Attributes:
-        padding: width of the border, in pixels.
-
-    >>> Crop(1)(torch.ones(1, 1, 2, 2)).sum().item() in (1, 2, 4)
-    True
-    """
+    """A window of the image's own size at a uniform place of the image with a border of zeros around it."""
 
     padding: int = 4
 

@@ -141,10 +141,6 @@ def read_cifar_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.
     Returns:
         Images `(n, 3, 32, 32)` as bytes and labels `(n,)` in 0..9, n ≥ 1.
 
-    Raises:
-        DataError: missing, truncated or corrupt file, another name in the pickle, wrong shapes, labels outside 0..9,
-            or as many labels as images not.
-
     Source: the format is described at https://www.cs.toronto.edu/~kriz/cifar.html.
     """
     with parsing(path):

@@ -94,9 +94,6 @@ class Category:
 
     One that the list does not have is 0 in all of them, or with `other` 1 in a further one. What is missing counts as
     `missing`, a category of the list, or as one that the list does not have. With `indicator` a last input says so.
-
-    >>> Category("work", ["private", "state"], other=True).encode(["state", "?", ""]).tolist()
-    [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
     """
 
     name: str

@@ -27,9 +27,6 @@ def fetch_images(openml_name: str, *, count: int, pixels: int) -> tuple[npt.NDAr
 
     Returns:
         Images (count, pixels) and labels (count,), in OpenML's order.
-
-    Raises:
-        DataError: no network, a failing server, or an answer that is not the expected set.
     """
     from sklearn import datasets  # heavy, and only here
 

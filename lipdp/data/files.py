@@ -58,15 +58,8 @@ def _check_size(path: Path, declared: int, on_disk: int, remedy: str = REMEDY) -
 def read_idx(path: Path, item_shape: Sequence[int]) -> npt.NDArray[np.uint8]:
     """Read an IDX file of unsigned bytes, plain or gzipped (told by its content, not by its name).
 
-    Args:
-        path: the file, e.g. `train-images-idx3-ubyte.gz`.
-        item_shape: the shape every item must have: `(28, 28)` for MNIST images, `()` for labels.
-
     Returns:
         Array of shape `(n, *item_shape)`, n ≥ 1, read-only.
-
-    Raises:
-        DataError: missing, empty, truncated or over-long file, failed checksum, wrong magic number or shape.
 
     Source: the format is described at the end of http://yann.lecun.com/exdb/mnist/.
     """
@@ -141,11 +134,7 @@ def axes_of(path: Path, key: str | None = None) -> int | None:
 def read_npz(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), *, text: Sequence[str] = ()
 ) -> dict[str, npt.NDArray[Any]]:
-    """Read named numeric arrays of an npz archive (of text those in `text`), without pickle or trust in its headers.
-
-    Raises:
-        DataError: missing or corrupt file, failed checksum, a required key absent, a dtype that is not a number.
-    """
+    """Read named numeric arrays of an npz archive (of text those in `text`), without pickle or trust in its headers."""
     with parsing(path, OWN_REMEDY), zipfile.ZipFile(path) as archive:
         held = {name.removesuffix(".npy") for name in archive.namelist()}
         absent = sorted(set(required) - held)

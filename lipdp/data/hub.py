@@ -31,11 +31,6 @@ class HubRecords:
 
     Images are decoded from the bytes in the folder: a record that names a file or an address instead is none, for it
     could name any.
-
-    Attributes:
-        path: the part's folder. x, y: columns of inputs and labels.
-        mode: "L" or "RGB", what images are brought to; None for a column of numbers.
-        classes: of the labels, if they are listed.
     """
 
     path: Path
@@ -116,14 +111,6 @@ def open_hub(
     The input is the one column of images, else the one column of lists of numbers; the label the one `ClassLabel`, else
     the one column of integers that is not named. `input`, `label` say otherwise. Images come as grey or RGB, whichever
     most of those looked at are.
-
-    Args:
-        path: the folder. input, label: columns. owner: the column of whose the records are.
-        classes: the public list of the labels, where they are not numbered 0, 1, 2, ….
-
-    Raises:
-        DataError: no such folder, split or column, labels that are not 0, 1, 2, …, or no image among those looked at.
-        ParameterError: `datasets` is not installed.
     """
     absent = [part for part in ("train", "test") if not (path / part / "state.json").is_file()]
     if absent:

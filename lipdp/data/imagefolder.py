@@ -25,11 +25,7 @@ _TESTS = ("test", "val", "valid", "validation")
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """One part of a folder: each image is decoded where it is read.
-
-    Attributes:
-        path: the folder. files: below it. labels: (n,) int64. mode: "L" or "RGB", what images are brought to.
-    """
+    """One part of a folder: each image is decoded where it is read."""
 
     path: Path
     files: npt.NDArray[np.str_]
@@ -57,12 +53,6 @@ def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name:
 
     Classes are the names of the folders in their order, or a public list. Without a part for test, the first fifth of a
     fixed order of the images is for test. Images come as grey or RGB, whichever most of those looked at are.
-
-    Args:
-        path: the folder. classes: the public list; by default the folders of the training part.
-
-    Raises:
-        DataError: no images, or a folder of a class that is not in the list.
     """
     divided = bool(_classes(path / "train"))
     train = path / "train" if divided else path

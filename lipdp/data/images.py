@@ -20,15 +20,7 @@ _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"
 def decoded(
     path: Path, rows: Sequence[int], encoded: Iterable[tuple[str, bytes]], mode: str, size: Sequence[int] | None
 ) -> Tensor:
-    """(n, C, H, W) float32 in [0, 1].
-
-    Args:
-        path, rows: of the records. encoded: what a refusal calls each, and its bytes.
-        mode: "L" or "RGB", what images are brought to. size: their height and width; None leaves them.
-
-    Raises:
-        RecordError: one can't be decoded, or they are of several sizes.
-    """
+    """(n, C, H, W) float32 in [0, 1]."""
     images = [decode(content, mode, where) for where, content in encoded]
     if size is not None:
         images = [resize(image[None], size)[0] for image in images]
@@ -65,9 +57,6 @@ def usual_mode(path: Path, count: int, content: Callable[[int], bytes]) -> str:
     """What all images are brought to: grey where most of those looked at are, else RGB.
 
     One record, the first one too, does not decide for all where the others are alike.
-
-    Args:
-        content: the encoded image of a record.
     """
     from PIL import Image
 

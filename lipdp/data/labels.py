@@ -44,9 +44,6 @@ def largest_label(
 
     Args:
         private: of a training part, where a label that is none stops nothing, unless two or more of the first 64 are.
-
-    Raises:
-        DataError: they are not; or, of a test part, they seem to count from 1.
     """
     kinds = "biuf" if classes is None else "biufUSO"
     if labels.shape != (count,) or labels.dtype.kind not in kinds:

@@ -23,18 +23,6 @@ class Listed:
     Text is compared without the spaces around it. A number of the list is found as a number and as the text of one, so
     that 1, 1.0 and "1" are the same; a truth value also as "True", "true" or "TRUE". What the list has is never
     missing.
-
-    Args:
-        values: of the list: texts, numbers, truth values; at least one, none of them twice.
-        what: in a refusal.
-
-    Raises:
-        ParameterError: not such a list.
-
-    >>> Listed(["no", "yes"])(["yes", " no ", "?", "", None]).tolist()
-    [1, 0, -1, -2, -2]
-    >>> Listed([-1, 1])(["1", -1.0, "-1.0"]).tolist()
-    [1, 0, 0]
     """
 
     def __init__(self, values: Iterable[Any], what: str = "values") -> None:

@@ -24,11 +24,7 @@ from lipdp.errors import DataError
 
 @dataclass(frozen=True)
 class NpyRecords:
-    """Inputs and labels in two memory-mapped `.npy` files.
-
-    Attributes:
-        x, y: the files. channels_last: whether images are (N, H, W, C). classes: of the labels, if they are listed.
-    """
+    """Inputs and labels in two memory-mapped `.npy` files."""
 
     x: Path
     y: Path
@@ -80,9 +76,6 @@ def open_npy(path: Path, *, owner: str | None = None, classes: Listed | None = N
         path: the folder.
         owner: read whose the records are from `train_OWNER.npy`, integers or text.
         classes: the public list of the labels, where they are not numbered 0, 1, 2, ….
-
-    Raises:
-        DataError: a file that is missing or not whole, or does not fit the others.
     """
     files = {key: path / f"{key}.npy" for key in ("train_x", "train_y", "test_x", "test_y")}
     absent = [file.name for file in files.values() if not file.is_file()]

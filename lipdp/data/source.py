@@ -11,11 +11,7 @@ from lipdp.errors import DataError
 
 
 class Source(ABC):
-    """One way a data set lies on disk.
-
-    Attributes:
-        needs_folder: whether the set has to be looked for in a data folder.
-    """
+    """One way a data set lies on disk."""
 
     needs_folder = True
 

@@ -237,11 +237,7 @@ DATASETS = (*_SOURCES, "adbench/NAME", "FILE.npz", "FILE.csv", "FILE.parquet", "
 
 
 def source_of(name: str, columns: Columns, *, root: Path | None = None) -> Source:
-    """The source of the data set `name`; a folder may be in `root`.
-
-    Raises:
-        UnknownNameError: there is none; lists those there are. ParameterError: columns of a set that has none.
-    """
+    """The source of the data set `name`; a folder may be in `root`. UnknownNameError where there is none."""
     if not isinstance(name, str) or not name:
         raise UnknownNameError("data set", name, DATASETS)
     path = Path(name).expanduser()

@@ -101,13 +101,6 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
     Bilinear with antialiasing: every new pixel is a weighted mean of the image's own, with weights ≥ 0 of sum 1, so
     values stay in the range that they were in (up to rounding, which the bounding that follows takes away).
-
-    Args:
-        x: (batch, C, H, W).
-        size: (height, width).
-
-    >>> resize(torch.ones(2, 3, 8, 8), (4, 6)).shape
-    torch.Size([2, 3, 4, 6])
     """
     if tuple(x.shape[-2:]) == tuple(size):
         return x

@@ -27,11 +27,7 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], size: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Float32 inputs, images (n, C, H, W) in [0, 1], of `size` if given, tables (n, d) as they are; int64 labels.
-
-        Raises:
-            RecordError: one of the records can't be read, or they differ in shape. DataError: the file can't be read.
-        """
+        """Float32 inputs: images (n, C, H, W) in [0, 1], of `size` if given, tables (n, d) as is. Int64 labels."""
         ...
 
 

@@ -53,11 +53,7 @@ def launched(*, timeout: float = TIMEOUT) -> Iterator[World]:
 
 
 def resumed_folder(out: Path | None) -> Path | None:
-    """`out`, where `torchrun --max-restarts` starts the command again and its run is there: then it is gone on with.
-
-    Raises:
-        ParameterError: no folder to go on in, should a restart be needed.
-    """
+    """`out`, where `torchrun --max-restarts` starts the command again and its run is there: then it is gone on with."""
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and out is None:
         raise ParameterError("torchrun --max-restarts goes on with a run in its folder: give --out DIR")
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

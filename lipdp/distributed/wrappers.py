@@ -50,11 +50,7 @@ def own_reduction(module: nn.Module, world: World) -> nn.Module:
 
 
 def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
-    """`fully_shard` reduces in every backward pass, which the engine cannot do instead: make it sum, not average.
-
-    Raises:
-        EngineError: it would round the sum, or some processes are not in it.
-    """
+    """`fully_shard` reduces in every backward pass, which the engine cannot do instead: make it sum, not average."""
     for shard in shards:
         policy = getattr(shard._get_fsdp_state(), "_mp_policy", None)
         for dtype in (getattr(policy, "param_dtype", None), getattr(policy, "reduce_dtype", None)):
@@ -104,11 +100,7 @@ def plan_together(world: World, *, noise_multiplier: float | None, **given: Any)
 
 
 def check_alike(world: World, plan: PrivacyPlan, **others: Any) -> None:
-    """Refuse processes that would not draw the same batches and noise.
-
-    Raises:
-        EngineError: their plans, or the versions that draws depend on, differ.
-    """
+    """Refuse processes that would not draw the same batches and noise."""
     own = {**plan.as_dict(), **others, "torch": str(torch.__version__), "numpy": numpy.__version__}
     for rank, other in enumerate(world.gather(own)):
         different = [
@@ -125,9 +117,6 @@ def check_same_weights(world: World, model: nn.Module) -> None:
     """Refuse to go on where processes hold different weights.
 
     They start from the same, and add the same numbers; processors of different kinds round differently.
-
-    Raises:
-        EngineError: they differ.
     """
     if world.size == 1:
         return

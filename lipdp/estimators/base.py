@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from lipdp.data import Bounding
 from lipdp.errors import ParameterError, RefusedMethodError
-from lipdp.estimators.columns import (
-    MISSING,
-    ColumnRule,
-    bounds_of_data,
-    label_of,
-    read_bounds,
-    read_categories,
-)
+from lipdp.estimators.columns import MISSING, ColumnRule, bounds_of_data, label_of, read_bounds, read_categories
 from lipdp.estimators.recipe import BOUNDED, COLUMNS, choose
 from lipdp.estimators.scikit import BaseEstimator, check_array, check_is_fitted, check_random_state, validate_data
 from lipdp.training.config import default_delta
@@ -151,11 +144,7 @@ class PrivateEstimator(BaseEstimator):
         return found
 
     def report(self) -> str:
-        """What the fit protects, how strongly, and what it does not, in sentences.
-
-        Raises:
-            NotFittedError: before `fit`.
-        """
+        """What the fit protects, how strongly, and what it does not, in sentences."""
         check_is_fitted(self)
         told = self.privacy_
         reasons = list(self.leaks_)

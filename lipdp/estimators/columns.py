@@ -33,10 +33,6 @@ class ColumnRule:
         bounds: column → (a, b) or None, for the columns that hold numbers. categories: column → list, for the others.
         missing: "middle" or "indicator".
         intercept: add a last column, 1.
-
-    >>> rule = ColumnRule({0: (0.0, 10.0)}, {1: ("no", "yes")})
-    >>> rule(np.array([[2.5, "yes"], [None, "?"]], dtype=object)).tolist()
-    [[-0.5, 0.0, 1.0], [0.0, 0.0, 0.0]]
     """
 
     bounds: Mapping[int, tuple[float, float] | None]
@@ -82,9 +78,6 @@ def read_bounds(
 
     Raises:
         ParameterError: not low < high, or a column without bounds.
-
-    >>> read_bounds({"age": (0, 120), "score": 3}, [0, 1], ["age", "score"], 2)
-    {0: (0.0, 120.0), 1: (-3.0, 3.0)}
     """
     if isinstance(bounds, Mapping):
         given = {index_of(key, names, count): value for key, value in bounds.items()}
@@ -131,11 +124,7 @@ def _range(values: Floats) -> tuple[float, float]:
 
 
 def read_categories(categories: Any, names: Sequence[Any] | None, count: int) -> dict[int, tuple[Any, ...]]:
-    """The public lists by column.
-
-    Raises:
-        ParameterError: no mapping, an empty list, or one that names a category twice.
-    """
+    """The public lists by column."""
     if not isinstance(categories or {}, Mapping):
         raise ParameterError(f"categories={categories!r}: a mapping from columns to their public lists is needed")
     found = {}

@@ -73,11 +73,7 @@ def opponent(x: Tensor) -> Tensor:
 
 
 def mirrored_paths(scattering: Scattering) -> Tensor:
-    """For each path of kymatio's order, that of the mirror image: l ↦ (L − 2 − l) mod L for every angle.
-
-    >>> mirrored_paths(Scattering(J=1, order=1)).tolist()
-    [0, 7, 6, 5, 4, 3, 2, 1, 8]
-    """
+    """For each path of kymatio's order, that of the mirror image: l ↦ (L − 2 − l) mod L for every angle."""
     scales, angles = range(scattering.J), range(scattering.L)
     first: list[tuple[int, ...]] = [(j, a) for j in scales for a in angles]
     second = [(j, a, k, b) for j in scales for a in angles for k in scales if k > j for b in angles]
@@ -96,9 +92,6 @@ class PatchBlock:
     the median. With responses z of deviation s, relu(±z − s/2) is averaged over a grid. With `flips` each filter has
     its mirror image, and what the mirror image of the picture gives is added, so that flips change nothing where the
     stride divides (side − patch).
-
-    Attributes:
-        down, patch, stride, filters, grid, flips: as above.
 
     Source: Coates & Ng (2012), Learning feature representations with K-means; (2011), The importance of encoding
     versus training with sparse coding and vector quantization.

@@ -29,15 +29,6 @@ def kept(x: Tensor, spec: FeatureSpec, folder: Path, report: Callable[[int], Non
 
     Each batch is left there as it is computed, and all of them are removed once the whole is there. So an interrupted
     computation goes on where it was, and processes that compute the same share the work.
-
-    Args:
-        x: images (N, C, H, W).
-        spec: of the features.
-        folder: of the cache; files are readable by their owner alone.
-        report: is told how many records are done.
-
-    Raises:
-        DataError: the folder cannot be written.
     """
     name, numbers = spec.key
     key = {"format": _FORMAT, **numbers, "input": [str(x.dtype), *x.shape]}

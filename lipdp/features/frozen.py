@@ -17,7 +17,7 @@ from lipdp.models import own
 
 @dataclass(frozen=True)
 class Frozen:
-    """What ``module:function`` returns, in evaluation mode, without gradients: (N, *shape) to (N, d) or (N, C, H, W).
+    """What `module:function` returns, in evaluation mode, without gradients: (N, *shape) to (N, d) or (N, C, H, W).
 
     The function takes no argument and returns a `torch.nn.Module`, trained on public data or not at all: an encoder
     that saw the private records is not covered by ε. Nothing is known of its Lipschitz constant, so there is no
@@ -28,7 +28,7 @@ class Frozen:
     nothing, so the module's code is trusted here.
 
     Args:
-        source: ``package.module:function``.
+        source: `package.module:function`.
     """
 
     source: str

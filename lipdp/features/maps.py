@@ -178,7 +178,7 @@ def features(name: str, **options: Any) -> FeatureSpec:
     `unit_norm=True`. `dct`: all frequencies, `energies`: `Energies`, no normalisation.
 
     Args:
-        name: of the map, or ``module:function``, which returns a frozen torch module (`Frozen`), with `unit_norm=True`.
+        name: of the map, or `module:function`, which returns a frozen torch module (`Frozen`), with `unit_norm=True`.
         options: of the map (`seed`, `pairs`, `filters`; `J`, `L`, `order`; `keep`; `pictures`, `patch`, `stride`,
             `window`) and of `FeatureSpec` (`group_norm`, `unit_norm`, `eps`, `dtype`).
 

@@ -47,12 +47,6 @@ class Scattering:
         L: number of angles.
         order: wavelet layers, 1 or 2.
 
-    Raises:
-        ParameterError: images smaller than 2^J.
-
-    >>> Scattering().output_shape((1, 28, 28))
-    (81, 7, 7)
-
     Source: Bruna and Mallat, Invariant scattering convolution networks, 2013; Andreux et al., Kymatio, 2020.
     """
 

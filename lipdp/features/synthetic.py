@@ -55,11 +55,6 @@ def dead_leaves(count: int, shape: Sequence[int], seed: int) -> Pair:
     Radii have the density r⁻³, so that the pictures look alike at every scale. Each shape has a colour, in which
     luminance dominates, a 1/f texture and a shade; the whole is blurred at random.
 
-    Args:
-        count: of the pictures.
-        shape: (C, H, W) with C = 1 or 3.
-        seed: public.
-
     Source: Lee, Mumford & Huang (2001), Occlusion models for natural images; Baradad et al. (2021), Learning to see by
     looking at noise.
     """
@@ -109,11 +104,6 @@ def strokes(count: int, shape: Sequence[int], seed: int) -> Pair:
     """Handwriting-like pictures: one to three joined Bézier strokes or arcs, fitted to 5/7 of the picture's side.
 
     Each skeleton is drawn twice, with another rotation, shear, scale, shift, smooth displacement and pen width.
-
-    Args:
-        count: of the pictures.
-        shape: (C, H, W); the channels are equal.
-        seed: public.
     """
     _check(count, shape)
     draws, (channels, height, width) = Draws(seed), shape

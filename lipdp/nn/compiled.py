@@ -21,9 +21,6 @@ from lipdp.errors import UnsupportedLayerError
 def original(module: nn.Module) -> nn.Module:
     """The module that `torch.compile(module)` was made of; any other module as it is.
 
-    Raises:
-        UnsupportedLayerError: there are hooks on what `torch.compile` returned.
-
     >>> model = torch.nn.Linear(2, 1)
     >>> original(model) is model, original(torch.compile(model, backend="eager")) is model
     (True, True)

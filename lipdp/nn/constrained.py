@@ -164,19 +164,11 @@ def cannot_certify(matrix: Tensor, radius: float) -> Tensor:
     arithmetic, and does not synchronise with a GPU.
 
     Guarantees: false only if ‖W‖₂ ≤ r (1 + s); never true for a W of norm ≤ r rounded to its dtype. With m ≤ n the
-    sizes and ε the spacing of a dtype at 1, rounding moves W by ``ε √m ‖W‖ / 2`` at most, and the Gram matrix and its
-    factor, in float64, err by ``(n + m + 1) m ε₆₄ ‖W‖² / 2`` in norm; the slack s is twice their sum.
-
-    Args:
-        matrix: (..., m, n), of any floating dtype.
-        radius: r > 0.
+    sizes and ε the spacing of a dtype at 1, rounding moves W by `ε √m ‖W‖ / 2` at most, and the Gram matrix and its
+    factor, in float64, err by `(n + m + 1) m ε₆₄ ‖W‖² / 2` in norm; the slack s is twice their sum.
 
     Returns:
         () bool, true also where an entry is not finite.
-
-    >>> w = torch.diag(torch.tensor([1.0, 0.5]))
-    >>> cannot_certify(w, 1.0), cannot_certify(w * 1.0001, 1.0)
-    (tensor(False), tensor(True))
 
     Source: Higham (2002), theorems 10.3 and 10.7; Rump (2006), "Verification of positive definiteness".
     """

@@ -128,13 +128,7 @@ _DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√
 
 class SpectralConv1d(_SpectralConv, nn.Conv1d):
     __doc__ = _DOC.format(
-        name="SpectralConv1d",
-        dimension="1-D",
-        kernel="k",
-        overlap="⌈k/s⌉",
-        positions="L'",
-        base="nn.Conv1d",
-        shape="6",
+        name="SpectralConv1d", dimension="1-D", kernel="k", overlap="⌈k/s⌉", positions="L'", base="nn.Conv1d", shape="6"
     )
 
 

@@ -226,11 +226,7 @@ COUNTERPARTS: Mapping[type[nn.Module], Callable[[Site], Choice]] = {
 
 
 def choose(site: Site) -> Choice:
-    """The counterpart of a layer.
-
-    Raises:
-        NoCounterpartError: there is none.
-    """
+    """The counterpart of a layer; NoCounterpartError where there is none."""
     counterpart = find(site.module, COUNTERPARTS)
     if counterpart is None:
         raise NoCounterpartError("no constrained layer stands for it")

@@ -80,11 +80,6 @@ def normalised(x: Tensor, axes: int, eps: float) -> Tensor:
     to 1 for that. (torch's kernels compute the variance as a difference and y as a x + b, which rounding lets grow
     without limit.)
 
-    Args:
-        x: (N, …).
-        axes: ≥ 1, none of them the batch axis.
-        eps: ε > 0.
-
     >>> normalised(torch.full((1, 4), 1e30), 1, 1e-5)
     tensor([[0., 0., 0., 0.]])
     """

@@ -32,9 +32,6 @@ class Scale(nn.Module):
 class SortPairs(nn.Module):
     """What `GroupSort2` computes, in operations that every exporter knows: sort channel j with channel j + C/2.
 
-    Args:
-        dim: the axis of the channels.
-
     >>> SortPairs()(torch.tensor([[1.0, 5.0, 3.0, 2.0]]))
     tensor([[3., 5., 1., 2.]])
     """
@@ -54,10 +51,6 @@ class SortPairs(nn.Module):
 class Ball(nn.Module):
     """What `ValueClip` computes, in operations that every exporter knows: r x / max(‖x‖, c).
 
-    Args:
-        bound: c > 0.
-        radius: r > 0.
-
     >>> Ball(1.0, 2.0)(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
     tensor([[1.2000, 1.6000],
             [0.6000, 0.8000]])
@@ -73,10 +66,6 @@ class Ball(nn.Module):
 
 class SortGroups(nn.Module):
     """What `GroupSort` computes, in operations that every exporter knows.
-
-    Args:
-        group_size: channels in a group; None sorts all of them.
-        factor: of the result.
 
     >>> SortGroups(2, 1.0)(torch.tensor([[5.0, 1.0, 2.0, 3.0]]))
     tensor([[1., 5., 2., 3.]])

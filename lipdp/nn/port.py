@@ -36,7 +36,7 @@ def from_torch(
     - max and average pooling become `ScaledL2NormPool2d` over windows side by side, and `LayerCentering` over channels;
     - batch, group, layer and instance norms become `LayerCentering`; dropout and a softmax at the output are left out;
     - sums a ± b become (a ± b)/2, concatenations of n tensors are divided by √n;
-    - in front stands ``InputBound(c, radius=1)``, x ↦ x/c projected on the unit ball; of rows of 32 entries or more
+    - in front stands `InputBound(c, radius=1)`, x ↦ x/c projected on the unit ball; of rows of 32 entries or more
       each sample's mean is subtracted before: of pixels in [0, 1] it has much of the norm.
 
     Guarantees: every Δ is finite, and the network's Lipschitz constant is at most 1/c up to rounding, unless the

@@ -120,12 +120,7 @@ class TableFeatures(nn.Module):
 
 
 def unit_norm() -> ValueClip:
-    """Scales every row of features to norm 1: all of them lie outside the ball that is projected on.
-
-    >>> features = torch.nn.Sequential(TableFeatures(3), unit_norm())
-    >>> features(torch.rand(4, 3)).norm(dim=1).sub(1).abs().max() < 1e-6
-    tensor(True)
-    """
+    """Scales every row of features to norm 1: all of them lie outside the ball that is projected on."""
     return ValueClip(NORM_FLOOR, radius=1.0)
 
 

@@ -55,12 +55,7 @@ class _Tracer(fx.Tracer):
 
 
 def traced(model: nn.Module, keep: tuple[type[nn.Module], ...]) -> fx.GraphModule:
-    """The graph of a copy of the model.
-
-    Raises:
-        UnsupportedLayerError: hooks, or a reparametrised weight. UnsupportedOperationError: torch.fx can't follow the
-            code.
-    """
+    """The graph of a copy of the model."""
     for name, module in model.named_modules():
         check_hooks(name, module)
         if parametrize.is_parametrized(module):

@@ -1,8 +1,8 @@
 """A gate at the weight gradient of one layer: per-layer clipping, fused into the layer's backward pass.
 
 A sample's gradient of a weight that is used at T positions is ∇_i = Σ_t g_t p_tᵀ, with p_t what the weight is applied
-to at position t (a token, a patch) and g_t the cotangent of what comes out. A layer with ``weight_gate=C`` hands on to
-its weight ``Σ_i ∇_i min(1, C/‖∇_i‖_F)``, and to its input the same cotangent as without. So one record moves the sum by
+to at position t (a token, a patch) and g_t the cotangent of what comes out. A layer with `weight_gate=C` hands on to
+its weight `Σ_i ∇_i min(1, C/‖∇_i‖_F)`, and to its input the same cotangent as without. So one record moves the sum by
 at most C, whatever the rest of the network is: Δ = min(P·G, C) for each use of the layer, where P·G is the bound of the
 sweep. In deep networks with shared weights, whose gradients reach a few hundredths of P·G, that is what the noise is
 calibrated to.

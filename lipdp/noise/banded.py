@@ -111,9 +111,6 @@ class BandedNoise:
         Args:
             tensors, stds: as for `GaussianNoise.add_`; the tensors of the same sizes in all rows.
             row: t; one more than the last.
-
-        Raises:
-            EngineError: another row, or other tensors; or the last row was interrupted.
         """
         if self.row and row != self.row + 1:
             raise EngineError(

@@ -16,9 +16,6 @@ from lipdp.noise.gaussian import RatchetSource
 def keystream(key: int, count: int) -> np.ndarray:
     """(count,) uint64: the ChaCha20 keystream of a 256-bit key.
 
-    Raises:
-        ParameterError: the package `cryptography` is not installed.
-
     >>> keystream(0, 1).item() == int.from_bytes(bytes.fromhex("76b8e0ada0f13d90"), "little")
     True
 

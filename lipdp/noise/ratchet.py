@@ -31,9 +31,6 @@ class Ratchet:
         seed: a non-negative integer that makes the chain reproducible, hence **not private**; None draws 256 bits from
             the operating system.
 
-    Raises:
-        ParameterError: for a seed that is not a non-negative integer.
-
     >>> a, b = Ratchet("noise", seed=7), Ratchet("noise", seed=7)
     >>> first = a.advance()
     >>> b.load_state_dict(a.state_dict())

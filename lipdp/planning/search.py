@@ -186,11 +186,7 @@ class _Study:
 
 
 def confirm(found: Found, run: str | os.PathLike[str]) -> dict[str, Any]:
-    """What the full private run in a folder made of the prediction: its own accuracy and ε, and the compute saved.
-
-    Raises:
-        CheckpointError: no finished run there. ParameterError: a run with other settings than the search's best.
-    """
+    """What the full private run in a folder made of the prediction: its own accuracy and ε, and the compute saved."""
     folder, best, metric = Path(run).expanduser(), found.best, found.simulation.metric
     config, privacy = read_json(folder / "config.json"), read_json(folder / "privacy.json")
     last = _last_metrics(folder)

@@ -110,10 +110,6 @@ def simulation(
     Returns:
         The simulation, the data as the simulated runs see them (the validation part in the place of the test part), and
             the bound on the norm of the inputs where the features have one.
-
-    Raises:
-        ParameterError: a scale or a share out of range, or a seeded full run. And what `configure`, the data and the
-            calibration raise.
     """
     if not 1.0 <= scale <= MOST:
         raise ParameterError(f"scale={scale}: k in [1, {MOST}] is needed")

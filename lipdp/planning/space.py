@@ -75,11 +75,7 @@ def check_name(name: str) -> None:
 
 
 def merged(settings: Mapping[str, Any], drawn: Mapping[str, Scalar]) -> dict[str, Any]:
-    """The settings with what was drawn in their place; a dotted name goes into the options.
-
-    >>> merged({"lr": 1.0, "model_options": {"depth": 2}}, {"lr": 0.5, "model_options.width": 32})
-    {'lr': 0.5, 'model_options': {'depth': 2, 'width': 32}}
-    """
+    """The settings with what was drawn in their place; a dotted name goes into the options."""
     result = dict(settings)
     for name, value in drawn.items():
         head, dot, tail = name.partition(".")

@@ -34,11 +34,7 @@ from lipdp.timing import Clock
 
 
 def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> StepHooks:
-    """Check and bound what is to be private, then put the hooks on the optimiser.
-
-    Raises:
-        LipdpError: see `PrivacyEngine.make_private_with_plan`.
-    """
+    """Check and bound what is to be private, then put the hooks on the optimiser."""
     if type(request.multiplicity) is not int or request.multiplicity < 1:
         raise ParameterError(
             f"multiplicity={request.multiplicity!r}: how many views of a record are averaged, 1 or more"

@@ -79,11 +79,7 @@ class StepCheck:
         return torch.where(sound, torch.full((), factor, dtype=dtype, device=sound.device), math.nan)
 
     def read(self) -> None:
-        """The answer to the last look, once.
-
-        Raises:
-            NonFiniteError, EngineError: it is no.
-        """
+        """Raise what the last look found wrong, once."""
         pending, self._pending = self._pending, None
         if pending is None or bool(pending[0].read()):
             return
@@ -148,12 +144,7 @@ class ProjectionCheck:
                 self.read()
 
     def read(self) -> None:
-        """The answer to the last look, once.
-
-        Raises:
-            ConstraintError: a weight is outside. (One that is not finite is named at the next step, and by the
-                trainer.)
-        """
+        """Raise what the last look found wrong, once."""
         found, self._found = self._found, None
         if found is None:
             return
@@ -180,7 +171,7 @@ class GradientCheck:
 
     Cost: one record's passes cost at most what a whole step does, and with B in the batch, on a CPU, about 80/B of it
     at most (measured: 4/B for a convolution net to 76/B for an MLP). `every=None` looks at `records` of them every
-    ``ceil(333 · records · min(1, 80/B))`` steps on a CPU, every ``333 · records`` elsewhere: 0.3 % of a long run; 0:
+    `ceil(333 · records · min(1, 80/B))` steps on a CPU, every `333 · records` elsewhere: 0.3 % of a long run; 0:
     never. The first step is always looked at. A compiled model is looked at as compiled, the record beside a copy of
     itself that has no cotangent, because a batch of one has code of its own.
     """

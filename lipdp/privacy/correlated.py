@@ -17,13 +17,7 @@ from lipdp.privacy.options import Request
 
 
 class Correlated:
-    """Keeps the rows of `BandedNoise`, the batches and the account in step; its docstring says why.
-
-    Args:
-        noise, bands: of the steps.
-        names: of the parameters that are trained.
-        records: a digest that another order of the records would change.
-    """
+    """Keeps the rows of `BandedNoise`, the batches and the account in step; its docstring says why."""
 
     def __init__(self, noise: GaussianNoise, bands: int, names: Sequence[str], records: str) -> None:
         self._noise, self._names, self._records = BandedNoise(noise, bands), list(names), records
@@ -33,16 +27,7 @@ class Correlated:
         cls, plan: PrivacyPlan, request: Request, noise: GaussianNoise, names: Sequence[str], *, owners: Owners | None,
         steps: int, beside: Sequence[str],
     ) -> Correlated | None:  # fmt: skip
-        """The noise of a plan with bands.
-
-        Args:
-            owners: that are drawn, if records are not.
-            steps: that the account has already.
-            beside: what the run has that the proof does not cover.
-
-        Raises:
-            EngineError: there are such steps. ParameterError: there is such.
-        """
+        """The noise of a plan with bands."""
         if plan.bands == 1:
             return None
         if steps:
@@ -89,11 +74,7 @@ class Correlated:
         return unused
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue bit for bit.
-
-        Raises:
-            ResumeError: of other records, or of another order. CheckpointError: not a state.
-        """
+        """Continue bit for bit; refuse other records, or another order of them."""
         if not isinstance(state, dict):
             raise CheckpointError("the state of the engine lacks the noise that its later steps go on from")
         if state.get("records") != self._records:

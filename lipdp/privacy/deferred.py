@@ -10,9 +10,6 @@ class DeferredRead:
     """A small tensor that the host will read later: on CUDA a copy to pinned memory is queued and nothing waits.
 
     `read` waits for that copy alone, not for what was queued behind it. The value is not to be changed in place before.
-
-    >>> DeferredRead(torch.tensor([1.5, 2.0])).read().tolist()
-    [1.5, 2.0]
     """
 
     def __init__(self, value: Tensor) -> None:

@@ -137,7 +137,7 @@ class PrivacyEngine:
             epochs: T as a number of passes over the data, T = epochs N/B, of which one iteration of the loader is one.
             noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
-            bands: b > 1 for noise that is correlated over b steps, and batches of every b-th group (`noise.banded`).
+            bands: b > 1 for noise that is correlated over b steps, and batches of every b-th group.
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
@@ -295,7 +295,7 @@ class PrivacyEngine:
     ) -> Iterator[tuple[Tensor, ...]]:
         """The logical batch in pieces of at most `size`: one `backward` each, then one `optimizer.step()`.
 
-        An empty batch gives one empty piece. With `weight`, pieces of (x, y, weight). Where parameters are spread by
+        An empty batch gives one empty piece. With `weight`, pieces of (x, y, weight). Where parameters are sharded by
         `fully_shard`, whose passes all processes take part in, those with fewer pieces get empty ones: run them too.
         """
         if size < 1:
@@ -331,8 +331,8 @@ class PrivacyEngine:
     def measure_(self, name: str, total: Tensor, *, sensitivity: float) -> float:
         r"""Release a sum over all records once, as the plan says: an event of the same account, with the run's noise.
 
-        If neighbours move the sum by ``Δ`` at most (by 2Δ where a record is replaced), ``total + N(0, s² I)`` with
-        ``s = σ Δ`` (2σΔ) is the Gaussian mechanism with the noise multiplier σ of that measurement.
+        If neighbours move the sum by `Δ` at most (by 2Δ where a record is replaced), `total + N(0, s² I)` with
+        `s = σ Δ` (2σΔ) is the Gaussian mechanism with the noise multiplier σ of that measurement.
 
         Args:
             name: of a measurement of the plan; each can be taken once.
@@ -397,8 +397,7 @@ class PrivacyEngine:
     @property
     def steps_left(self) -> int:
         """Steps that the plan has left."""
-        run = self._current()
-        return run.plan.steps - (self.ledger.steps - run.before)
+        return self._current().count.left
 
     @property
     def world(self) -> World:
@@ -456,9 +455,7 @@ class PrivacyEngine:
         Raises:
             ResumeError: the plan differs. CheckpointError: not a state of an engine.
         """
-        run = self._current()
-        run.load_state_dict(state)
-        self.ledger = run.ledger
+        self._current().load_state_dict(state)
 
     def save_checkpoint(self, path: str | os.PathLike[str], *, extra: dict[str, Any] | None = None) -> None:
         """Write model, optimiser and account to one file, whole or not at all.

@@ -169,11 +169,7 @@ def _bound_forward(model: nn.Module) -> Any:
 
 
 class CompiledCall:
-    """Stands around compiled code of the model: the private call is outside, what is compiled sees plain tensors.
-
-    Attributes:
-        compiled: what `torch.compile` made.
-    """
+    """Stands around compiled code of the model: the private call is outside, what is compiled sees plain tensors."""
 
     def __init__(self, compiled: Callable[..., Any], private: PrivateForward) -> None:
         self.compiled, self._private = compiled, private

@@ -20,7 +20,7 @@ from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
 from lipdp.bounds.sensitivity import Sensitivity, read_sweep
 from lipdp.distributed.collectives import World
-from lipdp.errors import CheckpointError, EngineError, ResumeError, UnknownNameError
+from lipdp.errors import CheckpointError, EngineError, UnknownNameError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
@@ -41,18 +41,13 @@ from lipdp.privacy.optimizers import (
 from lipdp.privacy.options import Draws, Request
 from lipdp.privacy.passes import StepInProgress
 from lipdp.privacy.snapshot import Snapshot
+from lipdp.privacy.step_count import STEPS_TAKEN, StepCount
 from lipdp.suggestion.learning import GrowthWatch
 from lipdp.timing import Clock
 
-STEPS_TAKEN = "lipdp_steps"  # in the optimiser's first parameter group, when its state is saved
-
 
 class StepHooks:
-    """The hooks on one optimiser, and what they need at every step.
-
-    Attributes:
-        signals: the most that all steps can add up to over their noise, by parameter, at the first weights.
-    """
+    """The hooks on one optimiser, and what they need at every step."""
 
     def __init__(
         self,
@@ -74,7 +69,8 @@ class StepHooks:
         self.module, self.criterion, self.loader = original(module), criterion, loader
         self.optimizer, self.step_in_progress = optimizer, step
         self.plan, self.allocation = plan, get_allocation(request.allocation)
-        self.noise, self.ledger, self.measured = draws.noise(graph.device), draws.ledger, draws.measured
+        self.noise, self.measured = draws.noise(graph.device), draws.measured
+        self.count = StepCount(plan, draws.ledger, loader)
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
         self.signals: dict[str, float] = {}
@@ -93,7 +89,7 @@ class StepHooks:
             self.noise,
             self.names,
             owners=loader.owners,
-            steps=self.ledger.steps,
+            steps=self.count.before,
             beside=[name for name in unproven if unproven[name]],
         )
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
@@ -111,16 +107,13 @@ class StepHooks:
         others = [counted] if counted < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
-        self._began = draws.ledger.steps  # what a state that is loaded may leave behind
-        self.before = draws.ledger.steps  # of earlier runs of the engine: they count for ε, not for this budget
-        self._taken_at = loader.position
         self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=request.module)
         step.before_first_call = self._measure_records
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._project),
-            optimizer.register_state_dict_pre_hook(self._stamp),
+            optimizer.register_state_dict_pre_hook(self.count.stamp),
             guard_parameters(self.module, optimizer, step),
         ]
 
@@ -195,8 +188,7 @@ class StepHooks:
                 f"{name} is summed in {total.dtype}, where one record moves the rounded sum by more than its own part;"
                 " sum in float64 or float32"
             )
-        self.ledger.append(planned[name].event(self.plan.relation))  # before the draw: never under-counted
-        self.before += 1
+        self.count.add_measurement(planned[name].event(self.plan.relation))  # before the draw: never under-counted
         self.measured.append(name)
         std = planned[name].noise_multiplier * self.factor * sensitivity
         self.noise.add_([total], torch.tensor([std], dtype=torch.float64))
@@ -207,8 +199,9 @@ class StepHooks:
     def _add_noise(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: check, account, add noise to the summed gradients, divide by the public batch size."""
         with self.clock("checks"), self.world.fail_together():
-            self._check_order()
-            self._check_account(optimizer)
+            self.world.check()
+            self.count.check_order()
+            self.count.check_account(optimizer)
             self.settle()
             self._check_unchanged(optimizer)
             claims = self.step_in_progress.check(self.parameters)
@@ -227,12 +220,12 @@ class StepHooks:
                 gradients,
                 deltas,
                 stds,
-                step=self.ledger.steps + 1,
+                step=self.count.ledger.steps + 1,
                 records=sum(self.world.gather(units)) if self.world.size > 1 else units,
                 claims=claims,
                 combine=self._combined,
             )
-        self.ledger.append(self.plan.step_event)  # before the draw: a step is never under-counted
+        self.count.add()  # before the draw: a step is never under-counted
         self._drawn = self.names, stds
         with self.clock("noise"):
             self._draw(gradients, stds)
@@ -243,7 +236,7 @@ class StepHooks:
             )
         self._add_penalties()
         self.step_in_progress.forget()
-        self._taken_at = self.loader.position
+        self.count.use_batch()
 
     def _add_penalties(self) -> None:
         """Gradients of penalties on the weights: computed from released weights alone, so free."""
@@ -296,19 +289,14 @@ class StepHooks:
         with self.clock("projection"):
             project_(self.module)
         with self.clock("checks"):
-            step = self.ledger.steps - self.before
-            self._projections.look(step)
-            if step == self.plan.steps:
+            self._projections.look(self.count.step)
+            if not self.count.left:
                 self.settle()
 
     def settle(self) -> None:
         """Read what the deferred checks of the last step found."""
         self._step_check.read()
         self._projections.read()
-
-    def _stamp(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimiser's state says how many noisy steps it has behind it, for `_check_account` after a resume."""
-        optimizer.param_groups[0][STEPS_TAKEN] = self.ledger.steps
 
     # -- what is checked at every step ---------------------------------------------------------------------------------
 
@@ -327,7 +315,7 @@ class StepHooks:
         """All processes are at the same step of the same run: else each draws batches and noise of its own."""
         if self.world.size == 1:
             return
-        at = [self.ledger.state_dict(), self.before, self.loader.state_dict(), self.noise.state_dict()]
+        at: list[Any] = [self.count.state_dict(), self.loader.state_dict(), self.noise.state_dict()]
         if self.correlated is not None:
             at.append(self.correlated.mark)
         hashed = hashlib.blake2b(json.dumps(at, sort_keys=True).encode(), digest_size=7).digest()
@@ -338,20 +326,9 @@ class StepHooks:
                 " (engine.load_state_dict)"
             )
 
-    def _check_account(self, optimizer: torch.optim.Optimizer) -> None:
-        """A restored optimiser comes with the account of the steps that it took."""
-        taken = optimizer.param_groups[0].get(STEPS_TAKEN, 0)
-        if taken > self.ledger.steps:
-            raise EngineError(
-                f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε"
-                " would leave the others out. Restore the engine with it: engine.load_state_dict (Lightning: the"
-                " callback lipdp.integrations.PrivacyBudget; Accelerate:"
-                " accelerator.register_for_checkpointing(engine); Fabric: engine among the objects of save and load)"
-            )
-
     def _check_records(self, sweep: Sweep) -> None:
         """Every so often: the gradients of a few records are within their bounds."""
-        step = self.ledger.steps - self.before
+        step = self.count.step
         if not self._gradients.due(step):
             return
         bounds = {n: sweep.parameters[n] for n in self.names}
@@ -362,40 +339,15 @@ class StepHooks:
 
     def _measure_records(self) -> None:
         """For `_check_records`, in front of the first private call of a batch."""
-        step, batch = self.ledger.steps - self.before, self.step_in_progress.records()
+        step, batch = self.count.step, self.step_in_progress.records()
         if batch is not None and self._gradients.due(step):
             limit = self._start(self.graph.sweep(self._start).output)
             self._gradients.measure(batch, limit, self.parameters, step=step)
 
-    def _check_order(self) -> None:
-        """One step per drawn batch, and each record of it at most once."""
-        self.world.check()
-        if self.ledger.steps - self.before >= self.plan.steps:
-            raise EngineError(f"all {self.plan.steps} steps of the budget are taken; a further one would exceed ε")
-        batches = self.loader.position - self._taken_at
-        if batches < 1:
-            raise EngineError(
-                "step() without a new batch from the loader: every noisy step needs its own random subsample. Take one"
-                " step per batch; for parts of a batch use engine.microbatches"
-            )
-        first = self.ledger.steps == self.before  # before it, a look at a batch is harmless
-        if batches > 1 and not first:
-            raise EngineError(
-                f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was"
-                " skipped, which tells that it was empty. Take one step per batch, also when it is empty: no"
-                " accumulate_grad_batches, gradient_accumulation_steps or the like; the parts of one batch come from"
-                " engine.microbatches. After an interrupted loop call engine.skip_batch(), which counts the batches"
-                " given up as steps"
-            )
-
     def skip_batch(self) -> int:
         """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""
-        skipped = self.loader.position - self._taken_at
-        skipped = min(skipped, self.plan.steps - (self.ledger.steps - self.before))
         self._drop_gradients()
-        for _ in range(skipped):
-            self.ledger.append(self.plan.step_event)
-        self._taken_at = self.loader.position
+        skipped = self.count.skip()
         if self.correlated is not None:
             self.correlated.skip_(self.loader.position)
         return skipped
@@ -428,8 +380,7 @@ class StepHooks:
         self.settle()
         state: dict[str, Any] = {
             "plan": self.plan.as_dict(),
-            "ledger": self.ledger.state_dict(),
-            "before": self.before,
+            **self.count.state_dict(),
             "measured": list(self.measured),
             "loader": self.loader.state_dict(),
             "noise": self.noise.state_dict(),
@@ -446,19 +397,8 @@ class StepHooks:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
         self.plan.check_same(state["plan"])
         check_digest(state, "the saved state of the engine")
-        ledger = Ledger.from_state(state["ledger"])
-        if ledger.steps < self.ledger.steps:
-            raise ResumeError(
-                f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would leave"
-                " the others out, and their noise would be drawn again. Load weights alone to go back to them; their"
-                " steps stay counted"
-            )
-        same = ledger.steps == self.ledger.steps and state["noise"] == self.noise.state_dict()
-        if (self.ledger.steps > self._began and not same) or int(state["before"]) < self.before:
-            raise ResumeError(
-                f"the engine has released {self.ledger.steps} steps that the saved account does not hold: ε would leave"
-                " them out. Load a checkpoint before the first step, into a new engine"
-            )
+        ledger, before = Ledger.from_state(state["ledger"]), int(state["before"])
+        self.count.check_state(ledger, before, same_noise=state["noise"] == self.noise.state_dict())
         if self.correlated is not None:
             self.correlated.load_state_dict(state.get("correlated"))
         if self.step_in_progress.without_noise:
@@ -467,9 +407,7 @@ class StepHooks:
         self.noise.load_state_dict(state["noise"])
         self.gate.load_state_dict(state["gate"])
         self.measured[:] = state["measured"]
-        self.ledger, self.before, self._drawn = ledger, int(state["before"]), None
-        self._taken_at = self.loader.position
+        self._drawn = None
+        self.count.go_on_from(ledger, before)
         if self.correlated is not None:
-            for _ in range(self.correlated.give_up_(self.loader.position)):
-                ledger.append(self.plan.step_event)
-        self._began = ledger.steps
+            self.count.give_up(self.correlated.give_up_(self.loader.position))

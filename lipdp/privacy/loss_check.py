@@ -94,11 +94,7 @@ def _called(loss: LipschitzLoss, logits: Tensor, targets: Tensor) -> tuple[Tenso
 
 @contextmanager
 def _unchanged(loss: LipschitzLoss) -> Iterator[None]:
-    """A block in which the loss is called, and must not change.
-
-    Raises:
-        LossError: an attribute did, or the values of a buffer.
-    """
+    """A block in which the loss is called, and must not change."""
     snapshot = Snapshot(loss, "the loss", mode=False)
     held = [(name, tensor, tensor.detach().clone()) for name, tensor in _tensors(loss)]
     yield

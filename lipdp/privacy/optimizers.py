@@ -84,11 +84,7 @@ def guard_parameters(
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """The closure among the arguments of a step, of which the first is the optimiser.
-
-    Raises:
-        OptimizerError: something else is among them, or a GradScaler drives the step.
-    """
+    """The closure among the arguments of a step, of which the first is the optimiser."""
     optimizer, *given = args
     if "grad_scaler" in kwargs or getattr(optimizer, "found_inf", None) is not None:
         raise OptimizerError(

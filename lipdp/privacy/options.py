@@ -134,9 +134,6 @@ _ANSWERS = {
 def refuse_unknown(function: str, given: Mapping[str, Any], known: type[Options] | None = None) -> None:
     """Refuse options that the function lacks, and say what stands for those of Opacus.
 
-    Raises:
-        ParameterError: there is one.
-
     >>> refuse_unknown("make_private", {"max_grad_norm": 1.0}, Options)
     Traceback (most recent call last):
     lipdp.errors.ParameterError: make_private has no max_grad_norm: leave it out: the model bounds gradients;...

@@ -129,12 +129,7 @@ class StepInProgress(Listener):
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def release(self, call: RootCall, upstream: Tensor) -> list[Tensor | None]:
-        """One backward pass, from the gated cotangents of one root call; its gradients, by input of the call.
-
-        Raises:
-            EngineError: the weights are not those of the step's first forward pass, a gradient hook is there, or the
-                value, whose cotangent is `upstream`, was back-propagated before.
-        """
+        """One backward pass, from the gated cotangents of one root call; its gradients, by input of the call."""
         if call.released:
             raise EngineError("the criterion's value is back-propagated twice: a record would count more than once")
         current = torch._C._current_graph_task_id()
@@ -172,11 +167,7 @@ class StepInProgress(Listener):
     # -- at the step ---------------------------------------------------------------------------------------------------
 
     def check(self, parameters: list[nn.Parameter]) -> list[Claim]:
-        """Everything that the host knows; what only the device knows comes back as claims.
-
-        Raises:
-            EngineError: rows are missing, met or unknown; weights or gradients were changed.
-        """
+        """Refuse what the host knows to be wrong; what only the device knows comes back as claims."""
         if self._rows and all(p.grad is None for p in self._parameters):
             raise EngineError(DROPPED)
         _check_versions([*self._versions, *self._outside.values()])
@@ -219,11 +210,7 @@ class StepInProgress(Listener):
 
 
 def tensors_of(model: nn.Module, *others: Tensor) -> list[tuple[Tensor, int]]:
-    """All tensors of a model, and how often each was changed in place so far: plain attributes among them, and others.
-
-    Args:
-        others: what its graph holds besides.
-    """
+    """All tensors of a model, plain attributes among them, and others; how often each was changed in place so far."""
     plain = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
     return [(t, t._version) for t in (*model.parameters(), *model.buffers(), *plain, *others)]
 

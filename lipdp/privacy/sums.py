@@ -219,9 +219,6 @@ class SealedGradients:
     Guarantees: a gradient that was scaled, clipped, added to, replaced or dropped after its backward pass is refused,
     whatever the framework that did it, by torch's own count of changes in place. Nothing is read from the device. Not
     seen: what is written through `.data`, which torch does not count, and a further term of the loss within the pass.
-
-    Args:
-        parameters: what the optimiser holds now.
     """
 
     def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:

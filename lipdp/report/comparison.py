@@ -66,11 +66,7 @@ class _Cell:
 
 
 def read_comparison(folder: str | os.PathLike[str]) -> tuple[ComparisonRow, ...]:
-    """The rows of a comparison's folder, those with scores by data set, budget and score.
-
-    Raises:
-        CheckpointError: it holds no comparison, or a damaged one.
-    """
+    """The rows of a comparison's folder, those with scores by data set, budget and score."""
     groups: dict[ComparisonRow, list[_Cell]] = {}
     for cell in read(Path(folder).expanduser() / "results.json", tuple[_Cell, ...]):
         groups.setdefault(cell.row(), []).append(cell)

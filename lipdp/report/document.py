@@ -15,16 +15,7 @@ from lipdp.report.comparison import ComparisonRow, read_comparison
 from lipdp.report.evaluation import run_calibration
 from lipdp.report.parameters import ParameterRow, rows_of_run
 from lipdp.report.reading import RecordedRun, read_run
-from lipdp.report.statement import (
-    Attack,
-    Notice,
-    attack,
-    lead,
-    nist,
-    notices,
-    paragraphs,
-    recomputed_epsilon,
-)
+from lipdp.report.statement import Attack, Notice, attack, lead, nist, notices, paragraphs, recomputed_epsilon
 
 FORMATS = ("html", "json", "md")
 MOST_RUNS = 12

@@ -54,9 +54,6 @@ def parameter_rows(
     Args:
         deltas, stds, sizes: parameter name → Δ, s and d; of the last two some may be missing.
         nodes: those of a `Sensitivity`, for X and G; a shared parameter has the largest of its uses.
-
-    >>> parameter_rows({"w": 2.0}, {"w": 4.0}, {"w": 9}, batch_size=6)[0].signal
-    1.0
     """
     spent = {name: (delta / stds[name]) ** 2 if stds.get(name) else 0.0 for name, delta in deltas.items()}
     total = sum(spent.values()) or 1.0

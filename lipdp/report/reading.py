@@ -268,11 +268,7 @@ class RecordedRun:
 
 
 def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
-    """A run's folder.
-
-    Raises:
-        CheckpointError: it is none, nothing was released yet, or a file is damaged; the message says which.
-    """
+    """A run's folder."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder; give the folder that lipdp train wrote (its --out)")
@@ -294,11 +290,7 @@ def read_run(folder: str | os.PathLike[str]) -> RecordedRun:
 
 
 def read(path: Path, kind: type[T]) -> T:
-    """A JSON file as an object of that kind.
-
-    Raises:
-        CheckpointError: it is missing, too large or damaged; the message names the field.
-    """
+    """A JSON file as an object of that kind."""
     return parsed(_text(path), kind, path)
 
 

@@ -49,9 +49,6 @@ def best_guess(epsilon: float, delta: float) -> float:
     An (ε, δ)-DP mechanism makes the two errors of every test obey α + e^ε β ≥ 1 − δ and e^ε α + β ≥ 1 − δ, so
     α + β ≥ 2 (1 − δ)/(1 + e^ε), and the test is right with probability 1 − (α + β)/2.
 
-    >>> best_guess(0.0, 0.0), round(best_guess(1.0, 1e-5), 3)
-    (0.5, 0.731)
-
     Source: Kairouz, Oh & Viswanath (2015), theorem 2.1.
     """
     return 1.0 - (1.0 - delta) / (1.0 + math.exp(min(epsilon, _MOST)))

@@ -51,12 +51,6 @@ class TensorBoard(Monitor):
     - `robustness/median_certified_radius`: of 256 test records, in units of the model's input (after bounding and
       features).
     - `test/…`: as in metrics.jsonl.
-
-    Args:
-        folder: of the run.
-
-    Raises:
-        ParameterError: tensorboard is not installed: pip install "lipdp[tensorboard]".
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -67,11 +61,7 @@ class TensorBoard(Monitor):
         self._writer: SummaryWriter | None = None
 
     def begin(self, trainer: Trainer) -> None:
-        """Open the file; what a run that was interrupted wrote beyond its checkpoint is left out of the curves.
-
-        Raises:
-            ParameterError: before the first step the folder can't be written to.
-        """
+        """Open the file; what a run that was interrupted wrote beyond its checkpoint is left out of the curves."""
         self._trainer = trainer
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)

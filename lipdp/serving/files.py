@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 
 def export(model: TrainedModel, path: Path) -> Path:
-    """See `TrainedModel.export`.
-
-    Raises:
-        ParameterError: another ending, an extra that is not installed, a path that is taken, or features that
-            torch.export can't follow.
-    """
+    """See `TrainedModel.export`."""
     if path.suffix not in (".onnx", ".pt2"):
         if path.suffix:
             raise ParameterError(f"{path}: give a name that ends in .onnx or .pt2, or a folder's")

@@ -19,12 +19,7 @@ INPUT = "<input>"  # the name of the gradient by the input, bounded by the Lipsc
 
 @dataclass(frozen=True)
 class Objective:
-    """Per-sample gradient norms of a model and a loss, as a function of input and target.
-
-    Attributes:
-        names: the parameters whose gradients are looked at; `INPUT` is the input.
-        autocast: dtype of an autocast forward pass, or None.
-    """
+    """Per-sample gradient norms of a model and a loss, as a function of input and target."""
 
     model: nn.Module
     loss: nn.Module

@@ -23,11 +23,6 @@ NOT_COVERED = "training loss; choices made by looking at private data; metrics o
 class Account:
     """The ε of a run.
 
-    Args:
-        config: with T and δ decided.
-        parts: of the run.
-        progress: of the run.
-
     Attributes:
         planned: ε after all steps, and the accountant that says so.
     """

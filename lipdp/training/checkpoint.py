@@ -18,7 +18,7 @@ from lipdp.accounting.digest import check_digest
 from lipdp.accounting.events import Ledger
 from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeError
 from lipdp.files import write_bytes, write_json, written_whole
-from lipdp.privacy.hooks import STEPS_TAKEN
+from lipdp.privacy.step_count import STEPS_TAKEN
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -37,9 +37,6 @@ class RunFolder:
     Guarantee: kill the process at any moment, and every file is the old one or the new one. A checkpoint is read only
     if the checksums in it agree (torch does not look at them: it loads a flipped bit as a weight), else the previous
     one is.
-
-    Args:
-        path: the folder; made when first written to.
 
     Source: Bellare & Yee (2003) for what the keys of a past step do not give away.
     """
@@ -99,11 +96,7 @@ class RunFolder:
         self._fell_back = False
 
     def load(self) -> dict[str, Any]:
-        """The newest checkpoint that can be read; a damaged one is noted in the log.
-
-        Raises:
-            CheckpointError: neither can; the message says why.
-        """
+        """The newest checkpoint that can be read; a damaged one is noted in the log."""
         failures = []
         for path in (self.path / _CHECKPOINT, self.path / _PREVIOUS):
             try:
@@ -148,11 +141,7 @@ class RunFolder:
             return -1
 
     def check_privacy(self, plan: Mapping[str, Any]) -> None:
-        """Refuse `privacy.json` where it was edited, or states another plan than this; a lost one is written again.
-
-        Raises:
-            ResumeError: says which.
-        """
+        """Refuse `privacy.json` where it was edited, or states another plan than this; a lost one is written again."""
         report = _parsed(self._text("privacy.json"))
         if "digest" not in report:
             return
@@ -263,12 +252,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """`optimizer.load_state_dict`, which looks at next to nothing, after a look at what it is given.
-
-    Raises:
-        ResumeError: other settings than the optimiser's (but for the learning rate, which has a schedule), or a state
-            that is not made of finite numbers in the shape of the weights.
-    """
+    """`optimizer.load_state_dict`, which looks at next to nothing, after a look at what it is given."""
     own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
     if [_settings(group) for group in own] != [_settings(group) for group in saved]:
         raise ResumeError("the checkpoint's optimizer has other settings than this run's")

@@ -67,13 +67,7 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
 def make_network(
     config: TrainConfig, input_shape: Sequence[int], num_classes: int, *, input_bound: float | None = None
 ) -> tuple[nn.Module, LipschitzLoss]:
-    """The untrained model of a run, and its loss.
-
-    Args:
-        config: resolved, so that it names the loss.
-        input_shape, num_classes: of what the model sees, and C.
-        input_bound: where the model clips its inputs, if it is not told otherwise.
-    """
+    """The untrained model of a run, and its loss."""
     loss, outputs = make_loss(str(config.loss), num_classes, config.loss_options)
     options = dict(config.model_options)
     if input_bound is not None and ":" not in config.model:
@@ -104,11 +98,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def make_optimizer(
     name: str, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float
 ) -> torch.optim.Optimizer:
-    """An optimiser by name; `momentum` is Adam's first β.
-
-    >>> type(make_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)).__name__
-    'SGD'
-    """
+    """An optimiser by name; `momentum` is Adam's first β."""
     if name not in OPTIMIZERS:
         raise UnknownNameError("optimizer", name, OPTIMIZERS)
     return OPTIMIZERS[name](parameters, lr, momentum)

@@ -20,18 +20,6 @@ class Ema:
     not grow. Projecting it on the orthogonal matrices makes no difference that could be measured (digits, ε = 3, mean
     of six runs: 92.1 % and 92.0 %; MNIST `cnn`, ε = 1, two epochs: 95.7 % both).
 
-    Args:
-        model: its trainable parameters are averaged.
-        decay: d in [0, 1); 0 is the last weights.
-
-    >>> model = torch.nn.Linear(1, 1, bias=False)
-    >>> ema = Ema(model, decay=0.5)
-    >>> for value in (3.0, 6.0):
-    ...     _ = model.weight.data.fill_(value)
-    ...     ema.update()
-    >>> ema.weights()["weight"].item()                          # (3·½ + 6) / (½ + 1)
-    5.0
-
     Source: Polyak & Juditsky (1992); De et al. (2022) for private training.
     """
 
@@ -97,11 +85,6 @@ class Ema:
 
 class TailAverage(Ema):
     """Mean of the weights after each of the last K of T steps; the weights themselves before.
-
-    Args:
-        model: its trainable parameters are averaged.
-        last: K, 1 … T.
-        steps: T.
 
     >>> model = torch.nn.Linear(1, 1, bias=False)
     >>> average = TailAverage(model, last=2, steps=3)

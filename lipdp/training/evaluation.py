@@ -29,9 +29,6 @@ def outputs(model: nn.Module, inputs: Iterable[Tensor], *, device: torch.device 
         inputs: (n, *input_shape) each; moved to the device, and to the model's dtype where they are floating-point.
         device: where the model is; that of its first parameter by default.
 
-    Raises:
-        DataError: no records.
-
     >>> outputs(torch.nn.Flatten(0), [torch.ones(2, 1), torch.zeros(1, 1)]).tolist()
     [[1.0], [1.0], [0.0]]
     """
@@ -103,11 +100,7 @@ def evaluate_batches(
 def answers(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The model's `outputs` on records that come in batches, and their labels (N,).
-
-    Raises:
-        DataError: no records. NonFiniteError: the model answers NaN.
-    """
+    """The model's `outputs` on records that come in batches, and their labels (N,)."""
     truths: list[Tensor] = []
 
     def inputs() -> Iterator[Tensor]:

@@ -155,12 +155,7 @@ def fit_head(
     secure: bool = False,
     check_every: int | None = None,
 ) -> TableModel:
-    """`fit_table` for any loss.
-
-    Args:
-        inputs: (N, k) float32, mapped by `bounding`. targets: (N,), as the loss takes them.
-        outputs: of the model. The others: see `fit_table`.
-    """
+    """`fit_table` for any loss."""
     model: Any = build("tabular", input_shape=tuple(inputs.shape[1:]), num_classes=outputs, waves=waves)
     tables.set_public_map(model[0], bounding)
     plan = PrivacyPlan.of(

@@ -41,15 +41,6 @@ class PartsTimer:
     On a CPU by the clock, and by the processor time of all threads, which other processes do not lengthen. On CUDA an
     event is queued at every change from one part to another, and read when all is over: the device's own time line is
     cut in pieces, and nothing waits for it.
-
-    Args:
-        device: where the model is.
-
-    >>> timer = PartsTimer(torch.device("cpu"))
-    >>> with timer.step(), timer("noise"):
-    ...     _ = torch.randn(1000)
-    >>> [list(parts) for parts in timer.read()]
-    [['other', 'noise']]
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,9 +99,6 @@ class StepProfile:
     After two steps to get warm ten are timed by `PartsTimer`, without torch's profiler, which would make small
     operations look slower, and three are traced by it. A run with fewer steps left has fewer of each.
 
-    Args:
-        folder: gets `profile.json` and `trace.json` (chrome://tracing, ui.perfetto.dev); None: nothing is written.
-
     Attributes:
         table: what `profile.json` holds, once the steps are over: mean seconds per part; they add up to `step_seconds`.
     """
@@ -124,12 +112,7 @@ class StepProfile:
 
     @contextmanager
     def step(self, done: int, total: int, device: torch.device) -> Iterator[Timer]:
-        """A step of the run, drawing its batch included; what comes is to be told of its parts.
-
-        Args:
-            done, total: steps taken before, and of the whole run.
-            device: where the model is.
-        """
+        """A step of the run, drawing its batch included; what comes is to be told of its parts."""
         if self._timer is None:
             self._timer = PartsTimer(device)
             self._timed, self._traced = _windows(done, total)

@@ -106,9 +106,6 @@ def head_rate(
     Args:
         noise_multiplier: σ. steps: T. batch_size: B. momentum: β. gate: c. tau: τ.
         features: by name.
-
-    >>> round(head_rate(noise_multiplier=28.9, steps=60, batch_size=50_000, momentum=0.9, gate=0.6, tau=1), 1)
-    37.2
     """
     deviation = _CERTIFIED_NOISE if features == CERTIFIED else LOGIT_NOISE
     return deviation * batch_size * (1 - momentum) / (tau * noise_multiplier * gate * math.sqrt(steps))
@@ -154,10 +151,6 @@ def default_features(dataset: str, input_shape: Sequence[int] | None) -> str | N
 
     Colour images from 28 pixels on are taken for photographs, grey ones for things on a plain ground. Handwriting has
     to be named: no record is looked at.
-
-    Args:
-        dataset: as it was given.
-        input_shape: of one record; None where it is not known.
 
     >>> default_features("mnist", None), default_features("my.npz", (3, 64, 64)), default_features("my.npz", (9,))
     ('handwriting', 'photographs', None)

@@ -25,10 +25,6 @@ class Release:
     releases it for the first time. Whatever was shown is counted in `privacy.json`. Without a folder nothing is
     written.
 
-    Args:
-        config, parts, progress, account, world: of the run.
-        facts: public facts of the data that whoever uses the model needs: the shape of a raw input, the classes.
-
     Attributes:
         saved_at: the step of the last checkpoint; None if what is on disk is not yet this run's.
     """

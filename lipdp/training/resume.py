@@ -38,11 +38,7 @@ def saved_state(parts: Assembly, progress: Progress) -> dict[str, Any]:
 def read_checkpoint(
     folder: RunFolder, given: Mapping[str, Any], world: World
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
-    """The settings of the run to go on with, and its checkpoint; None where no step was taken.
-
-    Raises:
-        ResumeError: the run is finished, or `given` has other settings. CheckpointError: no checkpoint can be read.
-    """
+    """The settings of the run to go on with, and its checkpoint; None where no step was taken."""
     config = config_from_dict(folder.config())
     if folder.is_unstarted():
         return config.resumed(given), None
@@ -73,18 +69,9 @@ def restore(
 ) -> tuple[Mapping[str, Tensor], bool]:
     """Put a run where its checkpoint says.
 
-    Args:
-        config, parts, progress: of the run.
-        checkpoint: with a `resume` state.
-        released: the last step that somebody may have seen something of.
-        first: whether this is the first process: what was saved of loss and samples is its part.
-
     Returns:
         The state of torch's generators, and whether steps were released that the checkpoint does not hold: their count
         and the new keys must then be on disk before the next step.
-
-    Raises:
-        ResumeError: the checkpoint is of another run, or was edited.
     """
     state, total = checkpoint["resume"], decided(config.steps)
     try:

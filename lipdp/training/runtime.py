@@ -17,9 +17,6 @@ from lipdp.errors import ParameterError
 def choose_device(name: str) -> torch.device:
     """A device by name; "auto" is the first GPU, if there is one.
 
-    Raises:
-        ParameterError: torch cannot use it here.
-
     >>> choose_device("cpu")
     device(type='cpu')
     """

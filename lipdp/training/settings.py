@@ -149,13 +149,7 @@ class Setting:
 def setting(
     kind: Kind, role: Role, help: str, value: Any = None, *, panel: str, words: str = "", **declared: Any
 ) -> Any:
-    """A field of a dataclass of settings.
-
-    Args:
-        kind, role, help, panel, declared: see `Setting`.
-        value: where it is not given; `MISSING` for one that must be.
-        words: what that means, if not the value.
-    """
+    """A field of a dataclass of settings."""
     declared.setdefault("required", value is not None)
     shown = words or ("" if value is None or value is False or kind is OPTIONS else str(value))
     made = Setting(kind=kind, help=help, panel=panel, role=role, default=shown, **declared)

@@ -35,11 +35,7 @@ _SLACK = 1 + 1e-9  # covers the float64 rounding of what one record adds
 
 
 def measured_shares(bounding: Bounding) -> Mapping[str, float]:
-    """What is measured, and each one's share of μ². Columns with public ranges need no histogram.
-
-    >>> measured_shares(Rescale(0.0, 1.0))
-    {'gram': 0.097}
-    """
+    """What is measured, and each one's share of μ². Columns with public ranges need no histogram."""
     gram = {GRAM: _GRAM_SHARE}
     return {HISTOGRAM: _HISTOGRAM_SHARE, **gram} if isinstance(bounding, SignedLog) else gram
 
@@ -79,18 +75,12 @@ def fit_map(engine: PrivacyEngine, features: TableFeatures, bounding: SignedLog,
     r"""Measure the columns' histograms and make of them the columns' map.
 
     Sensitivity: a record is in one of the 128 bins of each of the k columns, whatever its values, so that it moves the
-    k histograms side by side by a vector of k ones: ``√k``. An owner whose records count w_i, Σ w_i ≤ 1, moves them by
-    ``‖Σ w_i v_i‖ ≤ Σ w_i √k ≤ √k``.
+    k histograms side by side by a vector of k ones: `√k`. An owner whose records count w_i, Σ w_i ≤ 1, moves them by
+    `‖Σ w_i v_i‖ ≤ Σ w_i √k ≤ √k`.
 
     With s the noise std of a bin, bins below 1.5 s are set to 0 and a public prior, N(0, 1) of the raw values, is added
-    with a mass of 6 s. The distribution function F gives ranks ``√12 (F − ½)``, which are mixed with the public signed
-    logarithm by ``α = min(1, 20 s/N)``. All of this is post-processing.
-
-    Args:
-        engine: after `make_private`, with a plan that measures `HISTOGRAM`.
-        features: of the model; changed.
-        bounding: what the rows were mapped by.
-        rows: all training records.
+    with a mass of 6 s. The distribution function F gives ranks `√12 (F − ½)`, which are mixed with the public signed
+    logarithm by `α = min(1, 20 s/N)`. All of this is post-processing.
     """
     k = features.columns
     counts = torch.zeros(k * BINS, dtype=torch.float64, device=features.values.device)
@@ -116,9 +106,9 @@ def fit_map(engine: PrivacyEngine, features: TableFeatures, bounding: SignedLog,
 def measure_gram(engine: PrivacyEngine, features: nn.Module, rows: Rows) -> tuple[Tensor, float]:
     r"""Measure G = Σ φφᵀ.
 
-    Sensitivity: released are the d(d + 1)/2 numbers ``(G_ii, √2 G_ij)``, i < j. Of one record they are an isometric
-    image of the matrix φφᵀ, whose norm is ``‖φφᵀ‖_F = ‖φ‖² ≤ 1``: 1 where ‖φ‖ = 1, and ≤ Σ w_i ≤ 1 for an owner.
-    The factor √2 matters: of the upper triangle *without* it the norm is ``√((‖φ‖⁴ + Σ φ_i⁴)/2)``, which is also at
+    Sensitivity: released are the d(d + 1)/2 numbers `(G_ii, √2 G_ij)`, i < j. Of one record they are an isometric
+    image of the matrix φφᵀ, whose norm is `‖φφᵀ‖_F = ‖φ‖² ≤ 1`: 1 where ‖φ‖ = 1, and ≤ Σ w_i ≤ 1 for an owner.
+    The factor √2 matters: of the upper triangle *without* it the norm is `√((‖φ‖⁴ + Σ φ_i⁴)/2)`, which is also at
     most 1 and reaches 1 at unit vectors, so noise of the same std would be sound on all entries, but √2 times too large
     off the diagonal. The matrix that comes out has noise of std s on the diagonal, s/√2 off it, and is symmetric.
     ‖φ‖ ≤ 1 holds of the float32 numbers themselves (`clip_norm`); products and sums are taken in float64.
@@ -146,14 +136,10 @@ def measure_gram(engine: PrivacyEngine, features: nn.Module, rows: Rows) -> tupl
 
 
 class Preconditioner:
-    r"""Replaces the noisy mean gradient g of a dense layer by ``N η g P`` in front of every step; post-processing.
+    r"""Replaces the noisy mean gradient g of a dense layer by `N η g P` in front of every step; post-processing.
 
-    ``P = (G₊ + ℓ)⁻¹`` with ``ℓ = 2 s √d``, the norm of the noise in G, and ``η = 0.1 min(1.5 μ ℓ/(T c), 16)``: a
-    smaller step where the head's noise, of std ``c √T/μ``, would dominate. G₊ has no negative eigenvalues.
-
-    Args:
-        optimizer: private already.
-        weight: (C, d), of the layer.
+    `P = (G₊ + ℓ)⁻¹` with `ℓ = 2 s √d`, the norm of the noise in G, and `η = 0.1 min(1.5 μ ℓ/(T c), 16)`: a
+    smaller step where the head's noise, of std `c √T/μ`, would dominate. G₊ has no negative eigenvalues.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
@@ -202,15 +188,7 @@ def table_model(model: nn.Module) -> tuple[TableFeatures, nn.Sequential, Tensor]
 
 @dataclass(frozen=True)
 class TableRun:
-    """What a run of the recipe has beside model and optimiser.
-
-    Attributes:
-        model: `models.build("tabular", …)`, with its public map set.
-        preconditioner: of its head.
-        bounding: what the rows were mapped by.
-        rows: all training records.
-        gate: c, the bound on the cotangents at the logits.
-    """
+    """What a run of the recipe has beside model and optimiser."""
 
     model: nn.Module
     preconditioner: Preconditioner
@@ -219,11 +197,7 @@ class TableRun:
     gate: float
 
     def measure(self, engine: PrivacyEngine) -> None:
-        """Take the measurements of the plan, those that are left, and set the model's map and the preconditioner.
-
-        Args:
-            engine: after `make_private`.
-        """
+        """Take the measurements of the plan, those that are left, and set the model's map and the preconditioner."""
         parts = table_model(self.model)
         if parts is None:
             raise ParameterError("the model is not tabular: build it with lipdp.models.build('tabular', ...)")

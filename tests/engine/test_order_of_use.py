@@ -137,31 +137,6 @@ def test_a_record_counts_once(way):
     assert engine.steps_taken == 0
 
 
-def test_an_audit_of_the_gradients_is_harmless():
-    engine, model, optimizer, loader, criterion = private(steps=2)
-    for x, y in loader:
-        for _ in range(3):
-            torch.autograd.grad(criterion(model(x), y), list(model.parameters()))
-        criterion(model(x), y).backward()
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert engine.steps_taken == 2
-
-
-def test_metrics_without_gradients_are_free():
-    engine, model, optimizer, loader, criterion = private(steps=1)
-    x, y = next(iter(loader))
-    logits = model(x)
-    criterion(logits, y).backward()
-    with torch.no_grad():
-        criterion(model(x), y)
-    criterion(logits.detach(), y)
-    optimizer.step()
-    assert engine.steps_taken == 1
-
-
 def test_another_criterion_is_refused():
     engine, model, optimizer, loader, _ = private()
     x, y = next(iter(loader))

@@ -1,5 +1,6 @@
 """torchrun's agent, over workers that are forked from a process that has imported torch."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ def _worker(folder, arguments):
 
 def launch(folder, arguments, *, size=2, restarts=0):
     """As `torchrun -m lipdp ARGUMENTS`; every worker leaves its process id in `folder`."""
+    used = ["lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "torch._dynamo"]
+    multiprocessing.set_forkserver_preload(used)
     config = LaunchConfig(
         1, 1, size, run_id="lipdp", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
         monitor_interval=0.2, start_method="forkserver",

@@ -60,7 +60,7 @@ def offered(model, x, y, *, kind=TensorDataset, **options):
     return kit.private(model, kind(x, y), **{"lr": 0.3, "momentum": 0.9, "seed": None, **defaults, **options})
 
 
-def loop(engine, model, optimizer, loader, criterion, *, size=5, skip_empty=True, steps=None):
+def loop(engine, model, optimizer, loader, criterion, *, size=10, skip_empty=True, steps=None):
     """The ordinary loop, in micro-batches; the numbers of rows seen."""
     seen = []
     for x, y in loader:
@@ -89,7 +89,7 @@ def train(*, skip_empty=True, **options):
 
 
 def train_with_quantile():
-    return train(gate=QuantileGate(0.5, count_std=3.0), steps=12)
+    return train(gate=QuantileGate(0.5, count_std=3.0), steps=8)
 
 
 def half(taken, state=None, **options):

@@ -59,9 +59,6 @@ class EngineSession(Session):
 class BackpropClipping(ComparedTrainer):
     """`with_backprop_clipping` and `lipdp.PrivacyEngine`: no per-sample gradients, no constraint.
 
-    Attributes:
-        input_bound: X. cotangent_bound: C. allocation: of the noise.
-
     Source: Stevens et al. (2022), with the account corrected: one joint subsample for all layers.
     """
 

@@ -24,11 +24,7 @@ CLIP_GRID: Grid = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
 
 @dataclass(frozen=True)
 class OpacusTrainer(ComparedTrainer):
-    """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped.
-
-    Attributes:
-        max_grad_norm: C.
-    """
+    """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped."""
 
     max_grad_norm: float = 1.0
 

@@ -262,8 +262,8 @@ def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:
     """(count,) independent fair coins, one a game."""
     if not 40 <= count <= _MOST_GAMES:
         raise ParameterError(
-            f"{count} games (runs, or canaries of one run): 40 to {_MOST_GAMES} are needed, and thousands for a bound"
-            " that says something"
+            f"{count} games (runs, or canaries of one run): 40 to {_MOST_GAMES} are needed, and thousands for a useful"
+            " bound"
         )
     check_seed(seed)
     return np.random.default_rng(seed).integers(0, 2, size=count).astype(bool)

@@ -42,9 +42,9 @@ class _Logits(torch.autograd.Function):
             return call.cotangent, None, None
         if call.given:
             raise EngineError(
-                "the logits that the criterion was given are used once more in the loss: only the criterion's value may"
-                " lead from a private call of the model to the weights. Leave the further term out (z-loss,"
-                " distillation, penalty on logits), put it into the loss, or compute it under torch.no_grad()"
+                "the loss has a second term that uses the same logits as the criterion (z-loss, distillation, penalty"
+                " on logits). Gradients may reach the weights through the criterion's value alone. Leave the term out,"
+                " put it into the loss, or compute it under torch.no_grad()"
             )
         if call.private:
             ctx.step.outside(call)

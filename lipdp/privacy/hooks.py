@@ -344,7 +344,7 @@ class StepHooks:
         if taken > self.ledger.steps:
             raise EngineError(
                 f"the optimiser was restored after {taken} private steps but the account has {self.ledger.steps}: ε"
-                " would leave the others out. Restore the engine with it: engine.load_state_dict (Lightning: the"
+                " would not count the others. Restore the engine with it: engine.load_state_dict (Lightning: the"
                 " callback lipdp.integrations.PrivacyBudget; Accelerate:"
                 " accelerator.register_for_checkpointing(engine); Fabric: engine among the objects of save and load)"
             )
@@ -382,10 +382,9 @@ class StepHooks:
         if batches > 1 and not first:
             raise EngineError(
                 f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was"
-                " skipped, which tells that it was empty. Take one step per batch, also when it is empty: no"
-                " accumulate_grad_batches, gradient_accumulation_steps or the like; the parts of one batch come from"
-                " engine.microbatches. After an interrupted loop call engine.skip_batch(), which counts the batches"
-                " given up as steps"
+                " skipped, which tells that it was empty. Take one step per batch, also when it is empty. Do not use"
+                " accumulate_grad_batches, gradient_accumulation_steps or the like; engine.microbatches cuts a batch"
+                " into parts. After an interrupted loop call engine.skip_batch(), which counts unused batches as steps"
             )
 
     def skip_batch(self) -> int:
@@ -449,15 +448,15 @@ class StepHooks:
         ledger = Ledger.from_state(state["ledger"])
         if ledger.steps < self.ledger.steps:
             raise ResumeError(
-                f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would leave"
-                " the others out, and their noise would be drawn again. Load weights alone to go back to them; their"
-                " steps stay counted"
+                f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would not"
+                " count the others, and their noise would be drawn again. To go back to older weights, load the"
+                " weights alone; later steps stay counted"
             )
         same = ledger.steps == self.ledger.steps and state["noise"] == self.noise.state_dict()
         if (self.ledger.steps > self._began and not same) or int(state["before"]) < self.before:
             raise ResumeError(
-                f"the engine has released {self.ledger.steps} steps that the saved account does not hold: ε would leave"
-                " them out. Load a checkpoint before the first step, into a new engine"
+                f"the engine has released {self.ledger.steps} steps that the saved account does not hold: ε would not"
+                " count them. Load a checkpoint before the first step, into a new engine"
             )
         if self.correlated is not None:
             self.correlated.load_state_dict(state.get("correlated"))

@@ -150,8 +150,8 @@ def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
         whose = "whose records" if account.unit == "owner" else "that"
         protected = (
             f"Whoever studies this model and guesses whether a given {account.unit} was among the"
-            f" {account.dataset_size:,} {whose} it was trained on is right at most {_guess(account)}\u00a0% of the time, where"
-            f" a coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a"
+            f" {account.dataset_size:,} {whose} it was trained on is right at most {_guess(account)}\u00a0% of the"
+            f" time, where a coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a"
             f" {strength(account.epsilon)} guarantee)."
         )
     else:

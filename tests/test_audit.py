@@ -294,6 +294,11 @@ def test_the_command_writes_its_report_and_its_picture(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "audit").iterdir()) == ["audit.json", "audit.png"]
 
 
+@pytest.mark.filterwarnings("error:this run can hardly learn")
+def test_an_audit_has_no_advice_for_a_model_that_nobody_wants_to_learn(capsys):
+    assert main(["audit", "--epsilon", "1", "--method", "many-runs", "--runs", "40"]) == 0
+
+
 def test_the_command_ends_with_1_when_the_claim_is_refuted(capsys):
     with planted("noise per microbatch"):
         code = main(["audit", "--epsilon", "1", "--method", "gradient-canaries", "--seed", "1", "--json"])

@@ -27,6 +27,32 @@ def test_the_manifest_names_all_that_the_tests_read():
     assert top - PACKED_ANYWAY - LEFT_OUT <= set(manifest)
 
 
+PYTHONS = {"3.10": ("torch==2.4.1", "numpy==1.26.4"), "3.13": ()}
+"""The oldest and the newest, and what is installed first there."""
+
+CORE = ("rooms", "accounting", "bounds", "layers", "any_loop", "readme")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", PYTHONS)
+def test_the_core_runs_on_the_oldest_and_the_newest_python(version, tmp_path):
+    known = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}.*/bin/python"))
+    python = known[-1] if known else shutil.which(f"python{version}")
+    if python is None:
+        pytest.skip(f"there is no Python {version}")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".git", "*.egg-info", "runs"))
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    its = str(tmp_path / "venv" / "bin" / "python")
+    install = [its, "-m", "pip", "install", "--quiet", *PYTHONS[version], "-e", str(source), "pytest", "hypothesis"]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"not installable: {done.stderr.strip().splitlines()[-1]}")
+    files = [f"tests/test_{name}.py" for name in CORE]
+    command = [its, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 @pytest.mark.slow
 def test_a_source_archive_holds_every_file_and_its_tests_run(tmp_path):
     pytest.importorskip("setuptools")

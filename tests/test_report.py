@@ -258,6 +258,7 @@ def test_runs_side_by_side_and_what_differs(trained, folder, comparison):
 
 def test_two_sentences_come_first_and_hold(trained, folder, page):
     account, words = json.loads((trained / "privacy.json").read_text()), page.words
+    assert len(set(re.findall(r"right at most ([\d.]+)", words))) == 1
     guess = float(re.search(r"trained on is right at most ([\d.]+) % of the time", words).group(1)) / 100
     exact = best_guess(account["epsilon"], account["delta"])
     assert exact <= guess < exact + 0.002

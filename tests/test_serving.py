@@ -118,6 +118,7 @@ def test_a_folder_with_safetensors_and_a_card(run, table, tmp_path, digits):
         card = (tmp_path / name / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: lipdp\n")
         assert "NOT PRIVATE" in card
+        assert f'lipdp.load("{name}")' in card
         with pytest.raises(errors.ParameterError, match="not empty"):
             model.save_pretrained(tmp_path / name)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import lipdp
 from lipdp.accounting.plan import default_delta
+from lipdp.comparison.configs import RobustnessConfig, UtilityConfig
 from lipdp.data import Split, load
 from lipdp.errors import (
     CheckpointError,
@@ -443,6 +444,19 @@ def test_recipes_fill_in_what_was_not_given():
         make_loss(config.loss, 10, config.loss_options)
         assert config.model in lipdp.models.names()
     assert default_model("my.npz") in lipdp.models.names()
+
+
+def test_a_table_has_one_default_model_wherever_it_is_named(tmp_path, monkeypatch):
+    np.savez(tmp_path / "t.npz", X=np.zeros((40, 3), "float32"), y=np.arange(40) % 2)
+    (tmp_path / "t.csv").write_text("a,label\n1,0\n2,1\n")
+    for name in ("t.npz", "t.csv"):
+        given = {"dataset": name, "data_dir": str(tmp_path)}
+        found = (
+            configure(**given),
+            UtilityConfig(datasets=(name,), data_dir=str(tmp_path)).train_config(name),
+            RobustnessConfig(**given).train_config(),
+        )
+        assert [config.model for config in found] == ["tabular"] * 3
 
 
 def test_the_format_of_a_file_of_images_decides_its_features(tmp_path, monkeypatch):

@@ -57,8 +57,8 @@ class Subsampling:
         if whole("bands", self.bands) * self.sampling_rate > 1 + 1e-9:
             most = int(1 / self.sampling_rate)
             raise ParameterError(
-                f"bands={self.bands} at q = {self.sampling_rate:.4g}: a group of 1/b of the data is drawn from at rate"
-                f" b q, which is more than 1. Take at most {most} bands, or smaller batches"
+                f"bands={self.bands} at q = {self.sampling_rate:.4g}: each step draws from one of b groups, at the rate"
+                f" b q, and that is more than 1. Take at most {most} bands, or smaller batches"
             )
         self.event(1.0)  # refuses bands with batches of a fixed size
 
@@ -357,7 +357,7 @@ class PrivacyPlan:
         """
         if not isinstance(saved, Mapping):
             raise ResumeError(
-                "the run to resume states no privacy plan; its files were edited, or are of another program"
+                "the run to resume states no privacy plan: its files were edited, or another program wrote them"
             )
         now = self.as_dict()
         different = [n for n, value in now.items() if saved.get(n) != value]

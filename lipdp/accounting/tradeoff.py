@@ -97,7 +97,7 @@ def trade_off(events: Sequence[Event], *, floor: float = _FLOOR) -> TradeOff:
     """
     distinct = merged(events)
     if not distinct:
-        raise ParameterError("no steps: there is nothing to tell apart")
+        raise ParameterError("there are no steps, so nothing was released; give at least one event")
     account = PLDAccountant()
     last = account.prepare(distinct, floor / 2.0, 0.0)(tuple(event.steps for event in distinct))
     epsilons = np.linspace(0.0, last * 1.001 + 1e-6, _POINTS)

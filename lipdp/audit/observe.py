@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +17,7 @@ from torch.utils.data import TensorDataset
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.audit.experiments import Experiment
 from lipdp.batches.loader import BatchLoader
-from lipdp.errors import ParameterError
+from lipdp.errors import CannotLearnWarning, ParameterError
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 
@@ -51,14 +52,16 @@ class Training:
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=experiment.learning_rate)
         self.loader: BatchLoader
         self.criterion: PrivateCriterion
-        _, self.optimizer, self.loader, self.criterion = self.engine.make_private_with_plan(
-            replace(setting.plan, steps=setting.plan.steps * runs),
-            module=self.model,
-            optimizer=self.optimizer,
-            criterion=experiment.loss,
-            dataset=TensorDataset(*experiment.records(included)),
-            allocation=setting.allocation,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CannotLearnWarning)  # nobody wants this model to learn
+            _, self.optimizer, self.loader, self.criterion = self.engine.make_private_with_plan(
+                replace(setting.plan, steps=setting.plan.steps * runs),
+                module=self.model,
+                optimizer=self.optimizer,
+                criterion=experiment.loss,
+                dataset=TensorDataset(*experiment.records(included)),
+                allocation=setting.allocation,
+            )
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -253,8 +256,8 @@ def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:
     """(count,) independent fair coins, one a game."""
     if not 40 <= count <= _MOST_GAMES:
         raise ParameterError(
-            f"{count} games (runs, or canaries of one run): 40 to {_MOST_GAMES} are needed, and thousands for a bound"
-            " that says something"
+            f"{count} games (runs, or canaries of one run): 40 to {_MOST_GAMES} are needed, and thousands for a useful"
+            " bound"
         )
     check_seed(seed)
     return np.random.default_rng(seed).integers(0, 2, size=count).astype(bool)

@@ -185,9 +185,9 @@ class BatchLoader:
         if self.position == self.sampler.steps and not self._said_spent:
             self._said_spent = True
             warnings.warn(
-                f"all {self.sampler.steps} batches of this loader's budget were yielded, so iterating it again gives"
-                " none. For a loop over epochs give make_private epochs= (without it one iteration is the whole"
-                " training), for a longer run more steps or epochs",
+                f"this loader has yielded all {self.sampler.steps} batches of its budget and has none left. For a loop"
+                " over epochs, give make_private epochs=; without it, one iteration is the whole training. For a longer"
+                " run, give more steps or epochs",
                 BudgetSpentWarning,
                 stacklevel=2,
             )

@@ -191,8 +191,8 @@ def _broadcast(call: Call, source: Input) -> float:
     ndim = len(source.shape) + (source.constant is None)
     if source.constant is None and ndim != full:
         raise MixesSamplesError(
-            f"node '{call.name}' combines tensors of {ndim} and {full} axes, so that the batch axis meets another one;"
-            " give both the same number of axes (unsqueeze)"
+            f"node '{call.name}' combines tensors of {ndim} and {full} axes: the batch axis of one is matched with"
+            " another axis; give both the same number of axes (unsqueeze)"
         )
     if source.constant is not None and ndim == full and source.shape[0] != 1:
         raise MixesSamplesError(

@@ -179,9 +179,9 @@ def _torch_norm(call: Call) -> Local:
     known = not isinstance(error, Tensor) and error < math.inf
     if call.dtype.itemsize < 4 or unit > _HARMLESS or (known and error > _HARMLESS):
         raise UnsupportedLayerError(
-            f"'{call.name}': in {call.dtype} the variance that torch's {type(layer).__name__} computes of values of"
-            f" norm {float(call.x.value):.3g} cancels, and no bound holds. Use lipdp.nn.LayerNorm or lipdp.nn.GroupNorm"
-            " (C groups for InstanceNorm), with the same arguments, or lipdp.nn.from_torchlip(model), or a smaller"
+            f"'{call.name}': in {call.dtype}, torch's {type(layer).__name__} loses the variance of values of norm"
+            f" {float(call.x.value):.3g} to rounding, so no bound holds. Use lipdp.nn.LayerNorm or lipdp.nn.GroupNorm"
+            " (C groups for InstanceNorm) with the same arguments, lipdp.nn.from_torchlip(model), or a smaller"
             " InputBound"
         )
     fan_in = times(squared, 4 / layer.eps) + 2 * (entries + 8)

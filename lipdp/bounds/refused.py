@@ -21,8 +21,8 @@ _RECURRENT = (
     " all steps at once: lipdp.nn.SpectralConv1d over time, a dense layer over all steps, an average of embeddings"
 )
 _ATTENTION = (
-    "computes dot-product attention, whose scores grow with the square of its input: it has no Lipschitz constant, and"
-    " on a ball one that grows with the square of the radius (Kim, Papamakarios & Mnih 2021). Use"
+    "computes dot-product attention. Its scores grow with the square of its input, so it has no Lipschitz constant; on"
+    " a ball, its constant grows with the square of the radius (Kim, Papamakarios & Mnih 2021). Use"
     " lipdp.nn.SpectralAttention, whose scores are bounded, or the mixer (lipdp.models)"
 )
 
@@ -60,9 +60,8 @@ def nothing_random(name: str) -> Iterator[None]:
     numbers = [[*state[1][1].tolist(), state[1][2]] for state in (before, after)]
     if before[0] != after[0] or numbers[0] != numbers[1] or not torch.equal(before[2], after[2]):
         raise UnsupportedOperationError(
-            f"the forward of {name} draws random numbers where it is traced (stochastic depth, a random crop): its"
-            " graph would hold what was drawn once, for every step. Use nn.Dropout on the branch, or draw within the"
-            " data set"
+            f"the forward of {name} draws random numbers while it is traced (stochastic depth, a random crop), and"
+            " every step would repeat the numbers drawn then. Use nn.Dropout on the branch, or draw within the data set"
         )
 
 

@@ -122,10 +122,10 @@ def check_sums(name: str, kind: str, dtype: torch.dtype) -> None:
     """A parameter's gradient must be summed over the batch in float32 or better."""
     if dtype.itemsize < 4:
         raise UnsupportedLayerError(
-            f"'{name}' ({kind}) under autocast sums its gradient over the batch in {dtype}, where one record moves the"
-            " rounded sum by more than its own gradient. Use layers of lipdp.nn that sum in float32 (SpectralLinear,"
-            " SpectralConv2d, LayerNorm, GroupNorm), freeze the parameter, or train in float32; the rule of a layer of"
-            " your own that sums in float32 says Local(..., sums_in=torch.float32)"
+            f"'{name}' ({kind}) sums its gradient over the batch in {dtype} under autocast. Rounding then lets one"
+            " record move the sum by more than its own gradient. Use layers of lipdp.nn that sum in float32"
+            " (SpectralLinear, SpectralConv2d, LayerNorm, GroupNorm), freeze the parameter, or train in float32. If a"
+            " layer of your own sums in float32, say so in its rule: Local(..., sums_in=torch.float32)"
         )
 
 

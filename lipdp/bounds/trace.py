@@ -28,8 +28,8 @@ _BY_NAME = ("input", "weight", "other", "mat2", "bias")
 
 
 _COMPUTED = (
-    "a tensor computed from trainable parameters outside the forward pass, through which they get gradients that no"
-    " rule sees: compute it in the forward pass, from attributes of the module (self.weight.t())"
+    "a tensor computed from trainable parameters outside the forward pass. No rule sees the gradients that reach them"
+    " through it: compute it in the forward pass, from attributes of the module (self.weight.t())"
 )
 
 
@@ -118,8 +118,8 @@ def check_modules(model: nn.Module) -> None:
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             raise UnsupportedLayerError(
                 f"the parameter '{path}' is {parameter.dtype}, so its gradient is summed over the batch in that"
-                " precision, where one record moves the rounded sum by more than its own gradient. Keep parameters in"
-                " float32 and run the forward pass under torch.autocast (forward_dtype=torch.bfloat16)"
+                " precision. Rounding then lets one record move the sum by more than its own gradient. Keep parameters"
+                " in float32 and run the forward pass under torch.autocast (forward_dtype=torch.bfloat16)"
             )
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise UnsupportedLayerError(

@@ -88,7 +88,7 @@ class _Trained:
     def recipe_for(self, dataset: str, **given: Any) -> TrainConfig:
         """The recipe of a data set, with what was given."""
         names = ("data_dir", "schema", "model_options", "features", "delta", "batch_size", "epochs")
-        model = self.model or default_model(dataset, self.features)
+        model = self.model or default_model(dataset, self.features, data_dir=self.data_dir)
         return configure(dataset=dataset, model=model, **{name: getattr(self, name) for name in names}, **given)
 
 

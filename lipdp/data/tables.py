@@ -223,9 +223,9 @@ def schema_template(path: Path) -> str:
 def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
     absent = [name for name in needed if names.count(name) != 1]
     if len(absent) == len(needed):  # the first line may be a record: it is not shown
-        raise DataError(f"{path} starts with no header that names the columns {listing(needed)}; write one")
+        raise DataError(f"{path} has no header that names the columns {listing(needed)}; write one")
     if absent:
-        raise DataError(f"{path}: the header names {listing(absent)} not once; it has {listing(names, 30)}")
+        raise DataError(f"{path}: the header must name {listing(absent)} once; it has {listing(names, 30)}")
 
 
 def _check_names(path: Path, names: Sequence[str], schema: Schema, owner: str | None) -> None:

@@ -65,9 +65,9 @@ def _sum_shards(module: nn.Module, shards: list[Any], world: World) -> None:
     meshes = {p.device_mesh.size() for p in sharded}
     if len({(p.device_mesh, p.placements) for p in sharded}) > 1:
         raise EngineError(
-            "fully_shard shards parameters over different meshes, or along different dimensions: which processes hold"
-            " the same entries, and so must draw the same noise, differs between them. Use one mesh and one placement"
-            " for all"
+            "fully_shard shards parameters over different meshes, or along different dimensions. Processes that hold"
+            " the same entries must draw the same noise, and here they differ from parameter to parameter. Use one mesh"
+            " and one placement for all"
         )
     if meshes != {world.size}:
         raise EngineError(

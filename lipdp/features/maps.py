@@ -240,8 +240,12 @@ def apply(
     folder = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "features"
     total = len(split.train_x) + len(split.test_x)
 
+    told = 0
+
     def report(done: int) -> None:
-        if progress is not None:
+        nonlocal told
+        if progress is not None and done > told:  # a batch and its file may end at the same record
+            told = done
             progress(done, total)
 
     train_x = kept(split.train_x, spec, folder, report)

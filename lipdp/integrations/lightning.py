@@ -112,9 +112,9 @@ class PrivacyBudget(Callback):
         there = Ledger.from_state(saved["ledger"]).steps if "ledger" in saved else 0
         if there < self._engine.steps_taken:
             raise EngineError(
-                f"the checkpoint is of step {there} and the engine has taken {self._engine.steps_taken}: going back"
-                " would draw the same noise twice, and the difference of two such steps has no noise. Tuner.lr_find"
-                " and fit with an older ckpt_path go back like this. Begin with a new engine, and count both runs"
+                f"the checkpoint is of step {there}, but the engine has taken {self._engine.steps_taken} steps. Going"
+                " back would draw the same noise twice, and the difference of two such steps has no noise."
+                " Tuner.lr_find, and fit with an older ckpt_path, go back. Begin with a new engine, and count both runs"
             )
         self._engine.load_state_dict(saved)
 

@@ -114,7 +114,8 @@ class BandedNoise:
         """
         if self.row and row != self.row + 1:
             raise EngineError(
-                f"noise of step {row} after that of step {self.row}: a batch was neither used nor given up"
+                f"step {row} follows step {self.row}: the batch between them was neither used nor skipped"
+                " (engine.skip_batch)"
             )
         self._begin(row, sum(t.numel() for t in tensors))
         self.noise.add_(tensors, stds, draw=self._draw)
@@ -131,12 +132,13 @@ class BandedNoise:
     def _begin(self, row: int, size: int) -> None:
         if self._done:
             raise EngineError(
-                "the noise of the last step was interrupted, and later noise would follow it: go on from the last"
-                " checkpoint, in a new engine"
+                "the last step was interrupted while its noise was drawn, and later noise depends on it: go on from the"
+                " last checkpoint, in a new engine"
             )
         if self._recent is not None and size != self._size:
             raise EngineError(
-                f"correlated noise of {self._size} weights so far, and of {size} now: they must be the same"
+                f"the correlated noise so far is for {self._size} weights, this step trains {size}: train the same"
+                " weights at every step"
             )
         self.row, self._size = row - 1, size
 

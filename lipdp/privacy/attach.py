@@ -60,12 +60,13 @@ def _completed(plan: PrivacyPlan, request: Request, draws: Draws, population: Po
     """The plan with what the mechanism adds to it; refused if it is of other units, or for another account."""
     if plan.unit != population.unit:
         raise ParameterError(
-            f"the plan protects each {plan.unit} and the batches would be drawn of {population.unit}s: pass group="
-            " with a plan for owners, and only then"
+            f"the plan protects each {plan.unit}, but batches would be drawn from {population.unit}s: pass group= if"
+            " the plan is for owners, and only then"
         )
     if plan.accountant != draws.accountant:
         raise ParameterError(
-            f"the plan is by the accountant {plan.accountant!r} and the engine has {draws.accountant!r}: take one"
+            f"the plan was made by the accountant {plan.accountant!r}, but the engine has {draws.accountant!r}: use one"
+            " for both"
         )
     if plan.sampling == "fixed_size" and plan.dataset_size != population.present:
         raise ParameterError(
@@ -94,8 +95,8 @@ def _hooked(
     """The loss checked, the loader and the criterion made, the optimiser hooked."""
     if request.piece is not None and is_sharded(inner):
         raise EngineError(
-            "piece= reads a number of pieces that differs between processes, and under fully_shard all take part in"
-            " every pass: leave it out, and cut batches with engine.microbatches"
+            "under fully_shard all processes take part in every pass, but with piece= some would read more pieces than"
+            " others: leave it out, and cut batches with engine.microbatches"
         )
     x, targets = records
     loss = as_lipschitz(request.criterion, graph.output_shape)

@@ -153,9 +153,9 @@ class ProjectionCheck:
         bad = [n for n, m in zip(bad, layers, strict=True) if bool(getattr(m, n.rpartition(".")[2]).isfinite().all())]
         if bad:
             raise ConstraintError(
-                f"{', '.join(bad)} came out of the projection with a norm beyond the radius of its constraint (1 where"
-                " it has no `radius`): its project() is wrong, or failed numerically. The noise was calibrated to the"
-                " norms as they were, so ε holds; the Lipschitz constants of the layers do not"
+                f"{', '.join(bad)} came out of the projection with a norm above the radius of its constraint (1 where"
+                " it has no `radius`): its project() is wrong, or failed numerically. ε holds, because the noise was"
+                " calibrated to the actual norms. The stated Lipschitz constants of the layers do not hold"
             )
 
 

@@ -42,8 +42,8 @@ class Correlated:
         """Refuse a step that trains other parameters than the first: EngineError."""
         if list(names) != self._names:
             raise EngineError(
-                "other parameters are trained than at the first step: noise with bands goes on from step to step."
-                " Freeze before make_private, or take bands=1"
+                "this step trains other parameters than the first step did. With bands, noise is carried from step to"
+                " step. Freeze before make_private, or take bands=1"
             )
 
     def add_(self, gradients: Sequence[Tensor], stds: Tensor, *, batch: int) -> None:
@@ -76,10 +76,10 @@ class Correlated:
     def load_state_dict(self, state: Any) -> None:
         """Continue bit for bit; refuse other records, or another order of them."""
         if not isinstance(state, dict):
-            raise CheckpointError("the state of the engine lacks the noise that its later steps go on from")
+            raise CheckpointError("the state of the engine lacks its past noise, which later steps need with bands")
         if state.get("records") != self._records:
             raise ResumeError(
-                "the data set has other records, or another order, than when the run began: with bands, a record would"
-                " be in two groups. Give the same data in the same order, or start a new run"
+                "since the run began, the records or their order changed: with bands, a record would be in two groups."
+                " Give the same data in the same order, or start a new run"
             )
         self._noise.load_state_dict(state)

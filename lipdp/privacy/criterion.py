@@ -82,9 +82,9 @@ class PrivateCriterion(nn.Module):
         call = logits_call(plain(logits))
         if call is None:
             raise EngineError(
-                "the criterion takes what the private model returned, as it is (casts and views of the same rows"
-                " aside): no temperature, sum, mask or statistics outside the model and the loss. These logits are"
-                f" something else, or {self._step.reason}"
+                "the criterion needs the output of the private model, unchanged but for casts and views of the same"
+                " rows. A temperature, sum, mask or statistic belongs in the model or the loss. These logits were"
+                f" changed, or {self._step.reason}"
             )
         if call.given:
             raise EngineError("these logits were given to the criterion before: a record would count more than once")

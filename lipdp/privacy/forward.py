@@ -42,9 +42,9 @@ class _Logits(torch.autograd.Function):
             return call.cotangent, None, None
         if call.given:
             raise EngineError(
-                "the logits that the criterion was given are used once more in the loss: only the criterion's value may"
-                " lead from a private call of the model to the weights. Leave the further term out (z-loss,"
-                " distillation, penalty on logits), put it into the loss, or compute it under torch.no_grad()"
+                "the loss has a second term that uses the same logits as the criterion (z-loss, distillation, penalty"
+                " on logits). Gradients may reach the weights through the criterion's value alone. Leave the term out,"
+                " put it into the loss, or compute it under torch.no_grad()"
             )
         if call.private:
             ctx.step.outside(call)
@@ -75,8 +75,9 @@ class PrivateForward:
         self._model, self._graph, self._step, self._sharded, self._outer = model, graph, step, sharded, outer
         self._within = False
         self._parameters = list(model.parameters())  # `fully_shard` exchanges them while the model runs
-        # a call under torch.compile goes on as written: tensors of a batch are not for its tracer
-        torch._dynamo.config.nontraceable_tensor_subclasses.add(BatchTensor)
+        # a call under torch.compile goes on as written: tensors of a batch are not for its tracer (torch 2.4 has no
+        # such list, and leaves them out by itself)
+        getattr(torch._dynamo.config, "nontraceable_tensor_subclasses", set()).add(BatchTensor)
         model.forward = self
         if outer is not model and is_compiled(outer):
             outer.forward = CompiledCall(outer.forward, self)
@@ -135,8 +136,7 @@ class PrivateForward:
             )
         if any((hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks)):
             return "a global module hook is registered, which can change values where no rule sees it; remove it"
-        saving = torch._C._autograd._top_saved_tensors_default_hooks(False) or ()
-        if any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in saving):
+        if _tensors_saved_by_the_script():
             return "saved_tensors_hooks of the script would hand the backward pass other tensors; torch's own may stay"
         try:
             if self._snapshot is not None:
@@ -161,6 +161,19 @@ class PrivateForward:
 
     def __reduce__(self) -> Any:
         return _bound_forward, (self._model,)
+
+
+def _tensors_saved_by_the_script() -> bool:
+    """Whether hooks other than torch's pack what is saved for the backward pass; torch 2.4 only tells of any."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return any(not str(getattr(hook, "__module__", "")).startswith("torch.") for hook in top(False) or ())
+    node: Any = torch.ones(1, requires_grad=True).exp().grad_fn
+    try:
+        node._raw_saved_result.register_hooks(lambda x: x, lambda x: x)
+    except RuntimeError:  # it has hooks already
+        return True
+    return False
 
 
 def _bound_forward(model: nn.Module) -> Any:

@@ -38,8 +38,8 @@ def note_free_weights(graph: BoundGraph) -> None:
     if not any(bool(after[name] > 1.5 * before[name]) for name in before):
         return
     logger.warning(
-        "nothing bounds the weights of %s, which noise makes longer at every step, and the noise with them;"
-        " lipdp.nn.constrain(model) puts layers with bounded weights in their place",
+        "nothing bounds the weights of %s: the noise of every step makes them longer, and longer weights need more"
+        " noise. lipdp.nn.constrain(model) replaces these layers by ones with bounded weights",
         ", ".join(f"'{name or 'the model'}' ({type(module).__name__})" for name, module in plain[:3])
         + (f" and {len(plain) - 3} more" if len(plain) > 3 else ""),
     )

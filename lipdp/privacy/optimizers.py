@@ -76,8 +76,8 @@ def guard_parameters(
         weights = {id(p) for p in watched.parameters()}
         if any(id(p) in weights for group in stepping.param_groups for p in group["params"]) and step.without_noise:
             raise OptimizerError(
-                f"a {type(stepping).__name__} other than the one that make_private returned would move the private"
-                " weights by gradients without noise; step with that one"
+                f"this {type(stepping).__name__} would move the private weights without noise: call step() of the"
+                " optimiser that make_private returned"
             )
 
     return register_optimizer_step_pre_hook(guard)

@@ -117,8 +117,8 @@ class StepInProgress(Listener):
             raise EngineError(
                 "the last batch was back-propagated, but no private step followed: another optimiser, or a copy, would"
                 " move the weights without noise. Call step() of the optimiser that make_private returned, once per"
-                " batch (no accumulate_grad_batches, gradient_accumulation_steps or the like); to give a batch up call"
-                " engine.skip_batch()"
+                " batch, without accumulate_grad_batches, gradient_accumulation_steps or the like. To leave a batch"
+                " unused, call engine.skip_batch()"
             )
 
     def after_draw(self, drawn: Draw | None) -> None:
@@ -181,15 +181,14 @@ class StepInProgress(Listener):
         if drawn.rows and not self._rows:
             raise EngineError(
                 f"the batch has {drawn.rows} samples but no gradient went through the criterion that make_private"
-                " returned; train with that one, criterion(model(x), y).backward(): only there is every sample's"
-                " gradient bounded"
+                " returned. Train with that one, criterion(model(x), y).backward(): it bounds every sample's gradient"
             )
         if any(rows is None for rows in self._rows):
             raise EngineError(
-                "the model or the criterion was given rows that are not known to be records of this batch, each by"
-                " itself: picked or repeated by an index, standardised or mixed over the batch, from another batch, or"
-                " made outside torch. Prepare inputs in the data set, in the model, by operations on single samples, or"
-                " with lipdp.batches.per_record(function, x)"
+                "lipdp cannot tell that every row given to the model or the criterion comes from one record of this"
+                " batch. Rows were picked or repeated by an index, standardised or mixed over the batch, taken from"
+                " another batch, or made outside torch. Prepare inputs in the data set, in the model, by operations on"
+                " single samples, or with lipdp.batches.per_record(function, x)"
             )
         spans = sorted((r.start, r.stop) for r in self._rows if r is not None and len(r))
         if any(r is not None and r.batch is not drawn.key for r in self._rows):

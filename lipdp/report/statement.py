@@ -101,7 +101,7 @@ def paragraphs(account: Account) -> tuple[str, ...]:
     )
     practice = (
         f"Put differently: somebody who knows all the other {unit}s and gives even odds to {odds} is right at most"
-        f" {100 * best_guess(account.epsilon, account.delta):.1f}\u00a0% of the time after studying the model, where a"
+        f" {_guess(account)}\u00a0% of the time after studying the model, where a"
         f" coin is right 50\u00a0% of the time. This is a bound for the worst {unit} and the best attack, proved rather"
         " than measured."
     )
@@ -135,16 +135,20 @@ def attack(account: Account) -> Attack | None:
     return Attack(tuple((rate, curve.tpr(rate)) for rate in (0.01, 0.001)), curve.mu, curve.floor)
 
 
+def _guess(account: Account) -> str:
+    """How often the best attack is right at most, in percent, rounded up."""
+    return f"{math.ceil(1000 * best_guess(account.epsilon, account.delta)) / 10:g}"
+
+
 def lead(run: RecordedRun, *, holds: bool) -> tuple[str, str]:
     """What was protected and how strongly, and how good the model is: a sentence each, for anybody."""
     account = run.account
     if holds:
-        guess = f"{math.ceil(1000 * best_guess(account.epsilon, account.delta)) / 10:g}"  # rounded up
         whose = "whose records" if account.unit == "owner" else "that"
         protected = (
             f"Whoever studies this model and guesses whether a given {account.unit} was among the"
-            f" {account.dataset_size:,} {whose} it was trained on is right at most {guess}\u00a0% of the time, where"
-            f" a coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a"
+            f" {account.dataset_size:,} {whose} it was trained on is right at most {_guess(account)}\u00a0% of the"
+            f" time, where a coin is right 50\u00a0% of the time (ε = {account.epsilon:.3g}, a"
             f" {strength(account.epsilon)} guarantee)."
         )
     else:

@@ -77,7 +77,7 @@ def save_pretrained(model: TrainedModel, folder: Path) -> Path:
     write_json(folder / "config.json", {"library": "lipdp", "config": model.config.as_dict(), "data": dict(model.data)})
     if (model.folder / "privacy.json").exists():
         shutil.copyfile(model.folder / "privacy.json", folder / "privacy.json")
-    write_bytes(folder / "README.md", _card(model).encode())
+    write_bytes(folder / "README.md", _card(model, folder.name).encode())
     return folder
 
 
@@ -99,10 +99,12 @@ def _safetensors(name: str) -> Any:
     return getattr(safetensors, name)
 
 
-def _card(model: TrainedModel) -> str:
-    """A model card: what it is for hubs, how it is used, and the run's report."""
-    shape = ", ".join(map(str, model.input_shape))
-    use = f'model = lipdp.load("{model.folder.name}")\nmodel.predict_proba(x)  # x: (N, {shape})'
+def _card(model: TrainedModel, name: str) -> str:
+    """The card of a model in a folder `name`: what it is for hubs, how it is used, and the run's report."""
+    wanted = f"(N, {', '.join(map(str, model.input_shape))})"
+    if model.schema is not None:
+        wanted = f"a DataFrame with the columns {', '.join(column.name for column in model.schema.columns)}"
+    use = f'model = lipdp.load("{name}")\nmodel.predict_proba(x)  # x: {wanted}'
     head = "---\nlibrary_name: lipdp\ntags: [differential-privacy]\n---\n\n"
     title = f"# {model.config.model} on {model.config.dataset}\n\nTrained with lipdp.\n\n"
     said = f"{title}```python\nimport lipdp\n{use}\n```\n\n"

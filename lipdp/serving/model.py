@@ -203,7 +203,8 @@ def _built(
     own = [name for name in (config.model, config.features) if name and ":" in name]
     if own and not run_code:
         raise ParameterError(
-            f"{folder} is built by code of its own ({', '.join(own)}): pass run_code=True if you trust it"
+            f"{folder} needs code of its own to be loaded ({', '.join(own)}): if you trust it, pass run_code=True"
+            " (--run-code)"
         )
     if config.bounding is None:
         raise CheckpointError(

@@ -177,9 +177,9 @@ class GrowthWatch:
         elif total > GROWTH * self._first > 0:
             self._said = True
             warnings.warn(
-                f"the sensitivity, and with it the noise, has grown {total / self._first:.3g} times since the first"
-                " step: the norms of weights that nothing constrains multiply into the bounds of other layers. Take"
-                " constrained layers (lipdp.nn.from_torch or lipdp.nn.constrain), or a smaller learning rate",
+                f"the sensitivity has grown {total / self._first:.3g} times since the first step, and the noise with"
+                " it: unconstrained weights have grown, and they multiply the bounds of other layers. Use constrained"
+                " layers (lipdp.nn.from_torch or lipdp.nn.constrain), or a smaller learning rate",
                 CannotLearnWarning,
                 stacklevel=3,
             )

@@ -148,7 +148,7 @@ class RunFolder:
         check_digest(report, str(self.path / "privacy.json"))
         stated = {name: report.get(_STATED_AS.get(name, name)) for name in plan}
         if stated != dict(plan):
-            raise ResumeError(f"privacy.json in {self} has another privacy plan than the checkpoint: whose is it?")
+            raise ResumeError(f"privacy.json in {self} has another privacy plan than the checkpoint; restore both")
 
     def drop_keys(self) -> None:
         """Take out of the checkpoints what only a resume needs: the run is over, and its keys tell the noise."""

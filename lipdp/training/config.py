@@ -292,8 +292,8 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
     elif not chosen:
         given["features"] = recipes.default_features(dataset, _image_shape(given))
     features = given.get("features")
-    table = "model" not in given and is_table(dataset, given.get("data_dir"))
-    given.setdefault("model", recipes.default_model(dataset, features, table=table))
+    if "model" not in given:
+        given["model"] = recipes.default_model(dataset, features, data_dir=given.get("data_dir"))
     settings = dict(recipes.recipe(dataset, given["model"], features))
     if "schema" in given and "bounding" in given:
         raise ParameterError("schema and bounding were both given: the schema's ranges are the map of the inputs")

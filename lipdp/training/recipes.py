@@ -6,8 +6,11 @@ The settings were chosen on public benchmarks. Choosing them by looking at priva
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lipdp.data import is_table
 
 EPSILON = 3.0
 """The budget where neither ε nor a noise multiplier is given."""
@@ -173,18 +176,18 @@ def certified_features(dataset: str, input_shape: Sequence[int] | None) -> dict[
     return {"features": CERTIFIED, "feature_options": {"pictures": kind, **window}}
 
 
-def default_model(dataset: str, features: str | None = None, *, table: bool = False) -> str:
+def default_model(dataset: str, features: str | None = None, *, data_dir: str | os.PathLike[str] | None = None) -> str:
     """The model where none is named: a linear head on features, `tabular` for a table, a convolution net on images, an
     MLP elsewhere.
 
     Args:
-        table: whether the inputs are known to be a table.
+        data_dir: where the data set is sought, to see whether it is a table.
 
-    >>> default_model("digits"), default_model("mnist"), default_model("mnist", "dct"), default_model("adbench/donors")
+    >>> default_model("digits"), default_model("mnist"), default_model("mnist", "dct"), default_model("my.csv")
     ('mlp', 'cnn', 'linear', 'tabular')
     """
     if features is not None:
         return "linear"
-    if table or dataset.startswith("adbench/"):
+    if dataset.startswith("adbench/") or is_table(dataset, data_dir):
         return "tabular"
     return "cnn" if dataset in PICTURES else "mlp"

@@ -79,8 +79,8 @@ def restore(
         lost = released - int(engine["loader"]["position"])
         if lost > 0 and parts.engine.plan.bands > 1:
             raise ResumeError(
-                f"the checkpoint of step {released} is lost, and with bands no step can be taken again: its noise would"
-                " follow the same draws. Start a new run"
+                f"the checkpoint of step {released} is lost. With bands no step can be repeated, because its noise"
+                " would reuse the same draws. Start a new run"
             )
         if lost > 0 and config.seed is None:
             engine = _counting(parts.engine, engine, lost)

@@ -243,7 +243,7 @@ def test_every_grid_has_room_for_all_trials():
 @pytest.mark.parametrize("name", [n for n in OPACUS if n not in ("opacus_per_layer", "adaptive")])
 def test_a_gain_is_what_becomes_of_a_gradient_of_norm_1(name, setting):
     """So a step at the learning rate over the gain does not depend on the clip norm, nor on the threshold."""
-    if "threshold" in setting and name != "global_scaled" or name == "global" and setting["max_grad_norm"] < 1:
+    if ("threshold" in setting and name != "global_scaled") or (name == "global" and setting["max_grad_norm"] < 1):
         pytest.skip("there is no such step")
     model, given = plain_model(), task(sigma=SILENT, records=1, batch_size=1)
     norm, loss = gradients(model, given).norm(), given.loss

@@ -9,6 +9,7 @@ _NAMES = {
     "PoissonSampler": "lipdp.batches.samplers",
     "Population": "lipdp.batches.population",
     "Sampler": "lipdp.batches.samplers",
+    "TruncatedPoissonSampler": "lipdp.batches.samplers",
     "in_order": "lipdp.batches.reading",
     "per_record": "lipdp.batches.per_record",
 }

@@ -51,7 +51,7 @@ class Task:
 
     def __post_init__(self) -> None:
         drawn = (self.plan.dataset_size, self.plan.sampling, self.plan.unit, self.plan.bands)
-        if drawn != (len(self.dataset), "poisson", "record", 1):
+        if drawn != (len(self.dataset), "poisson", "record", 1) or self.plan.truncated_batch_size is not None:
             raise ParameterError(
                 f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}, bands={drawn[3]}; trainers are compared on"
                 f" Poisson batches of all {len(self.dataset)} records, with independent noise"

@@ -10,6 +10,7 @@ _NAMES = {
     "Population": "lipdp.batches.population",
     "Sampler": "lipdp.batches.samplers",
     "TruncatedPoissonSampler": "lipdp.batches.samplers",
+    "bounded_contributions": "lipdp.batches.owners",
     "in_order": "lipdp.batches.reading",
     "per_record": "lipdp.batches.per_record",
 }

@@ -135,6 +135,19 @@ def test_no_data_set_costs_more_than_the_account(others, rate, most, sigma):
     assert (exact > poisson + 1e-6).any()
 
 
+def test_the_account_is_reached_to_a_few_percent():
+    """All are drawn and one must go: with t, σ/2 or the rate 5 % smaller the account would be too small."""
+    t, remove = np.linspace(0, 4, 20), DIRECTIONS[Relation.ADD_OR_REMOVE_ONE][0]
+    exact = exact_delta(t, 80, 1.0, 80, 1.0, removed=True)
+    assert (exact <= step_loss(Event(1.0, 1.0, 1, truncation=truncation(80, 1.0, 80)), remove).delta(t) + 1e-9).all()
+    for wrong in (
+        Event(1.0, 1.0, 1, truncation=0.95),
+        Event(1.0 / 0.95, 1.0, 1, truncation=1.0),
+        Event(1.0, 0.95, 1, truncation=1.0),
+    ):
+        assert (exact > step_loss(wrong, remove).delta(t) * (1 + 1e-3)).any()
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(50, 2000), st.floats(0.02, 0.4), st.floats(0.6, 4.0), st.integers(1, 300), st.integers(0, 40))
 def test_more_room_never_costs_more_and_none_is_poisson(units, share, sigma, steps, room):

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("opacus")
 from lipdp.cli import main
@@ -18,10 +20,12 @@ from lipdp.comparison import tables as tables_module
 from lipdp.comparison import utility as utility_module
 from lipdp.comparison.configs import SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.comparison.contenders import Contender, contenders
+from lipdp.comparison.protocol import ladder
 from lipdp.comparison.results import Results
 from lipdp.comparison.speed import speed
 from lipdp.comparison.tables import tables
 from lipdp.comparison.trainers import TRAINERS, get_trainer, legend
+from lipdp.comparison.tuning import proposal, winner
 from lipdp.comparison.utility import summary, table, utility
 from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
 
@@ -268,9 +272,53 @@ def test_two_processes_find_the_same():
 
 
 def test_a_learning_rate_that_explodes_is_the_worst_score(monkeypatch):
-    monkeypatch.setattr(type(get_trainer("non_private")), "grid", {"lr": (1e30, 0.3, 0.1, 0.03)})
+    monkeypatch.setattr(type(get_trainer("non_private")), "grid", {"lr": (0.3, 1e30)})
     results = utility(replace(TWO, trainers=("non_private",), kinds=("plain",), seeds=1))
     assert results.cells[0]["settings"] == {"lr": 0.3}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(st.floats(-2.5, 2.5), st.floats(-2, 2)), st.floats(-0.3, 0.3), st.floats(0.5, 2))
+def test_a_search_ends_in_the_interior(optimum, slope, stretch):
+    """Of a hill some rungs from the middle: the winner has worse neighbours on all sides, none of the trials is better,
+    and there were at most as many as a comparison allows."""
+    grid = {"lr": ladder(1.0, 8), "max_grad_norm": ladder(0.3)}
+
+    def score(chosen):
+        a, b = (
+            grid[name].index(value) - len(grid[name]) // 2 - best
+            for (name, value), best in zip(chosen, optimum, strict=True)
+        )
+        return 1 - (a * a + 2 * slope * a * b * stretch**0.5 + stretch * b * b) / 1000
+
+    tried = {}
+    while not (tried and winner(grid, tried)[1]):
+        chosen = proposal(grid, tried)
+        tried[chosen] = score(chosen)
+    assert len(tried) <= UtilityConfig().trials
+    assert score(winner(grid, tried)[0]) == max(tried.values())
+
+
+def test_a_search_where_nothing_is_learned_has_no_winner():
+    grid, tried = {"lr": ladder(1.0, 2)}, {}
+    while (chosen := proposal(grid, tried)) is not None:
+        tried[chosen] = 0.1
+    assert len(tried) == 5
+    assert winner(grid, tried)[1] is False
+
+
+def test_no_trainer_wins_on_the_edge_of_its_grid(tmp_path):
+    """Those that did (backpropagation clipping, both global clippings) end in the interior, after as many trials."""
+    names = ("backprop_clipping", "global_scaled", "global")
+    config = UtilityConfig(epochs=3, seeds=1, epsilons=(3.0,), trainers=names, kinds=("plain",), model="linear")
+    results = utility(config, out=str(tmp_path))
+    assert all(cell["interior"] for cell in results.cells)
+    assert "on the edge" not in table(summary(results))
+    trials = json.loads((tmp_path / "tuning.json").read_text())
+    assert len({sum(t["trainer"] == name for t in trials) for name in names}) == 1
+    scores = {cell["trainer"]: cell["accuracy"] for cell in results.cells}
+    assert scores["global"] == pytest.approx(scores["global_scaled"], abs=0.01)  # at rates scaled by C/Z they are one
+    assert min(scores.values()) > 0.5
 
 
 def test_a_binary_table_gets_an_auroc(tmp_path):
@@ -375,7 +423,7 @@ def test_the_utility_command_draws_the_front(tmp_path, capsys):
         (["tables", "--tables", "nowhere.npz", "--trainers", "lipdp"], "nowhere.npz"),
         (["tables", "--tables", "nowhere.npz", "--trainers", "lipdb"], "lipdb"),
         (["tables", "--tables", "nowhere.npz", "--seeds", "0"], "seeds=0"),
-        (["utility", "--trials", "9"], "trials=9"),
+        (["utility", "--trials", "0"], "trials=0"),
         (["utility", "--seeds", "0"], "seeds=0"),
         (["utility", "--jobs", "0"], "--jobs 0"),
         (["utility", "--kinds", "convex"], "kinds of model"),

@@ -36,7 +36,7 @@ ELSEWHERE = {"epsilon", "calibrate", "plan scale"}  # plan with q, T and devices
 DATA = {"dataset", "input_column", "label_column", "owner_column", "schema", "classes", "image_size"}
 DATA |= {"certified", "features", "feature_options", "bounding", "bounding_options"}
 ACCOUNT = {"epsilon", "delta", "noise_multiplier", "accountant", "sampling", "batch_size", "epochs", "steps"}
-ACCOUNT |= {"seed", "secure", "bands"}
+ACCOUNT |= {"seed", "secure", "bands", "truncated_batch_size"}
 
 
 def commands(group=None, prefix=""):

@@ -19,6 +19,7 @@ from lipdp.accounting import PrivacyPlan
 
 pytest.importorskip("opacus")
 from lipdp.comparison import TRAINERS, Task, get_trainer, with_backprop_clipping
+from lipdp.comparison.configs import UtilityConfig
 from lipdp.comparison.factors import Automatic, GlobalFlat
 from lipdp.comparison.protocol import remove_gates
 from lipdp.errors import ParameterError, UnknownNameError, UnsupportedLayerError
@@ -233,8 +234,25 @@ def test_unknown_trainer_and_bad_batch_size():
         task(batch_size=41)
 
 
-def test_every_trainer_has_as_many_trials():
-    assert {math.prod(map(len, t.grid.values())) for t in TRAINERS.values()} == {4}
+def test_every_grid_has_room_for_all_trials():
+    assert {len(t.grid["lr"]) for t in TRAINERS.values()} == {17}
+    assert UtilityConfig().trials <= 17
+
+
+@pytest.mark.parametrize("setting", [{"max_grad_norm": 0.1}, {"max_grad_norm": 3.0}, {"threshold": 3.0}])
+@pytest.mark.parametrize("name", [n for n in OPACUS if n not in ("opacus_per_layer", "adaptive")])
+def test_a_gain_is_what_becomes_of_a_gradient_of_norm_1(name, setting):
+    """So a step at the learning rate over the gain does not depend on the clip norm, nor on the threshold."""
+    if ("threshold" in setting and name != "global_scaled") or (name == "global" and setting["max_grad_norm"] < 1):
+        pytest.skip("there is no such step")
+    model, given = plain_model(), task(sigma=SILENT, records=1, batch_size=1)
+    norm, loss = gradients(model, given).norm(), given.loss
+    given = replace(given, loss=lambda z, y: loss(z, y) / norm)
+    seen = one_step(name, model, given, given.dataset.tensors, **setting).norm().item()
+    expected = replace(get_trainer(name), **setting).gain
+    if name == "automatic" and setting["max_grad_norm"] > 1:
+        expected *= setting["max_grad_norm"]  # C is not searched there
+    assert seen == pytest.approx(expected, rel=0.02)
 
 
 # --- ghost clipping and gates ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
-from lipdp.batches.owners import EveryNth, Owners, Shard
+from lipdp.batches.owners import EveryNth, Owners, Shard, bounded_contributions
 from lipdp.errors import EngineError, ParameterError
 from lipdp.privacy.gate import QuantileGate
 
@@ -195,6 +195,56 @@ def test_weights_of_an_owner_add_up_to_one_and_never_beyond(ids):
         assert len({ids[i] for i in of_one}) == 1
         assert 1 - 1e-6 < float(shares.astype(np.float64).sum()) <= 1.0
     assert len(weights) == len(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    owned=st.lists(st.lists(st.integers(0, 8), max_size=4), max_size=40),
+    most=st.integers(1, 4),
+    names=st.permutations(range(9)),
+)
+def test_nobody_contributes_more_than_the_bound_and_nobody_is_left_out_without_need(owned, most, names):
+    joined = bounded_contributions(owned, contributions=most)
+    used = np.zeros(9, dtype=int)
+    for record in joined:
+        for owner in set(owned[record]):
+            used[owner] += 1
+    assert used.max() <= most
+    assert sorted(set(joined.tolist())) == joined.tolist()
+    for record in set(range(len(owned))) - set(joined.tolist()):
+        assert any(used[owner] == most for owner in owned[record])
+    renamed = [[f"owner {names[owner]}" for owner in each] for each in owned]
+    assert bounded_contributions(renamed, contributions=most).tolist() == joined.tolist()
+
+
+def test_what_a_bound_on_contributions_does_not_promise():
+    """Chains: without the first owner's links every second one of the others changes places."""
+    chain = [[i, i + 1] for i in range(20)]
+    whole = bounded_contributions(chain).tolist()
+    without = (bounded_contributions(chain[1:]) + 1).tolist()
+    assert set(whole) & set(without) == set()
+    for bad in (0, 1.5, True):
+        with pytest.raises(ParameterError, match="contributions="):
+            bounded_contributions(chain, contributions=bad)
+    with pytest.raises(ParameterError, match="a text where the owners"):
+        bounded_contributions(["ann", "bob"])
+
+
+def test_an_owner_of_one_contribution_moves_the_sum_as_a_record_does():
+    """20 records, each of two owners out of 8: with all that one owns left out of those that join, by Δ at most."""
+    generator = np.random.default_rng(0)
+    owned = [generator.choice(8, 2, replace=False).tolist() for _ in range(20)]
+    joined = bounded_contributions(owned)
+    (x, y), excess = longest(20), {}
+    for used in (joined, np.arange(20)):
+        with_owner, deltas = released(x[used], y[used], size=20)
+        moves = []
+        for owner in range(8):
+            left = [i for i in used if owner not in owned[i]]
+            moves.append(moved(with_owner, released(x[left], y[left], size=20)[0]))
+        excess[len(used)] = max(move / deltas[name] for found in moves for name, move in found.items())
+    assert 0.95 < excess[len(joined)] <= 1 + 1e-6
+    assert excess[20] > 4
 
 
 @settings(max_examples=50, deadline=None)

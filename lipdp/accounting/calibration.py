@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 
@@ -32,6 +33,7 @@ def calibrate(
     accountant: str = "prv",
     relation: Relation | str = Relation.ADD_OR_REMOVE_ONE,
     extra_events: Sequence[Event] = (),
+    truncation: float = 0.0,
 ) -> float:
     """The noise multiplier σ with `0.995·target ≤ ε(σ) ≤ target`.
 
@@ -47,6 +49,7 @@ def calibrate(
         accountant: "prv", "pld" or "rdp"; `epsilon` with the same one then confirms the result.
         relation: the neighbouring relation, or its value.
         extra_events: other releases of the run, held fixed, under the same relation.
+        truncation: of the steps; see `Event`.
 
     Raises:
         CalibrationError: no σ reaches the target; the message says why.
@@ -64,7 +67,7 @@ def calibrate(
             f"the target ε={target_epsilon:g} is too large: above {_LARGEST:g} nothing is guaranteed"
         )
     delta = checked_delta(delta)
-    step = Event(1.0, sampling_rate, steps, as_relation(relation))
+    step = Event(1.0, sampling_rate, steps, as_relation(relation), truncation=truncation)
     if step.steps == 0:
         raise ParameterError("steps=0: at least one step is needed to calibrate its noise")
     strategy = get_accountant(accountant)
@@ -83,7 +86,7 @@ def calibrate(
 
     def cost(bound: Callable[[list[Event]], float], sigma: float) -> float:
         try:
-            return bound([Event(sigma, step.sampling_rate, step.steps, step.relation), *extra_events])
+            return bound([replace(step, noise_multiplier=sigma), *extra_events])
         except AccountingError:
             return math.inf
 

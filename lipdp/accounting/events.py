@@ -23,6 +23,8 @@ class Event:
     - `ADD_OR_REMOVE_ONE`: Poisson subsample, every record in it with probability q; `s = σ·Δ`.
     - `REPLACE_ONE`: a batch of `q·N` records without replacement; `s = σ·2Δ`.
 
+    - `truncation` = t > 0: of a Poisson subsample at most a public number of records, picked at random, take part
+      (`lipdp.batches.TruncatedPoissonSampler`); t is at least the probability that the others alone are so many.
     - `bands` = b > 1: cyclic Poisson sampling and noise correlated over b steps (`lipdp.noise.banded`). A record is in
       one of b consecutive steps at most, with probability `sampling_rate` = b B/N there, and `steps` consecutive ones
       are `compositions` = ⌈steps/b⌉ of the first kind.
@@ -37,9 +39,10 @@ class Event:
         steps: a whole number ≥ 0; empty batches count.
         relation: a `Relation` or its value.
         bands: b ≥ 1.
+        truncation: t in [0, 1]; see `lipdp.accounting.privacy_loss`.
 
     Raises:
-        ParameterError: a value outside its range, or bands under another relation than the first.
+        ParameterError: a value outside its range; bands or truncation under another relation than the first, or both.
         UnknownNameError: no such relation.
 
     >>> Event(1.1, 0.01, 1000).relation.value
@@ -51,6 +54,7 @@ class Event:
     steps: int
     relation: Relation = Relation.ADD_OR_REMOVE_ONE
     bands: int = 1
+    truncation: float = 0.0
 
     def __post_init__(self) -> None:
         _require_positive("noise_multiplier", self.noise_multiplier)
@@ -62,6 +66,11 @@ class Event:
             raise ParameterError(f"bands={self.bands!r}: a whole number ≥ 1 is needed")
         if self.bands > 1 and as_relation(self.relation) is not Relation.ADD_OR_REMOVE_ONE:
             raise ParameterError(f"bands={self.bands}: correlated noise is proven for sampling='poisson' alone")
+        if not isinstance(self.truncation, Real) or not 0.0 <= self.truncation <= 1.0:
+            raise ParameterError(f"truncation={self.truncation!r}: a probability is needed")
+        if self.truncation and (self.bands > 1 or as_relation(self.relation) is not Relation.ADD_OR_REMOVE_ONE):
+            raise ParameterError(f"truncation={self.truncation}: proven for sampling='poisson' and bands=1 alone")
+        object.__setattr__(self, "truncation", float(self.truncation))
         object.__setattr__(self, "noise_multiplier", float(self.noise_multiplier))
         object.__setattr__(self, "sampling_rate", float(self.sampling_rate))
         object.__setattr__(self, "steps", int(self.steps))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any
+
+from scipy.special import betainc
 
 from lipdp.accounting.accountants import Spent, get_accountant
 from lipdp.accounting.calibration import calibrate, gaussian_mu
@@ -23,9 +25,20 @@ UNITS = ("record", "owner")
 """What a step draws and ε protects: a record, or an owner with all records."""
 
 
-def in_bands(bands: int) -> str:
-    """What σ, q and T lack where noise is correlated: read alone they would give another ε."""
-    return "" if bands == 1 else f" in {bands} bands"
+def in_bands(bands: int, most: int | None = None) -> str:
+    """What σ, q and T lack where noise is correlated, or batches are cut: read alone they would give another ε."""
+    return ("" if bands == 1 else f" in {bands} bands") + ("" if most is None else f", at most {most:,} a batch")
+
+
+def truncation(dataset_size: int, sampling_rate: float, truncated_batch_size: int) -> float:
+    """P(Bin(N, q) ≥ C): how likely as many are drawn as take part at most (`lipdp.accounting.privacy_loss`).
+
+    scipy's tail is good to 1e-9, for which it is rounded up.
+
+    >>> truncation(1000, 0.1, 150) < 1e-6
+    True
+    """
+    return min(1.0, float(betainc(truncated_batch_size, dataset_size - truncated_batch_size + 1, sampling_rate)) * (1 + 1e-6))
 
 
 @dataclass(frozen=True)
@@ -37,18 +50,20 @@ class Subsampling:
         steps: T ≥ 1.
         sampling: "poisson" or "fixed_size".
         bands: b, over how many steps noise is correlated and batches take turns (`lipdp.noise.banded`); 1: neither.
+        truncation: the probability that a batch is cut; see `Event`.
 
     Raises:
         ParameterError, UnknownNameError: a value outside its range, b q > 1, or bands with batches of a fixed size.
 
     >>> Subsampling.of(1000, 100, epochs=3)
-    Subsampling(sampling_rate=0.1, steps=30, sampling='poisson', bands=1)
+    Subsampling(sampling_rate=0.1, steps=30, sampling='poisson', bands=1, truncation=0.0)
     """
 
     sampling_rate: float
     steps: int
     sampling: str = "poisson"
     bands: int = 1
+    truncation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.sampling not in tuple(SAMPLINGS):
@@ -60,7 +75,7 @@ class Subsampling:
                 f"bands={self.bands} at q = {self.sampling_rate:.4g}: each step draws from one of b groups, at the rate"
                 f" b q, and that is more than 1. Take at most {most} bands, or smaller batches"
             )
-        self.event(1.0)  # refuses bands with batches of a fixed size
+        self.event(1.0)  # refuses bands and truncation with batches of a fixed size
 
     @classmethod
     def at(
@@ -85,17 +100,33 @@ class Subsampling:
     @classmethod
     def of(
         cls, units: int, expected_batch_size: int, *, steps: int | None = None, epochs: float | None = None,
-        sampling: str = "poisson", bands: int = 1,
+        sampling: str = "poisson", bands: int = 1, truncated_batch_size: int | None = None,
     ) -> Subsampling:  # fmt: skip
         """B of N units: q = B/N. The rest as `at`.
 
+        Args:
+            truncated_batch_size: C ≥ B, the most that take part of those drawn; None: all.
+
         Raises:
-            ParameterError: B outside 1 … N; and as above.
+            ParameterError: B outside 1 … N, or C outside B … N; and as above.
         """
         batch, units = whole("expected_batch_size", expected_batch_size), whole("dataset_size", units)
         if batch > units:
             raise ParameterError(f"expected_batch_size={batch}: a whole number in 1 … N = {units} is needed")
-        return cls.at(batch / units, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
+        drawn = cls.at(batch / units, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
+        if truncated_batch_size is None:
+            return drawn
+        most = whole("truncated_batch_size", truncated_batch_size)
+        if sampling != "poisson" or bands > 1:
+            raise ParameterError(
+                "truncated_batch_size is proven for sampling='poisson' and bands=1 alone; leave it out"
+            )
+        if not batch <= most <= units:
+            raise ParameterError(
+                f"truncated_batch_size={most}: a whole number from B = {batch} to N = {units} is needed; about"
+                f" {min(units, math.ceil(batch + 5 * math.sqrt(batch)))} cuts a batch in a million"
+            )
+        return replace(drawn, truncation=truncation(units, drawn.sampling_rate, most))
 
     @property
     def relation(self) -> Relation:
@@ -105,7 +136,7 @@ class Subsampling:
     def event(self, noise_multiplier: float) -> Event:
         """All T steps, as accountants take them."""
         rate = min(1.0, self.bands * self.sampling_rate)
-        return Event(noise_multiplier, rate, self.steps, self.relation, self.bands)
+        return Event(noise_multiplier, rate, self.steps, self.relation, self.bands, self.truncation)
 
     def noise_multiplier(
         self, *, epsilon: float, delta: float, accountant: str = "prv", beside: Sequence[Event] = ()
@@ -120,6 +151,7 @@ class Subsampling:
             accountant=accountant,
             relation=self.relation,
             extra_events=beside,
+            truncation=self.truncation,
         )
 
     def mu(self, noise_multiplier: float) -> float:
@@ -168,6 +200,7 @@ class PrivacyPlan:
         measurements: what is released once beside the steps, of all units; part of the same ε.
         sampling: "poisson" or "fixed_size", which decides the relation.
         bands: b, over how many steps noise is correlated and batches take turns (`lipdp.noise.banded`); 1: neither.
+        truncated_batch_size: C, the most records of a batch, which is filled up to C rows; None: all that are drawn.
         unit: what one step draws and ε protects: a "record", or an "owner" with all records.
         accountant: whose ε is reported: "prv", "pld" or "rdp".
         target_epsilon, target_delta: what was asked for, if it was.
@@ -192,6 +225,7 @@ class PrivacyPlan:
     measurements: tuple[Measurement, ...] = ()
     sampling: str = "poisson"
     bands: int = 1
+    truncated_batch_size: int | None = None
     unit: str = "record"
     accountant: str = "prv"
     target_epsilon: float | None = None
@@ -209,6 +243,8 @@ class PrivacyPlan:
             raise ParameterError("two measurements have one name; give each a name of its own")
         if self.measurements and self.bands > 1:
             raise ParameterError(f"bands={self.bands} beside measurements is not proven: take bands=1")
+        if self.truncated_batch_size is not None and self.unit != "record":
+            raise ParameterError("truncated_batch_size: batches of owners have no fixed number of rows; leave it out")
         event = self.subsampling.event(self.noise_multiplier)
         plain = {"dataset_size": int(self.dataset_size), "expected_batch_size": int(self.expected_batch_size)}
         for measurement in self.measurements:
@@ -226,6 +262,7 @@ class PrivacyPlan:
         epochs: float | None = None,
         sampling: str = "poisson",
         bands: int = 1,
+        truncated_batch_size: int | None = None,
         unit: str = "record",
         noise_multiplier: float | None = None,
         target_epsilon: float | None = None,
@@ -244,7 +281,13 @@ class PrivacyPlan:
             ParameterError: neither σ nor a target with its δ, both or none of steps and epochs, a value out of range.
         """
         drawn = Subsampling.of(
-            dataset_size, expected_batch_size, steps=steps, epochs=epochs, sampling=sampling, bands=bands
+            dataset_size,
+            expected_batch_size,
+            steps=steps,
+            epochs=epochs,
+            sampling=sampling,
+            bands=bands,
+            truncated_batch_size=truncated_batch_size,
         )
         shares = shares or {}
         measurements: tuple[Measurement, ...] = ()
@@ -272,6 +315,7 @@ class PrivacyPlan:
             measurements=measurements,
             sampling=sampling,
             bands=bands,
+            truncated_batch_size=truncated_batch_size,
             unit=unit,
             accountant=accountant,
             target_epsilon=target_epsilon,
@@ -286,8 +330,10 @@ class PrivacyPlan:
     @cached_property
     def subsampling(self) -> Subsampling:
         """How the steps draw."""
-        n, batch, b = self.dataset_size, self.expected_batch_size, self.bands
-        return Subsampling.of(n, batch, steps=self.steps, sampling=self.sampling, bands=b)
+        n, batch, most = self.dataset_size, self.expected_batch_size, self.truncated_batch_size
+        return Subsampling.of(
+            n, batch, steps=self.steps, sampling=self.sampling, bands=self.bands, truncated_batch_size=most
+        )
 
     @property
     def sampling_rate(self) -> float:
@@ -335,7 +381,8 @@ class PrivacyPlan:
         unit = self.unit
         return (
             f"T = {self.steps} steps, B = {self.expected_batch_size} of N = {self.dataset_size:,} {unit}s,"
-            f" q = {self.sampling_rate:.4g}{in_bands(self.bands)},"
+            f" q = {self.sampling_rate:.4g}"
+            f"{in_bands(self.bands, self.truncated_batch_size)},"
             f" σ = {self.noise_multiplier:.4g} ({self.relation.words} {unit})"
         )
 

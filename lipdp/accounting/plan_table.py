@@ -31,6 +31,11 @@ def plan_rows(plan: PrivacyPlan) -> list[Row]:
             [("bands", str(plan.bands), "noise correlated over b steps; every record in 1/b of them")]
             * (plan.bands > 1)
         ),
+        *(
+            [("truncated_batch_size", f"{plan.truncated_batch_size:,}", "rows of a batch, the rest of them left empty")]
+            if plan.truncated_batch_size is not None
+            else []
+        ),
         *((m.name, f"σ = {m.noise_multiplier:.4g}", "measured once, beside the steps") for m in plan.measurements),
     ]
     if plan.gate:

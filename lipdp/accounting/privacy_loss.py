@@ -10,6 +10,15 @@ composing the losses below is sound.
 - **Add or remove one, Poisson.** Removing a record is dominated by (mix, N_0), adding one by (N_0, mix). A run is
   either one or the other from end to end, so ε is the larger of two accounts. In every case computed here removing is
   the larger, but under composition this is not a theorem (Lebeda et al. 2024), so both are always computed.
+- **Add or remove one, truncated Poisson.** Of the records drawn at rate q a uniform subset of C takes part where they
+  are more than C. The pair: a public coin falls with probability t; then (mix, N_0) at σ/2, else at σ, both of rate q
+  (adding: swapped). Proof: let i be the record, D ∋ i, and K how many of the others are drawn, which has one law on
+  both sides. Where K < C, i joins with probability q and nobody makes room: the pair at σ. Where K = k ≥ C, D∖i uses a
+  uniform C-subset S of the k; under D, i takes part with probability p = qC/(k+1) < q, together with a uniform
+  (C−1)-subset, which is S without a uniform member j. So given S and j the sum moves by g_i − g_j, of norm ≤ 2Δ, with
+  probability p: the pair at σ/2 of rate p, which that of rate q dominates. By joint convexity of `H_α` over K, S and j,
+  D and D∖i are dominated with t = P(K ≥ C). The pair at σ/2 dominates that at σ, so a larger t is an upper bound:
+  t = P(Bin(N, q) ≥ C) serves all data sets of at most N records, and their neighbours of N + 1.
 - **Replace one, batches of qN without replacement.** The pair whose curve is `H_α(mix‖N_0)` for α ≥ 1 and
   `H_α(N_0‖mix)` for α < 1. Proof: let i be the replaced record. A uniform batch S without i becomes a uniform batch
   with i when i takes the place of a uniformly drawn member, so by joint convexity of `H_α` it is enough to
@@ -21,7 +30,8 @@ composing the losses below is sound.
   no PLD for this (its `REPLACE` is Poisson sampling), and its Rényi bound is looser; both are built here on its parts.
 
 Sources: Balle, Barthe & Gaboardi (2018), theorems 2 and 9; Zhu, Dong & Wang (2022), theorem 11; Mironov, Talwar &
-Zhang (2019).
+Zhang (2019). Truncated batches: dp-accounting's `TruncatedSubsampledGaussianDpEvent` (arXiv:2508.15089) reveals the
+same coin.
 """
 
 from __future__ import annotations
@@ -29,6 +39,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -154,6 +165,34 @@ class ReplaceLoss(StepLoss):
         return self._integral(lambda u, loss: u * loss, upper_half=True)
 
 
+class TruncatedLoss(StepLoss):
+    """The loss of a coin that chooses between two steps, whose losses add up by its probabilities."""
+
+    def __init__(self, event: Event, kind: type[StepLoss]) -> None:
+        self._parts = [(probability, kind(step)) for probability, step in branches(event)]
+
+    def cdf(self, t: Any) -> Array:
+        return np.sum([probability * loss.cdf(t) for probability, loss in self._parts], axis=0)
+
+    def delta(self, t: Any) -> Array:
+        return np.sum([probability * loss.delta(t) for probability, loss in self._parts], axis=0)
+
+    def mean(self) -> float:
+        return sum(probability * loss.mean() for probability, loss in self._parts)
+
+
+def branches(event: Event) -> list[tuple[float, Event]]:
+    """Between which steps the coin of a step with truncation chooses, and with which probabilities."""
+    t, step = event.truncation, replace(event, truncation=0.0)
+    half = replace(step, noise_multiplier=step.noise_multiplier / 2)
+    return [(p, one) for p, one in ((1.0 - t, step), (t, half)) if p]
+
+
+def step_loss(event: Event, kind: type[StepLoss]) -> StepLoss:
+    """The loss of one step in one direction."""
+    return TruncatedLoss(event, kind) if event.truncation else kind(event)
+
+
 DIRECTIONS: dict[Relation, tuple[type[StepLoss], ...]] = {
     Relation.ADD_OR_REMOVE_ONE: (RemoveLoss, AddLoss),
     Relation.REPLACE_ONE: (ReplaceLoss,),
@@ -175,7 +214,7 @@ def loss_distribution(event: Event, interval: float) -> privacy_loss_distributio
     for kind in DIRECTIONS[event.relation]:
         lowest, highest = _range(event, kind)
         low, high = math.floor(lowest / interval), math.ceil(highest / interval)
-        deltas = kind(event).delta(np.arange(low, high + 1) * interval)
+        deltas = step_loss(event, kind).delta(np.arange(low, high + 1) * interval)
         masses.append(pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(interval, low, high, deltas))
     return privacy_loss_distribution.PrivacyLossDistribution(*masses)
 
@@ -194,14 +233,17 @@ def _range(event: Event, kind: type[StepLoss]) -> tuple[float, float]:
         AddLoss: (kinds.ADD, kinds.ADD),
         ReplaceLoss: (kinds.ADD, kinds.REMOVE),
     }[kind]
-    sigma, q = event.noise_multiplier, event.sampling_rate
-    bounds = {
-        adjacency: privacy_loss_mechanism.GaussianPrivacyLoss(
-            sigma, sampling_prob=q, adjacency_type=adjacency
-        ).connect_dots_bounds()
-        for adjacency in {lower, upper}
-    }
-    return float(bounds[lower].epsilon_lower), float(bounds[upper].epsilon_upper)
+    lows, highs = [], []
+    for _, step in branches(event):
+        bounds = {
+            adjacency: privacy_loss_mechanism.GaussianPrivacyLoss(
+                step.noise_multiplier, sampling_prob=step.sampling_rate, adjacency_type=adjacency
+            ).connect_dots_bounds()
+            for adjacency in {lower, upper}
+        }
+        lows.append(float(bounds[lower].epsilon_lower))
+        highs.append(float(bounds[upper].epsilon_upper))
+    return min(lows), max(highs)
 
 
 @lru_cache(maxsize=1024)
@@ -212,8 +254,13 @@ def renyi(event: Event, orders: tuple[float, ...]) -> Array:
     theorem 5). Where its series does not converge, the next order's value stands in: D is non-decreasing in α.
     Replace one, q < 1: a divergence `∫ f''(α)·H_α dα` of the pair is at most the sum of those of (mix, N_0) and
     (N_0, mix), so the moment `e^K` becomes at most `2e^K − 1`.
+    With truncation the moment is that of the coin's two steps, by its probabilities.
     The slack 1e-14 covers rounding, whose sign dp-accounting does not control.
     """
+    if event.truncation:
+        scale = np.array(orders) - 1.0
+        parts = [math.log(p) + renyi(one.with_steps(1), orders) * scale for p, one in branches(event)]
+        return event.steps * np.logaddexp.reduce(parts) / scale
     accountant = RdpAccountant(list(orders))
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)  # it warns of every order whose series does not converge

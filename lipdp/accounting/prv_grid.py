@@ -12,7 +12,7 @@ from scipy.fft import next_fast_len
 
 from lipdp.accounting.events import Event
 from lipdp.accounting.numerics import COARSE_ORDERS, MAX_POINTS, Counts, failures_named, finite, rdp_epsilon
-from lipdp.accounting.privacy_loss import StepLoss
+from lipdp.accounting.privacy_loss import StepLoss, step_loss
 from lipdp.errors import AccountingError
 
 _DELTA_ERROR = 1e-3  # the share of δ given up to the numerical errors of PRV
@@ -49,7 +49,7 @@ class Composer:
         with failures_named():
             half = (points / 2 - 1.5) * mesh
             domain = Domain.create_aligned(-half, half, mesh)
-            truncated = [_Truncated(kind(event), domain.t_min(), domain.t_max()) for event in events]
+            truncated = [_Truncated(step_loss(event, kind), domain.t_min(), domain.t_max()) for event in events]
             self._composer = Heterogeneous([CellCentred().discretise(loss, domain) for loss in truncated])
 
     def epsilon(self, counts: Counts) -> float:

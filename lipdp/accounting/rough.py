@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.fft import fftshift, ifftshift, irfft, rfft
 
 from lipdp.accounting.events import Event
-from lipdp.accounting.privacy_loss import DIRECTIONS
+from lipdp.accounting.privacy_loss import DIRECTIONS, step_loss
 
 _POINTS = 2**16
 
@@ -46,7 +46,7 @@ def _sum(events: Sequence[Event], cells: NDArray[np.float64]) -> tuple[NDArray[n
     total, shift, log_finite = np.ones(_POINTS // 2 + 1, dtype=np.complex128), 0.0, 0.0
     mean, variance = 0.0, 0.0
     for event in events:
-        loss = DIRECTIONS[event.relation][0](event)
+        loss = step_loss(event, DIRECTIONS[event.relation][0])
         below = loss.cdf(edges)
         masses = np.diff(below)
         center = loss.mean()

@@ -9,6 +9,8 @@ _NAMES = {
     "PoissonSampler": "lipdp.batches.samplers",
     "Population": "lipdp.batches.population",
     "Sampler": "lipdp.batches.samplers",
+    "TruncatedPoissonSampler": "lipdp.batches.samplers",
+    "bounded_contributions": "lipdp.batches.owners",
     "in_order": "lipdp.batches.reading",
     "per_record": "lipdp.batches.per_record",
 }

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
 from lipdp.batches.reading import Drawn, MapStyleRecords, TensorRecords, read
+from lipdp.batches.records import filled_up
 from lipdp.batches.row_rules import Rows
 from lipdp.batches.rows import BatchTensor
 from lipdp.batches.samplers import Sampler
@@ -33,7 +34,7 @@ class Draw:
     Attributes:
         units: how many records (or owners) it holds. rows: how many rows the model is to be given.
         batch: (x, y), or (x, y, weight), or the piece of it that was read last; None once the next one is asked for.
-        weights: (rows,) of every row, where owners are drawn: the engine's own copy.
+        weights: (rows,) of every row, where owners are drawn or rows are left empty: the engine's own copy.
         key: by which rows know their batch. The tensors don't hold the draw itself: in a circle a batch would live
             until Python looks for circles, and full batches of a gigabyte fill a machine before that.
     """
@@ -102,6 +103,8 @@ class BatchLoader:
         passes: one iteration ends after about steps/passes batches, a pass over the data, so that a loop over epochs
             works; by default it is the whole training.
         piece: records that are read at a time; by default the whole batch.
+        rows: up to how many records every batch is filled, by zero records without a label; the sampler draws no more.
+            The engine gives them weight 0, whatever becomes of their labels.
 
     Attributes:
         drawn: the batch handed out last; None before the first.
@@ -138,6 +141,7 @@ class BatchLoader:
         clock: Clock | None = None,
         passes: float | None = None,
         piece: int | None = None,
+        rows: int | None = None,
     ) -> None:
         expected = owners.total if owners is not None else sampler.population
         _require_map_style(dataset, expected if records is None else records)
@@ -148,7 +152,7 @@ class BatchLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.part: Partition = part or EveryNth()
-        self.owners, self.views, self.piece = owners, views, piece
+        self.owners, self.views, self.piece, self.rows = owners, views, piece, rows
         self.drawn: Draw | None = None
         self._listener, self._clock = listener or Listener(), clock or Clock()
         self._records: Dataset[Any]
@@ -226,19 +230,21 @@ class BatchLoader:
                 raise EngineError("these are pieces of a batch that was given up: the loader has handed out another")
             parts = tuple(batch) if isinstance(batch, list) else batch
             stop = min(start + (self.piece or drawn.rows) * self.views, drawn.rows)
+            if self.rows is not None:
+                parts = filled_up(parts, (stop - start) // self.views)
             if self.views > 1:
                 parts = flattened_views(parts, self.views)
-            if drawn.weights is not None:
+            if self.owners is not None and drawn.weights is not None:
                 parts = (*parts, drawn.weights[start:stop].clone().to(parts[0].device, non_blocking=True))
             drawn.batch = _labelled(parts, Rows(drawn.key, start, stop))
             start = stop
             del batch, parts
             yield drawn.batch
 
-    def _draws(self, iteration: int, ahead: deque[_Ahead], count: int) -> Iterator[Drawn]:
-        """The records of `count` batches, in pieces; notes their sizes and the states after them."""
+    def _draws(self, iteration: int, ahead: deque[_Ahead], batches: int) -> Iterator[Drawn]:
+        """The records of `batches` batches, in pieces; notes their sizes and the states after them."""
         draws = iter(self.sampler)
-        for _ in range(count):
+        for _ in range(batches):
             self._require_newest(iteration)
             with self._clock("sampler"):
                 indices = next(draws, None)
@@ -249,10 +255,14 @@ class BatchLoader:
             if self.owners is not None:
                 records, shares = self.owners.records(units)
                 weights = torch.from_numpy(shares).repeat_interleave(self.views)
+            count = len(records)
+            if self.rows is not None:
+                weights = (torch.arange(self.rows) < count).float().repeat_interleave(self.views)
+                count = self.rows
             state = self.sampler.state_dict()
-            size = self.piece or max(len(records), 1)
-            starts = range(0, max(len(records), 1), size)
-            ahead.append((Draw(len(units), len(records) * self.views, None, weights), len(starts), state))
+            size = self.piece or max(count, 1)
+            starts = range(0, max(count, 1), size)
+            ahead.append((Draw(len(units), count * self.views, None, weights), len(starts), state))
             for start in starts:
                 yield records[start : start + size], _seed_of(state, start)
 

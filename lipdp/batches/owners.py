@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lipdp.accounting.plan import whole
 from lipdp.errors import ParameterError
 
 Indices = npt.NDArray[np.int64]
@@ -101,6 +103,52 @@ class Owners:
         first = np.repeat(self._ends[owners] - counts, counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return self._order[first + within], np.repeat(self._weights[owners], counts)
+
+
+def bounded_contributions(owners: Sequence[Collection[Hashable]], *, contributions: int = 1) -> Indices:
+    r"""Records of which nobody owns more than k: a record joins if all of its owners have contributions left.
+
+    For records with several owners, a message with its sender and receivers say, to train on
+    `Subset(dataset, bounded_contributions(owners))`; where each has one, `Owners` leaves nobody out. Records with few
+    owners come first, then those that stand first. None of the records left out could be added.
+
+    Guarantees, where it is public who owns which record: which records join depends on that alone, not on what they
+    hold. So at most k of them change if all that one owner owns is left out of the training (or, with batches of a
+    fixed size, replaced). If (ε, δ) holds for one record, then for an owner, with everything they own, holds
+
+    - (ε, δ) too for k = 1: no two records that join share an owner;
+    - (kε, δ (e^{kε} − 1)/(e^ε − 1)) for k > 1: k changes of one record, one after the other.
+
+    Who owns what is not protected: without an owner's links others would have contributions left, and other records
+    could join in many places.
+
+    Args:
+        owners: those of every record; a record without any joins.
+        contributions: k ≥ 1.
+
+    Returns:
+        (n,) int64, sorted.
+
+    Raises:
+        ParameterError: k is no whole number of at least 1, or a record's owners are one text.
+
+    >>> bounded_contributions([["ann", "bob"], ["bob"], ["cy", "ann"], ["dan", "bob"]]).tolist()
+    [1, 2]
+
+    Source: Ganesh et al. (2025), "It's my data too: private ML for datasets with multi-user training examples"; group
+    privacy: Vadhan (2017), lemma 2.2.
+    """
+    most = whole("contributions", contributions)
+    if any(isinstance(each, str) for each in owners):
+        raise ParameterError("owners: a text where the owners of a record are needed; give a list of them")
+    used: Counter[Hashable] = Counter()
+    joined = []
+    for record in sorted(range(len(owners)), key=lambda i: len(set(owners[i]))):
+        own = set(owners[record])
+        if all(used[owner] < most for owner in own):
+            used.update(own)
+            joined.append(record)
+    return np.array(sorted(joined), dtype=np.int64)
 
 
 def _rounded_down(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -233,6 +233,25 @@ def _cast(batch: Any, like: Any) -> Any:
     return batch
 
 
+def filled_up(batch: Any, rows: int) -> Any:
+    """A collated batch of (input, target, …) with zero records without a label after its own, `rows` in all.
+
+    >>> x, y = filled_up((torch.ones(1, 2), torch.tensor([3])), 2)
+    >>> x.tolist(), y[1] == NO_LABEL
+    ([[1.0, 1.0], [0.0, 0.0]], tensor(True))
+    """
+    missing = rows - len(batch[0])
+    return batch if not missing else _joined(batch, _filled(batch, {}, missing))
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, Mapping):
+        return {key: _joined(value, second[key]) for key, value in first.items()}
+    return tuple(_joined(*parts) for parts in zip(first, second, strict=True))
+
+
 def _filled(like: Any, found: Mapping[int, Any], count: int, *, target: bool = False) -> Any:
     """A batch of `count` records: those found in their places, zero records without a label elsewhere."""
     if isinstance(like, Tensor):

@@ -183,14 +183,18 @@ class PoissonSampler(_IndependentBatches):
         return self.sampling_rate
 
     def _secure_draw(self, blocks: Iterator[np.ndarray]) -> np.ndarray:
-        below = int(self._rate * 2**64)  # exact: q is a binary fraction
-        if below == 2**64:
-            return np.arange(self.population)
-        found, start = [], 0
+        return np.arange(self.population) if self._rate == 1 else self._below(blocks)[0]
+
+    def _below(self, blocks: Iterator[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The records whose words are below ⌊q 2⁶⁴⌋, and these words."""
+        last = int(self._rate * 2**64) - 1  # exact: q is a binary fraction
+        found, kept, start = [], [], 0
         for words in blocks:
-            found.append(start + np.flatnonzero(words < below))
+            here = np.flatnonzero(words <= last)
+            found.append(start + here)
+            kept.append(words[here])
             start += len(words)
-        return np.concatenate(found)
+        return np.concatenate(found), np.concatenate(kept)
 
 
 class CyclicPoissonSampler(PoissonSampler):
@@ -265,6 +269,52 @@ class CyclicPoissonSampler(PoissonSampler):
         super().load_state_dict(state)
         if dealing != self._dealing:  # the loader loads its own state at every pass
             self._deal(str(dealing))
+
+
+class TruncatedPoissonSampler(PoissonSampler):
+    """Poisson batches, of which at most C records take part: where more are drawn, C of them, uniformly at random.
+
+    The maths: given its size, a Poisson batch is a uniform subset, and so is a uniform part of it: draw
+    min(C, Binomial(N, q)), then a uniform subset of that size. `BatchLoader` fills every batch up to C rows.
+
+    Guarantees: the relation is *add or remove one record*. A record that is drawn may take the place of another, so the
+    sum may move by 2Δ where the others fill the batch: `lipdp.accounting.privacy_loss` proves what that costs.
+    `sampling_rate` is q, before the cut.
+
+    Args:
+        population, sampling_rate, steps, seed, secure: see `PoissonSampler`. With `secure`, of the words below ⌊q 2⁶⁴⌋
+            the C smallest.
+        truncated_batch_size: C ≥ 1.
+
+    Raises:
+        ParameterError: an argument outside its range.
+
+    >>> sampler = TruncatedPoissonSampler(1000, sampling_rate=0.01, truncated_batch_size=12, steps=200, seed=0)
+    >>> max(len(batch) for batch in sampler)
+    12
+
+    Source: Poisson sampling with a cap as in jax-privacy; the account: dp-accounting, arXiv:2508.15089.
+    """
+
+    def __init__(
+        self, population: int, *, sampling_rate: float, truncated_batch_size: int, steps: int, seed: int | None = None,
+        secure: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(population, sampling_rate=sampling_rate, steps=steps, seed=seed, secure=secure)
+        self.truncated_batch_size = _positive("truncated_batch_size", truncated_batch_size)
+
+    def _draw(self, generator: np.random.Generator) -> np.ndarray:
+        drawn = super()._draw(generator)
+        if len(drawn) <= self.truncated_batch_size:
+            return drawn
+        return generator.choice(drawn, self.truncated_batch_size, replace=False, shuffle=False)
+
+    def _secure_draw(self, blocks: Iterator[np.ndarray]) -> np.ndarray:
+        drawn, words = self._below(blocks)
+        return drawn[np.argsort(words, kind="stable")[: self.truncated_batch_size]]
+
+    def _settings(self) -> dict[str, int | float | str]:
+        return {**super()._settings(), "truncated_batch_size": self.truncated_batch_size}
 
 
 class FixedSizeSampler(_IndependentBatches):

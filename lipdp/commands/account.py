@@ -37,6 +37,7 @@ Epochs = Annotated[float | None, typer.Option(help="instead of T: T = epochs / q
 Delta = Annotated[float, typer.Option(help="δ, in (0, 1)")]
 Sampling = Annotated[str, typer.Option(help="poisson (add or remove one), or fixed_size (replace one)")]
 Bands = Annotated[int, typer.Option(help="b of a run with --bands: batches of b groups in turn, correlated noise")]
+Truncated = Annotated[int | None, typer.Option(help="most records of a batch, with --batch-size and --dataset-size")]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 
@@ -51,6 +52,7 @@ def epsilon(
     delta: Delta = 1e-5,
     sampling: Sampling = "poisson",
     bands: Bands = 1,
+    truncated_batch_size: Truncated = None,
     tpr: Annotated[
         list[float] | None,
         typer.Option(help="false-positive rates at which to bound an attacker's true-positive rate, e.g. 0.01 0.001"),
@@ -64,7 +66,7 @@ def epsilon(
     """
     from lipdp.accounting.accountants import get_accountant
 
-    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands)
+    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
     event = drawn.event(noise_multiplier)
     spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
     facts = _facts(drawn, delta)
@@ -89,13 +91,14 @@ def calibrate(
     delta: Delta = 1e-5,
     sampling: Sampling = "poisson",
     bands: Bands = 1,
+    truncated_batch_size: Truncated = None,
     as_json: Json = False,
 ) -> None:
     """The least noise for a target ε, by every accountant.
 
     ε of the σ found is at most the target and at least 0.995 of it.
     """
-    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands)
+    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
     found: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in _ACCOUNTANTS:
@@ -117,20 +120,31 @@ def _subsampling(
     epochs: float | None,
     sampling: str,
     bands: int,
+    truncated_batch_size: int | None,
 ) -> Subsampling:
     from lipdp.accounting.plan import Subsampling
 
+    drawn: dict[str, Any] = {"steps": steps, "epochs": epochs, "sampling": sampling, "bands": bands}
     if sampling_rate is None:
         if batch_size is None or dataset_size is None:
             raise ParameterError("give --sampling-rate, or --batch-size and --dataset-size")
-        return Subsampling.of(dataset_size, batch_size, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
+        return Subsampling.of(dataset_size, batch_size, truncated_batch_size=truncated_batch_size, **drawn)
+    if truncated_batch_size is not None:
+        raise ParameterError("--truncated-batch-size needs --batch-size and --dataset-size instead of --sampling-rate")
     if batch_size is not None or dataset_size is not None:
         raise ParameterError("--sampling-rate follows from --batch-size and --dataset-size; give one or the other")
-    return Subsampling.at(sampling_rate, steps=steps, epochs=epochs, sampling=sampling, bands=bands)
+    return Subsampling.at(sampling_rate, **drawn)
 
 
 def _facts(drawn: Subsampling, delta: float) -> dict[str, Any]:
-    stated = {"sampling_rate": drawn.sampling_rate, "steps": drawn.steps, "bands": drawn.bands, "delta": delta}
+    stated: dict[str, Any] = {
+        "sampling_rate": drawn.sampling_rate,
+        "steps": drawn.steps,
+        "bands": drawn.bands,
+        "delta": delta,
+    }
+    if drawn.truncation:
+        stated["truncation"] = drawn.truncation
     return {**stated, "relation": drawn.relation.value}
 
 

@@ -106,7 +106,7 @@ def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: P
             "inputs": _inputs(config, split),
             "protects": f"each of {plan.dataset_size:,} {plan.unit}s ({plan.relation.words} {plan.unit})",
             "batches": f"T = {plan.steps} steps, B = {plan.expected_batch_size}, q = {plan.sampling_rate:.4g}"
-            f"{in_bands(plan.bands)} ({_SAMPLINGS[plan.sampling]})",
+            f"{in_bands(plan.bands, plan.truncated_batch_size)} ({_SAMPLINGS[plan.sampling]})",
             **_measurements(plan),
             "budget": f"ε = {plan.predicted.epsilon:.4g} at δ = {plan.predicted.delta:g} after all steps"
             f" ({plan.predicted.accountant})",

@@ -51,7 +51,7 @@ class Task:
 
     def __post_init__(self) -> None:
         drawn = (self.plan.dataset_size, self.plan.sampling, self.plan.unit, self.plan.bands)
-        if drawn != (len(self.dataset), "poisson", "record", 1):
+        if drawn != (len(self.dataset), "poisson", "record", 1) or self.plan.truncated_batch_size is not None:
             raise ParameterError(
                 f"the plan is for {drawn[0]} {drawn[2]}s, {drawn[1]}, bands={drawn[3]}; trainers are compared on"
                 f" Poisson batches of all {len(self.dataset)} records, with independent noise"
@@ -72,6 +72,17 @@ class Task:
         """A batch in pieces of at most `microbatch` rows, and a record at least; an empty batch has none."""
         size = self.views * max(self.microbatch // self.views, 1) if self.microbatch else max(len(x), 1)
         return [piece for piece in zip(x.split(size), y.split(size), strict=True) if len(piece[0])]
+
+
+def ladder(middle: float, rungs: int = 4) -> tuple[float, ...]:
+    """`middle`, 1 or 3 times a power of ten, and so many values on both sides, about three times apart.
+
+    >>> ladder(0.1, 3)
+    (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    """
+    values = [float(f"{digit}e{power}") for power in range(-12, 13) for digit in (1, 3)]
+    place = values.index(middle)
+    return tuple(values[place - rungs : place + rungs + 1])
 
 
 class Session(ABC):
@@ -101,7 +112,7 @@ class ComparedTrainer(ABC):
     Attributes:
         words: what it does, for a legend. private: whether its steps have an ε.
         lipschitz, plain: whether it trains models with certified norms, and unconstrained ones.
-        grid: setting → values for the search of `compare utility`; every trainer has the same number of combinations.
+        grid: setting → values that `compare utility` searches (`lipdp.comparison.tuning`), from the middle on.
     """
 
     name: ClassVar[str]
@@ -110,6 +121,11 @@ class ComparedTrainer(ABC):
     lipschitz: ClassVar[bool] = True
     plain: ClassVar[bool] = True
     grid: ClassVar[Grid]
+
+    @property
+    def gain(self) -> float:
+        """By what it multiplies a gradient of norm 1 that it keeps: a searched learning rate is divided by it."""
+        return 1.0
 
     @abstractmethod
     def start(self, model: nn.Module, task: Task) -> Session:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -16,11 +15,15 @@ from lipdp.accounting.plan import PrivacyPlan
 from lipdp.comparison.calibration import calibration
 from lipdp.comparison.configs import UtilityConfig
 from lipdp.comparison.contenders import Contender, bench, contenders
-from lipdp.comparison.protocol import ComparedTrainer, Session
+from lipdp.comparison.protocol import Session
 from lipdp.comparison.results import Cell, Progress, Results, markdown
+from lipdp.comparison.tuning import Settings, proposal, winner
 from lipdp.data import Split, number_of_units, split_validation
 from lipdp.errors import NonFiniteError
 from lipdp.training.evaluation import evaluate
+
+_Run: TypeAlias = tuple[str, Contender, float | None]
+"""Data set, contender and budget."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,19 @@ class Job:
 
     Attributes:
         dataset, contender, epsilon: the cell; ε None without privacy.
-        settings: of the trainer, and "lr".
+        settings: of the trainer, and "lr", which its `gain` divides.
         seed: of weights, batches and noise.
         trial: judged on a validation part carved out of the training part, and scaled.
+        interior: of a final run, whether the trials around its settings were worse; None: there were none.
     """
 
     dataset: str
     contender: Contender
     epsilon: float | None
-    settings: tuple[tuple[str, Any], ...]
+    settings: Settings
     seed: int
     trial: bool
+    interior: bool | None = None
 
 
 def utility(
@@ -52,9 +57,10 @@ def utility(
     """Tune every trainer at every budget, then train it with its best settings, once for each seed.
 
     Guarantees: every trainer gets the same data, expected batch size, number of steps, joint noise multiplier,
-    optimiser, schedule and number of trials. Settings are chosen on a validation part of the training records; the test
-    part is looked at once per final run, and chooses nothing. (None of the choices is covered by ε: they are made as
-    one would on public data, for all trainers alike.)
+    optimiser, schedule and number of trials: one each, and again until all best settings have worse neighbours on every
+    side (`tuning.winner`), or `config.trials` are done; then those on the edge are marked. Settings are chosen on a
+    validation part of the training records; the test part is looked at once per final run, and chooses nothing. (None
+    of the choices is covered by ε: they are made as one would on public data, for all trainers alike.)
 
     Args:
         config: what is compared.
@@ -73,37 +79,46 @@ def utility(
         for contender in contenders(config.trainers, config.kinds)
         for epsilon in (config.epsilons if contender.trainer.private else (None,))
     ]
-    trials = [Job(*cell, settings, 0, True) for cell in cells for settings in _grid(cell[1].trainer, config.trials)]
-    trials = trials if config.trials > 1 else []
-    total = len(trials) + len(cells) * config.seeds
+    total = len(cells) * (config.trials * (config.trials > 1) + config.seeds)  # at most
 
     def told(cell: Cell) -> None:
         progress(cell, len(tuning.cells) + len(results.cells), total)
 
     work: dict[str, Any] = {"key": partial(_key, config), "measure": partial(run, config), "told": told, "jobs": jobs}
-    tuning.fill(trials, **work)
+    if config.trials > 1:
+        for dataset in config.datasets:
+            _tune(config, tuning, [cell for cell in cells if cell[0] == dataset], work)
     finals = []
     for cell in cells:
-        settings = _best(config, tuning, cell)
-        finals += [Job(*cell, settings, seed, False) for seed in range(config.seeds)]
+        settings, interior = _best(config, tuning, cell)
+        finals += [Job(*cell, settings, seed, False, interior) for seed in range(config.seeds)]
     results.fill(finals, **work)
     return results
 
 
-def _grid(trainer: ComparedTrainer, trials: int) -> Iterator[tuple[tuple[str, Any], ...]]:
-    """The first combinations of the declared grid; they begin with all learning rates."""
-    names = sorted(trainer.grid, key="lr".__eq__)  # the last one varies fastest
-    combinations = itertools.product(*(trainer.grid[name] for name in names))
-    return (tuple(zip(names, combination, strict=True)) for combination in itertools.islice(combinations, trials))
+def _tune(config: UtilityConfig, tuning: Results, cells: Sequence[_Run], work: Mapping[str, Any]) -> None:
+    """One trial of every trainer at every budget, and again, until no winner is on the edge of what was tried."""
+    for done in range(config.trials):
+        tried = [(cell, cell[1].trainer.grid, dict(_tried(config, tuning, cell)[:done])) for cell in cells]
+        if done and all(winner(grid, scores)[1] for _, grid, scores in tried):
+            return
+        proposed = [(cell, proposal(grid, scores)) for cell, grid, scores in tried]
+        tuning.fill([Job(*cell, settings, 0, True) for cell, settings in proposed if settings is not None], **work)
 
 
-def _best(
-    config: UtilityConfig, tuning: Results, cell: tuple[str, Contender, float | None]
-) -> tuple[tuple[str, Any], ...]:
-    settings = list(_grid(cell[1].trainer, config.trials))
-    if len(settings) == 1:
-        return settings[0]
-    return max(settings, key=lambda chosen: tuning.find(**_key(config, Job(*cell, chosen, 0, True)))[0]["score"])
+def _tried(config: UtilityConfig, tuning: Results, cell: _Run) -> list[tuple[Settings, float]]:
+    key = _key(config, Job(*cell, (), 0, True))
+    del key["settings"]
+    return [(tuple(trial["settings"].items()), trial["score"]) for trial in tuning.find(**key)]
+
+
+def _best(config: UtilityConfig, tuning: Results, cell: _Run) -> tuple[Settings, bool | None]:
+    """The settings of the final runs, and whether they are in the interior of what was tried; None: nothing was."""
+    grid, tried = cell[1].trainer.grid, dict(_tried(config, tuning, cell))
+    if tried:
+        return winner(grid, tried)
+    middle = proposal(grid, {})
+    return middle or (), None
 
 
 def _key(config: UtilityConfig, job: Job) -> Cell:
@@ -136,7 +151,8 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         scale = config.tune_scale if contender.trainer.private else 1
         found = replace(found, split=held_out, plan=trial_plan(found.plan, held_out, scale))
     settings = dict(job.settings)
-    session = found.trained(contender, settings, lr=settings.pop("lr"), seed=job.seed)
+    lr = settings.pop("lr") / replace(contender.trainer, **settings).gain
+    session = found.trained(contender, settings, lr=lr, seed=job.seed)
     split, binary = found.split, found.split.task == "binary"
     try:
         told = evaluate(session.model, split.test_x, split.test_y, binary=binary)
@@ -151,6 +167,7 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         **_key(config, job),
         **found.facts(contender, trial=job.trial),
         **scores,
+        **({} if job.trial else {"interior": job.interior}),
         "chance": chance_of(split),
         "seconds": round(time.perf_counter() - begin, 2),
     }
@@ -188,7 +205,7 @@ def summary(results: Results) -> list[Cell]:
         chance = cells[0].get("chance", 0.0)
         figures = {"metric": metric, "mean": mean, "spread": spread, "runs": len(scores)}
         figures["learned"] = mean > chance + 0.05 * (1.0 - chance)
-        shared = {name: cells[0][name] for name in ("settings", "epsilon")}
+        shared = {name: cells[0].get(name) for name in ("settings", "epsilon", "interior")}
         found.append({**dict(zip(names, key, strict=True)), **figures, **shared})
     return found
 
@@ -207,6 +224,8 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def shown(cell: Cell) -> str:
-    """Mean ± spread in percent, and whether it learned."""
+    """Mean ± spread in percent, whether it learned, and whether its settings are on the edge of what was tried."""
     spread = "(one seed)" if cell["spread"] is None else f"± {100 * cell['spread']:.1f}"
-    return f"{100 * cell['mean']:.1f} {spread}" + ("" if cell["learned"] else ", did not learn")
+    learned = "" if cell["learned"] else ", did not learn"
+    edge = ", settings on the edge" if cell["interior"] is False else ""
+    return f"{100 * cell['mean']:.1f} {spread}" + learned + edge

@@ -92,9 +92,10 @@ class Repetitions:
         Raises:
             AccountingError: another relation, or no finite bound.
         """
-        if event.relation is not Relation.ADD_OR_REMOVE_ONE:
+        if event.relation is not Relation.ADD_OR_REMOVE_ONE or event.truncation:
             raise AccountingError(
-                f"the account of a search covers add_or_remove_one, not {event.relation.value}: use Poisson batches"
+                f"the account of a search covers add_or_remove_one, not {event.relation.value}, and no truncated"
+                " batches: use Poisson batches"
             )
         step = dp_event.PoissonSampledDpEvent(event.sampling_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
         run = dp_event.SelfComposedDpEvent(step, event.compositions)

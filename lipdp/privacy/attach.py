@@ -40,7 +40,7 @@ def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> S
             f"multiplicity={request.multiplicity!r}: how many views of a record are averaged, 1 or more"
         )
     population = Population.of(request.dataset, world, group=request.group, shards=request.shards)
-    plan = _completed(plan, request, draws, population)
+    plan = _completed(plan, request, draws, population, world.size)
     check_alike(world, plan, multiplicity=request.multiplicity)
     records = first_records(request.dataset, world, shards=request.shards)
     check_records(request.dataset, world, shards=request.shards)
@@ -56,7 +56,9 @@ def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> S
     return run
 
 
-def _completed(plan: PrivacyPlan, request: Request, draws: Draws, population: Population) -> PrivacyPlan:
+def _completed(
+    plan: PrivacyPlan, request: Request, draws: Draws, population: Population, world_size: int
+) -> PrivacyPlan:
     """The plan with what the mechanism adds to it; refused if it is of other units, or for another account."""
     if plan.unit != population.unit:
         raise ParameterError(
@@ -72,6 +74,13 @@ def _completed(plan: PrivacyPlan, request: Request, draws: Draws, population: Po
         raise ParameterError(
             f"dataset_size={plan.dataset_size} but the dataset has {population.present} {plan.unit}s: with batches"
             " of a fixed size q = B/N is exact, and N is public; leave dataset_size out"
+        )
+    if plan.truncated_batch_size is not None and (world_size > 1 or population.present > plan.dataset_size):
+        raise ParameterError(
+            "truncated_batch_size is for one process: leave it out, or train with one"
+            if world_size > 1
+            else f"dataset_size={plan.dataset_size} but the dataset has {population.present} records: how often batches"
+            " are cut depends on it, and the account is for at most dataset_size; leave it out"
         )
     return replace(
         plan,
@@ -121,6 +130,7 @@ def _hooked(
         clock=clock,
         passes=request.passes,
         piece=request.piece,
+        rows=plan.truncated_batch_size,
     )
     private = PrivateCriterion(loss, graph, state, step)
     typical = _probed(inner, graph, min(float(private.constant()), float(state.bound)))

@@ -37,7 +37,7 @@ def complete(
 
     Args:
         model: inside its wrappers.
-        account: N, sampling, bands, unit, σ or (ε, δ), accountant.
+        account: N, sampling, bands, truncated_batch_size, unit, σ or (ε, δ), accountant.
 
     Returns:
         The plan, further arguments of `make_private_with_plan`, and the settings that were suggested together.

@@ -55,7 +55,8 @@ class PrivateCriterion(nn.Module):
     Where records are grouped by owner, `criterion(model(x), target, weight)` is the mean with these weights, its
     gradient that of Σ_i w_i ℓ_i, and row i is gated at w_i times the constant; the weights used are the loader's own.
     The weights of an owner add up to 1 at most, so ‖Σ_i w_i ∇ℓ_i‖ ≤ Σ_i w_i Δ ≤ Δ: the bound of one record holds for
-    the owner. Of K views of a record each counts as a row of its own; the engine divides their sum by K.
+    the owner. Of K views of a record each counts as a row of its own; the engine divides their sum by K. Rows that fill
+    a batch up (`truncated_batch_size`) have weight 0, whatever their labels are, and are 0 in the mean.
 
     Attributes:
         loss: the per-sample loss.
@@ -72,9 +73,9 @@ class PrivateCriterion(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         rows = known_rows(target)
-        weights, target = self._weights(logits, weight), plain(target)
+        weights, target = self._weights(logits, weight, rows), plain(target)
         if not (torch.is_grad_enabled() and logits.requires_grad):
-            return _mean(self._value(logits, target, weights), logits, weights)
+            return _mean(self._value(logits, target, weights), logits, weights if self._step.grouped else None)
         return self._private(logits, target, weights, rows)
 
     @_disable_dynamo
@@ -107,7 +108,8 @@ class PrivateCriterion(nn.Module):
             return found
 
         inputs = [logits] if call.sharded else call.inputs
-        result: Tensor = _Release.apply(_mean(value.detach(), logits, weights), call, release, gated, *inputs)
+        mean = _mean(value.detach(), logits, weights if self._step.grouped else None)
+        result: Tensor = _Release.apply(mean, call, release, gated, *inputs)
         return result
 
     def _value(self, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
@@ -120,15 +122,20 @@ class PrivateCriterion(nn.Module):
             )
         return values.sum() if weights is None else (values * weights).sum()
 
-    def _weights(self, logits: Tensor, weight: Tensor | None) -> Tensor | None:
-        """(n,) of every row, the loader's own; None where all are 1."""
+    def _weights(self, logits: Tensor, weight: Tensor | None, known: Rows | None) -> Tensor | None:
+        """(n,) of every row, the loader's own; None where all are 1.
+
+        Labels of unknown rows, or of another batch, have none: no step follows from them.
+        """
         drawn = self._step.drawn
         if not self._step.grouped and weight is not None:
             raise EngineError(
                 "every record counts alike; leave the weight out (pass group= to make_private for owners)"
             )
         if not self._step.grouped:
-            return None
+            if drawn is None or drawn.weights is None or known is None or known.batch is not drawn.key:
+                return None
+            return drawn.weights[known.start : known.stop].to(logits.device, non_blocking=True)
         if weight is None or weight.shape != logits.shape[:1]:
             given = "none" if weight is None else f"weights of shape {tuple(weight.shape)}"
             raise EngineError(

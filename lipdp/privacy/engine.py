@@ -115,6 +115,7 @@ class PrivacyEngine:
         epochs: float | None = None,
         sampling: str = "poisson",
         bands: int = 1,
+        truncated_batch_size: int | None = None,
         dataset_size: int | None = None,
         target_epsilon: float | None = None,
         target_delta: float | None = None,
@@ -138,6 +139,8 @@ class PrivacyEngine:
             noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
             bands: b > 1 for noise that is correlated over b steps, and batches of every b-th group.
+            truncated_batch_size: C ≥ B: of a Poisson batch at most C records take part, and all batches have C rows,
+                some of them empty: one shape for compiled graphs. C = B + 5√B costs nearly nothing.
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account
                 then treats as public. With `group`, of owners.
             target_epsilon, target_delta: the budget, where there is one.
@@ -175,6 +178,7 @@ class PrivacyEngine:
             dataset_size=population.present if dataset_size is None else dataset_size,
             sampling=sampling,
             bands=bands,
+            truncated_batch_size=truncated_batch_size,
             unit=population.unit,
             noise_multiplier=noise_multiplier,
             target_epsilon=target_epsilon,

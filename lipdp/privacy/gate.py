@@ -106,7 +106,10 @@ class GateState:
         return self._rule is not None
 
     def limit(self, cotangent: Tensor, constant: float | Tensor, weights: Tensor | None) -> Tensor:
-        """Every row of the cotangent at min(bound, the loss's constant) at most; times w_i with `weights` (n,)."""
+        """Every row of the cotangent at min(bound, the loss's constant) at most; times w_i with `weights` (n,).
+
+        A row of weight 0 is 0, whatever it holds.
+        """
         if self._rule is not None and not isinstance(self.bound, Tensor):
             self.bound = torch.full((), self.bound, dtype=torch.float64, device=cotangent.device)
         limit: float | Tensor
@@ -114,9 +117,10 @@ class GateState:
             limit = constant.clamp(max=self.bound)
         else:
             limit = self.bound.clamp(max=constant) if isinstance(self.bound, Tensor) else min(self.bound, constant)
-        if weights is not None:
-            limit = limit * weights.double().view(-1, *[1] * (cotangent.ndim - 1))
-        return clip_norm(cotangent, limit)
+        if weights is None:
+            return clip_norm(cotangent, limit)
+        weights = weights.double().view(-1, *[1] * (cotangent.ndim - 1))
+        return clip_norm(cotangent, limit * weights).masked_fill(weights == 0, 0.0)
 
     def count(self, cotangent: Tensor, weights: Tensor | None) -> None:
         """Note for the quantile how many cotangents of a pass are within the bound; a row of weight w_i counts w_i."""

@@ -15,7 +15,13 @@ from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.inputs import Fields
 from lipdp.batches.population import Group
-from lipdp.batches.samplers import CyclicPoissonSampler, FixedSizeSampler, PoissonSampler, Sampler
+from lipdp.batches.samplers import (
+    CyclicPoissonSampler,
+    FixedSizeSampler,
+    PoissonSampler,
+    Sampler,
+    TruncatedPoissonSampler,
+)
 from lipdp.errors import ParameterError
 from lipdp.noise.allocation import Allocation
 from lipdp.noise.gaussian import GaussianNoise
@@ -52,6 +58,7 @@ class Given(Options, total=False):
     epochs: float | None
     sampling: str
     bands: int
+    truncated_batch_size: int | None
     fields: Fields | None
     dataset_size: int | None
     gate: float | FixedGate | QuantileGate | None
@@ -105,6 +112,11 @@ class Draws:
         options: dict[str, Any] = {"steps": plan.steps, "seed": self.seed, "secure": self.secure}
         if plan.bands > 1:
             return CyclicPoissonSampler(population, sampling_rate=plan.sampling_rate, bands=plan.bands, **options)
+        if plan.truncated_batch_size is not None:
+            most = plan.truncated_batch_size
+            return TruncatedPoissonSampler(
+                population, sampling_rate=plan.sampling_rate, truncated_batch_size=most, **options
+            )
         if plan.sampling == "poisson":
             return PoissonSampler(population, sampling_rate=plan.sampling_rate, **options)
         return FixedSizeSampler(population, batch_size=plan.expected_batch_size, **options)

@@ -120,7 +120,8 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
     )
     source = "a fixed seed: repeatable" if account.seeded else f"{source}, seeded by the operating system"
     size = f"B = {number(account.expected_batch_size)}"
-    rate = f"{number(account.sampling_rate)} ({batches} batches of {size}){in_bands(account.bands)}"
+    correlated = in_bands(account.bands, account.truncated_batch_size)
+    rate = f"{number(account.sampling_rate)} ({batches} batches of {size}){correlated}"
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
         ("Protected", _PROTECTED[account.unit].format(number(account.dataset_size))),

@@ -47,6 +47,7 @@ class Account:
         sensitivity: parameter → Δ, at the weights as they are.
         noise_stds: parameter → s, as the last step drew it; empty before the first.
         seeded: the noise can be repeated. secure: it comes from a cipher. bands: steps over which it is correlated.
+        truncated_batch_size: the most records of a batch.
         measurements: what was released beside the steps, in the same ε.
         digest: of the file. intact: whether it agrees, found when read (None: there is none).
     """
@@ -73,6 +74,7 @@ class Account:
     unit: Literal["record", "owner"]
     measurements: tuple[Measured, ...] = ()
     bands: Count = 1
+    truncated_batch_size: Count | None = None
     digest: str | None = None
     intact: bool | None = None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
+from lipdp.accounting.plan import in_bands, truncation
 from lipdp.accounting.relation import Relation
 from lipdp.accounting.tradeoff import trade_off
 from lipdp.errors import LipdpError
@@ -187,7 +188,8 @@ def nist(account: Account) -> tuple[tuple[str, str], ...]:
         ),
         (
             "Mechanism",
-            f"Gaussian noise{correlated} on sums of gradients, {sampling.get(account.sampling, account.sampling)}",
+            f"Gaussian noise{correlated} on sums of gradients, {sampling.get(account.sampling, account.sampling)}"
+            f"{in_bands(1, account.truncated_batch_size)}",
         ),
         (
             "Trust model",
@@ -215,7 +217,9 @@ def _events(account: Account) -> list[Event]:
     """The measurements, and the steps."""
     once = [Event(m.noise_multiplier, 1.0, 1, account.relation) for m in account.measurements]
     rate = min(1.0, account.bands * account.sampling_rate)
-    return [*once, Event(account.noise_multiplier, rate, account.steps, account.relation, account.bands)]
+    most = account.truncated_batch_size
+    cut = 0.0 if most is None else truncation(account.dataset_size, account.sampling_rate, most)
+    return [*once, Event(account.noise_multiplier, rate, account.steps, account.relation, account.bands, cut)]
 
 
 _ALARMS: tuple[tuple[Callable[[RecordedRun], bool], str, str], ...] = (

@@ -44,6 +44,7 @@ def suggest(
     epochs: float | None = None,
     sampling: str = "poisson",
     bands: int = 1,
+    truncated_batch_size: int | None = None,
     unit: str = "record",
     accountant: str = "prv",
     criterion: nn.Module | None = None,
@@ -74,8 +75,8 @@ def suggest(
         input_shape: of one sample.
         dataset_size: N, a public constant.
         target_epsilon, target_delta: the budget; or `noise_multiplier`.
-        expected_batch_size, steps, epochs, sampling, bands, unit, accountant, criterion, gate, allocation: as for
-            `PrivacyEngine.make_private`.
+        expected_batch_size, steps, epochs, sampling, bands, truncated_batch_size, unit, accountant, criterion, gate,
+            allocation: as for `PrivacyEngine.make_private`.
         joints: clips and gates between layers and at weights; () places none.
         public: (n, *input_shape) samples that no record has a part in, of a public data set say; by default 1/f noise
             for images and normal rows for tables.
@@ -102,6 +103,7 @@ def suggest(
         epochs=epochs,
         sampling=sampling,
         bands=bands,
+        truncated_batch_size=truncated_batch_size,
         unit=unit,
         noise_multiplier=noise_multiplier,
         target_epsilon=target_epsilon,

@@ -137,6 +137,7 @@ def plan_of(
         steps=decided(config.steps),
         sampling=config.sampling,
         bands=config.bands,
+        truncated_batch_size=config.truncated_batch_size,
         noise_multiplier=config.noise_multiplier or noise_multiplier,
         target_epsilon=config.epsilon,
         target_delta=config.delta,

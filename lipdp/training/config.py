@@ -106,6 +106,9 @@ class TrainConfig:
     bands: int = _privacy(
         whole(1, 1024), ACCOUNT, "correlate the noise of so many steps, each with its own part of the data", 1
     )
+    truncated_batch_size: int | None = _privacy(
+        whole(), ACCOUNT, "most records of a batch; every batch has so many rows, one shape for --compile"
+    )
     allocation: str = _privacy(NAME, METHOD, "of the noise", "per_layer", choices=ALLOCATIONS)
     gate: float | None = _privacy(
         GATE, METHOD, "bound on every record's gradient at the logits, or off (the loss's own)"

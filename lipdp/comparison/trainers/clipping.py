@@ -10,7 +10,7 @@ import torch
 from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
 from lipdp.comparison.factors import Automatic, Clipping, GlobalFlat
-from lipdp.comparison.protocol import Grid
+from lipdp.comparison.protocol import Grid, ladder
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 
 
@@ -25,7 +25,7 @@ class AutomaticClipping(OpacusTrainer):
 
     name = "automatic"
     words = "divides every gradient by its norm, no threshold to choose"
-    grid: ClassVar[Grid] = {"lr": (0.1, 0.3, 1.0, 3.0)}
+    grid: ClassVar[Grid] = {"lr": ladder(0.3, 8), "stability": ladder(0.01)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         clipping = Automatic(self.max_grad_norm, self.stability)
@@ -34,17 +34,24 @@ class AutomaticClipping(OpacusTrainer):
 
 @dataclass(frozen=True)
 class GlobalScaledClipping(OpacusTrainer):
-    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version.
+    """(C/Z) 1(‖g‖ ≤ Z) g, the definition of the first version. C ≤ Z only scales the learning rate.
+
+    At the learning rate times Z/C it is `GlobalClipping` at Z: the noise, of std σC, becomes σZ.
 
     Attributes:
         threshold: Z, above most gradient norms.
     """
 
+    max_grad_norm: float = 0.01
     threshold: float = 10.0
 
     name = "global_scaled"
     words = "scales gradients below Z by C/Z, drops the others"
-    grid: ClassVar[Grid] = {"lr": (0.3, 1.0), "threshold": (3.0, 10.0)}
+    grid: ClassVar[Grid] = {"lr": ladder(0.1, 8), "threshold": ladder(3.0)}
+
+    @property
+    def gain(self) -> float:
+        return self.max_grad_norm / self.threshold
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         clipping = GlobalFlat(self.max_grad_norm, self.threshold)
@@ -59,7 +66,11 @@ class GlobalClipping(OpacusTrainer):
 
     name = "global"
     words = "keeps gradients below C, drops the others"
-    grid: ClassVar[Grid] = {"lr": (0.1, 0.3), "max_grad_norm": (3.0, 10.0)}
+    grid: ClassVar[Grid] = {"lr": ladder(0.1, 8), "max_grad_norm": ladder(3.0)}
+
+    @property
+    def gain(self) -> float:
+        return 1.0
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         clipping = GlobalFlat(self.max_grad_norm)
@@ -85,7 +96,7 @@ class AdaptiveClipping(OpacusTrainer):
 
     name = "adaptive"
     words = "clips at a threshold that follows a quantile of the norms, privately"
-    grid: ClassVar[Grid] = {"lr": (0.3, 1.0), "quantile": (0.5, 0.8)}
+    grid: ClassVar[Grid] = {"lr": ladder(0.3, 8), "quantile": (0.1, 0.3, 0.5, 0.7, 0.9)}
 
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         count_std = max(options["expected_batch_size"] / 20, 2.5 * options["noise_multiplier"])

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lipdp.comparison.backprop_clipping import with_backprop_clipping
-from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, ladder
 from lipdp.privacy.engine import PrivacyEngine
 
 
@@ -22,7 +22,11 @@ class Clipless(ComparedTrainer):
     name = "clipless"
     words = "lipdp as it is, bounded layers and no clipping"
     plain = False
-    grid: ClassVar[Grid] = {"lr": (0.3, 1.0), "gate": (0.1, 0.3)}
+    grid: ClassVar[Grid] = {"lr": ladder(0.1, 8), "gate": ladder(0.1)}
+
+    @property
+    def gain(self) -> float:
+        return 1.0 if self.gate is None else min(1.0, self.gate)
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return EngineSession(model, task, gate=self.gate, allocation=self.allocation)
@@ -69,7 +73,11 @@ class BackpropClipping(ComparedTrainer):
     name = "backprop_clipping"
     words = "clips inputs and gradients inside backpropagation, on an unconstrained model"
     lipschitz = False
-    grid: ClassVar[Grid] = {"lr": (0.3, 1.0), "cotangent_bound": (0.03, 0.1)}
+    grid: ClassVar[Grid] = {"lr": ladder(0.1, 8), "cotangent_bound": ladder(0.1)}
+
+    @property
+    def gain(self) -> float:
+        return min(1.0, self.cotangent_bound)
 
     def start(self, model: nn.Module, task: Task) -> Session:
         clipped = with_backprop_clipping(model, self.input_bound, self.cotangent_bound)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, put_back, remove_gates
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, ladder, put_back, remove_gates
 from lipdp.nn import project_
 
 
@@ -18,7 +18,7 @@ class NonPrivate(ComparedTrainer):
     name = "non_private"
     words = "no noise, no privacy"
     private = False
-    grid: ClassVar[Grid] = {"lr": (0.1, 0.3, 1.0, 3.0)}
+    grid: ClassVar[Grid] = {"lr": ladder(1.0, 8)}
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return _Session(model, task)

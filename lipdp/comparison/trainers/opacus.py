@@ -15,11 +15,11 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 
 import lipdp.comparison.opacus_layers  # noqa: F401  (registers lipdp's layers with Opacus)
-from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, put_back, remove_gates
+from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, ladder, put_back, remove_gates
 from lipdp.errors import ParameterError, UnsupportedLayerError
 from lipdp.nn import project_
 
-CLIP_GRID: Grid = {"lr": (0.3, 1.0), "max_grad_norm": (0.3, 1.0)}
+CLIP_GRID: Grid = {"lr": ladder(0.3, 8), "max_grad_norm": ladder(0.3)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class OpacusTrainer(ComparedTrainer):
 
     mode: ClassVar[str] = "hooks"
     grid: ClassVar[Grid] = CLIP_GRID
+
+    @property
+    def gain(self) -> float:
+        return min(1.0, self.max_grad_norm)
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return OpacusSession(model, task, self)

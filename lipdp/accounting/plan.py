@@ -38,7 +38,9 @@ def truncation(dataset_size: int, sampling_rate: float, truncated_batch_size: in
     >>> truncation(1000, 0.1, 150) < 1e-6
     True
     """
-    return min(1.0, float(betainc(truncated_batch_size, dataset_size - truncated_batch_size + 1, sampling_rate)) * (1 + 1e-6))
+    return min(
+        1.0, float(betainc(truncated_batch_size, dataset_size - truncated_batch_size + 1, sampling_rate)) * (1 + 1e-6)
+    )
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ RNG = np.random.default_rng(0)
 pytestmark = pytest.mark.usefixtures("no_environment")
 
 
-# --- npz --------------------------------------------------------------------------------------------------------------
-
-
 def test_npz_table_and_its_split(tmp_path):
     x = np.arange(50.0).reshape(25, 2)
     split = data.load(save(tmp_path / "t.npz", X=x, y=np.arange(25) % 2))

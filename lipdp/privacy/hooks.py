@@ -50,20 +50,9 @@ class StepHooks:
     """The hooks on one optimiser, and what they need at every step."""
 
     def __init__(
-        self,
-        request: Request,
-        plan: PrivacyPlan,
-        draws: Draws,
-        world: World,
-        *,
-        inner: nn.Module,
-        graph: BoundGraph,
-        criterion: PrivateCriterion,
-        gate: GateState,
-        step: StepInProgress,
-        loader: BatchLoader,
-        clock: Clock,
-    ) -> None:
+        self, request: Request, plan: PrivacyPlan, draws: Draws, world: World, *, inner: nn.Module, graph: BoundGraph,
+        criterion: PrivateCriterion, gate: GateState, step: StepInProgress, loader: BatchLoader, clock: Clock,
+    ) -> None:  # fmt: skip
         module, optimizer = inner, request.optimizer
         self.world, self.clock = world, clock
         self.module, self.criterion, self.loader = original(module), criterion, loader
@@ -84,14 +73,9 @@ class StepHooks:
         self._sharded_grads = torch.empty(0)
         unproven = {"fully_shard": bool(self._sharded), "shards=True": request.shards, "a QuantileGate": gate.moves}
         self.correlated = Correlated.of(
-            plan,
-            request,
-            self.noise,
-            self.names,
-            owners=loader.owners,
-            steps=self.count.before,
+            plan, request, self.noise, self.names, owners=loader.owners, steps=self.count.before,
             beside=[name for name in unproven if unproven[name]],
-        )
+        )  # fmt: skip
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size
         self._gradients = GradientCheck(

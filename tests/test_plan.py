@@ -190,7 +190,7 @@ def test_the_engine_executes_the_plan_it_is_given_and_names_the_rest():
     [
         ({"unit": "owner"}, {}, "protects each owner, but batches would be drawn from records"),
         ({}, {"group": np.arange(1000) % 1000}, "protects each record, but batches would be drawn from owners"),
-        ({"accountant": "rdp"}, {}, "the accountant 'rdp' and the engine has 'prv'"),
+        ({"accountant": "rdp"}, {}, "the accountant 'rdp', but the engine has 'prv'"),
         ({"dataset_size": 2000, "sampling": "fixed_size"}, {}, "dataset_size=2000 but the dataset has 1000 records"),
     ],
 )

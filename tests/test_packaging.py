@@ -30,7 +30,7 @@ def test_the_manifest_names_all_that_the_tests_read():
 PYTHONS = {"3.10": ("torch==2.4.1", "numpy==1.26.4"), "3.13": ()}
 """The oldest and the newest, and what is installed first there."""
 
-CORE = ("rooms", "accounting", "bounds", "layers", "any_loop", "readme")
+CORE = ("rooms", "accounting", "bounds", "layers", "readme")
 
 
 @pytest.mark.slow

@@ -188,9 +188,9 @@ def test_the_engine_executes_the_plan_it_is_given_and_names_the_rest():
 @pytest.mark.parametrize(
     ("plan", "options", "message"),
     [
-        ({"unit": "owner"}, {}, "protects each owner and the batches would be drawn of records"),
-        ({}, {"group": np.arange(1000) % 1000}, "protects each record and the batches would be drawn of owners"),
-        ({"accountant": "rdp"}, {}, "the accountant 'rdp' and the engine has 'prv'"),
+        ({"unit": "owner"}, {}, "protects each owner, but batches would be drawn from records"),
+        ({}, {"group": np.arange(1000) % 1000}, "protects each record, but batches would be drawn from owners"),
+        ({"accountant": "rdp"}, {}, "the accountant 'rdp', but the engine has 'prv'"),
         ({"dataset_size": 2000, "sampling": "fixed_size"}, {}, "dataset_size=2000 but the dataset has 1000 records"),
     ],
 )

@@ -77,7 +77,8 @@ class PrivateForward:
         self._parameters = list(model.parameters())  # `fully_shard` exchanges them while the model runs
         # a call under torch.compile goes on as written: tensors of a batch are not for its tracer (torch 2.4 has no
         # such list, and leaves them out by itself)
-        getattr(torch._dynamo.config, "nontraceable_tensor_subclasses", set()).add(BatchTensor)
+        untraced: set[type[Tensor]] = getattr(torch._dynamo.config, "nontraceable_tensor_subclasses", set())
+        untraced.add(BatchTensor)
         model.forward = self
         if outer is not model and is_compiled(outer):
             outer.forward = CompiledCall(outer.forward, self)

@@ -91,12 +91,12 @@ def test_the_account_does_not_go_back(digits, tmp_path):
     module = Before(engine, digits)
     saving = callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
     trainer(PrivacyBudget(engine, delta=DELTA), saving, enable_checkpointing=True).fit(module)
-    with pytest.raises(EngineError, match="of step 6 and the engine has taken 12"):
+    with pytest.raises(EngineError, match="of step 6, but the engine has taken 12"):
         trainer(PrivacyBudget(engine, delta=DELTA)).fit(module, ckpt_path=tmp_path / "step=6.ckpt")
     assert engine.steps_taken == STEPS
 
 
-@pytest.mark.parametrize(("kind", "named"), [(Module, "already made a model private"), (Before, "going back")])
+@pytest.mark.parametrize(("kind", "named"), [(Module, "already made a model private"), (Before, "Going back")])
 def test_a_search_of_the_learning_rate_is_not_forgotten(kind, named, digits, tmp_path):
     """`lr_find` takes private steps and puts weights and checkpoints back as if it had not."""
     engine = lipdp.PrivacyEngine("rdp", seed=0)

@@ -95,7 +95,7 @@ class PrivacyEngine:
         self.accountant = get_accountant(accountant)
         self._world = world
         self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
-        self.ledger = Ledger()
+        self._ledger = Ledger()
         self._measured: list[str] = []
         self._hooks: StepHooks | None = None
         self._settings: Settings | None = None
@@ -279,7 +279,7 @@ class PrivacyEngine:
             secure=self.secure,
             check_every=self.check_every,
             deferred=self.deferred,
-            ledger=self.ledger,
+            ledger=self._ledger,
             measured=self._measured,
         )
         run = attach(request, plan, draws, self._world or current_world())
@@ -376,6 +376,11 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """An upper bound on ε at δ for the steps taken so far, under the run's relation."""
         return self.accountant.epsilon(self.ledger.events, delta).epsilon
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released so far: every step is added to this one object."""
+        return self._ledger
 
     @property
     def plan(self) -> PrivacyPlan:

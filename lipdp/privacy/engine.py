@@ -23,6 +23,7 @@ from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import own_reduction
 from lipdp.errors import CheckpointError, EngineError, ParameterError
 from lipdp.files import write_bytes
+from lipdp.nn.compiled import original
 from lipdp.noise.allocation import Allocation
 from lipdp.privacy.attach import attach
 from lipdp.privacy.complete import complete
@@ -164,7 +165,7 @@ class PrivacyEngine:
             shape = tuple(first_records(dataset, world, shards=shards)[0].shape[2 if views else 1 :])
         options["input_shape"] = shape
         plan, chosen, settings = complete(
-            own_reduction(module, world),
+            original(own_reduction(module, world)),
             optimizer,
             input_shape=shape,
             expected_batch_size=expected_batch_size,

@@ -65,7 +65,13 @@ def test_what_is_chosen_for_a_compiled_model_is_placed_in_the_model():
     x = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
     for kind in ("as written", "wrapped"):
         torch.manual_seed(0)
-        layers = [lnn.SpectralLinear(20, 16), lnn.GroupSort2(), lnn.SpectralLinear(16, 16), lnn.GroupSort2(), lnn.SpectralLinear(16, 5)]
+        layers = [
+            lnn.SpectralLinear(20, 16),
+            lnn.GroupSort2(),
+            lnn.SpectralLinear(16, 16),
+            lnn.GroupSort2(),
+            lnn.SpectralLinear(16, 5),
+        ]
         model = compiled(nn.Sequential(lnn.InputBound(1.0), *layers), kind)
         model(x)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

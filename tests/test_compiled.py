@@ -16,6 +16,7 @@ import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.errors import BoundViolation, EngineError, ParameterError, UnsupportedLayerError
+from lipdp.suggestion.joints import Joint
 from lipdp.training import Trainer
 from lipdp.training.forward import Forward
 
@@ -55,6 +56,32 @@ def test_a_users_compiled_module_trains_like_the_module(how):
     assert bounds[0] == bounds[1]
     assert list(bounds[1]) == ["1.weight", "5.weight"]
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+@torchs_own_warnings
+def test_what_is_chosen_for_a_compiled_model_is_placed_in_the_model():
+    """Its names were not found; and code that was compiled before joints were placed must not run without them."""
+    outputs, signals = [], []
+    x = torch.randn(4, 20, generator=torch.Generator().manual_seed(1))
+    for kind in ("as written", "wrapped"):
+        torch.manual_seed(0)
+        layers = [
+            lnn.SpectralLinear(20, 16),
+            lnn.GroupSort2(),
+            lnn.SpectralLinear(16, 16),
+            lnn.GroupSort2(),
+            lnn.SpectralLinear(16, 5),
+        ]
+        model = compiled(nn.Sequential(lnn.InputBound(1.0), *layers), kind)
+        model(x)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        joints = (Joint("3", clip=0.1, gate=0.1),)
+        engine, trained, *rest = kit.private(model, optimizer=optimizer, criterion=None, joints=joints)
+        outputs.append(trained(x).detach())
+        signals.append(engine.signals)
+        kit.train(trained, *rest, steps=2)
+    torch.testing.assert_close(*outputs)
+    assert signals[0] == signals[1]
 
 
 @torchs_own_warnings

@@ -230,6 +230,20 @@ def test_what_a_bound_on_contributions_does_not_promise():
         bounded_contributions(["ann", "bob"])
 
 
+@pytest.mark.parametrize(
+    "owners",
+    [torch.tensor([[1, 2], [2, 3]]), [[torch.tensor(1)], [torch.tensor(1)]], [[float("nan")], [float("nan")]], [b"a"]],
+)
+def test_owners_that_equal_no_other_are_refused(owners):
+    """Each would be somebody else, so all records would join: 2 of one owner, where 1 was promised."""
+    with pytest.raises(ParameterError, match="owners"):
+        bounded_contributions(owners)
+
+
+def test_owners_that_can_be_read_once_are_read_once():
+    assert bounded_contributions(map(int, each.split()) for each in ("1 2", "2 3", "2 4 5")).tolist() == [0]
+
+
 def test_an_owner_of_one_contribution_moves_the_sum_as_a_record_does():
     """20 records, each of two owners out of 8: with all that one owns left out of those that join, by Δ at most."""
     generator = np.random.default_rng(0)

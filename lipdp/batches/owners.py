@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -105,7 +105,7 @@ class Owners:
         return self._order[first + within], np.repeat(self._weights[owners], counts)
 
 
-def bounded_contributions(owners: Sequence[Collection[Hashable]], *, contributions: int = 1) -> Indices:
+def bounded_contributions(owners: Iterable[Iterable[Hashable]], *, contributions: int = 1) -> Indices:
     r"""Records of which nobody owns more than k: a record joins if all of its owners have contributions left.
 
     For records with several owners, a message with its sender and receivers say, to train on
@@ -130,7 +130,7 @@ def bounded_contributions(owners: Sequence[Collection[Hashable]], *, contributio
         (n,) int64, sorted.
 
     Raises:
-        ParameterError: k is no whole number of at least 1, or a record's owners are one text.
+        ParameterError: k is no whole number of at least 1, or a record's owners are one text, tensors or NaN.
 
     >>> bounded_contributions([["ann", "bob"], ["bob"], ["cy", "ann"], ["dan", "bob"]]).tolist()
     [1, 2]
@@ -139,16 +139,24 @@ def bounded_contributions(owners: Sequence[Collection[Hashable]], *, contributio
     privacy: Vadhan (2017), lemma 2.2.
     """
     most = whole("contributions", contributions)
-    if any(isinstance(each, str) for each in owners):
-        raise ParameterError("owners: a text where the owners of a record are needed; give a list of them")
+    owned = [_owners_of(each) for each in owners]
     used: Counter[Hashable] = Counter()
     joined = []
-    for record in sorted(range(len(owners)), key=lambda i: len(set(owners[i]))):
-        own = set(owners[record])
-        if all(used[owner] < most for owner in own):
-            used.update(own)
+    for record in sorted(range(len(owned)), key=lambda i: len(owned[i])):
+        if all(used[owner] < most for owner in owned[record]):
+            used.update(owned[record])
             joined.append(record)
     return np.array(sorted(joined), dtype=np.int64)
+
+
+def _owners_of(record: Iterable[Hashable]) -> set[Hashable]:
+    """Read once; refused are owners of whom no two are equal, so that nobody's records would be found together."""
+    if isinstance(record, (str, bytes)):
+        raise ParameterError("owners: a text where the owners of a record are needed; give a list of them")
+    own = set(record)
+    if any(isinstance(owner, Tensor) or owner != owner for owner in own):
+        raise ParameterError("owners: tensors and NaN are equal to no other; give numbers (tensor.tolist()) or texts")
+    return own
 
 
 def _rounded_down(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

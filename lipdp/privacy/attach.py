@@ -18,6 +18,7 @@ from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
 from lipdp.errors import CannotLearnWarning, EngineError, ParameterError
 from lipdp.losses import as_lipschitz
+from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import get_allocation
 from lipdp.privacy.criterion import PrivateCriterion
@@ -48,7 +49,7 @@ def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> S
     world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
     with world.fail_together():
         shape = tuple(request.input_shape or records[0].shape[1 if request.multiplicity == 1 else 2 :])
-        place_joints(inner, request.joints)
+        place_joints(original(inner), request.joints)
         warm_up_shards(inner, shape)
         graph = BoundGraph(inner, shape, dtype=request.forward_dtype, gated=request.group is None)
         run = _hooked(request, plan, draws, world, population, inner, graph, records)
@@ -133,12 +134,12 @@ def _hooked(
         rows=plan.truncated_batch_size,
     )
     private = PrivateCriterion(loss, graph, state, step)
-    typical = _probed(inner, graph, min(float(private.constant()), float(state.bound)))
+    typical = _probed(original(inner), graph, min(float(private.constant()), float(state.bound)))
     run = StepHooks(
         request, plan, draws, world, inner=inner, graph=graph, criterion=private, gate=state, step=step, loader=loader,
         clock=clock,
     )  # fmt: skip
-    stds, parameters = run.noise_stds(), dict(inner.named_parameters())
+    stds, parameters = run.noise_stds(), dict(run.module.named_parameters())
     run.signals = signals(stds, typical, parameters, plan)
     moves = noise_moves(request.optimizer, stds, parameters, plan)
     if told := drowned(run.signals) or misfit(request.optimizer, moves, run.signals, plan.steps):

@@ -63,16 +63,6 @@ class Correlated:
         """See `BandedNoise.state_dict`."""
         return {**self._noise.state_dict(over=over), "records": self._records}
 
-    def give_up_(self, batch: int) -> int:
-        """Once a state was loaded: give up what was drawn after its last step, up to this batch.
-
-        Returns:
-            How many batches that were: the account must count them.
-        """
-        unused = batch - self._noise.row if self._noise.row else 0
-        self.skip_(batch)
-        return unused
-
     def load_state_dict(self, state: Any) -> None:
         """Continue bit for bit; refuse other records, or another order of them."""
         if not isinstance(state, dict):

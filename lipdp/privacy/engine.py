@@ -23,6 +23,7 @@ from lipdp.distributed.collectives import World, current_world
 from lipdp.distributed.wrappers import own_reduction
 from lipdp.errors import CheckpointError, EngineError, ParameterError
 from lipdp.files import write_bytes
+from lipdp.nn.compiled import original
 from lipdp.noise.allocation import Allocation
 from lipdp.privacy.attach import attach
 from lipdp.privacy.complete import complete
@@ -95,7 +96,7 @@ class PrivacyEngine:
         self.accountant = get_accountant(accountant)
         self._world = world
         self.seed, self.secure, self.check_every, self.deferred = seed, secure, check_every, deferred
-        self.ledger = Ledger()
+        self._ledger = Ledger()
         self._measured: list[str] = []
         self._hooks: StepHooks | None = None
         self._settings: Settings | None = None
@@ -164,7 +165,7 @@ class PrivacyEngine:
             shape = tuple(first_records(dataset, world, shards=shards)[0].shape[2 if views else 1 :])
         options["input_shape"] = shape
         plan, chosen, settings = complete(
-            own_reduction(module, world),
+            original(own_reduction(module, world)),
             optimizer,
             input_shape=shape,
             expected_batch_size=expected_batch_size,
@@ -279,7 +280,7 @@ class PrivacyEngine:
             secure=self.secure,
             check_every=self.check_every,
             deferred=self.deferred,
-            ledger=self.ledger,
+            ledger=self._ledger,
             measured=self._measured,
         )
         run = attach(request, plan, draws, self._world or current_world())
@@ -376,6 +377,11 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """An upper bound on ε at δ for the steps taken so far, under the run's relation."""
         return self.accountant.epsilon(self.ledger.events, delta).epsilon
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was released so far: every step is added to this one object."""
+        return self._ledger
 
     @property
     def plan(self) -> PrivacyPlan:

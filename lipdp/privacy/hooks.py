@@ -376,7 +376,7 @@ class StepHooks:
         return with_digest(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        missing = {"plan", "ledger", "before", "measured", "loader", "noise", "gate", "digest"} - set(state)
+        missing = {"plan", "ledger", "before", "unused", "measured", "loader", "noise", "gate", "digest"} - set(state)
         if missing:
             raise CheckpointError(f"not the state of a privacy engine: {', '.join(sorted(missing))} missing")
         self.plan.check_same(state["plan"])
@@ -392,6 +392,6 @@ class StepHooks:
         self.gate.load_state_dict(state["gate"])
         self.measured[:] = state["measured"]
         self._drawn = None
-        self.count.go_on_from(ledger, before)
+        self.count.go_on_from(ledger, before, int(state["unused"]))
         if self.correlated is not None:
-            self.count.give_up(self.correlated.give_up_(self.loader.position))
+            self.correlated.skip_(self.loader.position)

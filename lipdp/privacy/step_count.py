@@ -25,7 +25,7 @@ class StepCount:
     def __init__(self, plan: PrivacyPlan, ledger: Ledger, loader: BatchLoader) -> None:
         self._plan, self.ledger, self._loader = plan, ledger, loader
         self.before = ledger.steps
-        self._began = ledger.steps  # what a state that is loaded may leave behind
+        self._loaded = 0  # steps that a state which is loaded may leave behind: all others, this engine has released
         self._taken_at = loader.position
 
     @property
@@ -37,6 +37,11 @@ class StepCount:
     def left(self) -> int:
         """Steps that the budget has left."""
         return self._plan.steps - self.step
+
+    @property
+    def unused(self) -> int:
+        """Batches drawn since the last step; before the first a look at a batch is harmless."""
+        return self._loader.position - self._taken_at if self.step > 0 else 0
 
     def add(self, steps: int = 1) -> None:
         """Account for steps: before their noise is drawn, so that none is under-counted."""
@@ -93,7 +98,7 @@ class StepCount:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.state_dict(), "before": self.before}
+        return {"ledger": self.ledger.state_dict(), "before": self.before, "unused": self.unused}
 
     def check_state(self, ledger: Ledger, before: int, *, same_noise: bool) -> None:
         """Refuse a saved account that lacks steps which were released."""
@@ -104,20 +109,16 @@ class StepCount:
                 " weights alone; later steps stay counted"
             )
         same = ledger.steps == self.ledger.steps and same_noise
-        if (self.ledger.steps > self._began and not same) or before < self.before:
+        if (self.ledger.steps > self._loaded and not same) or before < self.before:
             raise ResumeError(
                 f"the engine has released {self.ledger.steps} steps that the saved account does not hold: ε would not"
                 " count them. Load a checkpoint before the first step, into a new engine"
             )
 
-    def go_on_from(self, ledger: Ledger, before: int) -> None:
-        """Take over a saved account; its loader is where it was already."""
+    def go_on_from(self, ledger: Ledger, before: int, unused: int) -> None:
+        """Take over a saved account, whose loader is where it was already; batches left unused count as steps."""
         self.ledger.become(ledger)
         self.before = before
         self.use_batch()
-        self.give_up(0)
-
-    def give_up(self, batches: int) -> None:
-        """Of a state that was just loaded: batches that it leaves unused count as steps."""
-        self.add(batches)
-        self._began = self.ledger.steps
+        self.add(min(unused, self.left))
+        self._loaded = self.ledger.steps

@@ -166,3 +166,44 @@ def test_a_restored_optimiser_without_its_account_is_refused(momentum):
     optimizer.load_state_dict(state["optimizer"])  # an earlier one: the account has more steps, which is safe
     again.detach()
     assert "lipdp_steps" not in optimizer.state_dict()["param_groups"][0]
+
+
+def test_the_account_of_a_run_is_one_object():
+    """Another one in its place would hold none of the steps to come: ε was 0 after three of them."""
+    engine, *run = private()
+    with pytest.raises(AttributeError, match="ledger"):
+        engine.ledger = lipdp.accounting.Ledger()
+    train(*run, steps=3)
+    assert engine.ledger.steps == 3
+
+
+def test_a_batch_that_a_checkpoint_leaves_unused_is_a_step_of_the_account():
+    """Else whoever saves and loads skips batches, the empty ones say, uncounted."""
+    engine, *run = private(steps=6)
+    train(*run, steps=2)
+    for _ in range(2):
+        next(iter(run[2]))
+        engine.load_state_dict(engine.state_dict())
+    assert (engine.steps_taken, run[2].position) == (4, 4)
+    train(*run)
+    assert engine.steps_taken == 6
+    looked = private()
+    next(iter(looked[3]))
+    looked[0].load_state_dict(looked[0].state_dict())
+    assert looked[0].steps_taken == 0  # before the first step that is harmless
+
+
+def test_an_account_does_not_replace_that_of_an_earlier_run():
+    """Of as many steps, but other ones: ε fell from 33 to 3. Of equal ones too: they were taken twice."""
+    saved, own = lipdp.PrivacyEngine("rdp", seed=1), lipdp.PrivacyEngine("rdp", seed=2)
+    for engine, sigma in ((saved, 30.0), (own, 0.3)):
+        train(*private(engine=engine, noise_multiplier=sigma)[1:], steps=3)
+        engine.detach()
+        private(engine=engine)
+    with pytest.raises(ResumeError, match="has released 3 steps"):
+        own.load_state_dict(saved.state_dict())
+    fresh, *rest = private(engine=lipdp.PrivacyEngine("rdp", seed=3))
+    fresh.load_state_dict(saved.state_dict())
+    assert fresh.ledger.events == saved.ledger.events
+    train(*rest)
+    assert fresh.steps_taken == 8

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+
+
+def outside() -> int:
+    """The `stacklevel` with which `warnings.warn` names the line that called into lipdp."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lipdp":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class LipdpError(Exception):

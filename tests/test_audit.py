@@ -294,7 +294,7 @@ def test_the_command_writes_its_report_and_its_picture(tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "audit").iterdir()) == ["audit.json", "audit.png"]
 
 
-@pytest.mark.filterwarnings("error:this run can hardly learn")
+@pytest.mark.filterwarnings("error:this run can hardly learn", "error:this learning rate is far too")
 def test_an_audit_has_no_advice_for_a_model_that_nobody_wants_to_learn(capsys):
     assert main(["audit", "--epsilon", "1", "--method", "many-runs", "--runs", "40"]) == 0
 

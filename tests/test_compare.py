@@ -18,7 +18,7 @@ from lipdp.comparison import plots
 from lipdp.comparison import speed as speed_module
 from lipdp.comparison import tables as tables_module
 from lipdp.comparison import utility as utility_module
-from lipdp.comparison.configs import SpeedConfig, TablesConfig, UtilityConfig
+from lipdp.comparison.configs import RobustnessConfig, SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.comparison.contenders import Contender, contenders
 from lipdp.comparison.protocol import ladder
 from lipdp.comparison.results import Results
@@ -305,6 +305,15 @@ def test_a_search_where_nothing_is_learned_has_no_winner():
         tried[chosen] = 0.1
     assert len(tried) == 5
     assert winner(grid, tried)[1] is False
+
+
+@pytest.mark.parametrize("epsilons", [(1.0, 0.0), (-1.0,), (float("nan"),), (float("inf"),)], ids=str)
+def test_budgets_out_of_range_are_refused_before_the_first_run(epsilons):
+    for kind, further in ((UtilityConfig, {}), (TablesConfig, {"tables": ("t.npz",)})):
+        with pytest.raises(ParameterError, match=f"epsilon={epsilons[-1]}: a finite number > 0"):
+            kind(epsilons=epsilons, **further)
+    with pytest.raises(ParameterError, match=f"epsilon={epsilons[-1]}: a finite number > 0"):
+        RobustnessConfig(epsilon=epsilons[-1])
 
 
 def test_no_trainer_wins_on_the_edge_of_its_grid(tmp_path):

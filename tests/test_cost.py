@@ -97,6 +97,7 @@ def test_runs_out_of_range_are_refused(changes):
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:this run can hardly learn", "error:this learning rate is far too")
 @pytest.mark.parametrize("samples", [0, 5, 40])
 def test_the_step_measured_is_a_private_one_on_that_many_samples(samples, monkeypatch):
     """Each sample goes through the criterion once, in pieces; every weight moves, also where there is only noise."""

@@ -198,6 +198,13 @@ def test_a_frame_with_categories_and_missing_values():
         fitted.predict(frame.rename(columns={"age": "years"}))
 
 
+@pytest.mark.parametrize("given", [{"hidden": 64.5}, {"hidden": (3,)}, {"hidden": -2}, {"epsilon": -1}, {"delta": 2}])
+def test_arguments_out_of_range_are_named(table, given):
+    x, y = table
+    with pytest.raises(errors.ParameterError, match=f"{next(iter(given))}=.*needed"):
+        fast(**{"hidden": None, **given}).fit(x, y)
+
+
 def test_bounds_as_they_may_be_given():
     names = ["a", "b", "c"]
     pair = {0: (0.0, 2.0), 1: (0.0, 2.0), 2: (0.0, 2.0)}

@@ -318,3 +318,6 @@ def test_a_template_holds_names_and_no_value(files, capsys):
     assert main(["schema", str(files / "people.csv"), "--out", str(files / "new.toml")]) == 2
     with pytest.raises(ParameterError, match="0 columns of kind 'label'"):
         data.plain_schema(files / "new.toml")
+    (files / "empty.csv").write_text("")
+    assert main(["schema", str(files / "empty.csv")]) == 2
+    assert "its first line must be a header" in " ".join(capsys.readouterr().err.split())

@@ -294,6 +294,9 @@ def test_fit_table_refuses_what_is_no_table():
     for bad in ({"num_classes": 1}, {"class_weight": [1.0]}, {"bounds": 3.0}):
         with pytest.raises(ParameterError):
             fit_table(x, y, **{**given, **bad})
+    for bad in ({"epsilon": -1.0}, {"epsilon": math.nan}, {"epsilon": "1"}, {"delta": 2.0}, {"delta": math.nan}):
+        with pytest.raises(ParameterError, match=f"{next(iter(bad))}=.* is needed"):
+            fit_table(x, y, **{**given, **bad})
     with pytest.raises(ParameterError, match="takes tables"):
         lipdp.models.build("tabular", input_shape=(1, 8, 8), num_classes=2)
     with pytest.raises(ParameterError, match="input_bound"):

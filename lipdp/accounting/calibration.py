@@ -60,13 +60,7 @@ def calibrate(
     >>> 0.995 <= epsilon(noise_multiplier=sigma, sampling_rate=0.01, steps=200, delta=1e-5) <= 1.0
     True
     """
-    if not (isinstance(target_epsilon, Real) and 0.0 < target_epsilon < math.inf):
-        raise ParameterError(f"target_epsilon={target_epsilon!r}: a finite number > 0 is needed")
-    if target_epsilon > _LARGEST:
-        raise CalibrationError(
-            f"the target ε={target_epsilon:g} is too large: above {_LARGEST:g} nothing is guaranteed"
-        )
-    delta = checked_delta(delta)
+    target_epsilon, delta = _checked_target(target_epsilon, delta)
     step = Event(1.0, sampling_rate, steps, as_relation(relation), truncation=truncation)
     if step.steps == 0:
         raise ParameterError("steps=0: at least one step is needed to calibrate its noise")
@@ -101,6 +95,15 @@ def calibrate(
         return smallest_noise_multiplier(exact, guess, target_epsilon, slope=slope)
 
 
+def _checked_target(epsilon: float, delta: float) -> tuple[float, float]:
+    """The budget itself, or ParameterError; CalibrationError where ε is too large for a guarantee."""
+    if not (isinstance(epsilon, Real) and 0.0 < epsilon < math.inf):
+        raise ParameterError(f"target_epsilon={epsilon!r}: a finite number > 0 is needed")
+    if epsilon > _LARGEST:
+        raise CalibrationError(f"the target ε={epsilon:g} is too large: above {_LARGEST:g} nothing is guaranteed")
+    return float(epsilon), checked_delta(delta)
+
+
 def _usual_slope() -> float:
     """Of log ε against log σ, until it is known."""
     return -1.2
@@ -122,6 +125,7 @@ def _rough_start(cost: Callable[[float], float], guess: float, target: float) ->
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """The μ of the Gaussian mechanism with `Φ(μ/2 − ε/μ) − e^ε·Φ(−μ/2 − ε/μ) = δ` (Balle & Wang 2018)."""
+    epsilon, delta = _checked_target(epsilon, delta)
 
     def excess(mu: float) -> float:
         return float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu))) - delta

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from lipdp.errors import DataError, EngineError, ParameterError
+from lipdp.errors import DataError, EngineError, ParameterError, outside
 
 Field: TypeAlias = "str | int | Sequence[str | int]"
 Fields: TypeAlias = "tuple[Field, Field]"
@@ -118,7 +118,7 @@ def as_records(dataset: Any, fields: Fields | None = None) -> Any:
             "make_private takes the data set of the DataLoader: its sampler, batch size and collate_fn are not used,"
             " because batches are drawn as the account says",
             UserWarning,
-            stacklevel=3,
+            stacklevel=outside(),
         )
         dataset = dataset.dataset
     columns = _columns(dataset)

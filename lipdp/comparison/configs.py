@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,14 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 }
 DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opacus_functorch", "opacus_ghost")
 """Trainers whose steps cost differently; the other ways of clipping cost what Opacus' hooks cost."""
+
+
+def _check_budgets(epsilons: Sequence[float]) -> None:
+    """Before the first run, which may be long before the first private one."""
+    for epsilon in epsilons:
+        if not 0.0 < epsilon < math.inf:
+            raise ParameterError(f"epsilon={epsilon}: a finite number > 0 is needed")
+
 
 _Kinds = Annotated[Sequence[str], "of model: lipschitz, plain (the unconstrained twin)"]
 
@@ -121,6 +130,7 @@ class UtilityConfig(_Trained):
                 raise ParameterError(f"{name}={getattr(self, name)}: at least 1 is needed")
         if not self.datasets or not self.epsilons:
             raise ParameterError("at least one dataset and one epsilon are needed")
+        _check_budgets(self.epsilons)
 
     def train_config(self, dataset: str) -> TrainConfig:
         """The recipe for one of the data sets; trainers are given budgets of their own."""
@@ -154,6 +164,7 @@ class RobustnessConfig(_Trained):
             raise ParameterError(f"taus={tuple(self.taus)}: temperatures are positive numbers")
         if not self.radii or min(self.radii) < 0:
             raise ParameterError(f"radii={tuple(self.radii)}: at least one, none negative")
+        _check_budgets([self.epsilon])
         if self.seeds < 1 or (self.samples is not None and self.samples < 1):
             raise ParameterError("seeds and samples are at least 1")
 
@@ -179,5 +190,6 @@ class TablesConfig:
     def __post_init__(self) -> None:
         if not self.tables or not self.epsilons:
             raise ParameterError("at least one table and one epsilon are needed, e.g. --tables adbench/22_magic.gamma")
+        _check_budgets(self.epsilons)
         if self.seeds < 1 or self.records < 20:
             raise ParameterError(f"seeds={self.seeds}, records={self.records}: at least 1 and 20 are needed")

@@ -217,7 +217,10 @@ def check_head(path: Path, piece: Piece, schema: Schema) -> None:
 
 def schema_template(path: Path) -> str:
     """A schema to fill in, from the names of a file's columns alone."""
-    return template(path.name, reader(path).names)
+    names = reader(path).names
+    if not names:
+        raise DataError(f"{path} names no columns: its first line must be a header")
+    return template(path.name, names)
 
 
 def _require(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lipdp.data.columns import LARGEST, Category, Floats, Number
 from lipdp.data.listed import Listed, as_numbers
-from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
+from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError, outside
 
 MISSING = ("middle", "indicator")
 
@@ -112,7 +112,7 @@ def bounds_of_data(x: Any, columns: Sequence[int], what: str) -> dict[int, tuple
     warnings.warn(
         f"{what} were not given and are taken from the data: this fit is NOT covered by ε. Give public ones",
         PrivacyLeakWarning,
-        stacklevel=4,
+        stacklevel=outside(),
     )
     return {j: _range(as_numbers(x[:, j])) for j in columns}
 

@@ -137,9 +137,11 @@ def choose(hidden: int | Sequence[int] | None, steps: int | None) -> TableRecipe
     """
     if hidden is None:
         return TableRecipe(steps)
-    layers = () if hidden == 0 else (hidden,) if isinstance(hidden, int) else tuple(hidden)
+    layers = () if hidden == 0 else tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
     if not all(isinstance(size, int) and size > 0 and size % 2 == 0 for size in layers):
-        raise ParameterError(f"hidden={hidden!r}: even numbers of neurons are needed, e.g. 64 or (64, 32), or None")
+        raise ParameterError(
+            f"hidden={hidden!r}: positive even numbers of neurons are needed, e.g. 64 or (64, 32), or None"
+        )
     return NetRecipe(layers, steps)
 
 

@@ -117,7 +117,7 @@ class Plan:
 
     @cached_property
     def constant_eta(self) -> tuple[tuple[float, float], ...]:
-        """Pairs (σ, exact ε) at the plan's η and T, where B goes as σ: the privacy wall."""
+        """Pairs (σ, exact ε) at the plan's η and T, where B goes as σ: the noise wall."""
         quick = _quick(self.budget).accountant
         return constant_eta(self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, accountant=quick)
 

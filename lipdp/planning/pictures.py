@@ -21,7 +21,7 @@ def epsilon_against_noise(plan: Plan) -> Figure:
     figure, axes = _axes()
     noises, epsilons = zip(*plan.constant_eta, strict=True)
     chosen = plan.chosen
-    axes.axvspan(min(noises) / 1.1, WALL, color="C3", alpha=0.12, label=f"privacy wall, σ < {WALL:g}")
+    axes.axvspan(min(noises) / 1.1, WALL, color="C3", alpha=0.12, label=f"noise wall, σ < {WALL:g}")
     axes.axvspan(*SWEET_SPOT, color="C2", alpha=0.12, label=f"sweet spot, {SWEET_SPOT[0]:g} ≤ σ ≤ {SWEET_SPOT[1]:g}")
     axes.plot(noises, epsilons, "o-", color="C0", markersize=4, label="exact ε")
     axes.axhline(chosen.tan_epsilon, color="C1", linestyle="--", label="ε_TAN = η² + 2η√ln(1/δ)")

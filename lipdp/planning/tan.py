@@ -9,7 +9,7 @@ from lipdp.accounting.accountants import checked_delta
 from lipdp.errors import ParameterError
 
 WALL = 0.5
-"""σ below which ε explodes at constant η, whatever else is done: the privacy wall."""
+"""σ below which ε explodes at constant η, whatever else is done: the noise wall."""
 
 SWEET_SPOT = (2.0, 4.0)
 """σ from which on more compute buys little privacy, and σ beyond which it buys nearly none."""
@@ -89,7 +89,7 @@ def rule(noise_multiplier: float, *, sampling_rate: float = 0.0) -> Move:
     if sampling_rate == 1.0:
         return Move(1.0, "q = 1: every record in every batch, where ε depends on η alone")
     if noise_multiplier < WALL:
-        return Move(2.0, f"behind the privacy wall (σ < {WALL:g}): ε explodes; double B and σ")
+        return Move(2.0, f"behind the noise wall (σ < {WALL:g}): ε explodes; double B and σ")
     if noise_multiplier < low:
         return Move(2.0, f"below the sweet spot (σ < {low:g}): doubling B and σ lowers ε at the same utility")
     if noise_multiplier > high:

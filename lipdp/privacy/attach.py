@@ -16,7 +16,7 @@ from lipdp.batches.population import Population, check_records, first_records
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
-from lipdp.errors import CannotLearnWarning, EngineError, ParameterError
+from lipdp.errors import CannotLearnWarning, EngineError, ParameterError, outside
 from lipdp.losses import as_lipschitz
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_sharded, local_tensor
@@ -143,7 +143,7 @@ def _hooked(
     run.signals = signals(stds, typical, parameters, plan)
     moves = noise_moves(request.optimizer, stds, parameters, plan)
     if told := drowned(run.signals) or misfit(request.optimizer, moves, run.signals, plan.steps):
-        warnings.warn(told, CannotLearnWarning, stacklevel=4)
+        warnings.warn(told, CannotLearnWarning, stacklevel=outside())
     return run
 
 

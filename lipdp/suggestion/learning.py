@@ -22,13 +22,13 @@ LEAST = 2.0
 """Signal over noise below which a block learns nothing that the noise does not drown."""
 
 NEAR, FAR = 1.0, 100.0
-"""Of a weight's size: where all gradients together can't carry it this far, or noise alone carries it further.
+"""How far a run moves a weight, in units of its size: the gradients of all steps at least NEAR, the noise at most FAR.
 
-Found on digits with Adam and SGD (docs/port.md); about ten times the first was best.
+Found on digits with Adam and SGD (docs/port.md). The best rate let the gradients move a weight by about 10 NEAR.
 """
 
 _ENTRYWISE = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop
-_STEPS, _ENTRIES = 64, 256  # of the run that stands for the whole
+_STEPS, _ENTRIES = 64, 256  # how many steps, and entries of each weight, the trial in `noise_moves` takes
 
 
 def signal_over_noise(*, norm: float, std: float, size: int, batch_size: int, steps: int) -> float:
@@ -130,26 +130,31 @@ def misfit(
 ) -> str:
     """In plain words that the learning rates are far from what the run asks for; "" if they aren't, or it isn't known.
 
-    Gradients can carry a weight `signal_over_noise` times as far as noise does, and √T times where each step is scaled
-    to the same length, as by Adam.
+    Gradients can carry a weight `signal_over_noise` times as far as noise does; but at most √T times as far where each
+    step is scaled to the same length, as by Adam.
     """
     most = math.inf if isinstance(optimizer, torch.optim.SGD) else math.sqrt(steps)
     known = [(move, move * min(signals[name], most)) for name, move in moves.items() if name in signals]
     if not known:
         return ""
     noise, reach = (statistics.median(values) for values in zip(*known, strict=True))
-    told = "this run can hardly learn at its learning rate: "
     if 0 < reach < NEAR:
         return (
-            f"{told}if the gradients of all steps pointed the same way, they would still move a weight by only"
-            f" {reach:.1g} times its size. A rate about {10 * NEAR / reach:.1g} times as large suits most runs"
+            "this learning rate is far too small for the run: if the gradients of all steps pointed the same way, they"
+            f" would still move a weight by only {_about(reach)} times its size. A rate about"
+            f" {_about(10 * NEAR / reach)} times as large suits most runs"
         )
     if FAR < noise < math.inf:
         return (
-            f"{told}the noise of all steps moves a weight by {noise:.1g} times its size. A rate about {noise:.1g} times"
-            " smaller suits most runs"
+            "this learning rate is far too large for the run: the noise of all steps moves a weight by"
+            f" {_about(noise)} times its size. A rate about {_about(noise)} times smaller suits most runs"
         )
     return ""
+
+
+def _about(value: float) -> str:
+    """One digit, and no power of ten above 1: 20, not 2e+01."""
+    return f"{float(f'{value:.1g}'):,.0f}" if value >= 1 else f"{value:.1g}"
 
 
 class GrowthWatch:

@@ -68,7 +68,8 @@ class RunFolder:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}): is {self} the folder of a run?") from error
+            reason = getattr(error, "strerror", None) or error  # without the path, which is said already
+            raise CheckpointError(f"{path} cannot be read ({reason}): is {self} the folder of a run?") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} is not the configuration of a run")
         return config

@@ -6,13 +6,14 @@ import codecs
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from lipdp.commands.lazily import Entry, lazily
-from lipdp.errors import LipdpError, PeerError
+from lipdp.errors import CannotLearnWarning, LipdpError, PeerError
 
 DONE, REFUSED, INTERRUPTED = 0, 2, 130
 
@@ -74,7 +75,8 @@ class _Once(logging.Filter):
 
 
 def _speak_up() -> None:
-    """Warnings of the library as notes on stderr."""
+    """Warnings of the library as notes on stderr, but for one that a run's header shows."""
+    warnings.simplefilter("ignore", CannotLearnWarning)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     handler.addFilter(_Once())

@@ -103,6 +103,7 @@ def test_train_end_to_end_in_a_process_of_its_own(tmp_path):
         "δ = 1e-05",
         "2.weight",
         "not covered by ε",
+        "this learning rate is far too small",  # for five steps; said once, and not on stderr
         f"next: lipdp report {tmp_path / 'run'}",
     ):
         assert fact in done.stdout

@@ -23,7 +23,6 @@ from lipdp.accounting.plan import PrivacyPlan, in_bands
 from lipdp.commands.tables import LEGEND, number, parameter_table, plain_table
 from lipdp.data import DataSplit, Schema, SignedLog, number_of_units
 from lipdp.report.parameters import parameter_rows
-from lipdp.suggestion.learning import drowned
 from lipdp.training import TrainConfig, Trainer
 from lipdp.training.assembly import bounding_of, plan_of
 from lipdp.training.config import SETTINGS
@@ -130,8 +129,8 @@ def show_plan(console: Console, trainer: Trainer) -> None:
         weakest = min(signals, key=lambda name: signals[name])
         lines["learning"] = f"all steps' signal over their noise: {number(signals[weakest])} or more ({weakest})"
     _show_lines(console, lines)
-    if told := drowned(signals):
-        console.print(f"[yellow]{told}[/yellow]")
+    if trainer.engine.advice:
+        console.print(f"[yellow]{trainer.engine.advice}[/yellow]")
     if plan.seeded:
         console.print("[yellow]seeded: the noise can be repeated, so this run is NOT private[/yellow]")
     console.print()

@@ -142,8 +142,9 @@ def _hooked(
     stds, parameters = run.noise_stds(), dict(run.module.named_parameters())
     run.signals = signals(stds, typical, parameters, plan)
     moves = noise_moves(request.optimizer, stds, parameters, plan)
-    if told := drowned(run.signals) or misfit(request.optimizer, moves, run.signals, plan.steps):
-        warnings.warn(told, CannotLearnWarning, stacklevel=outside())
+    run.advice = drowned(run.signals) or misfit(request.optimizer, moves, run.signals, plan.steps)
+    if run.advice:
+        warnings.warn(run.advice, CannotLearnWarning, stacklevel=outside())
     return run
 
 

@@ -400,6 +400,11 @@ class PrivacyEngine:
         return self._current().signals
 
     @property
+    def advice(self) -> str:
+        """Why the run can hardly learn, as `CannotLearnWarning` said it; empty where nothing speaks against it."""
+        return self._current().advice
+
+    @property
     def steps_taken(self) -> int:
         """Noisy steps so far; measurements are none."""
         return self.ledger.steps - len(self._measured)

@@ -63,6 +63,7 @@ class StepHooks:
         self.graph, self.gate = graph, gate
         self.penalties: list[Callable[[nn.Module], Tensor]] = []
         self.signals: dict[str, float] = {}
+        self.advice = ""
         self._growth = GrowthWatch()
         refuse_unsuitable(self.module, optimizer, StepHooks._before_step)
         refuse_reevaluating(optimizer)

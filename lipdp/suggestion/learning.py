@@ -78,7 +78,7 @@ def drowned(signals: Mapping[str, float]) -> str:
         f"this run can hardly learn: in {len(weak)} of {len(signals)} parameters, the gradients of all steps can add up"
         f" to less than twice the noise ({worst!r}: signal over noise {weak[worst]:.2g}). What helps: a larger batch,"
         " a larger ε, an InputBound near the norm of the inputs, constrained layers (lipdp.nn.from_torch), and the"
-        " criterion, gate and joints of lipdp.suggest, which you get when you leave out the optimizer"
+        " criterion, gate and joints of lipdp.suggest, which you get when you leave out optimizer or criterion"
     )
 
 

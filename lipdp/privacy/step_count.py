@@ -19,14 +19,15 @@ class StepCount:
 
     Attributes:
         ledger: the engine's, which may begin with earlier runs.
-        before: steps in it of earlier runs, and measurements: they count for ε, not for this budget.
+        before: how many of its steps are no steps of this run, but measurements or steps of earlier runs. They count
+            for ε, not for the steps that the plan allows.
     """
 
     def __init__(self, plan: PrivacyPlan, ledger: Ledger, loader: BatchLoader) -> None:
         self._plan, self.ledger, self._loader = plan, ledger, loader
         self.before = ledger.steps
-        self._began = ledger.steps  # what a state that is loaded may leave behind
-        self._taken_at = loader.position
+        self._began = ledger.steps  # at the start, or when a state was last loaded: steps since then were released here
+        self._taken_at = loader.position  # batches drawn up to the last step
 
     @property
     def step(self) -> int:
@@ -111,13 +112,13 @@ class StepCount:
             )
 
     def go_on_from(self, ledger: Ledger, before: int) -> None:
-        """Take over a saved account; its loader is where it was already."""
+        """Take over a saved account, once the loader is back at its place in that run."""
         self.ledger.become(ledger)
         self.before = before
         self.use_batch()
         self.give_up(0)
 
     def give_up(self, batches: int) -> None:
-        """Of a state that was just loaded: batches that it leaves unused count as steps."""
+        """The end of a load: so many batches of the loaded run will not be used, and count as steps."""
         self.add(batches)
         self._began = self.ledger.steps

@@ -319,7 +319,10 @@ def test_epsilon_by_every_accountant(capsys):
     assert main(arguments) == 0
     table = capsys.readouterr().out
     assert "q = 0.05, T = 100, δ = 1e-05, add or remove one" in table
+    assert "cut" not in table
     assert all(name in table for name in answer["epsilon"])
+    assert main([*arguments, "--truncated-batch-size", "150"]) == 0
+    assert "add or remove one, a batch is full or cut with probability" in " ".join(capsys.readouterr().out.split())
 
 
 def test_calibrate_by_every_accountant(capsys):

@@ -27,7 +27,7 @@ from lipdp.comparison.tables import tables
 from lipdp.comparison.trainers import TRAINERS, get_trainer, legend
 from lipdp.comparison.tuning import proposal, winner
 from lipdp.comparison.utility import summary, table, utility
-from lipdp.errors import CheckpointError, ParameterError, ResumeError, UnknownNameError
+from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeError, UnknownNameError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "forks")
 
@@ -52,6 +52,13 @@ def test_every_trainer_has_a_row_for_every_kind_it_trains():
 
 
 # --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_its_speed_is_measured(tmp_path):
+    for wrong in ({"model": "mlpp"}, {"model_options": {"widht": 3}}):
+        with pytest.raises(LipdpError, match=r"unknown model 'mlpp'|no option widht"):
+            speed(replace(SMALL, **wrong), out=str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_speed_measures_every_row_and_its_ratios(tmp_path):

@@ -150,6 +150,8 @@ def test_what_cannot_be_used_is_refused(run, tmp_path):
             model.predict(bad)
     with pytest.raises(errors.UnknownNameError):
         lipdp.load(run, weights="best")
+    with pytest.raises(errors.CheckpointError, match=r"nowhere is not a folder; give the one that lipdp train wrote"):
+        lipdp.load(tmp_path / "nowhere")
     with pytest.raises(errors.CheckpointError):
         lipdp.load(tmp_path)
 

@@ -16,7 +16,7 @@ from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.rows import plain as plain_tensor
-from lipdp.errors import CannotLearnWarning, CheckpointError, EngineError, LossError, ParameterError
+from lipdp.errors import CannotLearnWarning, CheckpointError, EngineError, LossError, OptimizerError, ParameterError
 from lipdp.noise import GaussianNoise
 from lipdp.noise.banded import BandedNoise, accumulation
 from lipdp.suggestion import Joint, place_joints
@@ -403,6 +403,16 @@ def test_noise_moves_weights_as_far_as_is_said(make, bands):
         weight.grad = 0.03 * accumulation(bands) * torch.randn(50, 40, generator=generator)
         optimizer.step()
     assert float((weight.detach() - 1).square().mean().sqrt()) == pytest.approx(said, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [({"gate": "0.3"}, ParameterError), ({"gate": -1.0}, ParameterError), ({"dataset_size": 0}, ParameterError),
+     ({"optimizer": "adam"}, OptimizerError)],
+)  # fmt: skip
+def test_what_is_no_gate_size_or_optimiser_is_named(given, error):
+    with pytest.raises(error, match=f"{next(iter(given))}=.* is needed"):
+        private(chain(), **given)
 
 
 def test_a_scheduler_that_warms_up_is_judged_by_its_highest_rate():

@@ -153,6 +153,10 @@ def test_what_is_missing_follows_the_public_rule():
         ),
         ("[columns]\na = {kind = 'number', lower = 3}\n", "only one of lower and upper"),
         ("[columns]\na = {kind = 'number', lower = 3, upper = 3}\n", "lower = 3, upper = 3: lower < upper is needed"),
+        (
+            "[columns]\na = {kind = 'number', lower = 0, upper = 3, missing = 4}\n",
+            "missing = 4: a number from lower = 0 to upper = 3 is needed",
+        ),
         ("[columns]\na = {kind = 'number', lower = 'x', upper = 3}\n", "are finite numbers"),
         ("[columns]\na = {kind = 'number', lower = -inf, upper = 3}\n", "are finite numbers"),
         ("[columns]\na = {kind = 'category'}\n", "'a': categories=.*a list of different"),

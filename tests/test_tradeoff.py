@@ -79,5 +79,5 @@ def test_the_command_shows_it(capsys):
     assert found["mu"] == pytest.approx(1.0, rel=0.01)
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "at 0.001 false positives an attacker finds at most 0.0183" in shown
+    assert "with 0.001 false alarms, an attack finds at most 0.0183 of who took part" in shown
     assert "μ = 1.003 (Gaussian DP, up to a δ of 1e-10)" in shown

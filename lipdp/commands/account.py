@@ -158,10 +158,11 @@ def _show(
     from lipdp.commands.tables import plain_console, plain_table
 
     console = plain_console()
+    cut = f", a batch is full or cut with probability {facts['truncation']:.3g}" if "truncation" in facts else ""
     console.print(
         f"{given}, q = {facts['sampling_rate']:.6g}, T = {facts['steps']}"
         f"{in_bands(facts['bands'])}, δ = {facts['delta']:g},"
-        f" {facts['relation'].replace('_', ' ')}"
+        f" {facts['relation'].replace('_', ' ')}{cut}"
     )
     table = plain_table("accountant", symbol, "")
     for name in _ACCOUNTANTS:
@@ -169,5 +170,5 @@ def _show(
     console.print(table)
     if "mu" in facts:
         for rate, bound in facts["tpr"].items():
-            console.print(f"at {float(rate):.3g} false positives an attacker finds at most {bound:.3g}")
+            console.print(f"with {float(rate):.3g} false alarms, an attack finds at most {bound:.3g} of who took part")
         console.print(f"μ = {facts['mu']:.4g} (Gaussian DP, up to a δ of {facts['mu_floor']:g})")

@@ -42,10 +42,11 @@ def speed(
         step_seconds_iqr, peak_bytes and the ratios ratio_to_non_private and ratio_to_plain_non_private, at the same
         number of views, and ratio_to_one_view, of the same trainer.
     """
+    entered = [(c, views) for views in sorted(config.views) for c in contenders(config.trainers, config.kinds)]
+    config.setup.build(entered[0][0])  # a model that cannot be built is refused here; in a cell it would be a status
     asked = {**asdict(config), "what": "speed", "threads": torch.get_num_threads()}
     asked.pop("batch_sizes")
     results = Results(out, config=asked)
-    entered = [(c, views) for views in sorted(config.views) for c in contenders(config.trainers, config.kinds)]
     for number, batch_size in enumerate(sorted(config.batch_sizes), start=1):
         where = f"B = {batch_size} ({number} of {len(config.batch_sizes)})"
         if results.find(batch_size=batch_size):

@@ -13,6 +13,7 @@ Settings = tuple[tuple[str, Any], ...]
 Tried = Mapping[Settings, float]
 """Settings and their scores, in the order of the trials."""
 Place = tuple[int, ...]
+"""Settings by their indices in the grid, one for each axis."""
 
 
 def proposal(grid: Grid, tried: Tried) -> Settings | None:
@@ -29,14 +30,15 @@ def proposal(grid: Grid, tried: Tried) -> Settings | None:
     """
     places = {_place(grid, settings): score for settings, score in tried.items()}
     best = before = tuple(len(values) // 2 for values in grid.values())
-    for place, score in places.items():
+    for place, score in places.items():  # in the order of the trials: `before` is the best until `best` was found
         if score > places.get(best, -1.0):
             best, before = place, best
 
     def distance(place: Place) -> tuple[Any, ...]:
         steps = [there - here for there, here in zip(place, best, strict=True)]
         onwards = sum(step * (b - a) for step, b, a in zip(steps, best, before, strict=True))
-        return sum(step**2 for step in steps), -onwards, [-step for step in steps]
+        upwards_first = [-step for step in steps]  # of places that are alike otherwise
+        return sum(step**2 for step in steps), -onwards, upwards_first
 
     left = (place for place in itertools.product(*map(range, map(len, grid.values()))) if place not in places)
     found = min(left, key=distance, default=None)
@@ -46,8 +48,8 @@ def proposal(grid: Grid, tried: Tried) -> Settings | None:
 def winner(grid: Grid, tried: Tried) -> tuple[Settings, bool]:
     """The best settings in the interior of what was tried; where there are none, the best, and False: on the edge.
 
-    In the interior both neighbours along every axis were tried, none is better, and one is worse: where all are alike,
-    as where nothing learns, there is no optimum. More trials take no settings out of the interior.
+    Settings are in the interior if both their neighbours along every axis were tried, none is better, and one is worse.
+    (Where all are alike, as where nothing learns, there is no optimum.) More trials take no settings out of it.
 
     >>> grid = {"lr": (0.1, 0.3, 1.0, 3.0, 10.0)}
     >>> winner(grid, {(("lr", lr),): score for lr, score in ((1.0, 0.5), (3.0, 0.7), (10.0, 0.6))})
@@ -58,6 +60,7 @@ def winner(grid: Grid, tried: Tried) -> tuple[Settings, bool]:
     scores = {_place(grid, settings): score for settings, score in tried.items()}
 
     def inside(settings: Settings) -> bool:
+        # a neighbour that was not tried may be better
         around = [scores.get(place, math.inf) for place in _around(_place(grid, settings))]
         return max(around) <= tried[settings] and min(around) < tried[settings]
 

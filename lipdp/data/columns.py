@@ -47,8 +47,14 @@ class Number:
             raise ParameterError("only one of lower and upper; give both, or neither to have the range measured")
         if not all(value is None or _is_number(value) for value in (self.lower, self.upper, self.missing)):
             raise ParameterError("lower, upper and missing are finite numbers")
-        if self.lower is not None and self.upper is not None and not self.lower < self.upper:
-            raise ParameterError(f"lower = {self.lower:g}, upper = {self.upper:g}: lower < upper is needed")
+        if self.lower is not None and self.upper is not None:
+            if not self.lower < self.upper:
+                raise ParameterError(f"lower = {self.lower:g}, upper = {self.upper:g}: lower < upper is needed")
+            if self.missing is not None and not self.lower <= self.missing <= self.upper:
+                raise ParameterError(
+                    f"missing = {self.missing:g}: a number from lower = {self.lower:g} to upper = {self.upper:g} is"
+                    " needed; indicator = true tells missing values from others"
+                )
         if not isinstance(self.indicator, bool):
             raise ParameterError(f"indicator = {self.indicator!r}: true or false is needed")
 

@@ -16,7 +16,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,8 @@ class Scale:
     def __post_init__(self) -> None:
         network = self.bandwidth > 0 and 0 <= self.latency < math.inf
         if not (network and self.steps >= 1 and 1 <= self.devices <= self.batch_size):
-            raise ParameterError(f"{self}: positive numbers, and devices ≤ batch_size, are needed")
+            given = ", ".join(f"{name}={value:g}" for name, value in asdict(self).items())
+            raise ParameterError(f"{given}: positive numbers, and devices ≤ batch_size, are needed")
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ def matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> t
 
 def refuse_unsuitable(model: nn.Module, optimizer: torch.optim.Optimizer, before_step: Callable[..., Any]) -> None:
     """Refuse what is private already (`before_step` is the hook of a private step), or would step without noise."""
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise OptimizerError(f"optimizer={optimizer!r}: one of torch.optim over model.parameters() is needed, or none")
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(getattr(hook, "__func__", None) is before_step for hook in hooks):
         raise OptimizerError("this optimiser is already private; detach() the engine that holds it first")

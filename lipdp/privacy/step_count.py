@@ -19,14 +19,15 @@ class StepCount:
 
     Attributes:
         ledger: the engine's, which may begin with earlier runs.
-        before: steps in it of earlier runs, and measurements: they count for ε, not for this budget.
+        before: how many of its steps are no steps of this run, but measurements or steps of earlier runs. They count
+            for ε, not for the steps that the plan allows.
     """
 
     def __init__(self, plan: PrivacyPlan, ledger: Ledger, loader: BatchLoader) -> None:
         self._plan, self.ledger, self._loader = plan, ledger, loader
         self.before = ledger.steps
         self._loaded = 0  # steps that a state which is loaded may leave behind: all others, this engine has released
-        self._taken_at = loader.position
+        self._taken_at = loader.position  # batches drawn up to the last step
 
     @property
     def step(self) -> int:

@@ -40,6 +40,8 @@ def load(folder: str | os.PathLike[str], *, weights: str | None = None, run_code
         CheckpointError: the folder can't be read, or doesn't say what the model's inputs are.
         ParameterError: the model is code of its own, and `run_code` is not set.
     """
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the one that lipdp train wrote (its --out)")
     if (Path(folder) / PRETRAINED).exists():
         return TrainedModel.from_pretrained(folder, run_code=run_code)
     run = RunFolder(folder)

@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipdp.accounting.plan import PrivacyPlan
+from lipdp.accounting.plan import PrivacyPlan, whole
 from lipdp.bounds.sensitivity import Sensitivity, sensitivity
+from lipdp.constraints import is_positive
 from lipdp.distributed.collectives import Alone, World
 from lipdp.distributed.wrappers import plan_together
+from lipdp.errors import ParameterError
 from lipdp.losses import LipschitzLoss, TauBCEWithLogits, TauCrossEntropy, as_lipschitz
 from lipdp.noise.allocation import Allocation, get_allocation
 from lipdp.noise.banded import accumulation
@@ -93,8 +95,10 @@ def suggest(
 
     Source: ours; the spectral norm of a Gaussian matrix as in Davidson & Szarek (2001).
     """
+    if not (gate is None or gate == math.inf or is_positive(gate)):
+        raise ParameterError(f"gate={gate!r}: a number > 0 is needed")
     world = world or Alone()
-    batch, epochs = budget(dataset_size, expected_batch_size, steps=steps, epochs=epochs)
+    batch, epochs = budget(whole("dataset_size", dataset_size), expected_batch_size, steps=steps, epochs=epochs)
     plan = plan_together(
         world,
         dataset_size=dataset_size,

@@ -1,5 +1,7 @@
 """Records as people have them: they train, or one line says what record 0 is."""
 
+from typing import NamedTuple
+
 import kit
 import numpy as np
 import pytest
@@ -147,3 +149,17 @@ def test_copies_of_a_record_are_seen_behind_fields():
     twice = Subset(Of(lambda i: {"x": X[i], "y": int(Y[i])}), [0, 1, 1])
     with pytest.raises(EngineError, match="holds one record at"):
         train(twice, fields=("x", "y"))
+
+
+class Named(NamedTuple):
+    """A record whose parts have names, and places too."""
+
+    image: torch.Tensor
+    label: int
+
+
+def test_records_of_named_parts_are_pairs():
+    x, y = kit.table().tensors
+    engine, *run = kit.private(dataset=[Named(*record) for record in zip(x, y.tolist(), strict=True)])
+    kit.train(*run, steps=1)
+    assert engine.steps_taken == 1

@@ -6,6 +6,7 @@ import math
 import warnings
 from dataclasses import replace
 
+import kit
 import pytest
 import torch
 from torch import nn
@@ -433,6 +434,18 @@ def test_an_optimiser_whose_rule_is_not_known_is_not_judged():
     weight = nn.Parameter(torch.ones(5))
     plan = PrivacyPlan.of(dataset_size=1000, expected_batch_size=100, steps=20, noise_multiplier=1.0)
     assert noise_moves(Mine([weight], lr=1.0), {"w": 3.0}, {"w": weight}, plan) == {}
+
+
+@pytest.mark.filterwarnings("error::lipdp.errors.CannotLearnWarning")
+def test_a_warning_that_is_an_error_leaves_model_and_optimiser_plain():
+    """Else neither this engine nor another could make them private again, or plain."""
+    model = kit.lipschitz_net()
+    given = {"engine": lipdp.PrivacyEngine("rdp", seed=0), "optimizer": torch.optim.SGD(model.parameters(), lr=1e-6)}
+    with pytest.raises(CannotLearnWarning):
+        kit.private(model, **given)
+    given["optimizer"].param_groups[0]["lr"] = 10.0
+    kit.train(*kit.private(model, **given)[1:], steps=1)
+    assert given["engine"].steps_taken == 1
 
 
 def test_plain_layers_whose_sensitivity_grows_are_warned_of():

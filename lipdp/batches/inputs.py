@@ -61,7 +61,7 @@ class InputKind:
     def of(self, batch: Any) -> Any:
         """A collated batch with its input as the model takes it."""
         if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], Tensor):
-            return type(batch)([self(batch[0]), *batch[1:]])
+            return self(batch[0]), *batch[1:]
         return batch
 
 

@@ -139,20 +139,11 @@ def _hooked(
         request, plan, draws, world, inner=inner, graph=graph, criterion=private, gate=state, step=step, loader=loader,
         clock=clock,
     )  # fmt: skip
-<<<<<<< HEAD
-    stds, parameters = run.noise_stds(), dict(run.module.named_parameters())
-    run.signals = signals(stds, typical, parameters, plan)
-    moves = noise_moves(request.optimizer, stds, parameters, plan)
-    run.advice = drowned(run.signals) or misfit(request.optimizer, moves, run.signals, plan.steps)
-    if run.advice:
-        warnings.warn(run.advice, CannotLearnWarning, stacklevel=outside())
-=======
     try:
         _judge(run, request.optimizer, typical)
     except BaseException:  # a warning that is an error: the optimiser and the model stay as they were
         run.detach()
         raise
->>>>>>> red
     return run
 
 
@@ -161,8 +152,9 @@ def _judge(run: StepHooks, optimizer: torch.optim.Optimizer, typical: dict[str, 
     stds, parameters, plan = run.noise_stds(), dict(run.module.named_parameters()), run.plan
     run.signals = signals(stds, typical, parameters, plan)
     moves = noise_moves(optimizer, stds, parameters, plan)
-    if told := drowned(run.signals) or misfit(optimizer, moves, run.signals, plan.steps):
-        warnings.warn(told, CannotLearnWarning, stacklevel=5)
+    run.advice = drowned(run.signals) or misfit(optimizer, moves, run.signals, plan.steps)
+    if run.advice:
+        warnings.warn(run.advice, CannotLearnWarning, stacklevel=outside())
 
 
 def _kind(graph: BoundGraph) -> InputKind | None:

@@ -97,16 +97,18 @@ def noise_moves(
     if type(optimizer) not in _ENTRYWISE:
         return {}
     samples = {
-        id(p): nn.Parameter(torch.zeros(min(p.numel(), _ENTRIES))) for g in optimizer.param_groups for p in g["params"]
+        id(p): nn.Parameter(torch.zeros(min(p.numel(), _ENTRIES), device="cpu"))
+        for g in optimizer.param_groups
+        for p in g["params"]
     }
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     rule: Any = type(optimizer)
     trial = rule([_trial_group(group, samples) for group in optimizer.param_groups])
     steps = min(plan.steps, _STEPS)
     for _ in range(steps):
         for key, sample in samples.items():
             std = stds.get(names.get(key, ""), 0.0) * accumulation(plan.bands) / plan.expected_batch_size
-            sample.grad = std * torch.randn(sample.shape, generator=generator)
+            sample.grad = std * torch.randn(sample.shape, generator=generator, device="cpu")
         trial.step()
     far = math.sqrt(plan.steps / steps)
     sizes = {key: _rms(parameters[name]) for key, name in names.items() if key in samples}

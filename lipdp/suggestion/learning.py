@@ -93,33 +93,36 @@ def noise_moves(
     Returns:
         by parameter; none that is 0 at the start, and none for an optimiser whose rule is not known.
     """
-    names = {id(parameter): name for name, parameter in parameters.items()}
     if type(optimizer) not in _ENTRYWISE:
         return {}
-    samples = {
-        id(p): nn.Parameter(torch.zeros(min(p.numel(), _ENTRIES), device="cpu"))
-        for g in optimizer.param_groups
-        for p in g["params"]
-    }
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    held = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    samples = [nn.Parameter(torch.zeros(len(group), _ENTRIES, device="cpu")) for group in held]
+    scale = accumulation(plan.bands) / plan.expected_batch_size
+    noise = [scale * torch.tensor([stds.get(name, 0.0) for name in group], device="cpu").view(-1, 1) for group in held]
     generator = torch.Generator("cpu").manual_seed(0)
     rule: Any = type(optimizer)
-    trial = rule([_trial_group(group, samples) for group in optimizer.param_groups])
+    trial = rule([_trial_group(*each) for each in zip(optimizer.param_groups, samples, strict=True)])
     steps = min(plan.steps, _STEPS)
     for _ in range(steps):
-        for key, sample in samples.items():
-            std = stds.get(names.get(key, ""), 0.0) * accumulation(plan.bands) / plan.expected_batch_size
+        for sample, std in zip(samples, noise, strict=True):
             sample.grad = std * torch.randn(sample.shape, generator=generator, device="cpu")
         trial.step()
     far = math.sqrt(plan.steps / steps)
-    sizes = {key: _rms(parameters[name]) for key, name in names.items() if key in samples}
-    return {names[key]: far * _rms(samples[key]) / size for key, size in sizes.items() if size > 0}
+    moved = {
+        name: _rms(row)
+        for group, rows in zip(held, samples, strict=True)
+        for name, row in zip(group, rows, strict=True)
+    }
+    sizes = {name: _rms(parameters[name]) for name in moved if name in parameters}
+    return {name: far * moved[name] / size for name, size in sizes.items() if size > 0}
 
 
-def _trial_group(group: Mapping[str, Any], samples: Mapping[int, nn.Parameter]) -> dict[str, Any]:
-    """A group of the optimiser over the samples, at the highest rate that a scheduler noted there."""
-    kept = {k: v for k, v in group.items() if k not in ("params", "fused", "foreach", "capturable", "differentiable")}
+def _trial_group(group: Mapping[str, Any], sample: nn.Parameter) -> dict[str, Any]:
+    """A group of the optimiser over the sample, at the highest rate that a scheduler noted there."""
+    left_out = ("params", "param_names", "fused", "foreach", "capturable", "differentiable")
     rate = max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
-    return kept | {"params": [samples[id(p)] for p in group["params"]], "lr": rate}
+    return {k: v for k, v in group.items() if k not in left_out} | {"params": [sample], "lr": rate}
 
 
 def _rms(parameter: Tensor) -> float:

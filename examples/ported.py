@@ -86,6 +86,7 @@ parser.add_argument("--epsilon", type=float, default=3.0)
 parser.add_argument("--seed", type=int, default=0, help="of the initial weights; batches and noise have none")
 parser.add_argument("--records", type=int, help="train on the first N records")
 parser.add_argument("--epochs", type=float)
+parser.add_argument("--adam", type=float, help="a learning rate: with Adam instead of the optimiser that is chosen")
 parser.add_argument("--opacus", action="store_true")
 args = parser.parse_args()
 
@@ -136,7 +137,10 @@ else:
     engine = lipdp.PrivacyEngine()
     if args.epochs:
         settings["epochs"] = args.epochs
-    model, optimizer, loader, criterion = engine.make_private_with_epsilon(module=model, dataset=train, **settings)
+    own = None if args.adam is None else torch.optim.Adam(model.parameters(), lr=args.adam)
+    model, optimizer, loader, criterion = engine.make_private_with_epsilon(
+        module=model, dataset=train, optimizer=own, **settings
+    )
     print(engine.settings)
     for _ in range(int(args.epochs or 1)):
         for xb, yb in loader:

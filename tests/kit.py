@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+import pytest
 import torch
 from scipy import stats
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.cli import main
-from lipdp.training import Monitor
+from lipdp.training import Monitor, Trainer
 
 FALSE_ALARM = 1e-6  # of each statistical test; the seeds are fixed, so a pass stays a pass
 EMPTY_FIRST = 0  # a seed whose first batch, of 1 in 200 records on average, is empty
@@ -195,3 +196,15 @@ def pure_noise(engine, model, optimizer, loader, criterion) -> dict[str, Tensor]
             draws[name].append(moved - summed.get(name, 0.0))
             p.data.copy_(before[name])  # the same weights, hence the same bounds, at every step
     return {name: torch.stack(d) for name, d in draws.items()}
+
+
+def killed_and_resumed(config, folder):
+    """The folder of a whole run, once one that was killed at step 8 and resumed has ended with the same weights."""
+    whole = Trainer(config, out=folder / "whole")
+    whole.run()
+    with pytest.raises(RuntimeError, match="killed"):
+        Trainer(config, out=folder / "parts", monitor=Raises(8, RuntimeError("killed"))).run()
+    resumed = Trainer.resume(folder / "parts")
+    resumed.run()
+    assert all(torch.equal(whole.model.state_dict()[n], w) for n, w in resumed.model.state_dict().items())
+    return folder / "whole"

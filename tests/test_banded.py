@@ -30,7 +30,7 @@ from lipdp.noise import GaussianNoise, SecureGaussianNoise
 from lipdp.noise.banded import BandedNoise, coefficients
 from lipdp.privacy.gate import QuantileGate
 from lipdp.report import reading, statement
-from lipdp.training import Trainer, configure
+from lipdp.training import configure
 
 private = partial(kit.private, steps=12, expected_batch_size=32, bands=4)
 
@@ -396,14 +396,7 @@ QUICK = {
 
 def test_a_run_with_bands_ends_alike_when_it_is_interrupted_and_its_report_agrees(tmp_path):
     config = configure(**QUICK, seed=5, checkpoint_every=5, log_every=5)
-    whole = Trainer(config, out=tmp_path / "whole")
-    whole.run()
-    with pytest.raises(RuntimeError, match="killed"):
-        Trainer(config, out=tmp_path / "parts", monitor=kit.Raises(8, RuntimeError("killed"))).run()
-    resumed = Trainer.resume(tmp_path / "parts")
-    resumed.run()
-    assert all(torch.equal(whole.model.state_dict()[n], w) for n, w in resumed.model.state_dict().items())
-    account = reading.read_run(tmp_path / "whole").account
+    account = reading.read_run(kit.killed_and_resumed(config, tmp_path)).account
     assert account.bands == 4
     assert statement.recomputed_epsilon(account) == pytest.approx(account.epsilon, rel=1e-3)
 

@@ -31,7 +31,7 @@ from lipdp.errors import AccountingError, ParameterError, ResumeError
 from lipdp.planning.repetitions import Repetitions
 from lipdp.privacy.gate import QuantileGate
 from lipdp.report import reading, statement
-from lipdp.training import Trainer, configure
+from lipdp.training import configure
 
 private = partial(kit.private, steps=12, expected_batch_size=32, truncated_batch_size=36)
 
@@ -348,14 +348,7 @@ def test_a_resume_is_bit_for_bit(options, tmp_path):
 def test_a_run_is_resumed_and_its_report_agrees(tmp_path, capsys):
     given = {"dataset": "digits", "model": "mlp", "features": None, "batch_size": 128, "steps": 12, "epsilon": 3.0}
     config = configure(**given, truncated_batch_size=150, seed=5, checkpoint_every=5, log_every=5)
-    whole = Trainer(config, out=tmp_path / "whole")
-    whole.run()
-    with pytest.raises(RuntimeError, match="killed"):
-        Trainer(config, out=tmp_path / "parts", monitor=kit.Raises(8, RuntimeError("killed"))).run()
-    resumed = Trainer.resume(tmp_path / "parts")
-    resumed.run()
-    assert all(torch.equal(whole.model.state_dict()[n], w) for n, w in resumed.model.state_dict().items())
-    account = reading.read_run(tmp_path / "whole").account
+    account = reading.read_run(kit.killed_and_resumed(config, tmp_path)).account
     assert account.truncated_batch_size == 150
     assert statement.recomputed_epsilon(account) == pytest.approx(account.epsilon, rel=1e-3)
     arguments = ["--noise-multiplier", str(account.noise_multiplier), "--batch-size", "128", "--dataset-size", "1437",

@@ -24,7 +24,7 @@ LEAST = 2.0
 NEAR, FAR = 1.0, 100.0
 """How far a run moves a weight, in units of its size: the gradients of all steps at least NEAR, the noise at most FAR.
 
-Found on digits with Adam and SGD (docs/port.md). The best rate let the gradients move a weight by about 10 NEAR.
+Found on digits with Adam (docs/port.md). The best rate let the gradients move a weight by about 10 NEAR.
 """
 
 _ENTRYWISE = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop

@@ -32,7 +32,7 @@ from lipdp.errors import CheckpointError, LipdpError, ParameterError, ResumeErro
 pytestmark = pytest.mark.usefixtures("one_thread", "forks")
 
 SMALL = SpeedConfig(dataset="digits", model="linear", batch_sizes=(8, 16), repeat=2, memory=False)
-TWO = UtilityConfig(epochs=3, trials=2, seeds=2, epsilons=(3.0,), trainers=("clipless", "opacus_hooks"), model="linear")
+TWO = UtilityConfig(epochs=1, trials=2, seeds=2, epsilons=(3.0,), trainers=("clipless", "opacus_hooks"), model="linear")
 
 
 # --- contenders ------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_trials_are_scaled():
 
 def test_a_killed_sweep_goes_on_where_it_was(commands, whole, tmp_path):
     """SIGKILL in the middle; the cells that were there stay as they were, and the whole is as if never killed."""
-    arguments = ["--model", "linear", "--epochs", "3", "--trials", "2", "--seeds", "2", "--epsilons", "3",
+    arguments = ["--model", "linear", "--epochs", "1", "--trials", "2", "--seeds", "2", "--epsilons", "3",
                  "--trainers", "clipless", "opacus_hooks"]  # fmt: skip
     killed = tmp_path / "killed"
     answer = commands("compare", "utility", *arguments, "--out", killed, files=(str(killed / "tuning.json"), 1))
@@ -326,7 +326,7 @@ def test_budgets_out_of_range_are_refused_before_the_first_run(epsilons):
 def test_no_trainer_wins_on_the_edge_of_its_grid(tmp_path):
     """Those that did (backpropagation clipping, both global clippings) end in the interior, after as many trials."""
     names = ("backprop_clipping", "global_scaled", "global")
-    config = UtilityConfig(epochs=3, seeds=1, epsilons=(3.0,), trainers=names, kinds=("plain",), model="linear")
+    config = UtilityConfig(epochs=2, seeds=1, epsilons=(3.0,), trainers=names, kinds=("plain",), model="linear")
     results = utility(config, out=str(tmp_path))
     assert all(cell["interior"] for cell in results.cells)
     assert "on the edge" not in table(summary(results))

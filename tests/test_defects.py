@@ -187,4 +187,4 @@ def test_make_private_refuses_a_coupled_loss_also_where_the_first_records_are_of
 def test_many_runs_refute_a_coupled_loss_that_nothing_looked_at(monkeypatch):
     """Without that look, the audit sees it."""
     monkeypatch.setattr("lipdp.privacy.attach.check_loss", lambda *given: None)
-    assert audit.many_runs(mixed_experiment(), epsilon=1.0, runs=200, seed=1).violated
+    assert audit.many_runs(mixed_experiment(), epsilon=1.0, runs=100, seed=1).violated

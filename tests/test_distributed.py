@@ -32,10 +32,9 @@ def assert_close(weights, others, tolerance):
         torch.testing.assert_close(others[name], value, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(
-    ("dtype", "sigma", "tolerance"),
-    [(torch.float64, 1e-12, 1e-9), (torch.float64, 1.0, 1e-9), (torch.float32, 1e-9, 2e-4)],
+    ("size", "dtype", "sigma", "tolerance"),
+    [(2, torch.float64, 1e-12, 1e-9), (4, torch.float64, 1.0, 1e-9), (2, torch.float32, 1e-9, 2e-4)],
 )
 def test_ten_steps_give_the_weights_and_the_epsilon_of_one_process(groups, size, dtype, sigma, tolerance):
     # at a gate of 0.8 a record meets a kink of GroupSort2, whose two sides have other gradients
@@ -63,9 +62,8 @@ def test_however_it_is_fed_and_wrapped(groups, options):
 
 @pytest.mark.parametrize(
     ("shards", "mapped", "skip_empty"),
-    [([100, 30, 170, 0], False, True), ([75, 75, 75, 75], True, False), ([1, 0, 0, 299], True, False),
-     ([1, 0, 0, 299], False, True)],
-)  # fmt: skip
+    [([100, 30, 170, 0], False, True), ([1, 0, 0, 299], True, False)],
+)
 def test_unequal_shards(groups, shards, mapped, skip_empty):
     weights, seen, epsilon, _ = alone(steps=6)
     answers = groups[4].run(scenarios.train, steps=6, shards=shards, mapped=mapped, skip_empty=skip_empty)
@@ -75,8 +73,7 @@ def test_unequal_shards(groups, shards, mapped, skip_empty):
     assert [sum(parts) for parts in zip(*(part for _, part, *_ in answers), strict=True)] == seen
 
 
-@pytest.mark.parametrize("ddp", [False, True])
-@pytest.mark.parametrize("skip_empty", [True, False])
+@pytest.mark.parametrize(("ddp", "skip_empty"), [(True, True), (False, False)])
 def test_empty_batches_on_some_and_on_all(groups, ddp, skip_empty):
     options = {"expected_batch_size": 1, "steps": 12}
     weights, seen, _, _ = alone(**options)
@@ -123,7 +120,7 @@ def test_one_record_moves_the_sum_by_delta_and_no_more(groups, size):
         assert 0.95 * delta < move <= delta * (1 + 1e-6)
 
 
-@pytest.mark.parametrize(("first", "second", "bands"), [(2, 4, 1), (4, 2, 1), (2, 1, 1), (1, 4, 1), (2, 4, 3)])
+@pytest.mark.parametrize(("first", "second", "bands"), [(4, 2, 1), (1, 4, 1), (2, 4, 3)])
 def test_a_resume_with_another_number_of_processes(groups, first, second, bands):
     options = {"steps": 7, "bands": bands}
     weights, _, epsilon, _ = alone(**options)

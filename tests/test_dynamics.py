@@ -303,11 +303,13 @@ PAGE = (Path(__file__).parent.parent / "docs" / "dynamics.md").read_text(encodin
 
 
 @pytest.fixture(scope="module")
-def table():
+def table(tmp_path_factory):
     """The example of the page: a narrow network, fitted to digits of which every eighth has a wrong label."""
     names = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("page"))
+        for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+            exec(block, names)
     return names["rows"]
 
 

@@ -289,7 +289,7 @@ def test_compare_robustness(owned, executed):
 @pytest.mark.parametrize(("steps", "rate"), [(1, 1.0), (3, 0.25)])
 def test_audits(steps, rate, executed):
     """The engine of `many_runs` takes the steps of all its runs; its plan is otherwise that of one."""
-    result = many_runs(lipdp.audit.worst_case(steps=steps, sampling_rate=rate), epsilon=8.0, runs=60, seed=0)
+    result = many_runs(lipdp.audit.worst_case(steps=steps, sampling_rate=rate), epsilon=8.0, runs=40, seed=0)
     single = one_run(lipdp.audit.gradient_canaries(64, steps=steps, sampling_rate=rate), epsilon=8.0, seed=0)
     for made in executed:
         told, plan = single if made is executed[-1] else result, made.plan

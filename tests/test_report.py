@@ -584,8 +584,7 @@ def pages(trained, tmp_path_factory):
     return {"one": out / "one.html", "two": out / "two.html"}
 
 
-@pytest.mark.parametrize("size", [browsers.PHONE, browsers.DESKTOP], ids=["phone", "desktop"])
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize(("name", "size"), [("one", browsers.DESKTOP), ("two", browsers.PHONE)], ids=["one", "two"])
 def test_the_page_can_be_read(chromium, pages, name, size):
     chromium.open(pages[name], size=size)
     assert chromium.log() == []
@@ -612,8 +611,7 @@ def test_the_page_can_be_read(chromium, pages, name, size):
     assert chromium.run("return performance.getEntriesByType('resource').length") == 0
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize(("name", "scheme"), [("one", "dark"), ("two", "light")])
 def test_the_page_is_accessible_in_both_colour_schemes(chromium, pages, name, scheme):
     chromium.open(pages[name], scheme=scheme)
     paper, ink, label = chromium.run(

@@ -6,11 +6,13 @@ import copy
 import gc
 import weakref
 
+import kit
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import TensorDataset
 
 import lipdp
@@ -196,3 +198,18 @@ def test_a_batch_is_freed_when_the_next_one_is_drawn(looks):
             optimizer.step()
     finally:
         gc.enable()
+
+
+def test_a_run_that_nobody_holds_is_freed_and_its_guard_with_it():
+    """The guard hangs on every optimiser of the process: thousands of runs made each step of any other slower."""
+    gc.collect()  # what other tests left
+    before = len(_global_optimizer_pre_hooks)
+    runs = []
+    for _ in range(3):
+        engine, model, *rest = kit.private()
+        runs += [weakref.ref(engine), weakref.ref(model)]
+        assert len(_global_optimizer_pre_hooks) == before + 1
+        del engine, model, rest
+        gc.collect()
+    assert all(run() is None for run in runs)
+    assert len(_global_optimizer_pre_hooks) == before

@@ -22,8 +22,8 @@ pytestmark = [
 SETTINGS = [
     "--model", "mlp", "--model-option", "depth=1", "--model-option", "width=8", "--batch-size", "64", "--seed", "3",
 ]  # fmt: skip
-TOTAL, EARLY = 100, 20  # steps of a run, and when something happens to it at the soonest
-STEPS = ["--steps", TOTAL, "--checkpoint-every", 10, "--log-every", 100, "--accountant", "rdp", "--threads", 1]
+TOTAL, EARLY = 50, 10  # steps of a run, and when something happens to it at the soonest
+STEPS = ["--steps", TOTAL, "--checkpoint-every", 5, "--log-every", 100, "--accountant", "rdp", "--threads", 1]
 STEPS = [str(word) for word in STEPS]
 
 

@@ -317,19 +317,19 @@ def test_the_count_is_centred_and_divided_by_the_public_size():
 
 @pytest.mark.statistical
 def test_the_count_of_adaptive_clipping_has_its_noise():
-    """2500 empty batches: the std is within ± 5.5 % but with probability 1e-4, 0.9 or 1.1 of it would be refused."""
-    model, given = plain_model(), task(sigma=1.0, records=8, batch_size=8, steps=2500)
+    """900 empty batches: the std is within ± 9.2 % but with probability 1e-4, 0.83 or 1.2 of it would be refused."""
+    model, given = plain_model(), task(sigma=1.0, records=8, batch_size=8, steps=900)
     trainer = replace(get_trainer("adaptive"), max_grad_norm=1.0, quantile=0.5, learning_rate=1e-3)
     torch.manual_seed(0)
     session = trainer.start(model, given)
     x, y = given.dataset.tensors
     moves = []
-    for _ in range(2500):
+    for _ in range(900):
         before = session.private.max_grad_norm
         session.step(x[:0], y[:0])
         moves.append(math.log(session.private.max_grad_norm / before))
     std = torch.tensor(moves, dtype=torch.float64).std() * 8 / 1e-3
-    assert float(std) == pytest.approx(2.5, rel=0.055)
+    assert float(std) == pytest.approx(2.5, rel=0.092)
 
 
 # --- backpropagation clipping ----------------------------------------------------------------------------------------

@@ -68,21 +68,26 @@ def refuse_unsuitable(model: nn.Module, optimizer: torch.optim.Optimizer, before
 def guard_parameters(
     model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress
 ) -> torch.utils.hooks.RemovableHandle:
-    """Refuse a step of any other optimiser over these weights while a private gradient waits for its noise."""
-    held = weakref.ref(model), weakref.ref(optimizer)
+    """Refuse a step of any other optimiser over these weights while a private gradient waits for its noise.
+
+    The guard hangs on all optimisers of the process: it keeps nothing of the run alive, and goes with the model.
+    """
+    held = weakref.ref(model), weakref.ref(optimizer), weakref.ref(step)
 
     def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        watched, own = held[0](), held[1]()
-        if watched is None or stepping is own:
+        watched, own, waiting = (reference() for reference in held)
+        if watched is None or stepping is own or (waiting is not None and not waiting.without_noise):
             return
         weights = {id(p) for p in watched.parameters()}
-        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]) and step.without_noise:
+        if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
             raise OptimizerError(
                 f"this {type(stepping).__name__} would move the private weights without noise: call step() of the"
                 " optimiser that make_private returned"
             )
 
-    return register_optimizer_step_pre_hook(guard)
+    handle = register_optimizer_step_pre_hook(guard)
+    weakref.finalize(model, handle.remove)
+    return handle
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:

@@ -32,7 +32,8 @@ class _Observer(fx.Interpreter):
             result = result.view_as(result)  # an identity returns its argument, which other branches may share
             self.values[i] = _norms(result)
             if result.requires_grad:
-                result.register_hook(lambda g: self.cotangents.__setitem__(i, _norms(g)))
+                note = self.cotangents.__setitem__  # not `self`, which holds the result: torch would free neither
+                result.register_hook(lambda g: note(i, _norms(g)))
         return result
 
 

@@ -1,7 +1,7 @@
 """Any loop: whatever stands between the loader and `step()`, a step is refused or one record moves its sum by Δ at most.
 
 Every case is what somebody may write between `zero_grad()` and `step()`. It is run on a data set and on its neighbour without
-record 0, with every record drawn, and what the noise is added to is compared. `lipdp.privacy.passes` has the proof.
+record 0, with every record drawn, and what the noise is added to is compared. `lipdp.passes.step` has the proof.
 """
 
 from __future__ import annotations

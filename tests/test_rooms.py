@@ -13,8 +13,8 @@ import lipdp
 ROOT = Path(__file__).parents[1]
 ORDER = (
     "lazy errors files timing processes", "accounting", "noise", "panels", "norms", "constraints", "nn", "losses",
-    "bounds", "distributed", "batches", "suggestion", "privacy", "models", "testing", "data features", "training",
-    "audit certify planning", "estimators", "comparison", "report integrations", "serving",
+    "bounds", "distributed", "batches", "suggestion", "passes", "privacy", "models", "testing", "data features",
+    "training", "audit certify planning", "estimators", "comparison", "report integrations", "serving",
     "commands cli __main__ __init__",
 )  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}
@@ -116,7 +116,7 @@ COVERS = {
     "engine/test_refusals": "privacy/checks privacy/loss_check privacy/optimizers",
     "engine/test_order_of_use": "privacy/step_count",
     "engine/test_state_of_run": "privacy/engine",
-    "test_any_loop": "privacy/forward privacy/hooks privacy/passes privacy/sums",
+    "test_any_loop": "passes/forward passes/step passes/sums privacy/hooks",
     "test_audit": "commands/bars audit/experiments audit/observe audit/run audit/statistics",
     "test_bad_records": "batches/reading privacy/loss_check",
     "test_banded": "privacy/correlated",
@@ -136,7 +136,7 @@ COVERS = {
     "test_everyday_losses": "losses/pixels",
     "test_everyday_layers": "bounds/convolution bounds/curves bounds/moving bounds/pooling",
     "test_features": "features/cosine features/energies features/maps",
-    "test_guards": "privacy/snapshot",
+    "test_guards": "passes/snapshot",
     "test_attention": "bounds/attention nn/attention",
     "test_layers": "nn/activation nn/conv nn/linear nn/normalization nn/plain nn/pooling nn/residual nn/shift"
     " nn/weight_gate",

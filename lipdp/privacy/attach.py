@@ -21,13 +21,13 @@ from lipdp.losses import as_lipschitz
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import get_allocation
+from lipdp.passes.step import StepInProgress
+from lipdp.passes.sums import Gradients, OwnGradients, SealedGradients
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.free_weights import note_free_weights
 from lipdp.privacy.hooks import StepHooks
 from lipdp.privacy.loss_check import check_loss
 from lipdp.privacy.options import Draws, Request
-from lipdp.privacy.passes import StepInProgress
-from lipdp.privacy.sums import Gradients, OwnGradients, SealedGradients
 from lipdp.suggestion.joints import place_joints
 from lipdp.suggestion.learning import drowned, misfit, noise_moves, signals
 from lipdp.suggestion.probe import gradient_norms, public_inputs

@@ -18,8 +18,8 @@ from lipdp.losses import LipschitzLoss
 from lipdp.nn.compiled import eager, is_compiled, original
 from lipdp.nn.constrained import Constrained
 from lipdp.nn.sharded import unsharded
+from lipdp.passes.sums import Claim
 from lipdp.privacy.deferred import DeferredRead
-from lipdp.privacy.sums import Claim
 
 _SLACK = 1.001  # of a sum in the precision of the weights
 _SHARE = 0.003  # of a step that each of the two checks may cost, on average

@@ -15,9 +15,9 @@ from lipdp.batches.rows import known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
+from lipdp.passes.step import OVERWRITTEN, StepInProgress, logits_call
+from lipdp.passes.sums import RootCall, is_wanted
 from lipdp.privacy.gate import GateState
-from lipdp.privacy.passes import OVERWRITTEN, StepInProgress, logits_call
-from lipdp.privacy.sums import RootCall, is_wanted
 
 
 class _Release(torch.autograd.Function):
@@ -50,7 +50,7 @@ class PrivateCriterion(nn.Module):
     The value is for people and is not private. `backward()` adds up Σ_i ∇ℓ_i, whatever the value reads, because the
     noise is calibrated to a sum; the engine divides by the public batch size after the noise. The cotangent of every
     sample is computed here and shortened to the gate; when the value is back-propagated, the engine pulls them back to
-    the parameters (`lipdp.privacy.passes` proves what that guarantees).
+    the parameters (`lipdp.passes.step` proves what that guarantees).
 
     Where records are grouped by owner, `criterion(model(x), target, weight)` is the mean with these weights, its
     gradient that of Σ_i w_i ℓ_i, and row i is gated at w_i times the constant; the weights used are the loader's own.

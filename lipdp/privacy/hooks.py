@@ -25,10 +25,12 @@ from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
 from lipdp.noise.allocation import get_allocation, rescaled
+from lipdp.passes.forward import PrivateForward
+from lipdp.passes.snapshot import Snapshot
+from lipdp.passes.step import StepInProgress
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.correlated import Correlated
 from lipdp.privacy.criterion import PrivateCriterion
-from lipdp.privacy.forward import PrivateForward
 from lipdp.privacy.gate import GateState
 from lipdp.privacy.optimizers import (
     Evaluated,
@@ -39,8 +41,6 @@ from lipdp.privacy.optimizers import (
     refuse_unsuitable,
 )
 from lipdp.privacy.options import Draws, Request
-from lipdp.privacy.passes import StepInProgress
-from lipdp.privacy.snapshot import Snapshot
 from lipdp.privacy.step_count import STEPS_TAKEN, StepCount
 from lipdp.suggestion.learning import GrowthWatch
 from lipdp.timing import Clock

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss, PerPixel
-from lipdp.privacy.snapshot import Snapshot
+from lipdp.passes.snapshot import Snapshot
 
 
 def check_loss(loss: LipschitzLoss, targets: Tensor, outputs: tuple[int, ...]) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lipdp.errors import EngineError, OptimizerError
-from lipdp.privacy.forward import PrivateForward
-from lipdp.privacy.passes import StepInProgress
+from lipdp.passes.forward import PrivateForward
+from lipdp.passes.step import StepInProgress
 
 
 def matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter]]:
@@ -72,10 +72,10 @@ def guard_parameters(
 
     The guard hangs on all optimisers of the process: it keeps nothing of the run alive, and goes with the model.
     """
-    held = weakref.ref(model), weakref.ref(optimizer), weakref.ref(step)
+    model_of, optimizer_of, step_of = weakref.ref(model), weakref.ref(optimizer), weakref.ref(step)
 
     def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        watched, own, waiting = (reference() for reference in held)
+        watched, own, waiting = model_of(), optimizer_of(), step_of()
         if watched is None or stepping is own or (waiting is not None and not waiting.without_noise):
             return
         weights = {id(p) for p in watched.parameters()}

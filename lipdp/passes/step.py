@@ -49,7 +49,7 @@ from lipdp.batches.loader import Draw, Listener
 from lipdp.batches.row_rules import Rows
 from lipdp.batches.rows import plain
 from lipdp.errors import EngineError
-from lipdp.privacy.sums import DROPPED, Claim, Gradients, RootCall
+from lipdp.passes.sums import DROPPED, Claim, Gradients, RootCall
 
 _FACTOR = (
     "the criterion's value was multiplied, divided or transformed before backward(): the bound holds for the value"

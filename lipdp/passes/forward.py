@@ -16,9 +16,9 @@ from lipdp.batches.rows import BatchTensor, known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import is_compiled
-from lipdp.privacy.passes import StepInProgress, tensors_of
-from lipdp.privacy.snapshot import Snapshot
-from lipdp.privacy.sums import OTHER_TERMS, RootCall, is_wanted
+from lipdp.passes.snapshot import Snapshot
+from lipdp.passes.step import StepInProgress, tensors_of
+from lipdp.passes.sums import OTHER_TERMS, RootCall, is_wanted
 
 
 class _Logits(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import nn
 
 import lipdp
 from lipdp.errors import LipdpError
-from lipdp.privacy import sums
+from lipdp.passes import sums
 
 ROWS = 24
 

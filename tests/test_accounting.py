@@ -440,7 +440,7 @@ def test_the_rough_account_is_near_the_exact_one(q, sigma, steps, delta, relatio
     assert rough_epsilon([event.with_steps(10**6)], delta, near=exact) == math.inf
 
 
-@pytest.mark.parametrize("target", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize("target", [0.3, pytest.param(1.0, marks=pytest.mark.slow), 8.0])
 @pytest.mark.parametrize(("q", "steps"), [(0.07, 300), (0.001, 2500)])
 def test_calibration_asks_the_exact_account_once_or_twice(target, q, steps, monkeypatch):
     asked, prv = [], accounting.PRVAccountant
@@ -468,7 +468,7 @@ def test_the_curve_of_one_step_is_dp_accountings(q, sigma, kind):
     ("target", "q", "steps", "delta", "name", "relation"),
     [
         (1.0, 0.03, 1000, 1e-5, "prv", ADD),
-        (8.0, 0.1, 500, 1e-5, "prv", ADD),
+        pytest.param(8.0, 0.1, 500, 1e-5, "prv", ADD, marks=pytest.mark.slow),
         (0.05, 0.01, 100, 1e-6, "prv", ADD),
         (50.0, 0.2, 500, 1e-5, "prv", ADD),
         (1.0, 1.0, 10, 1e-5, "prv", ADD),

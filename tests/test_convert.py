@@ -17,6 +17,8 @@ from lipdp import errors
 from lipdp import nn as lnn
 from lipdp.losses import TauCrossEntropy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -259,13 +261,14 @@ def every_layer():
     )
 
 
+ZOO = ("cnn", "mixer", "resnet", "transformer")
 OURS = {
     "every layer": (every_layer, (2, 16, 32)),
     "series": (lambda: nn.Sequential(lnn.SpectralConv1d(2, 4, 3, stride=2, bias=True), lnn.GroupSort2()), (2, 9)),
     "one layer": (lambda: lnn.SpectralLinear(3, 2, k_coef_lip=0.3), (3,)),
     **{
         name: (lambda name=name: lipdp.models.build(name, input_shape=(1, 8, 8), num_classes=3, gates=0.1), (1, 8, 8))
-        for name in ("cnn", "mixer", "resnet", "transformer")
+        for name in ZOO
     },
 }
 
@@ -298,7 +301,11 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+# made of layers of "every layer" and of "attention"
+OF_LAYERS_OF_OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in (*ZOO, "one layer")]
+
+
+@pytest.mark.parametrize("name", [*(n for n in EXPORTED if n not in (*ZOO, "one layer")), *OF_LAYERS_OF_OTHERS])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_an_export_holds_nothing_of_ours_and_scripts_and_exports(name):
     build, shape = EXPORTED[name]

@@ -145,7 +145,7 @@ layers = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
 @layers
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_derivatives_are_those_of_finite_differences(make, shape, layout):
-    x = LAYOUTS[layout](torch.randn(3, *shape, dtype=torch.float64)).detach().requires_grad_()
+    x = LAYOUTS[layout](torch.randn(2, *shape, dtype=torch.float64)).detach().requires_grad_()
     assert torch.autograd.gradcheck(make(), x)
     assert torch.autograd.gradgradcheck(make(), x)
 

@@ -54,7 +54,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def unjudged():
-    """For files of many small runs that say nothing of how well they learn: their gradients are not probed."""
+    """For files of many runs of one plain net that say nothing of how well it learns: no gradient is probed before."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attach, "_probed", lambda *given: {})
         patch.setattr(attach, "noise_moves", lambda *given: {})

@@ -18,7 +18,7 @@ from lipdp import nn as lnn
 from lipdp.nn.counterparts import COUNTERPARTS
 from lipdp.nn.port import porting_table
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class LeNet(nn.Module):

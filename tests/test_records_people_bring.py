@@ -13,7 +13,7 @@ from lipdp import losses
 from lipdp import nn as lnn
 from lipdp.errors import DataError, EngineError, LossError, ParameterError
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(32) % 3

@@ -22,7 +22,7 @@ from lipdp.bounds import BoundGraph
 from lipdp.errors import LipdpError
 from lipdp.losses import as_lipschitz
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORKS = None
 

@@ -112,7 +112,8 @@ class Ascent:
 
     The step is x ← (1 − η) x + η r ĝ with ĝ the unit gradient, kept inside the ball of radius r: for η = 1 it is the
     power iteration (the best point of the ball for a linearised objective), and small η is plain ascent. η grows after
-    a success and shrinks after a failure, and the best point is kept. It ends early where no start moves any more.
+    a success and shrinks after a failure, and the best point is kept. All ends early where each start stays where it is
+    or its η has fallen below 1e-4.
     """
 
     def __init__(self, objective: Objective, bounds: Tensor, radius: float) -> None:

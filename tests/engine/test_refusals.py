@@ -20,7 +20,7 @@ from lipdp.errors import (
     UnknownNameError,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- between backward and step ----------------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import torch
 from faults.client import Commands
 from npy_folders import digits, write
 
+from lipdp.privacy import attach
+
 FORKED = [
     "torch.distributed.fsdp", "lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "lipdp.comparison.speed",
     "lipdp.comparison.utility", "lipdp.planning.search", "lipdp.planning.cost", "torch._dynamo",
@@ -48,6 +50,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def unjudged():
+    """For files of many runs of one plain net that say nothing of how well it learns: no gradient is probed before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach, "_probed", lambda *given: {})
+        patch.setattr(attach, "noise_moves", lambda *given: {})
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """ε: against an independent fine account, closed forms, integration of worst cases, and wrong values to reject."""
 
+import functools
 import itertools
 import json
 import logging
@@ -48,6 +49,11 @@ def bound(name, events, delta):
 
 
 def reference(events, delta):
+    return _reference(tuple(events), delta)
+
+
+@functools.cache
+def _reference(events, delta):
     """dp-accounting's PLD at an interval of 3 % of the std of one step's loss, at most 0.003: 0.01 % from its limit."""
     deviations = [event.sampling_rate * math.sqrt(math.expm1(event.noise_multiplier**-2)) for event in events]
     interval = min(0.03 * min(deviations), 0.003)
@@ -226,7 +232,7 @@ def test_replace_one_against_two_records_and_a_batch_of_one(sigma, steps, delta)
             assert not low <= bound(name, [Event(wrong, 0.5, steps, REPLACE)], delta).epsilon <= high
 
 
-@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.03, 1.5, 1000), (0.01, 0.8, 500), (0.2, 1.0, 500)])
+@pytest.mark.parametrize(("q", "sigma", "steps"), [(0.03, 1.5, 1000), (0.2, 1.0, 500)])
 def test_replace_one_accountants_agree_and_exceed_add_or_remove(q, sigma, steps):
     prv, pld, rdp = (bound(name, [Event(sigma, q, steps, REPLACE)], 1e-5).epsilon for name in NAMES)
     assert agrees(prv, pld)
@@ -293,7 +299,7 @@ RATES = st.floats(5e-3, 0.4)
 STEPS = st.integers(1, 500)
 DELTAS = st.sampled_from([1e-4, 1e-5, 1e-8])
 FACTORS = st.floats(1.1, 2.0)
-NUMERIC = settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+NUMERIC = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @NUMERIC
@@ -440,7 +446,7 @@ def test_the_rough_account_is_near_the_exact_one(q, sigma, steps, delta, relatio
     assert rough_epsilon([event.with_steps(10**6)], delta, near=exact) == math.inf
 
 
-@pytest.mark.parametrize("target", [0.3, 1.0, 8.0])
+@pytest.mark.parametrize("target", [0.3, pytest.param(1.0, marks=pytest.mark.slow), 8.0])
 @pytest.mark.parametrize(("q", "steps"), [(0.07, 300), (0.001, 2500)])
 def test_calibration_asks_the_exact_account_once_or_twice(target, q, steps, monkeypatch):
     asked, prv = [], accounting.PRVAccountant
@@ -468,7 +474,7 @@ def test_the_curve_of_one_step_is_dp_accountings(q, sigma, kind):
     ("target", "q", "steps", "delta", "name", "relation"),
     [
         (1.0, 0.03, 1000, 1e-5, "prv", ADD),
-        (8.0, 0.1, 500, 1e-5, "prv", ADD),
+        pytest.param(8.0, 0.1, 500, 1e-5, "prv", ADD, marks=pytest.mark.slow),
         (0.05, 0.01, 100, 1e-6, "prv", ADD),
         (50.0, 0.2, 500, 1e-5, "prv", ADD),
         (1.0, 1.0, 10, 1e-5, "prv", ADD),

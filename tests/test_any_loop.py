@@ -24,6 +24,8 @@ from lipdp import nn as lnn
 from lipdp.batches.per_record import per_record
 from lipdp.errors import EngineError, LipdpError
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 N, FEATURES, CLASSES = 24, 6, 3
 
 

@@ -79,7 +79,7 @@ def test_no_jacobian_exceeds_the_gain_and_two_tokens_reach_it(name, which):
     layer = lnn.BoundedAttention(heads, sharpness=sharpness, bound=bound)
     bounds = (9.0, 9.0, 1.0)
     declared = gains(layer, tokens, heads * features, bounds)[which]
-    found = steepest(layer, which, starts(tokens, heads * features, bound), bounds, steps=40)
+    found = steepest(layer, which, starts(tokens, heads * features, bound), bounds, steps=15)
     print(f"attention, {name:20s} {('queries', 'keys', 'values')[which]:8s} {found / declared:.4f}")
     assert found <= declared * (1 + 1e-9)
     if tokens == 2 or which == 2:

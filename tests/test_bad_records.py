@@ -34,7 +34,7 @@ from lipdp.report.tensorboard import TensorBoard
 from lipdp.training import Trainer, configure
 from lipdp.training import trainer as trainer_module
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
 
 N, FEATURES, CLASSES = 200, 6, 3
 

@@ -32,6 +32,8 @@ from lipdp.privacy.gate import QuantileGate
 from lipdp.report import reading, statement
 from lipdp.training import configure
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 private = partial(kit.private, steps=12, expected_batch_size=32, bands=4)
 
 
@@ -203,7 +205,14 @@ def test_the_dealing_outlives_a_resume_and_is_of_its_own_for_every_run():
 # -- account -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bands", "steps", "sigma"), [(2, 100, 1.0), (4, 101, 0.8), (8, 799, 1.2), (16, 3, 0.7)])
+@pytest.mark.parametrize(
+    ("bands", "steps", "sigma"),
+    [
+        (4, 101, 0.8),
+        (16, 3, 0.7),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 100, 1.0), (8, 799, 1.2))),
+    ],
+)
 def test_the_account_is_that_of_a_composition_for_every_b_steps_begun(bands, steps, sigma):
     plan = PrivacyPlan.of(
         dataset_size=1000, expected_batch_size=60, steps=steps, bands=bands, noise_multiplier=sigma, target_delta=1e-5
@@ -442,7 +451,9 @@ def reached(without, present, rate):
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize(("bands", "steps", "rate"), [(2, 6, 0.25), (4, 8, 0.25), (3, 7, 0.2)])
+@pytest.mark.parametrize(
+    ("bands", "steps", "rate"), [pytest.param(2, 6, 0.25, marks=pytest.mark.slow), (4, 8, 0.25), (3, 7, 0.2)]
+)
 def test_an_attacker_reaches_what_the_account_allows_and_no_more(bands, steps, rate):
     without, present = scores(bands=bands, steps=steps, rate=rate, n=40_000)
     curve = trade_off([Event(1.0, min(1.0, bands * rate), steps, bands=bands)])

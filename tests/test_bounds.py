@@ -172,7 +172,7 @@ def test_window_overlap_is_counted_right(size, kernel, stride, left, right, data
     assert axis_overlap(size, kernel, stride, left, right, mode=mode, dilation=dilation) == int(counts.max())
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2, 4])
+@pytest.mark.parametrize("padding", [0, 1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_gain_covers_the_exact_operator_norm(padding, mode, stride):

@@ -17,6 +17,8 @@ from lipdp import errors
 from lipdp import nn as lnn
 from lipdp.losses import TauCrossEntropy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = (torch.float32, torch.float64)
 
 
@@ -298,7 +300,12 @@ EXPORTED = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+OF_LAYERS_OF_OTHERS = ("one layer", "cnn", "resnet", "transformer")  # "every layer", "mixer" and "attention" have them
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in OF_LAYERS_OF_OTHERS else n for n in EXPORTED]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_an_export_holds_nothing_of_ours_and_scripts_and_exports(name):
     build, shape = EXPORTED[name]

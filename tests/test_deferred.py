@@ -17,7 +17,7 @@ from lipdp.privacy.deferred import DeferredRead
 from lipdp.privacy.gate import QuantileGate
 from lipdp.training import Trainer, assembly
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
 
 
 # --- checks whose answer is read later --------------------------------------------------------------------------------
@@ -140,8 +140,14 @@ def reads_of_a_step(*, deferred, **options):
     return len(reads.found)
 
 
-@pytest.mark.parametrize("allocation", ["per_layer", "global", "min_variance"])
-@pytest.mark.parametrize("gate", [None, 0.3, QuantileGate(0.5, count_std=4.0)])
+@pytest.mark.parametrize(
+    ("gate", "allocation"),
+    [(None, "per_layer"), (0.3, "global"), (QuantileGate(0.5, count_std=4.0), "min_variance"),
+     *(pytest.param(gate, allocation, marks=pytest.mark.slow)
+       for gate, allocation in ((None, "global"), (None, "min_variance"), (0.3, "per_layer"), (0.3, "min_variance"),
+                                (QuantileGate(0.5, count_std=4.0), "per_layer"),
+                                (QuantileGate(0.5, count_std=4.0), "global")))],
+)  # fmt: skip
 def test_a_step_reads_nothing_of_the_device(gate, allocation):
     assert reads_of_a_step(deferred=True, gate=gate, allocation=allocation) == 0
     assert reads_of_a_step(deferred=False, gate=gate, allocation=allocation) == 1

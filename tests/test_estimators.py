@@ -18,6 +18,8 @@ from lipdp import errors
 from lipdp.estimators import PrivacyLeakWarning, PrivateClassifier, PrivateRegressor, PublicScaler
 from lipdp.estimators.columns import ColumnRule, read_bounds
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 EXPECTED = {
     "check_supervised_y_no_nan": "an infinite target counts as the bound, NaN as none: an error would tell that the"
     " record is there",

@@ -49,14 +49,14 @@ def ratio(model, x, declared, *, autocast=False):
     worst = 0.0
     for record in x.split(1):
         record = record.requires_grad_()  # without its gradient torch 2.13 crashes in GroupNorm in channels_last
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(record).flatten(1)
+        wrt = [record, *model.parameters()]
         for sign in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                out = model(record).flatten(1)
             cotangent = torch.ones_like(out)
             cotangent[:, ::2] *= -1 if sign else 1
             cotangent /= out.shape[1] ** 0.5 * (1.01 if autocast else 1)
-            wrt = [record, *model.parameters()]
-            grads = torch.autograd.grad(out, wrt, cotangent)[1:]
+            grads = torch.autograd.grad(out, wrt, cotangent, retain_graph=not sign)[1:]
             for (name, _), g in zip(model.named_parameters(), grads, strict=True):
                 worst = max(worst, float(g.double().norm() / declared[name]))
     return worst
@@ -82,7 +82,7 @@ TORCH = {
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("eps", [1e-12, 1e-5, 1.0])
+@pytest.mark.parametrize("eps", [1e-12, 1e-5, pytest.param(1.0, marks=pytest.mark.slow)])  # the smaller, the worse
 @pytest.mark.parametrize("name", SAFE)
 def test_the_normalisations_of_lipdp_hold_at_every_record(name, eps, autocast):
     make, shape = SAFE[name]
@@ -97,7 +97,7 @@ def test_the_normalisations_of_lipdp_hold_at_every_record(name, eps, autocast):
             assert ratio(model, x, declared, autocast=autocast) <= 1
 
 
-@pytest.mark.parametrize("eps", [1e-5, 0.1, 10.0])
+@pytest.mark.parametrize("eps", [1e-5, pytest.param(0.1, marks=pytest.mark.slow), 10.0])
 @pytest.mark.parametrize("name", TORCH)
 def test_the_normalisations_of_torch_hold_or_are_refused(name, eps):
     """The old rule accepted all of these, and 8-bit pixels in channels_last broke it by more than a hundred."""
@@ -305,7 +305,7 @@ def test_a_layer_that_sums_in_float32_does(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("entries", [1, 10, 1000, 1_000_000])
+@pytest.mark.parametrize("entries", [1, 10, 1000, 100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bound", [1.0, 0.1, 7.3, 1e3])
 def test_a_projection_keeps_its_bound_as_computed(entries, bound, dtype):
     generator = torch.Generator().manual_seed(entries)

@@ -126,8 +126,11 @@ def test_product_with_a_triangle(size, seed):
 # ---------------------------------------------------------------------------------------------------------------- norm
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, "float16") for name in PICTURES), ("objects", "float32"),
+     *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in PICTURES if name != "objects")],
+)  # fmt: skip
 def test_norm_never_exceeds_the_bound_of_the_engine(name, dtype, tmp_path):
     """As stored, and as computed in float32: rounding to float16 alone would lift half of the norms above 1."""
     shape = SHAPES[name]

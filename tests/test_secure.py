@@ -33,7 +33,7 @@ from lipdp.noise.secure import SecureGaussianNoise
 from lipdp.privacy.gate import QuantileGate
 from lipdp.training import Interrupted, Trainer, configure
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
 
 
 # --- the cipher -------------------------------------------------------------------------------------------------------
@@ -243,8 +243,7 @@ def test_secure_batches_resume_and_do_not_mix_with_others():
 private = partial(kit.private, secure=True, seed=None, momentum=0.9)
 
 
-@pytest.mark.parametrize("sampling", ["poisson", "fixed_size"])
-@pytest.mark.parametrize("seed", [0, None])
+@pytest.mark.parametrize(("seed", "sampling"), [(0, "poisson"), (None, "fixed_size")])
 def test_a_secure_run_resumes_bit_identical(seed, sampling):
     options = {"seed": seed, "sampling": sampling, "gate": QuantileGate(0.5, count_std=4.0)}
     engine, model, optimizer, loader, criterion = private(**options)
@@ -301,12 +300,19 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_engine_state_is_refused(edit):
+@pytest.fixture(scope="module")
+def engine_state():
+    """JSON of one that is taken as it is."""
     engine, model, optimizer, loader, criterion = private(secure=False, seed=0)
     train(model, optimizer, loader, criterion, steps=2)
-    state = json.loads(json.dumps(engine.state_dict()))
-    private(secure=False, seed=0)[0].load_state_dict(state)
+    state = json.dumps(engine.state_dict())
+    private(secure=False, seed=0)[0].load_state_dict(json.loads(state))
+    return state
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_engine_state_is_refused(edit, engine_state):
+    state = json.loads(engine_state)
     EDITS[edit](state)
     with pytest.raises(ResumeError):
         private(secure=False, seed=0)[0].load_state_dict(state)

@@ -9,6 +9,8 @@ import lipdp
 from lipdp.errors import LipdpError
 from lipdp.passes import sums
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 ROWS = 24
 
 

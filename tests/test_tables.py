@@ -23,6 +23,8 @@ from lipdp.nn.table import BINS, TableFeatures, unit_norm
 from lipdp.training import Monitor, Trainer, configure, fit_table, tables
 from lipdp.training.evaluation import evaluate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MAP = SignedLog(scale=0.01, limit=16 / math.log1p(100))
 
 

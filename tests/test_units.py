@@ -18,7 +18,7 @@ from lipdp.batches.owners import EveryNth, Owners, Shard, bounded_contributions
 from lipdp.errors import EngineError, ParameterError
 from lipdp.privacy.gate import QuantileGate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
 
 
 def network(*, gate=None):
@@ -75,7 +75,7 @@ def moved(first, second):
     return {name: float(torch.linalg.vector_norm(first[name] - second[name])) for name in first}
 
 
-@pytest.mark.parametrize("records", [1, 2, 7, 50])
+@pytest.mark.parametrize("records", [1, 50, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7))])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("gate", [None, 0.1])
 def test_an_owner_moves_the_sum_by_delta_however_many_records(records, scale, gate):
@@ -125,7 +125,7 @@ def test_an_owner_contributes_the_mean_of_its_records_gradients():
         torch.testing.assert_close(expected, by_hand, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("views", [2, 5])
+@pytest.mark.parametrize("views", [pytest.param(2, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("gate", [None, 0.1])
 @pytest.mark.parametrize("scale", [1.0, 50.0])
 def test_a_record_with_views_moves_the_sum_by_delta(views, gate, scale):
@@ -183,7 +183,7 @@ def test_owners_with_views_move_the_sum_by_delta():
         assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(ids=st.lists(st.integers(-5, 5), min_size=1, max_size=60))
 def test_weights_of_an_owner_add_up_to_one_and_never_beyond(ids):
     owners = Owners(ids)
@@ -197,7 +197,7 @@ def test_weights_of_an_owner_add_up_to_one_and_never_beyond(ids):
     assert len(weights) == len(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     owned=st.lists(st.lists(st.integers(0, 8), max_size=4), max_size=40),
     most=st.integers(1, 4),
@@ -261,7 +261,7 @@ def test_an_owner_of_one_contribution_moves_the_sum_as_a_record_does():
     assert excess[20] > 4
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     drawn=st.sets(st.integers(0, 40), max_size=20),
     size=st.integers(1, 5),

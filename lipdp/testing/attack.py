@@ -112,7 +112,8 @@ class Ascent:
 
     The step is x ← (1 − η) x + η r ĝ with ĝ the unit gradient, kept inside the ball of radius r: for η = 1 it is the
     power iteration (the best point of the ball for a linearised objective), and small η is plain ascent. η grows after
-    a success and shrinks after a failure, and the best point is kept.
+    a success and shrinks after a failure, and the best point is kept. All ends early where each start stays where it is
+    or its η has fallen below 1e-4.
     """
 
     def __init__(self, objective: Objective, bounds: Tensor, radius: float) -> None:
@@ -136,18 +137,28 @@ class Ascent:
         for _ in range(steps):
             x = self._move(best_x, along_x, rate, torch.full_like(rate, self.radius))
             y = best_y if y_radius is None else self._move(best_y, along_y, rate, y_radius)
+            if not bool(((self._moves(best_x, x) | self._moves(best_y, y)) & (rate > 1e-4)).any()):
+                break
             new_x, new_y, norms = self._evaluate(x, y, weights)
-            better = _pick(norms, which) > _pick(best, which)
+            new, old = _pick(norms, which), _pick(best, which)
+            better, grown = new > old, new > old * (1 + 1e-9)
             best_x, best_y = _where(better, x, best_x), _where(better, y, best_y)
             along_x, along_y = _where(better, new_x, along_x), _where(better, new_y, along_y)
             best = _where(better, norms, best)
-            rate = torch.where(better, (rate * 1.5).clamp(max=1.0), rate * 0.4)
+            rate = torch.where(grown, (rate * 1.5).clamp(max=1.0), rate * 0.4)
         return best_x, best_y, best
 
     def _evaluate(self, x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.evaluations += len(x)
         along_x, along_y, norms = self.objective.climb(x, y, weights)
         return along_x, along_y, norms
+
+    @staticmethod
+    def _moves(before: Tensor, after: Tensor) -> Tensor:
+        """Which of the points have moved by more than rounding."""
+        if not after.is_floating_point():
+            return torch.zeros(len(after), dtype=torch.bool, device=after.device)
+        return _lengths(after - before) > 8 * torch.finfo(after.dtype).eps * _lengths(before)
 
     @staticmethod
     def _move(x: Tensor, direction: Tensor, rate: Tensor, radius: Tensor) -> Tensor:

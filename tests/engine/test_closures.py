@@ -9,6 +9,8 @@ from torch import nn
 
 from lipdp.errors import EngineError, OptimizerError
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 
 def closed(model, optimizer, criterion, x, y, calls=None):
     def closure():

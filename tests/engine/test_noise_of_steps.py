@@ -17,6 +17,8 @@ from lipdp.noise.allocation import MinVarianceAllocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.privacy.gate import QuantileGate
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 # --- the noise --------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ import lipdp
 from lipdp import losses
 from lipdp.errors import BudgetSpentWarning, EngineError, ParameterError
 
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+
 # --- the account ------------------------------------------------------------------------------------------------------
 
 

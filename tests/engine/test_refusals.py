@@ -20,6 +20,8 @@ from lipdp.errors import (
     UnknownNameError,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --- between backward and step ----------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import lipdp
 from lipdp import losses
 from lipdp.errors import CheckpointError, EngineError, ResumeError
 from lipdp.privacy.gate import QuantileGate
+
+pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.5),
@@ -28,9 +31,19 @@ def scheduled(kind, steps=6, **options):
     return *made, torch.optim.lr_scheduler.CosineAnnealingLR(made[2], steps)
 
 
-@pytest.mark.parametrize("sampling", ["poisson", "fixed_size"])
-@pytest.mark.parametrize("seed", [0, None])
-@pytest.mark.parametrize("kind", list(OPTIMIZERS))
+DEFAULT = {  # every pair of a kind, a seed and a sampling but three; the others are slow
+    ("sgd", 0, "fixed_size"), ("momentum", None, "poisson"), ("momentum", 0, "fixed_size"), ("adam", 0, "poisson"),
+    ("adam", None, "fixed_size"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed", "sampling"),
+    [
+        case if case in DEFAULT else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(OPTIMIZERS, (0, None), ("poisson", "fixed_size"))
+    ],
+)
 def test_a_resumed_run_ends_bit_identical(kind, seed, sampling):
     options = {"seed": seed, "sampling": sampling, "gate": QuantileGate(0.5, count_std=4.0)}
     engine, model, optimizer, loader, criterion, scheduler = scheduled(kind, **options)

@@ -17,6 +17,8 @@ from lipdp.errors import EngineError, ParameterError
 from lipdp.privacy.gate import QuantileGate
 from lipdp.suggestion.joints import Joint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # --- the sum ----------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible
 from lipdp.errors import CalibrationError, ParameterError
 
 if TYPE_CHECKING:
@@ -41,7 +40,6 @@ Truncated = Annotated[int | None, typer.Option(help="most records of a batch, wi
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 
-@interruptible
 def epsilon(
     noise_multiplier: Annotated[float, typer.Option(help="σ > 0")],
     sampling_rate: SamplingRate = None,
@@ -80,7 +78,6 @@ def epsilon(
     _show(facts, notes, as_json, f"σ = {noise_multiplier:g}", "ε", facts["epsilon"])
 
 
-@interruptible
 def calibrate(
     epsilon: Annotated[float, typer.Option(help="the target ε")],
     sampling_rate: SamplingRate = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lipdp.audit.suite import Suite, write
-from lipdp.commands.options import interruptible, with_config
+from lipdp.commands.options import with_config
 from lipdp.errors import ParameterError
 
 VIOLATED = 1
@@ -27,7 +27,6 @@ DIR then holds audit.json and audit.png."""
 
 
 @with_config(Suite, "delta", "allocation", "accountant")
-@interruptible
 def audit(
     suite: Suite,
     out: Annotated[Path | None, typer.Option(help="folder for audit.json and audit.png")] = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible, option
+from lipdp.commands.options import option
 
 if TYPE_CHECKING:
     from lipdp.certify.run import LoadedRun, Robustness
@@ -24,7 +24,6 @@ EPILOG = """[bold]Examples[/bold]
 RUN then also holds certificate.json, certificate.png and certificate.svg."""
 
 
-@interruptible
 def certify(
     run: Annotated[Path, typer.Argument(help="the folder of a run of lipdp train", metavar="RUN", show_default=False)],
     radii: Annotated[

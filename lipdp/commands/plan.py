@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lipdp.commands.lazily import Entry, lazily
-from lipdp.commands.options import interruptible
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ app = typer.Typer(cls=_COMMANDS, add_completion=False, rich_markup_mode="rich", 
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)
-@interruptible
 def plan(
     context: typer.Context,
     records: Annotated[int | None, typer.Option(help="N, a public constant")] = None,
@@ -123,12 +122,10 @@ def _search(law: str | None, repetitions: float | None) -> Repetitions | None:
 
     from lipdp.planning.repetitions import Repetitions
 
-    try:
-        return Repetitions(float(law), repetitions or 10.0)
-    except ParameterError:
-        raise
-    except ValueError:
-        return Repetitions(law, repetitions or 10.0)
+    shape: str | float = law
+    with suppress(ValueError):
+        shape = float(law)
+    return Repetitions(shape, 10.0 if repetitions is None else repetitions)
 
 
 def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:

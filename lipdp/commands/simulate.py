@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_options, with_settings
+from lipdp.commands.options import parse_options, with_settings
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH
 @with_settings(
     "dataset", "data_dir", "schema", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs"
 )
-@interruptible
 def simulate(
     given: dict[str, Any],
     out: Annotated[Path, typer.Option(help="the search's folder; an interrupted search goes on there")],

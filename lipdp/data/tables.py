@@ -220,6 +220,8 @@ def schema_template(path: Path) -> str:
     names = reader(path).names
     if not names:
         raise DataError(f"{path} names no columns: its first line must be a header")
+    if any(character < " " or character == "\ufffd" for character in "".join(names)):
+        raise DataError(f"{path} is not text in UTF-8: give a .csv or .tsv file with a header line, or a .parquet file")
     return template(path.name, names)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError, check_known
 from lipdp.features import synthetic
 from lipdp.features.cache import kept
 from lipdp.features.cosine import Dct
@@ -202,10 +202,7 @@ def features(name: str, **options: Any) -> FeatureSpec:
     known = [field.name for field in fields(kind)]
     of_map = {key: value for key, value in options.items() if key in known}
     of_spec = {key: value for key, value in options.items() if key not in known}
-    unknown = sorted(set(of_spec) - set(_NORMALISATION))
-    if unknown:
-        have = ", ".join((*known, *_NORMALISATION))
-        raise ParameterError(f"{name} features have no option {', '.join(unknown)}; they have {have}")
+    check_known(f"features {name!r}", options, (*known, *_NORMALISATION))
     return FeatureSpec(kind(**of_map), **{**_DEFAULTS.get(name, {}), **of_spec})
 
 

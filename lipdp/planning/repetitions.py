@@ -73,7 +73,9 @@ class Repetitions:
             if self.law not in SHAPES:
                 raise UnknownNameError("law of repetitions", self.law, SHAPES)
         elif not 0.0 <= self.law < math.inf:
-            raise ParameterError(f"law={self.law}: a shape ≥ 0, or one of {', '.join(SHAPES)}")
+            raise ParameterError(
+                f"repetitions by the law {self.law}: a shape ≥ 0 is needed, or one of {', '.join(SHAPES)}"
+            )
         if not 1.0 <= self.mean <= _MOST:
             raise ParameterError(f"repetitions={self.mean}: a mean number of runs in [1, {_MOST:g}] is needed")
 

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import lipdp
 from lipdp.cli import app, main
 from lipdp.commands.display import Screen, show_result
 from lipdp.commands.options import repeat_options
+from lipdp.commands.tables import parameter_table
 from lipdp.noise.allocation import get_allocation
 from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer, configure
@@ -427,6 +429,9 @@ def test_rows_of_shared_and_unused_parameters():
     assert twice.share == 1.0
     assert twice.cotangent == max(node.cotangent for node in bounds.nodes if "twice.weight" in node.parameters)
     assert (never.delta, never.std, never.share) == (0.0, 0.0, 0.0)
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(parameter_table([replace(twice, value=0.0)]))  # a head that begins at zero
+    assert re.search(r"twice.weight +16 +- ", screen.getvalue())
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------

@@ -36,7 +36,9 @@ Epochs = Annotated[float | None, typer.Option(help="instead of T: T = epochs / q
 Delta = Annotated[float, typer.Option(help="δ, in (0, 1)")]
 Sampling = Annotated[str, typer.Option(help="poisson (add or remove one), or fixed_size (replace one)")]
 Bands = Annotated[int, typer.Option(help="b of a run with --bands: batches of b groups in turn, correlated noise")]
-Truncated = Annotated[int | None, typer.Option(help="most records of a batch, with --batch-size and --dataset-size")]
+Truncated = Annotated[
+    int | None, typer.Option(help="most records of a batch; every batch has so many rows, one shape for --compile")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 

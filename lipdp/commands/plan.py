@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lipdp.commands.account import Truncated
 from lipdp.commands.lazily import Entry, lazily
 from lipdp.errors import ParameterError
 
@@ -51,6 +52,7 @@ def plan(
     max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
     accountant: Annotated[str, typer.Option(help="what bounds ε: prv, pld, rdp")] = "prv",
+    truncated_batch_size: Truncated = None,
     private_search: Annotated[
         str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
     ] = None,
@@ -70,7 +72,9 @@ def plan(
     from lipdp.planning.budget import plan as make
 
     search = _search(private_search, repetitions)
-    budget = Budget(records, epsilon, default_delta(records) if delta is None else delta, accountant)
+    budget = Budget(
+        records, epsilon, default_delta(records) if delta is None else delta, accountant, truncated_batch_size
+    )
     found = make(
         budget,
         steps=steps,
@@ -93,6 +97,7 @@ def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
     return (
         f"lipdp train --dataset {shlex.quote(dataset or 'DATASET')} --epsilon {epsilon:g} --delta {point.delta:g} "
         f"--batch-size {point.expected_batch_size} --steps {point.steps}"
+        + ("" if point.truncated_batch_size is None else f" --truncated-batch-size {point.truncated_batch_size}")
     )
 
 
@@ -129,10 +134,8 @@ def _search(law: str | None, repetitions: float | None) -> Repetitions | None:
 
 
 def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
-    from lipdp.accounting.events import Event
-
     chosen = found.chosen
-    cost = search.epsilon(Event(chosen.noise_multiplier, chosen.sampling_rate, chosen.steps), chosen.delta)
+    cost = search.epsilon(chosen.event, chosen.delta)
     sigma = search.calibrate(
         target_epsilon=found.budget.epsilon, sampling_rate=chosen.sampling_rate, steps=chosen.steps, delta=chosen.delta
     )
@@ -161,12 +164,14 @@ def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
 
 
 def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
+    from lipdp.accounting.plan import in_bands
     from lipdp.commands.tables import plain_console, plain_table
 
     console, chosen, budget = plain_console(), found.chosen, found.budget
     limit = "" if found.max_samples is None else f", at most {found.max_samples:,} records processed"
     console.print(
         f"N = {budget.records:,}, ε ≤ {budget.epsilon:g} at δ = {budget.delta:g} (add or remove one record){limit}"
+        f"{in_bands(1, budget.truncated_batch_size)}"
     )
     table = plain_table("", "B", "σ", "T", "η", "ε exact", "ε_TAN", "B/σ", "B·T", "epochs")
     for point in found.iso_budget:

@@ -96,8 +96,8 @@ class Repetitions:
         """
         if event.relation is not Relation.ADD_OR_REMOVE_ONE or event.truncation:
             raise AccountingError(
-                f"the account of a search covers add_or_remove_one, not {event.relation.value}, and no truncated"
-                " batches: use Poisson batches"
+                "the account of a search covers Poisson batches that are not truncated, got"
+                f" {'truncated ones' if event.truncation else event.relation.value}"
             )
         step = dp_event.PoissonSampledDpEvent(event.sampling_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
         run = dp_event.SelfComposedDpEvent(step, event.compositions)

@@ -354,12 +354,13 @@ def test_calibrate_by_every_accountant(capsys):
     assert "target ε = 2" in capsys.readouterr().out
 
 
-def test_notes_of_a_search_are_not_repeated(capsys):
+def test_notes_of_a_search_are_not_repeated(capsys, caplog):
     assert main(
         ["calibrate", "--epsilon", "0.0001", "--sampling-rate", "0.1", "--steps", "100", "--delta", "1e-9"]
     ) in (0, 2)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
     assert len(notes) <= 1
+    assert sum("not from" in record.getMessage() for record in caplog.records) == 1  # nor is a search's every σ noted
 
 
 @pytest.mark.parametrize("shape", [["1", "8", "8"], ["1x8x8"], ["1,8,8"]])

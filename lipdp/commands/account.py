@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from lipdp.errors import CalibrationError, ParameterError
 
 if TYPE_CHECKING:
+    from lipdp.accounting.accountants import Spent
     from lipdp.accounting.plan import Subsampling
 
 _ACCOUNTANTS = ("prv", "pld", "rdp")
@@ -71,7 +73,7 @@ def epsilon(
     spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
     facts = _facts(drawn, delta)
     facts |= {"noise_multiplier": noise_multiplier, "epsilon": {name: s.epsilon for name, s in spent.items()}}
-    notes = {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
+    notes = _notes(spent)
     if tpr:
         from lipdp.accounting.tradeoff import trade_off
 
@@ -98,17 +100,25 @@ def calibrate(
     ε of the σ found is at most the target and at least 0.995 of it.
     """
     drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
+    from lipdp.accounting.accountants import get_accountant
+
     found: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in _ACCOUNTANTS:
         try:
             found[name] = drawn.noise_multiplier(epsilon=epsilon, delta=delta, accountant=name)
+            notes |= _notes({name: get_accountant(name).epsilon([drawn.event(found[name])], delta)})
         except CalibrationError as error:
             notes[name] = str(error)
     if not found:
         raise CalibrationError(notes[_ACCOUNTANTS[0]])
     facts = _facts(drawn, delta) | {"target_epsilon": epsilon, "noise_multiplier": found}
     _show(facts, notes, as_json, f"target ε = {epsilon:g}", "σ", found)
+
+
+def _notes(spent: Mapping[str, Spent]) -> dict[str, str]:
+    """Whose bound it is, where not of the accountant that was asked."""
+    return {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
 
 
 def _subsampling(

@@ -72,7 +72,11 @@ class StepHooks:
         self._stepping = threading.RLock()  # of two threads that step at once, the second finds the batch used
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._sharded_grads = torch.empty(0)
-        unproven = {"fully_shard": bool(self._sharded), "shards=True": request.shards, "a QuantileGate": gate.moves}
+        unproven = {
+            "fully_shard": bool(self._sharded),
+            "own_records=True": request.own_records,
+            "a QuantileGate": gate.moves,
+        }
         self.correlated = Correlated.of(
             plan, request, self.noise, self.names, owners=loader.owners, steps=self.count.before,
             beside=[name for name in unproven if unproven[name]],

@@ -41,8 +41,8 @@ def audit(
 
     if out is not None and out.exists() and not out.is_dir():
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
-    with step_bar(plain_console(stderr=True)) as told:
-        result = suite.run(told)
+    with step_bar(plain_console(stderr=True)) as progress:
+        result = suite.run(progress)
     paths = write(result, out) if out is not None else ()
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))

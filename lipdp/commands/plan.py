@@ -81,15 +81,15 @@ def plan(
         max_samples=_limit(records, max_epochs, max_samples),
         beside=[_setting(b) for b in beside or ()],
     )
-    facts: dict[str, Any] = {"command": train_command(found.chosen, budget.epsilon, dataset)}
+    appended: dict[str, Any] = {"command": train_command(found.chosen, budget.epsilon, dataset)}
     if search is not None:
-        facts["private_search"] = _search_facts(search, found)
+        appended["private_search"] = _search_cost(search, found)
     if out is not None:
-        _write(out, found, found.as_dict() | facts)
+        _write(out, found, found.as_dict() | appended)
     if as_json:
-        typer.echo(json.dumps(found.as_dict() | facts, indent=2))
+        typer.echo(json.dumps(found.as_dict() | appended, indent=2))
         return
-    _show(found, facts, out)
+    _show(found, appended, out)
 
 
 def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
@@ -133,7 +133,7 @@ def _search(law: str | None, repetitions: float | None) -> Repetitions | None:
     return Repetitions(shape, 10.0 if repetitions is None else repetitions)
 
 
-def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
+def _search_cost(search: Repetitions, found: Plan) -> dict[str, Any]:
     chosen = found.chosen
     cost = search.epsilon(chosen.event, chosen.delta)
     sigma = search.calibrate(
@@ -149,11 +149,11 @@ def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
+def _write(out: Path, found: Plan, written: dict[str, Any]) -> None:
     from lipdp.files import write_figure, write_json
     from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise
 
-    write_json(out / "plan.json", facts)
+    write_json(out / "plan.json", written)
     for name, draw in (
         ("epsilon-against-noise", epsilon_against_noise),
         ("batch-against-compute", batch_against_compute),
@@ -163,7 +163,7 @@ def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
             write_figure(figure, out / f"{name}.{suffix}")
 
 
-def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
+def _show(found: Plan, appended: dict[str, Any], out: Path | None) -> None:
     from lipdp.accounting.plan import in_bands
     from lipdp.commands.tables import plain_console, plain_table
 
@@ -184,14 +184,14 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
     for sigma, epsilon in found.wall:
         batch = max(1, round(chosen.expected_batch_size * sigma / chosen.noise_multiplier))
         console.print(f"the same total noise at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}")
-    if "private_search" in facts:
-        search = facts["private_search"]
+    if "private_search" in appended:
+        search = appended["private_search"]
         console.print(
             f"a private search of {search['mean']:g} runs on average ({search['law']}):"
             f" ε = {search['epsilon_at_plan']:.4g} as a whole at this σ; within the budget"
             f" with σ = {search['noise_multiplier_within_budget']:.4g}"
         )
-    console.print(f"[bold]{facts['command']}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{appended['command']}[/bold]", soft_wrap=True)
     if out is not None:
         console.print(f"[dim]written to {out}[/dim]", soft_wrap=True)
 

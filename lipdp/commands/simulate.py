@@ -164,10 +164,10 @@ def _confirm(console: Console, found: Found, out: Path, folder: Path) -> None:
     from lipdp.files import write_json
     from lipdp.planning.search import confirm
 
-    facts, metric = confirm(found, folder), found.simulation.metric
-    write_json(out / "confirmation.json", facts)
+    outcome, metric = confirm(found, folder), found.simulation.metric
+    write_json(out / "confirmation.json", outcome)
     console.print(
-        f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved"
-        f" [bold]{facts[f'achieved_{metric}']:.2%}[/bold] at ε = {facts['epsilon']:.4g}; the search took"
-        f" {facts['seconds_searched']:.0f} s, the full run {facts['seconds_of_the_full_run']:.0f} s"
+        f"{metric} predicted {outcome[f'predicted_{metric}']:.2%}, achieved"
+        f" [bold]{outcome[f'achieved_{metric}']:.2%}[/bold] at ε = {outcome['epsilon']:.4g}; the search took"
+        f" {outcome['seconds_searched']:.0f} s, the full run {outcome['seconds_of_the_full_run']:.0f} s"
     )

@@ -210,9 +210,9 @@ def read_columns(path: Path, schema: Schema) -> dict[str, list[Any]]:
 def check_head(path: Path, piece: Piece, schema: Schema) -> None:
     """Refuse a column that is of another kind in all of the first records; what one record holds stops nothing."""
     for column in schema.columns:
-        told = column.check(piece[column.name][:_HEAD])
-        if told is not None:
-            raise DataError(f"{path}: in the first {_HEAD} records the column {column.name!r} {told}")
+        fault = column.check(piece[column.name][:_HEAD])
+        if fault is not None:
+            raise DataError(f"{path}: in the first {_HEAD} records the column {column.name!r} {fault}")
 
 
 def schema_template(path: Path) -> str:

@@ -237,12 +237,12 @@ def apply(
     folder = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "features"
     total = len(split.train_x) + len(split.test_x)
 
-    told = 0
+    reported = 0
 
     def report(done: int) -> None:
-        nonlocal told
-        if progress is not None and done > told:  # a batch and its file may end at the same record
-            told = done
+        nonlocal reported
+        if progress is not None and done > reported:  # a batch and its file may end at the same record
+            reported = done
             progress(done, total)
 
     train_x = kept(split.train_x, spec, folder, report)

@@ -96,8 +96,9 @@ class StepHooks:
         others = [counted] if counted < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
-        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=request.module)
-        step.before_first_call = self._measure_records
+        self._forward = PrivateForward(
+            self.module, graph, step, sharded=bool(self._sharded), outer=request.module, first=self._measure_records
+        )
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),

@@ -145,13 +145,9 @@ class Plan:
 
     def _constant_eta(self, noise_multipliers: Sequence[float], accountant: str) -> tuple[tuple[float, float], ...]:
         return constant_eta(
-            self.chosen.eta,
-            steps=self.chosen.steps,
-            delta=self.budget.delta,
-            noise_multipliers=noise_multipliers,
-            accountant=accountant,
-            event=self.budget.event,
-        )
+            self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, noise_multipliers=noise_multipliers,
+            accountant=accountant, event=self.budget.event,
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """What `plan.json` holds."""
@@ -171,15 +167,9 @@ class Plan:
 
 
 def evaluate(
-    *,
-    records: int,
-    batch_size: int,
-    noise_multiplier: float,
-    steps: int,
-    delta: float,
-    accountant: str = "prv",
+    *, records: int, batch_size: int, noise_multiplier: float, steps: int, delta: float, accountant: str = "prv",
     truncated_batch_size: int | None = None,
-) -> Point:
+) -> Point:  # fmt: skip
     """The exact account of one setting.
 
     >>> point = evaluate(records=50_000, batch_size=4096, noise_multiplier=3.0, steps=2500, delta=1e-5)
@@ -205,14 +195,9 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
 
 def _evaluated(budget: Budget, batch_size: int, noise_multiplier: float, steps: int) -> Point:
     return evaluate(
-        records=budget.records,
-        batch_size=batch_size,
-        noise_multiplier=noise_multiplier,
-        steps=steps,
-        delta=budget.delta,
-        accountant=budget.accountant,
-        truncated_batch_size=budget.truncated_batch_size,
-    )
+        records=budget.records, batch_size=batch_size, noise_multiplier=noise_multiplier, steps=steps,
+        delta=budget.delta, accountant=budget.accountant, truncated_batch_size=budget.truncated_batch_size,
+    )  # fmt: skip
 
 
 def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:

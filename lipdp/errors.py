@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def outside() -> int:
@@ -40,6 +40,17 @@ class UnknownNameError(LipdpError, KeyError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def check_known(what: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse options there are not: ParameterError, which lists those there are.
+
+    >>> check_known("mlp", ["width"], ["width", "depth"])
+    """
+    if unknown := sorted(set(given) - set(known)):
+        raise ParameterError(
+            f"{what} has no option {', '.join(unknown)}; its own options are: {', '.join(known) or 'none'}"
+        )
 
 
 class UnsupportedLayerError(LipdpError, ValueError):

@@ -102,10 +102,10 @@ def _resource() -> Any:
 
 def _available() -> int:
     """Bytes that can still be allocated here, as Linux reckons; 0 on other systems."""
-    told = Path("/proc/meminfo")
-    if not told.exists():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return 0
-    lines = dict(line.split(":") for line in told.read_text(encoding="ascii").splitlines())
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 

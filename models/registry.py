@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from lipdp.constraints import check_positive
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError, check_known
 from lipdp.nn.gates import default_input_bound
 
 from .cnn import cnn
@@ -126,13 +126,10 @@ def _check_options(name: str, function: Callable[..., Any], given: set[str], sup
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = {p.name for p in parameters}
-    unknown, missing = given - known, supplied - known
-    if missing:
+    known = [p.name for p in parameters]
+    if missing := supplied - set(known):
         raise ParameterError(f"{name} must take the arguments {', '.join(sorted(supplied))}; it lacks {missing}")
-    if unknown:
-        options = ", ".join(p.name for p in parameters if p.name not in supplied) or "none"
-        raise ParameterError(f"{name} has no option {', '.join(sorted(unknown))}; its own options are: {options}")
+    check_known(name, given, [option for option in known if option not in supplied])
 
 
 def _build_own(name: str, input_shape: tuple[int, ...], num_classes: int, options: dict[str, Any]) -> nn.Module:

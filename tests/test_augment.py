@@ -80,7 +80,7 @@ def test_bad_augmentations():
     for given_, says in [
         ({"augment_multiplicity": 4}, "but no augment"),
         ({"augment": "flip", "augment_multiplicity": 0}, "augment_multiplicity=0"),
-        ({"augment": "flip", "features": "dct"}, "augment and features"),
+        ({"augment": "flip", "features": "dct"}, "augment= and features="),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"pin_memory": 1}, "pin_memory=1"),
         ({"image_size": (8,)}, r"image_size=\(8,\)"),

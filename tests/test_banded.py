@@ -275,7 +275,7 @@ def test_the_engine_counts_a_composition_for_every_b_steps_begun():
         ({"bands": 0}, "bands=0"),
         ({"bands": True}, "bands=True"),
         ({"sampling": "fixed_size"}, "proven for sampling='poisson' alone"),
-        ({"shards": True}, "beside shards=True is not proven"),
+        ({"own_records": True}, "beside own_records=True is not proven"),
         ({"gate": QuantileGate(0.5)}, "beside a QuantileGate is not proven"),
     ],
 )

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import lipdp
 from lipdp.cli import app, main
 from lipdp.commands.display import Screen, show_result
 from lipdp.commands.options import repeat_options
+from lipdp.commands.tables import parameter_table
 from lipdp.noise.allocation import get_allocation
 from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer, configure
@@ -201,11 +203,22 @@ def refused(arguments, capsys):
         (["train", "--dataset", "/no/such.npz"], "no/such.npz"),
         (["train", "--model", "no_such_module:build"], "no_such_module"),
         (["train", "--model-option", "depth"], "key=value"),
-        (["train", "--model-option", "deep=3"], "deep"),
+        (["train", "--model-option", "deep=3"], "mlp has no option deep; its own options are: width, depth"),
+        (["train", "--loss-option", "foo=3"], "loss 'cross-entropy' has no option foo; its own options are: tau"),
+        (["train", "--loss-option", "ignore_index=no"], "ignore_index is a whole number, got 'no'"),
+        (["train", "--bounding", "rescale", "--bounding-option", "top=3"], "own options are: lower, upper"),
+        (["train", "--bounding-option", "upper=3"], "options {'upper': 3} were given, but no --bounding that"),
+        (["train", "--feature-option", "J=3"], "but no --features that could take them"),
+        (["train", "--model-options", "depth=3"], "--model-option"),
         (["train", "--gate", "low"], "--gate 'low'"),
-        (["train", "--gate", "-1"], "gate"),
-        (["train", "--epsilon", "0"], "epsilon=0"),
-        (["train", "--device", "tpu"], "tpu"),
+        (["train", "--gate", "-1"], "--gate -1.0: a finite number > 0"),
+        (["train", "--epsilon", "0"], "--epsilon 0.0: a finite number > 0"),
+        (["train", "--epsilon", "1", "--noise-multiplier", "2"], "--epsilon and --noise-multiplier were both given"),
+        (["train", "--certified", "--model", "mlp"], "--certified chooses the model and its features"),
+        (["train", "--truncated-batch-size", "9", "--bands", "2", "--batch-size", "9"],
+         "--truncated-batch-size is proven for --sampling poisson and --bands 1 alone"),
+        (["train", "--device", "foo"], "--device foo: cpu, cuda, cuda:1, … or auto is needed"),
+        (["train", "--device", "meta"], "--device meta cannot be used here"),
         (["train", "--resume", "/no/such/run"], "/no/such/run"),
         (["train", "--resume", "a", "--out", "b"], "--resume"),
         (["train", "--epsilonn", "1"], "--epsilonn"),
@@ -213,19 +226,22 @@ def refused(arguments, capsys):
         (["trian"], "trian"),
         (["epsilon"], "--noise-multiplier"),
         (["epsilon", "--noise-multiplier", "1"], "--sampling-rate"),
-        (["epsilon", "--noise-multiplier", "1", "--sampling-rate", "0.1"], "--steps or --epochs"),
-        (["epsilon", "--noise-multiplier", "0", "--sampling-rate", "0.1", "--steps", "1"], "noise_multiplier=0"),
+        (["epsilon", "--noise-multiplier", "1", "--sampling-rate", "0.1"], "neither --steps nor --epochs was given"),
+        (["epsilon", "--noise-multiplier", "0", "--sampling-rate", "0.1", "--steps", "1"], "--noise-multiplier 0.0:"),
         (["epsilon", "--noise-multiplier", "1", "--sampling-rate", "1.5", "--steps", "1"], "(0, 1]"),
-        (["epsilon", "--noise-multiplier", "1", "--sampling-rate", "0.1", "--steps", "1", "--delta", "0"], "delta=0"),
-        (["epsilon", "--noise-multiplier", "1", "--batch-size", "9", "--dataset-size", "3", "--steps", "1"], "N = 3"),
+        (["epsilon", "--noise-multiplier", "1", "--sampling-rate", "0.1", "--steps", "1", "--delta", "0"], "--delta 0"),
+        (["epsilon", "--noise-multiplier", "1", "--batch-size", "9", "--dataset-size", "3", "--steps", "1"],
+         "--batch-size 9:"),
         (["calibrate", "--epsilon", "1", "--sampling-rate", "0.1", "--steps", "1", "--sampling", "shuffle"], "poisson"),
-        (["calibrate", "--epsilon", "-1", "--sampling-rate", "0.1", "--steps", "1"], "target_epsilon=-1"),
+        (["calibrate", "--epsilon", "-1", "--sampling-rate", "0.1", "--steps", "1"], "--epsilon -1.0:"),
         (["calibrate", "--epsilon", "1", "--sampling-rate", "0.1", "--steps", "1", "--delta", "0.5"], "0.1"),
+        (["schema", sys.executable], "is not text in UTF-8: give a .csv or .tsv file with a header line"),
         (["sensitivity", "--model", "cnn"], "--input-shape"),
+        (["sensitivity", "--model", "mlp", "--input-shape", "4", "--batch-size", "0"], "--batch-size 0:"),
         (["sensitivity", "--model", "cnn", "--input-shape", "28"], "(28,)"),
         (["sensitivity", "--model", "cnn", "--input-shape", "1", "x"], "--input-shape"),
         (["sensitivity", "--model", "mlp", "--input-shape", "4", "--allocation", "even"], "per_layer"),
-        (["sensitivity", "--model", "mlp", "--input-shape", "4", "--noise-multiplier", "-1"], "noise_multiplier"),
+        (["sensitivity", "--model", "mlp", "--input-shape", "4", "--noise-multiplier", "-1"], "multiplier -1.0:"),
     ],
 )  # fmt: skip
 def test_what_a_user_gets_wrong_is_one_message_and_exit_code_2(arguments, named, capsys, tmp_path, monkeypatch):
@@ -338,12 +354,13 @@ def test_calibrate_by_every_accountant(capsys):
     assert "target ε = 2" in capsys.readouterr().out
 
 
-def test_notes_of_a_search_are_not_repeated(capsys):
+def test_notes_of_a_search_are_not_repeated(capsys, caplog):
     assert main(
         ["calibrate", "--epsilon", "0.0001", "--sampling-rate", "0.1", "--steps", "100", "--delta", "1e-9"]
     ) in (0, 2)
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
     assert len(notes) <= 1
+    assert sum("not from" in record.getMessage() for record in caplog.records) == 1  # nor is a search's every σ noted
 
 
 @pytest.mark.parametrize("shape", [["1", "8", "8"], ["1x8x8"], ["1,8,8"]])
@@ -413,6 +430,9 @@ def test_rows_of_shared_and_unused_parameters():
     assert twice.share == 1.0
     assert twice.cotangent == max(node.cotangent for node in bounds.nodes if "twice.weight" in node.parameters)
     assert (never.delta, never.std, never.share) == (0.0, 0.0, 0.0)
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(parameter_table([replace(twice, value=0.0)]))  # a head that begins at zero
+    assert re.search(r"twice.weight +16 +- ", screen.getvalue())
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_validation_is_carved_from_train_only():
     rows = sorted(map(tuple, split.train_x.flatten(1).tolist()))
     assert sorted(map(tuple, whole.tolist())) == rows
     for fraction in (0.0, 1.0, -1.0, 2.0, 1e-9, float("nan")):
-        with pytest.raises(ParameterError, match="fraction"):
+        with pytest.raises(ParameterError, match=f"a validation part of {fraction} of"):
             data.split_validation(split, fraction=fraction)
 
 

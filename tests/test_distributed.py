@@ -61,12 +61,11 @@ def test_however_it_is_fed_and_wrapped(groups, options):
 
 
 @pytest.mark.parametrize(
-    ("shards", "mapped", "skip_empty"),
-    [([100, 30, 170, 0], False, True), ([1, 0, 0, 299], True, False)],
+    ("parts", "mapped", "skip_empty"), [([100, 30, 170, 0], False, True), ([1, 0, 0, 299], True, False)]
 )
-def test_unequal_shards(groups, shards, mapped, skip_empty):
+def test_unequal_parts(groups, parts, mapped, skip_empty):
     weights, seen, epsilon, _ = alone(steps=6)
-    answers = groups[4].run(scenarios.train, steps=6, shards=shards, mapped=mapped, skip_empty=skip_empty)
+    answers = groups[4].run(scenarios.train, steps=6, parts=parts, mapped=mapped, skip_empty=skip_empty)
     for other, _, spent, _ in answers:
         assert_close(weights, other, 1e-9)
         assert spent == epsilon
@@ -147,7 +146,7 @@ REFUSALS = [
     (scenarios.records_in_another_order, (), None, "hold different records at the same places"),
     (scenarios.restored_by, (1,), None, "not at the same point of the same run"),
     (scenarios.owners_differ, (), None, "number the owners differently"),
-    (scenarios.whole_as_shards, (), None, "hold the same records"),
+    (scenarios.whole_as_own, (), None, "hold the same records"),
     (scenarios.tensor_parallel, (), None, "sharded by something else than fully_shard"),
     (scenarios.spread_over_two_meshes, (), None, "over different meshes"),
     (scenarios.made_before_the_group, (), None, "Call make_private after init_process_group"),

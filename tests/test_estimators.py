@@ -200,7 +200,9 @@ def test_a_frame_with_categories_and_missing_values():
         fitted.predict(frame.rename(columns={"age": "years"}))
 
 
-@pytest.mark.parametrize("given", [{"hidden": 64.5}, {"hidden": (3,)}, {"hidden": -2}, {"epsilon": -1}, {"delta": 2}])
+@pytest.mark.parametrize(
+    "given", [{"hidden": 64.5}, {"hidden": (3,)}, {"hidden": -2}, {"epsilon": -1}, {"delta": 2}, {"random_state": "x"}]
+)
 def test_arguments_out_of_range_are_named(table, given):
     x, y = table
     with pytest.raises(errors.ParameterError, match=f"{next(iter(given))}=.*needed"):

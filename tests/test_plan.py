@@ -315,7 +315,7 @@ def processes(owned, name):
 
 def sharded():
     """Two processes with 200 and 100 records: N = 300."""
-    engine, *_ = scenarios.private(shards=[200, 100], sigma=2.0)
+    engine, *_ = scenarios.private(parts=[200, 100], sigma=2.0)
     return stated(engine.plan), engine._hooks.loader.sampler.population
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from lipdp.cli import main
 from lipdp.errors import AccountingError, CalibrationError, ParameterError, UnknownNameError
 from lipdp.planning import (
     Budget,
+    Plan,
     Repetitions,
     constant_eta,
     eta_for,
@@ -312,6 +315,23 @@ def test_the_command_writes_a_plan_and_names_the_run(tmp_path, capsys):
         assert b"<svg" in (tmp_path / f"{name}.svg").read_bytes()
 
 
+def test_a_plan_of_truncated_batches_pays_for_them(capsys, monkeypatch):
+    monkeypatch.setattr(planning.budget, "_CURVE", (0.5, 8))
+    assert main([*PLAN, "--truncated-batch-size", "1000"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "(add or remove one record), at most 1,000 a batch" in printed
+    assert re.search(r"--batch-size 853 --steps 100 --truncated-batch-size 1000$", printed)
+    free = Budget(60_000, 2.0, 1e-5, "pld")
+    cut = replace(free, truncated_batch_size=1000)
+    assert cut.event(2.0, 1 / 60, 100).truncation > 0.4
+    found, plain = (with_batch_size(budget, 1000, 100) for budget in (cut, free))
+    assert found.noise_multiplier > 1.2 * plain.noise_multiplier
+    assert 1.98 <= found.epsilon <= 2.0
+    assert found.event == cut.event(found.noise_multiplier, found.sampling_rate, 100)
+    wall = Plan(cut, None, found).constant_eta
+    assert wall[-1][1] > 1.2 * constant_eta(found.eta, steps=100, delta=1e-5)[-1][1]
+
+
 def test_the_command_as_json(capsys, monkeypatch):
     monkeypatch.setattr(planning.budget, "_CURVE", ())
     assert main([*PLAN[:-4], "--max-epochs", "8", "--accountant", "rdp", "--json"]) == 0
@@ -330,6 +350,9 @@ def test_the_command_as_json(capsys, monkeypatch):
         ([*PLAN, "--repetitions", "3"], "--private-search"),
         ([*PLAN, "--private-search", "binomial"], "unknown law"),
         ([*PLAN, "--private-search", "-1"], "shape"),
+        ([*PLAN, "--private-search", "geometric", "--repetitions", "0"], "--repetitions 0"),
+        ([*PLAN, "--private-search", "geometric", "--truncated-batch-size", "9000"], "got truncated ones"),
+        ([*PLAN, "--truncated-batch-size", "70000"], "--truncated-batch-size 70000: a whole number from"),
     ],
 )
 def test_the_command_refuses_in_one_line(arguments, message, capsys):

@@ -147,7 +147,7 @@ def test_a_command_that_a_search_prints_is_read_as_it_was_meant(monkeypatch):
     words = found.command({"lr": 0.5}).split()[2:]
     context = COMMANDS["train"].make_context("train", words)
     given = {name: value for name, value in context.params.items() if value not in (None, [], ())}
-    expected = {"image_size": (8, 9), "model_option": ["width=3"], "secure": True, "gate": "off", "batch_size": 50}
+    expected = {"image_size": (8, 9), "model_options": ["width=3"], "secure": True, "gate": "off", "batch_size": 50}
     assert {name: given[name] for name in expected} == expected
     assert (given["steps"], given["lr"]) == (3, 0.5)
-    assert {one.argument for one in SETTINGS.values() if one.kind in (OPTIONS, SIZE)} >= {"image_size", "model_option"}
+    assert {one.flag for one in SETTINGS.values() if one.kind in (OPTIONS, SIZE)} >= {"--image-size", "--model-option"}

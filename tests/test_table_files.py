@@ -159,10 +159,10 @@ def test_what_is_missing_follows_the_public_rule():
         ),
         ("[columns]\na = {kind = 'number', lower = 'x', upper = 3}\n", "are finite numbers"),
         ("[columns]\na = {kind = 'number', lower = -inf, upper = 3}\n", "are finite numbers"),
-        ("[columns]\na = {kind = 'category'}\n", "'a': categories=.*a list of different"),
+        ("[columns]\na = {kind = 'category'}\n", "'a': categories = .*a list of different"),
         ("[columns]\na = {kind = 'category', categories = ['x'], missing = 'y'}\n", "none of its categories"),
         ("[columns]\na = {kind = 'category', categories = ['x'], other = 1}\n", "are true or false"),
-        ("[columns]\na = {kind = 'label'}\n", "classes=None: a list of different"),
+        ("[columns]\na = {kind = 'label'}\n", "classes = None: a list of different"),
         ("[columns]\na = {kind = 'label', classes = ['x']}\n", "two or more are needed"),
         ("[columns]\na = {kind = 'ignore', lower = 3}\n", "kind 'ignore' takes nothing else"),
         ("[columns]\na = {kind = 'number'}\n", "0 columns of kind 'label', one is needed"),
@@ -297,9 +297,9 @@ def test_a_run_keeps_its_schema(files):
     (files / "columns.toml").write_text(SCHEMA.replace("upper = 60", "upper = 70"))
     with pytest.raises(ResumeError, match="schema was"):
         config.resumed({"schema": str(files / "columns.toml")})
-    with pytest.raises(ParameterError, match="schema and bounding were both given"):
+    with pytest.raises(ParameterError, match="schema= and bounding= were both given"):
         configure(dataset="a.csv", schema=files / "columns.toml", bounding="tanh")
-    with pytest.raises(ParameterError, match="schema and classes were both given"):
+    with pytest.raises(ParameterError, match="schema= and classes= were both given"):
         configure(dataset="a.csv", schema=files / "columns.toml", classes=["a", "b"])
 
 

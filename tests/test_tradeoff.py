@@ -67,7 +67,7 @@ def test_what_is_out_of_reach_is_refused():
         trade_off([Event(1.0, 0.1, 0)])
     with pytest.raises(AccountingError, match="rounding"):
         trade_off([Event(50.0, 0.01, 10**6)])
-    with pytest.raises(ParameterError, match=r"fpr=1\.0"):
+    with pytest.raises(ParameterError, match=r"a false-positive rate of 1\.0"):
         trade_off([Event(1.0, 1.0, 1)]).tpr(1.0)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
-from lipdp.batches.owners import EveryNth, Owners, Shard, bounded_contributions
+from lipdp.batches.owners import EveryNth, Owners, OwnUnits, bounded_contributions
 from lipdp.errors import EngineError, ParameterError
 from lipdp.privacy.gate import QuantileGate
 
@@ -272,8 +272,8 @@ def test_parts_are_a_partition(drawn, size, cuts):
     nth = [EveryNth(rank, size).take(indices) for rank in range(size)]
     assert sorted(np.concatenate(nth).tolist()) == indices.tolist()
     edges = [0, *sorted(cuts), 41]
-    shards = [Shard(a, b).take(indices) + a for a, b in pairwise(edges)]
-    assert np.concatenate(shards).tolist() == indices.tolist()
+    parts = [OwnUnits(a, b).take(indices) + a for a, b in pairwise(edges)]
+    assert np.concatenate(parts).tolist() == indices.tolist()
 
 
 def test_the_account_is_of_owners():
@@ -323,7 +323,7 @@ class Views(Dataset):
     [
         ({"group": [0, 1]}, "2 owners were given for 20 records"),
         ({"group": [0.5] * 20}, "whole number"),
-        ({"group": np.arange(20), "shards": True}, "two shards"),
+        ({"group": np.arange(20), "own_records": True}, "records in two processes"),
         ({"group": np.zeros(20, dtype=int)}, "in 1 … N = 1 is needed"),
         ({"multiplicity": 0}, "1 or more"),
         ({"multiplicity": True}, "1 or more"),

@@ -100,7 +100,10 @@ class Accountant(ABC):
         >>> get_accountant("pld").epsilon([Event(2.0, 0.01, 500), Event(1.0, 0.01, 100)], 1e-5).accountant
         'pld'
         """
-        return spent(self.name, merged(events), checked_delta(delta))
+        found = spent(self.name, merged(events), checked_delta(delta))
+        if found.accountant != self.name:
+            logger.warning("ε comes from the %s accountant, not from %s (%s)", found.accountant, self.name, found.note)
+        return found
 
 
 def merged(events: Sequence[Event]) -> tuple[Event, ...]:
@@ -143,12 +146,10 @@ def prepared(
 
 @lru_cache(maxsize=4096)
 def spent(name: str, events: tuple[Event, ...], delta: float) -> Spent:
-    """`Accountant.epsilon` for arguments already checked and merged."""
+    """`Accountant.epsilon` for arguments already checked and merged, and without a word, as a search for σ takes it."""
     if not events:
         return Spent(0.0, delta, name, name)
     used, note, bound, _ = prepared(name, events, delta, _TOLERANCE)
-    if used != name:
-        logger.warning("ε comes from the %s accountant, not from %s (%s)", used, name, note)
     return Spent(bound, delta, name, used, note)
 
 

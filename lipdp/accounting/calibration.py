@@ -11,7 +11,7 @@ from numbers import Real
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
-from lipdp.accounting.accountants import checked_delta, get_accountant, merged, prepared
+from lipdp.accounting.accountants import checked_delta, get_accountant, merged, prepared, spent
 from lipdp.accounting.events import Event, as_relation
 from lipdp.accounting.numerics import Counts
 from lipdp.accounting.relation import Relation
@@ -90,7 +90,7 @@ def calibrate(
     if sampling_rate < 1.0:  # where the central limit may be far off
         rough = partial(cost, partial(rough_epsilon, delta=delta, near=target_epsilon))
         guess, slope = _rough_start(rough, guess, target_epsilon / (1.0 + strategy.excess))
-    exact = partial(cost, lambda events: strategy.epsilon(events, delta).epsilon)
+    exact = partial(cost, lambda events: spent(accountant, merged(events), delta).epsilon)
     with announced(f"the search for σ over {steps:,} steps"):
         return smallest_noise_multiplier(exact, guess, target_epsilon, slope=slope)
 

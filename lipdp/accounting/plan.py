@@ -90,9 +90,8 @@ class Subsampling:
             ParameterError: both or none of them; and as above.
         """
         if (steps is None) == (epochs is None):
-            raise ParameterError(
-                f"steps={steps} and epochs={epochs}: give one of them (--steps or --epochs), the other follows"
-            )
+            given = "neither steps= nor epochs= was given" if steps is None else f"steps={steps} and epochs={epochs}"
+            raise ParameterError(f"{given}: give one of them, the other follows")
         if epochs is not None:
             if not (isinstance(epochs, Real) and 0 < epochs < math.inf):
                 raise ParameterError(f"epochs={epochs!r}: a finite number > 0 is needed")

@@ -52,7 +52,7 @@ class TradeOff:
         0.092
         """
         if not 0.0 < fpr < 1.0:
-            raise ParameterError(f"fpr={fpr!r}: a false-positive rate in (0, 1) is needed")
+            raise ParameterError(f"a false-positive rate of {fpr!r} was given; one in (0, 1) is needed")
         growth = np.exp(np.minimum(self.epsilons, 700.0))
         bounds = np.minimum(growth * fpr + self.deltas, 1.0 - (1.0 - self.deltas - fpr) / growth)
         return float(min(1.0, bounds.min()))

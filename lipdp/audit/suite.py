@@ -71,12 +71,14 @@ class Suite:
 
 
 METHODS: dict[str, Callable[[Suite, Progress], AuditResult]] = {
-    "many-runs": lambda suite, told: many_runs(runs=suite.runs, progress=told, **suite.options),
-    "sampled-runs": lambda suite, told: many_runs(
-        worst_case(sampling_rate=0.25, records=16, opposed=True), runs=suite.runs, progress=told, **suite.options
+    "many-runs": lambda suite, bar: many_runs(runs=suite.runs, progress=bar, **suite.options),
+    "sampled-runs": lambda suite, bar: many_runs(
+        worst_case(sampling_rate=0.25, records=16, opposed=True), runs=suite.runs, progress=bar, **suite.options
     ),
-    "gradient-canaries": lambda suite, told: one_run(gradient_canaries(suite.canaries), progress=told, **suite.options),
-    "input-canaries": lambda suite, told: one_run(input_canaries(suite.input_canaries), progress=told, **suite.options),
+    "gradient-canaries": lambda suite, bar: one_run(gradient_canaries(suite.canaries), progress=bar, **suite.options),
+    "input-canaries": lambda suite, shown: one_run(
+        input_canaries(suite.input_canaries), progress=shown, **suite.options
+    ),
 }
 
 

@@ -40,10 +40,10 @@ class EveryNth:
 
 
 @dataclass(frozen=True)
-class Shard:
+class OwnUnits:
     """Every process has units of its own, number `start` up to `stop` of all; it reads those of them that were drawn.
 
-    The restriction of a Poisson batch of all units to a shard is a Poisson batch of the shard, with the same q.
+    The restriction of a Poisson batch of all units to those of a process is a Poisson batch of those, with the same q.
     """
 
     start: int

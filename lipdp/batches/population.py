@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
 from lipdp.batches.inputs import Records, describe
-from lipdp.batches.owners import EveryNth, Owners, Partition, Shard
+from lipdp.batches.owners import EveryNth, Owners, OwnUnits, Partition
 from lipdp.batches.records import look, looked_at, read_mapped
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError, ParameterError
@@ -38,27 +38,27 @@ class Population:
     owners: Owners | None = None
 
     @classmethod
-    def of(cls, dataset: Any, world: World, *, group: Group | None = None, shards: bool = False) -> Population:
+    def of(cls, dataset: Any, world: World, *, group: Group | None = None, own_records: bool = False) -> Population:
         """The population of a data set.
 
         Args:
-            dataset: this process's: all records, or with `shards` some that no other process has.
+            dataset: this process's: all records, or with `own_records` some that no other process has.
             world: the processes.
             group: the owner of every record.
-            shards: see `dataset`.
+            own_records: see `dataset`.
 
         Raises:
             EngineError: no length, data sets that differ in it, or copies of a record (`check_copies`). ParameterError:
-                a group of another length, or of shards.
+                a group of another length, or beside `own_records`.
         """
         with world.fail_together():
             records = length(dataset)
             owners = None if group is None else Owners(group)
-            if owners is not None and (owners.total != records or shards):
+            if owners is not None and (owners.total != records or own_records):
                 raise ParameterError(
                     f"group: {owners.total} owners were given for {records} records; give one a record"
-                    if not shards
-                    else "group= and shards=True: one owner could be in two shards; give every process all records"
+                    if not own_records
+                    else "group= and own_records=True: one owner could have records in two processes; give all to each"
                 )
             check_copies(dataset, group)
         if len(set(world.gather(None if owners is None else owners.digest))) > 1:
@@ -69,14 +69,14 @@ class Population:
             )
         counts = world.gather(records)
         part: Partition
-        if shards:
+        if own_records:
             start = sum(counts[: world.rank])
-            present, part = sum(counts), Shard(start, start + records)
+            present, part = sum(counts), OwnUnits(start, start + records)
         else:
             if len(set(counts)) > 1:
                 raise EngineError(
                     f"the processes' data sets have {', '.join(map(str, counts))} records: give every process the same"
-                    " whole data set, or pass shards=True if each process has its own records"
+                    " whole data set, or pass own_records=True if each process has its own records"
                 )
             present, part = records if owners is None else len(owners), EveryNth(world.rank, world.size)
         return cls(present, records, part, owners)
@@ -87,27 +87,27 @@ class Population:
         return "record" if self.owners is None else "owner"
 
 
-def check_records(dataset: Any, world: World, *, shards: bool) -> None:
+def check_records(dataset: Any, world: World, *, own_records: bool) -> None:
     """Refuse data sets in which a record could be read by two processes in one step: in different orders, or twice.
 
     Looks at up to 16 records over the whole: at the targets of whole data sets, since inputs may differ by random
-    views, and at inputs and targets of shards.
+    views, and at inputs and targets of own records.
     """
     if world.size == 1:
         return
     with world.fail_together():
-        own = glance(dataset, inputs=shards)
+        own = glance(dataset, inputs=own_records)
     for rank, other in enumerate(world.gather(own)):
-        if shards and rank != world.rank and own and other == own:
+        if own_records and rank != world.rank and own and other == own:
             raise EngineError(
-                f"shards=True, but process {world.rank} and process {rank} hold the same records: each would count more"
-                " than once. Leave it out where every process has the whole data set"
+                f"own_records=True, but process {world.rank} and process {rank} hold the same records: each would count"
+                " more than once. Leave it out where every process has the whole data set"
             )
-        if not shards and other != own:
+        if not own_records and other != own:
             raise EngineError(
                 f"the data sets of process {world.rank} and process {rank} hold different records at the same places."
                 " One record could be used twice in a step. Give every process the same records in the same order, or"
-                " pass shards=True if each process has its own records"
+                " pass own_records=True if each process has its own records"
             )
 
 
@@ -134,11 +134,11 @@ def length(dataset: Any) -> int:
     return len(dataset)
 
 
-def first_records(dataset: Any, world: World, *, shards: bool = False) -> tuple[Tensor, Tensor]:
-    """The records looked at before the first step (`look`), for shapes and checks of the loss; of a shard with any."""
+def first_records(dataset: Any, world: World, *, own_records: bool = False) -> tuple[Tensor, Tensor]:
+    """The records looked at before the first step (`look`), for shapes and checks of the loss; some process's."""
     with world.fail_together():
         own = look(dataset) if len(dataset) else []
-    records = next((some for some in world.gather(own[:4]) if some), []) if shards else own
+    records = next((some for some in world.gather(own[:4]) if some), []) if own_records else own
     pairs = all(isinstance(r, (tuple, list)) and len(r) == 2 and all(isinstance(p, Tensor) for p in r) for r in records)
     if not records or not pairs:
         found = f"; record 0 is {describe(dataset[0])}" if len(dataset) else ", and at least one"

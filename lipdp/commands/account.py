@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible
 from lipdp.errors import CalibrationError, ParameterError
 
 if TYPE_CHECKING:
+    from lipdp.accounting.accountants import Spent
     from lipdp.accounting.plan import Subsampling
 
 _ACCOUNTANTS = ("prv", "pld", "rdp")
@@ -37,11 +38,12 @@ Epochs = Annotated[float | None, typer.Option(help="instead of T: T = epochs / q
 Delta = Annotated[float, typer.Option(help="δ, in (0, 1)")]
 Sampling = Annotated[str, typer.Option(help="poisson (add or remove one), or fixed_size (replace one)")]
 Bands = Annotated[int, typer.Option(help="b of a run with --bands: batches of b groups in turn, correlated noise")]
-Truncated = Annotated[int | None, typer.Option(help="most records of a batch, with --batch-size and --dataset-size")]
+Truncated = Annotated[
+    int | None, typer.Option(help="most records of a batch; every batch has so many rows, one shape for --compile")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 
-@interruptible
 def epsilon(
     noise_multiplier: Annotated[float, typer.Option(help="σ > 0")],
     sampling_rate: SamplingRate = None,
@@ -69,18 +71,17 @@ def epsilon(
     drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
     event = drawn.event(noise_multiplier)
     spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
-    facts = _facts(drawn, delta)
-    facts |= {"noise_multiplier": noise_multiplier, "epsilon": {name: s.epsilon for name, s in spent.items()}}
-    notes = {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
+    account = _account(drawn, delta)
+    account |= {"noise_multiplier": noise_multiplier, "epsilon": {name: s.epsilon for name, s in spent.items()}}
+    notes = _notes(spent)
     if tpr:
         from lipdp.accounting.tradeoff import trade_off
 
         curve = trade_off([event])
-        facts |= {"tpr": {f"{rate:g}": curve.tpr(rate) for rate in tpr}, "mu": curve.mu, "mu_floor": curve.floor}
-    _show(facts, notes, as_json, f"σ = {noise_multiplier:g}", "ε", facts["epsilon"])
+        account |= {"tpr": {f"{rate:g}": curve.tpr(rate) for rate in tpr}, "mu": curve.mu, "mu_floor": curve.floor}
+    _show(account, notes, as_json, f"σ = {noise_multiplier:g}", "ε", account["epsilon"])
 
 
-@interruptible
 def calibrate(
     epsilon: Annotated[float, typer.Option(help="the target ε")],
     sampling_rate: SamplingRate = None,
@@ -99,17 +100,25 @@ def calibrate(
     ε of the σ found is at most the target and at least 0.995 of it.
     """
     drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
+    from lipdp.accounting.accountants import get_accountant
+
     found: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name in _ACCOUNTANTS:
         try:
             found[name] = drawn.noise_multiplier(epsilon=epsilon, delta=delta, accountant=name)
+            notes |= _notes({name: get_accountant(name).epsilon([drawn.event(found[name])], delta)})
         except CalibrationError as error:
             notes[name] = str(error)
     if not found:
         raise CalibrationError(notes[_ACCOUNTANTS[0]])
-    facts = _facts(drawn, delta) | {"target_epsilon": epsilon, "noise_multiplier": found}
-    _show(facts, notes, as_json, f"target ε = {epsilon:g}", "σ", found)
+    account = _account(drawn, delta) | {"target_epsilon": epsilon, "noise_multiplier": found}
+    _show(account, notes, as_json, f"target ε = {epsilon:g}", "σ", found)
+
+
+def _notes(spent: Mapping[str, Spent]) -> dict[str, str]:
+    """Whose bound it is, where not of the accountant that was asked."""
+    return {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
 
 
 def _subsampling(
@@ -136,7 +145,7 @@ def _subsampling(
     return Subsampling.at(sampling_rate, **drawn)
 
 
-def _facts(drawn: Subsampling, delta: float) -> dict[str, Any]:
+def _account(drawn: Subsampling, delta: float) -> dict[str, Any]:
     stated: dict[str, Any] = {
         "sampling_rate": drawn.sampling_rate,
         "steps": drawn.steps,
@@ -149,26 +158,26 @@ def _facts(drawn: Subsampling, delta: float) -> dict[str, Any]:
 
 
 def _show(
-    facts: dict[str, Any], notes: dict[str, str], as_json: bool, given: str, symbol: str, values: dict[str, float]
+    account: dict[str, Any], notes: dict[str, str], as_json: bool, given: str, symbol: str, values: dict[str, float]
 ) -> None:
     if as_json:
-        typer.echo(json.dumps({**facts, "notes": notes}, indent=2))
+        typer.echo(json.dumps({**account, "notes": notes}, indent=2))
         return
     from lipdp.accounting.plan import in_bands
     from lipdp.commands.tables import plain_console, plain_table
 
     console = plain_console()
-    cut = f", a batch is full or cut with probability {facts['truncation']:.3g}" if "truncation" in facts else ""
+    cut = f", a batch is full or cut with probability {account['truncation']:.3g}" if "truncation" in account else ""
     console.print(
-        f"{given}, q = {facts['sampling_rate']:.6g}, T = {facts['steps']}"
-        f"{in_bands(facts['bands'])}, δ = {facts['delta']:g},"
-        f" {facts['relation'].replace('_', ' ')}{cut}"
+        f"{given}, q = {account['sampling_rate']:.6g}, T = {account['steps']}"
+        f"{in_bands(account['bands'])}, δ = {account['delta']:g},"
+        f" {account['relation'].replace('_', ' ')}{cut}"
     )
     table = plain_table("accountant", symbol, "")
     for name in _ACCOUNTANTS:
         table.add_row(name, f"{values[name]:.5g}" if name in values else "-", notes.get(name, ""))
     console.print(table)
-    if "mu" in facts:
-        for rate, bound in facts["tpr"].items():
+    if "mu" in account:
+        for rate, bound in account["tpr"].items():
             console.print(f"with {float(rate):.3g} false alarms, an attack finds at most {bound:.3g} of who took part")
-        console.print(f"μ = {facts['mu']:.4g} (Gaussian DP, up to a δ of {facts['mu_floor']:g})")
+        console.print(f"μ = {account['mu']:.4g} (Gaussian DP, up to a δ of {account['mu_floor']:g})")

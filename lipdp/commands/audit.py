@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lipdp.audit.suite import Suite, write
-from lipdp.commands.options import interruptible, with_config
+from lipdp.commands.options import with_config
 from lipdp.errors import ParameterError
 
 VIOLATED = 1
@@ -27,7 +27,6 @@ DIR then holds audit.json and audit.png."""
 
 
 @with_config(Suite, "delta", "allocation", "accountant")
-@interruptible
 def audit(
     suite: Suite,
     out: Annotated[Path | None, typer.Option(help="folder for audit.json and audit.png")] = None,
@@ -42,8 +41,8 @@ def audit(
 
     if out is not None and out.exists() and not out.is_dir():
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")
-    with step_bar(plain_console(stderr=True)) as told:
-        result = suite.run(told)
+    with step_bar(plain_console(stderr=True)) as progress:
+        result = suite.run(progress)
     paths = write(result, out) if out is not None else ()
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))

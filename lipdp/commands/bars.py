@@ -17,14 +17,14 @@ def step_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     bars: dict[str, TaskID] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
-        def told(name: str, done: int, total: int) -> None:
+        def advance(name: str, done: int, total: int) -> None:
             if name not in bars:
                 bars[name] = progress.add_task(name, total=total)
             progress.update(bars[name], completed=done)
             if done == total and not console.is_terminal:
                 console.print(f"{name}: done")
 
-        yield told
+        yield advance
 
 
 class Pace:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible, option
+from lipdp.commands.options import option
 
 if TYPE_CHECKING:
     from lipdp.certify.run import LoadedRun, Robustness
@@ -24,7 +24,6 @@ EPILOG = """[bold]Examples[/bold]
 RUN then also holds certificate.json, certificate.png and certificate.svg."""
 
 
-@interruptible
 def certify(
     run: Annotated[Path, typer.Argument(help="the folder of a run of lipdp train", metavar="RUN", show_default=False)],
     radii: Annotated[
@@ -63,21 +62,21 @@ def certify(
         loaded.model, loaded.x[:samples], loaded.y[:samples], radii=asked, maps=loaded.maps, attack=attack,
         convolution=convolution, steps=steps, restarts=restarts,
     )  # fmt: skip
-    facts = {
+    certificate = {
         "run": str(run),
         "dataset": loaded.config.dataset,
         "weights": loaded.weights,
         "step": loaded.step,
         **_spent(run),
     }
-    facts["unit"] = _unit(loaded)
-    facts |= result.as_dict()
+    certificate["unit"] = _unit(loaded)
+    certificate |= result.as_dict()
     figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))
-    write_json(run / "certificate.json", facts)
+    write_json(run / "certificate.json", certificate)
     for kind in ("png", "svg"):
         write_figure(figure, run / f"certificate.{kind}")
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(certificate, indent=2))
     else:
         _show(result, loaded, run)
 

@@ -11,7 +11,7 @@ import typer
 
 from lipdp.commands.bars import Pace
 from lipdp.commands.certify import parse_radius
-from lipdp.commands.options import Command, interruptible, option, with_config
+from lipdp.commands.options import Command, option, with_config
 from lipdp.comparison.configs import RobustnessConfig, SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.errors import ParameterError
 
@@ -63,7 +63,6 @@ they compare trainers, they are not private releases."""
 
 
 @with_config(SpeedConfig, "model", "model_options", "device")
-@interruptible
 def speed(
     config: SpeedConfig,
     threads: Annotated[int | None, option("threads")] = None,
@@ -93,7 +92,6 @@ def speed(
 
 
 @with_config(UtilityConfig, "data_dir", "schema", "model", "model_options", "features", "delta", "batch_size", "epochs")
-@interruptible
 def utility(
     config: UtilityConfig,
     jobs: Annotated[int, typer.Option(help="processes")] = 1,
@@ -117,7 +115,6 @@ def utility(
 
 
 @with_config(TablesConfig, "data_dir", "delta")
-@interruptible
 def tables(
     config: TablesConfig,
     out: Annotated[Path | None, typer.Option(help="folder for results.json")] = None,
@@ -154,7 +151,6 @@ _SHARED = (
 
 
 @with_config(RobustnessConfig, *_SHARED, radii=parse_radius)
-@interruptible
 def robustness(
     config: RobustnessConfig,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and pictures")] = None,

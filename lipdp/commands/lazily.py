@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import signal
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from lipdp.errors import LipdpError, PeerError
+
+INTERRUPTED = 130
+_ARGUMENT = re.compile(
+    r"\w\([^()]*\)"  # a call
+    r"| \((?P<again>\w+)=[^()\s]*\)"  # the option in Python, in brackets after it
+    r"|(?<![\w./'-])(?:expected_|target_)?(?P<name>[a-z]\w*)"
+    r"(?:=True\b|(?P<given>='(?P<word>[\w./:-]+)'|=(?=[^\s,;:)]))|=)?"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,48 @@ class _Stub(TyperCommand):
         return self._load(str(self.name)).make_context(info_name, args, parent=parent, **extra)
 
 
-class LazyGroup(TyperGroup):
+def with_options_named(message: str, parameters: Iterable[Any]) -> str:
+    """A message of the library, with its arguments as the options of a command: `steps=3` as `--steps 3`.
+
+    So is a bare name of several words, such as `batch_size`, but not `model`, which may be a word of the sentence, nor
+    what stands in a call, as in `Clip(lower=0.0)`.
+    """
+    flags = {one.name: max(one.opts, key=len) for one in parameters if one.opts[0].startswith("-")}
+
+    def named(found: re.Match[str]) -> str:
+        if found["again"] in flags:
+            return ""
+        flag = flags.get(found["name"] or "")
+        if flag is None or not re.search("[_=]", found[0]):
+            return found[0]
+        return f"{flag} {found['word'] or ''}" if found["given"] else flag
+
+    return _ARGUMENT.sub(named, message)
+
+
+class Invoked:
+    """A command that ends with exit code 130 at SIGINT and SIGTERM, whatever typer's version makes of them, and whose
+    refusals name its options."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it."""
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
+        try:
+            return super().invoke(ctx)  # type: ignore[misc]
+        except KeyboardInterrupt as interrupt:
+            typer.echo(str(interrupt) or "interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
+        except LipdpError as error:
+            if isinstance(error, PeerError) or ctx.invoked_subcommand is not None:
+                raise
+            raise LipdpError(with_options_named(str(error), ctx.command.params)) from error
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, before)
+
+
+class LazyGroup(Invoked, TyperGroup):
     """A group whose commands are imported when they run; `commands` imports all of them."""
 
     entries: ClassVar[Mapping[str, Entry]]

@@ -9,8 +9,6 @@ import ast
 import functools
 import inspect
 import json
-import signal
-import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -20,33 +18,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from lipdp.commands.lazily import Invoked
 from lipdp.errors import ParameterError
 from lipdp.training.settings import GATE, LIST, OPTIONS, Setting
 
-INTERRUPTED = 130
 Subcommand = Callable[..., None]
 
 
-def interruptible(function: Subcommand) -> Subcommand:
-    """A subcommand that ends with exit code 130 at SIGINT and SIGTERM, whatever typer's version makes of them."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler) if main else None
-        try:
-            function(*args, **kwargs)
-        except KeyboardInterrupt as interrupt:
-            typer.echo(str(interrupt) or "interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from interrupt
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
-
-    return wrapped
-
-
-class Command(TyperCommand):
+class Command(Invoked, TyperCommand):
     """A command whose options that may be repeated take several values in a row as well: `--input-shape 1 28 28`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -78,7 +57,8 @@ def option(name: str, *, default: str | None = None, panel: str | None = None) -
     one = SETTINGS[name]
     words = one.default if default is None else default
     help = f"{one.description} (default: {words})" if words else one.description
-    return typer.Option(help=help, show_default=False, metavar=one.metavar, rich_help_panel=panel)
+    flag = [one.flag] if one.kind is OPTIONS else []
+    return typer.Option(*flag, help=help, show_default=False, metavar=one.metavar, rich_help_panel=panel)
 
 
 @dataclass(frozen=True)
@@ -128,7 +108,7 @@ def with_config(kind: type, *names: str, **parsers: Callable[[str], Any]) -> Cal
 
 def _of_setting(one: Setting, default: Any, words: str | None, panel: str | None) -> _Option:
     info, taken = option(one.name, default=words, panel=panel), one.kind.option
-    return _Option(one.name, _parameter(one.argument, taken, info, default), partial(_parsed, one))
+    return _Option(one.name, _parameter(one.name, taken, info, default), partial(_parsed, one))
 
 
 def _of_field(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lipdp.commands.account import Truncated
 from lipdp.commands.lazily import Entry, lazily
-from lipdp.commands.options import interruptible
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ app = typer.Typer(cls=_COMMANDS, add_completion=False, rich_markup_mode="rich", 
 
 
 @app.callback(invoke_without_command=True, epilog=EPILOG)
-@interruptible
 def plan(
     context: typer.Context,
     records: Annotated[int | None, typer.Option(help="N, a public constant")] = None,
@@ -52,6 +52,7 @@ def plan(
     max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
     accountant: Annotated[str, typer.Option(help="what bounds ε: prv, pld, rdp")] = "prv",
+    truncated_batch_size: Truncated = None,
     private_search: Annotated[
         str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
     ] = None,
@@ -71,22 +72,24 @@ def plan(
     from lipdp.planning.budget import plan as make
 
     search = _search(private_search, repetitions)
-    budget = Budget(records, epsilon, default_delta(records) if delta is None else delta, accountant)
+    budget = Budget(
+        records, epsilon, default_delta(records) if delta is None else delta, accountant, truncated_batch_size
+    )
     found = make(
         budget,
         steps=steps,
         max_samples=_limit(records, max_epochs, max_samples),
         beside=[_setting(b) for b in beside or ()],
     )
-    facts: dict[str, Any] = {"command": train_command(found.chosen, budget.epsilon, dataset)}
+    appended: dict[str, Any] = {"command": train_command(found.chosen, budget.epsilon, dataset)}
     if search is not None:
-        facts["private_search"] = _search_facts(search, found)
+        appended["private_search"] = _search_cost(search, found)
     if out is not None:
-        _write(out, found, found.as_dict() | facts)
+        _write(out, found, found.as_dict() | appended)
     if as_json:
-        typer.echo(json.dumps(found.as_dict() | facts, indent=2))
+        typer.echo(json.dumps(found.as_dict() | appended, indent=2))
         return
-    _show(found, facts, out)
+    _show(found, appended, out)
 
 
 def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
@@ -94,6 +97,7 @@ def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
     return (
         f"lipdp train --dataset {shlex.quote(dataset or 'DATASET')} --epsilon {epsilon:g} --delta {point.delta:g} "
         f"--batch-size {point.expected_batch_size} --steps {point.steps}"
+        + ("" if point.truncated_batch_size is None else f" --truncated-batch-size {point.truncated_batch_size}")
     )
 
 
@@ -123,19 +127,15 @@ def _search(law: str | None, repetitions: float | None) -> Repetitions | None:
 
     from lipdp.planning.repetitions import Repetitions
 
-    try:
-        return Repetitions(float(law), repetitions or 10.0)
-    except ParameterError:
-        raise
-    except ValueError:
-        return Repetitions(law, repetitions or 10.0)
+    shape: str | float = law
+    with suppress(ValueError):
+        shape = float(law)
+    return Repetitions(shape, 10.0 if repetitions is None else repetitions)
 
 
-def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
-    from lipdp.accounting.events import Event
-
+def _search_cost(search: Repetitions, found: Plan) -> dict[str, Any]:
     chosen = found.chosen
-    cost = search.epsilon(Event(chosen.noise_multiplier, chosen.sampling_rate, chosen.steps), chosen.delta)
+    cost = search.epsilon(chosen.event, chosen.delta)
     sigma = search.calibrate(
         target_epsilon=found.budget.epsilon, sampling_rate=chosen.sampling_rate, steps=chosen.steps, delta=chosen.delta
     )
@@ -149,11 +149,11 @@ def _search_facts(search: Repetitions, found: Plan) -> dict[str, Any]:
     }
 
 
-def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
+def _write(out: Path, found: Plan, written: dict[str, Any]) -> None:
     from lipdp.files import write_figure, write_json
     from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise
 
-    write_json(out / "plan.json", facts)
+    write_json(out / "plan.json", written)
     for name, draw in (
         ("epsilon-against-noise", epsilon_against_noise),
         ("batch-against-compute", batch_against_compute),
@@ -163,13 +163,15 @@ def _write(out: Path, found: Plan, facts: dict[str, Any]) -> None:
             write_figure(figure, out / f"{name}.{suffix}")
 
 
-def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
+def _show(found: Plan, appended: dict[str, Any], out: Path | None) -> None:
+    from lipdp.accounting.plan import in_bands
     from lipdp.commands.tables import plain_console, plain_table
 
     console, chosen, budget = plain_console(), found.chosen, found.budget
     limit = "" if found.max_samples is None else f", at most {found.max_samples:,} records processed"
     console.print(
         f"N = {budget.records:,}, ε ≤ {budget.epsilon:g} at δ = {budget.delta:g} (add or remove one record){limit}"
+        f"{in_bands(1, budget.truncated_batch_size)}"
     )
     table = plain_table("", "B", "σ", "T", "η", "ε exact", "ε_TAN", "B/σ", "B·T", "epochs")
     for point in found.iso_budget:
@@ -182,14 +184,14 @@ def _show(found: Plan, facts: dict[str, Any], out: Path | None) -> None:
     for sigma, epsilon in found.wall:
         batch = max(1, round(chosen.expected_batch_size * sigma / chosen.noise_multiplier))
         console.print(f"the same total noise at σ = {sigma:g} (B = {batch:,}) would cost ε = {epsilon:.3g}")
-    if "private_search" in facts:
-        search = facts["private_search"]
+    if "private_search" in appended:
+        search = appended["private_search"]
         console.print(
             f"a private search of {search['mean']:g} runs on average ({search['law']}):"
             f" ε = {search['epsilon_at_plan']:.4g} as a whole at this σ; within the budget"
             f" with σ = {search['noise_multiplier_within_budget']:.4g}"
         )
-    console.print(f"[bold]{facts['command']}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{appended['command']}[/bold]", soft_wrap=True)
     if out is not None:
         console.print(f"[dim]written to {out}[/dim]", soft_wrap=True)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible, option
+from lipdp.commands.options import option
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -22,7 +22,6 @@ EPILOG = """[bold]Examples[/bold]
 It shows what lipdp certify RUN and lipdp audit --out RUN left in the folder too."""
 
 
-@interruptible
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="folders of runs of lipdp train", metavar="RUN...", show_default=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_options, parse_shape
+from lipdp.commands.options import parse_options, parse_shape
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -17,7 +17,6 @@ EPILOG = """[bold]Examples[/bold]
 Private steps on none, a quarter and all of a micro-batch are measured here; the rest is arithmetic."""
 
 
-@interruptible
 def scale(
     model: Annotated[str, typer.Option(help="of the zoo, or module:function")] = "cnn",
     model_option: Annotated[list[str] | None, typer.Option(help="key=value, e.g. width=32")] = None,

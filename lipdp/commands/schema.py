@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible
-
 EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp schema people.csv --out columns.toml[/green]  (then say what each column is)
@@ -16,7 +14,6 @@ EPILOG = """[bold]Examples[/bold]
 [green]lipdp train --dataset people.csv --schema columns.toml --epsilon 1 --dry-run[/green]"""
 
 
-@interruptible
 def schema(
     file: Annotated[Path, typer.Argument(help=".csv, .tsv or .parquet", metavar="FILE")],
     out: Annotated[Path | None, typer.Option(help="a new file; default: standard output", show_default=False)] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_shape, with_settings
+from lipdp.commands.options import parse_shape, with_settings
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ class _Bounded:
     "gate",
     "epsilon", "delta", "noise_multiplier", "batch_size", "epochs", "steps", "allocation",
 )  # fmt: skip
-@interruptible
 def sensitivity(
     given: dict[str, Any],
     input_shape: Annotated[
@@ -103,7 +102,11 @@ def _of_a_model(given: dict[str, Any], shape: tuple[int, ...], num_classes: int)
     from lipdp import sensitivity as bound
     from lipdp.noise.allocation import get_allocation
     from lipdp.training.choices import make_loss, make_model
+    from lipdp.training.config import SETTINGS
 
+    for name, value in given.items():
+        if value != "off":  # a gate's
+            SETTINGS[name].check(value)
     if "model" not in given:
         raise ParameterError("--input-shape needs a --model")
     given = {**_ALONE, **given}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, parse_options, with_settings
+from lipdp.commands.options import parse_options, with_settings
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ Every simulated run is [bold]NOT private[/bold] and says so in its files. SEARCH
 @with_settings(
     "dataset", "data_dir", "schema", "features", "model", "epsilon", "delta", "batch_size", "steps", "epochs"
 )
-@interruptible
 def simulate(
     given: dict[str, Any],
     out: Annotated[Path, typer.Option(help="the search's folder; an interrupted search goes on there")],
@@ -165,10 +164,10 @@ def _confirm(console: Console, found: Found, out: Path, folder: Path) -> None:
     from lipdp.files import write_json
     from lipdp.planning.search import confirm
 
-    facts, metric = confirm(found, folder), found.simulation.metric
-    write_json(out / "confirmation.json", facts)
+    outcome, metric = confirm(found, folder), found.simulation.metric
+    write_json(out / "confirmation.json", outcome)
     console.print(
-        f"{metric} predicted {facts[f'predicted_{metric}']:.2%}, achieved"
-        f" [bold]{facts[f'achieved_{metric}']:.2%}[/bold] at ε = {facts['epsilon']:.4g}; the search took"
-        f" {facts['seconds_searched']:.0f} s, the full run {facts['seconds_of_the_full_run']:.0f} s"
+        f"{metric} predicted {outcome[f'predicted_{metric}']:.2%}, achieved"
+        f" [bold]{outcome[f'achieved_{metric}']:.2%}[/bold] at ε = {outcome['epsilon']:.4g}; the search took"
+        f" {outcome['seconds_searched']:.0f} s, the full run {outcome['seconds_of_the_full_run']:.0f} s"
     )

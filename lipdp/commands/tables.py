@@ -47,7 +47,7 @@ def parameter_table(rows: Sequence[ParameterRow]) -> Table:
     for heading in ("weights", "values", "grads", "Δ", "noise", "budget", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        cells = [number(x) for x in (row.value, row.cotangent, row.delta, row.std)]
+        cells = [number(x) for x in (row.value or None, row.cotangent, row.delta, row.std)]
         size = "-" if row.size is None else f"{row.size:,}"
         share = "-" if row.share is None else f"{row.share:.0%}"
         table.add_row(row.name, size, *cells, share, number(row.signal))
@@ -55,7 +55,7 @@ def parameter_table(rows: Sequence[ParameterRow]) -> Table:
 
 
 LEGEND = """\
-values  how long the layer's output can be, for any record
+values  how long the layer's output can be, for any record; - at weights of 0
 grads   how long the gradient there can be, for any record
 Δ       how long the parameter's gradient can be, for any record
 noise   its standard deviation, on the sum of a batch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.options import interruptible, with_settings
+from lipdp.commands.options import with_settings
 
 if TYPE_CHECKING:
     from lipdp.distributed.collectives import World
@@ -40,7 +40,6 @@ _run_option = partial(typer.Option, rich_help_panel="Run", show_default=False)
 
 
 @with_settings()
-@interruptible
 def train(
     given: dict[str, Any],
     out: Annotated[Path | None, _run_option(help="the run's folder; default: runs/DATASET-MODEL-TIME")] = None,

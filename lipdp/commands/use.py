@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lipdp.commands.options import interruptible
-
 EXPORT_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp export RUN model.onnx[/green]  (raw inputs in, probabilities out; no lipdp needed to use it)
@@ -30,7 +28,6 @@ _Weights = Annotated[
 _Code = Annotated[bool, typer.Option("--run-code", help="run a module:function that the run names")]
 
 
-@interruptible
 def export(
     run: _Run,
     path: Annotated[Path, typer.Argument(help="FILE.onnx, FILE.pt2 or a folder", metavar="PATH")],
@@ -44,7 +41,6 @@ def export(
     typer.echo(f"written to {written}", err=True)
 
 
-@interruptible
 def predict(
     run: _Run,
     file: Annotated[Path, typer.Argument(help="raw records: .npy, .npz (X), .csv or .parquet", metavar="FILE")],

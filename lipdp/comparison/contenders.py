@@ -141,7 +141,7 @@ class Bench:
             )
             return replace(contender.trainer, **settings).train(model, task)
 
-    def facts(self, contender: Contender, *, trial: bool = False) -> dict[str, Any]:
+    def plan_figures(self, contender: Contender, *, trial: bool = False) -> dict[str, Any]:
         """What a cell says of the plan; a trial has no ε."""
         private = contender.trainer.private
         return {

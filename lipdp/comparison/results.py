@@ -63,14 +63,14 @@ class Results:
         *,
         key: Callable[[Job], Cell],
         measure: Callable[[Job], Cell],
-        told: Callable[[Cell], None],
+        on_result: Callable[[Cell], None],
         jobs: int = 1,
     ) -> None:
         """Add what `measure` finds for every job whose `key` is not there yet; several processes have a thread each."""
         left = [job for job in asked if not self.find(**key(job))]
         for cell in map(measure, left) if jobs == 1 else _in_processes(measure, left, jobs):
             self.add(cell)
-            told(cell)
+            on_result(cell)
 
     def _check_same(self, before: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         names = sorted(n for n in {*before, *config} if before.get(n) != config.get(n))

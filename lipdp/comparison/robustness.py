@@ -53,10 +53,10 @@ def robustness(
         for seed in range(config.seeds)
     ]
 
-    def told(cell: Cell) -> None:
+    def on_result(cell: Cell) -> None:
         progress(cell, len(results.cells), len(asked))
 
-    results.fill(asked, key=partial(_key, config), measure=partial(_run, config), told=told)
+    results.fill(asked, key=partial(_key, config), measure=partial(_run, config), on_result=on_result)
     return results
 
 
@@ -82,7 +82,7 @@ def _run(config: RobustnessConfig, job: Job) -> Cell:
     )
     return {
         **_key(config, job),
-        **shared.facts(contender),
+        **shared.plan_figures(contender),
         "radii": list(config.radii),
         **_certified(config, shared, session.model),
         "seconds": round(time.perf_counter() - begin, 2),
@@ -106,8 +106,8 @@ def _certified(config: RobustnessConfig, shared: Bench, model: nn.Module) -> Cel
         accuracy = _accuracy(model, shared.split, config.samples)
         return {**nothing, "accuracy": accuracy, "mean_radius": 0.0, "refused": str(error)}
     names = ("accuracy", "certified_accuracy", "attacked_accuracy", "lipschitz", "mean_radius", "curve")
-    facts = found.as_dict()
-    return {name: facts[name] for name in names}
+    figures = found.as_dict()
+    return {name: figures[name] for name in names}
 
 
 def _accuracy(model: nn.Module, split: Split, samples: int | None) -> float:

@@ -79,10 +79,10 @@ def tables(
         if not (learner.two_classes and _table(name, config.data_dir).num_classes > 2)
     ]
 
-    def told(cell: Cell) -> None:
+    def on_result(cell: Cell) -> None:
         progress(cell, len(results.cells), len(jobs))
 
-    results.fill(jobs, key=lambda job: _key(*job), measure=lambda job: _run(config, *job), told=told)
+    results.fill(jobs, key=lambda job: _key(*job), measure=lambda job: _run(config, *job), on_result=on_result)
     return results
 
 

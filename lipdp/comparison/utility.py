@@ -81,10 +81,15 @@ def utility(
     ]
     total = len(cells) * (config.trials * (config.trials > 1) + config.seeds)  # at most
 
-    def told(cell: Cell) -> None:
+    def on_result(cell: Cell) -> None:
         progress(cell, len(tuning.cells) + len(results.cells), total)
 
-    work: dict[str, Any] = {"key": partial(_key, config), "measure": partial(run, config), "told": told, "jobs": jobs}
+    work: dict[str, Any] = {
+        "key": partial(_key, config),
+        "measure": partial(run, config),
+        "on_result": on_result,
+        "jobs": jobs,
+    }
     if config.trials > 1:
         for dataset in config.datasets:
             _tune(config, tuning, [cell for cell in cells if cell[0] == dataset], work)
@@ -155,8 +160,8 @@ def run(config: UtilityConfig, job: Job) -> Cell:
     session = found.trained(contender, settings, lr=lr, seed=job.seed)
     split, binary = found.split, found.split.task == "binary"
     try:
-        told = evaluate(session.model, split.test_x, split.test_y, binary=binary)
-        scores = {name: value for name, value in told.items() if value is not None}  # no AUROC of one class
+        measured = evaluate(session.model, split.test_x, split.test_y, binary=binary)
+        scores = {name: value for name, value in measured.items() if value is not None}  # no AUROC of one class
     except NonFiniteError:  # a learning rate too large for this trainer: the worst score there is
         scores = dict.fromkeys(("accuracy", "auroc") if binary else ("accuracy",), 0.0)
     if job.trial:
@@ -165,7 +170,7 @@ def run(config: UtilityConfig, job: Job) -> Cell:
         scores |= _calibration(session, found.setup().temperature(contender), split)
     return {
         **_key(config, job),
-        **found.facts(contender, trial=job.trial),
+        **found.plan_figures(contender, trial=job.trial),
         **scores,
         **({} if job.trial else {"interior": job.interior}),
         "chance": chance_of(split),

@@ -39,7 +39,7 @@ class Listed:
                 fine &= isinstance(value, (int, float)) and math.isfinite(value)
                 fine = fine and self._add(self._numbers, place, float(value))
         if not fine:
-            raise ParameterError(f"{what}={values!r}: a list of different texts or numbers is needed")
+            raise ParameterError(f"{what} = {values!r}: a list of different texts or numbers is needed")
 
     @staticmethod
     def _add(known: dict[Any, int], place: int, *keys: Any) -> bool:

@@ -136,7 +136,7 @@ def split_validation(split: Split, *, fraction: float = 0.1, seed: int = 0) -> S
     size = round(fraction * count) if isinstance(fraction, Real) and 0 < fraction < 1 else 0
     if not 0 < size < count:
         raise ParameterError(
-            f"fraction={fraction} of {count} records: give a number in (0, 1) that leaves both parts some"
+            f"a validation part of {fraction} of {count} records: give a number in (0, 1) that leaves both parts some"
         )
     if not isinstance(seed, int) or seed < 0:
         raise ParameterError(f"seed={seed!r}: a whole number of at least 0 is needed")

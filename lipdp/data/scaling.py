@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from inspect import signature
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lipdp.batches.records import finite
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError, check_known
 
 Constants: TypeAlias = float | tuple[float, ...]
 """One public number, or one per feature (per channel, for images): along axis 1 of the inputs."""
@@ -259,6 +260,7 @@ def bounding(name: str, **constants: Constants) -> Bounding:
     """
     if not isinstance(name, str) or name not in BOUNDINGS:
         raise UnknownNameError("bounding", name, BOUNDINGS)
+    check_known(f"bounding {name!r}", constants, signature(BOUNDINGS[name]).parameters)
     try:
         return BOUNDINGS[name](**constants)
     except (TypeError, OverflowError) as error:

@@ -139,7 +139,7 @@ def _column(at: str, name: str, given: Mapping[str, Any]) -> Column | Listed | N
         if kind == "label":
             listed = Listed(options.get("classes"), "classes")  # type: ignore[arg-type]
             if len(listed.values) < 2:
-                raise ParameterError(f"classes={options['classes']!r}: two or more are needed")
+                raise ParameterError(f"classes = {options['classes']!r}: two or more are needed")
             return listed
         return None if make is None else make(name, **options)
     except ParameterError as error:

@@ -210,9 +210,9 @@ def read_columns(path: Path, schema: Schema) -> dict[str, list[Any]]:
 def check_head(path: Path, piece: Piece, schema: Schema) -> None:
     """Refuse a column that is of another kind in all of the first records; what one record holds stops nothing."""
     for column in schema.columns:
-        told = column.check(piece[column.name][:_HEAD])
-        if told is not None:
-            raise DataError(f"{path}: in the first {_HEAD} records the column {column.name!r} {told}")
+        fault = column.check(piece[column.name][:_HEAD])
+        if fault is not None:
+            raise DataError(f"{path}: in the first {_HEAD} records the column {column.name!r} {fault}")
 
 
 def schema_template(path: Path) -> str:
@@ -220,6 +220,8 @@ def schema_template(path: Path) -> str:
     names = reader(path).names
     if not names:
         raise DataError(f"{path} names no columns: its first line must be a header")
+    if any(character < " " or character == "\ufffd" for character in "".join(names)):
+        raise DataError(f"{path} is not text in UTF-8: give a .csv or .tsv file with a header line, or a .parquet file")
     return template(path.name, names)
 
 

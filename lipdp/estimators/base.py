@@ -112,7 +112,13 @@ class PrivateEstimator(BaseEstimator):
         self.hidden_, self.n_outputs_ = self.hidden, outputs
         rule, seed = self._rule(), None
         if self.random_state is not None:
-            seed = int(check_random_state(self.random_state).randint(_SEEDS))
+            try:
+                seed = int(check_random_state(self.random_state).randint(_SEEDS))
+            except ValueError as error:
+                raise ParameterError(
+                    f"random_state={self.random_state!r}: a whole number from 0 to 2**32 - 1, a RandomState of"
+                    " numpy, or None is needed"
+                ) from error
         delta = default_delta(len(x)) if self.delta is None else self.delta
         weights, plan, spent = choose(self.hidden, self.steps).learn(
             torch.from_numpy(rule(x)), y, front=self._front, outputs=outputs, norm_bound=rule.norm_bound,
@@ -146,22 +152,23 @@ class PrivateEstimator(BaseEstimator):
     def report(self) -> str:
         """What the fit protects, how strongly, and what it does not, in sentences."""
         check_is_fitted(self)
-        told = self.privacy_
+        account = self.privacy_
         reasons = list(self.leaks_)
-        if told["seeded"]:
+        if account["seeded"]:
             reasons.append("random_state was given, so the noise can be drawn again and taken away")
         first = [f"This fit is NOT private: {'; '.join(reasons)}."] if reasons else []
         return "\n".join(
             [
                 *first,
-                f"Each of {told['dataset_size']:,} training records, input and target, is protected with"
-                f" ε = {told['epsilon']:.4g} at δ = {told['delta']:.3g}"
-                f" ({told['relation'].replace('_', ' ')} record).",
-                f"{told['steps']} noisy steps of SGD, batches of {told['expected_batch_size']:,} expected, noise"
-                f" multiplier {told['noise_multiplier']:.4g}, accountant {told['accountant']}.",
+                f"Each of {account['dataset_size']:,} training records, input and target, is protected with"
+                f" ε = {account['epsilon']:.4g} at δ = {account['delta']:.3g}"
+                f" ({account['relation'].replace('_', ' ')} record).",
+                f"{account['steps']} noisy steps of SGD, batches of {account['expected_batch_size']:,} expected, noise"
+                f" multiplier {account['noise_multiplier']:.4g}, accountant {account['accountant']}.",
                 f"Taken as public: the number of records, the columns{self._public()}.",
-                "Not covered: scores on private records, and settings chosen by looking at them. Fits add up: k of them"
-                " on the same records, as in k-fold cross-validation, cost up to k ε.",
+                "Not covered: scores on private records, settings chosen by looking at them, and what other steps of a"
+                " pipeline learn from them, such as StandardScaler (take PublicScaler). Fits add up: k of them on the"
+                " same records, as in k-fold cross-validation, cost up to k ε.",
             ]
         )
 

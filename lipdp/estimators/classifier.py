@@ -32,6 +32,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
     or None for a net), a `PrivacyLeakWarning` says that the fit is not covered, and `epsilon_` is infinite. With a
     `random_state` anybody can draw the noise again: `is_private_` is False. Each fit costs ε again: `cross_val_score`
     with k folds costs up to kε, and a grid search that times the size of the grid; their scores are not covered at all.
+    Nor is what a step before it in a pipeline learns: `StandardScaler` reads the private data, `PublicScaler` does not.
 
     Args:
         epsilon, delta: the budget; delta None takes 1e-5, or the power of ten below 1/N if that is smaller.

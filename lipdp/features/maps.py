@@ -16,7 +16,7 @@ from torch import Tensor
 from lipdp.constraints import is_positive, is_size
 from lipdp.data import Split
 from lipdp.data.download import cache_root
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError, check_known
 from lipdp.features import synthetic
 from lipdp.features.cache import kept
 from lipdp.features.cosine import Dct
@@ -202,10 +202,7 @@ def features(name: str, **options: Any) -> FeatureSpec:
     known = [field.name for field in fields(kind)]
     of_map = {key: value for key, value in options.items() if key in known}
     of_spec = {key: value for key, value in options.items() if key not in known}
-    unknown = sorted(set(of_spec) - set(_NORMALISATION))
-    if unknown:
-        have = ", ".join((*known, *_NORMALISATION))
-        raise ParameterError(f"{name} features have no option {', '.join(unknown)}; they have {have}")
+    check_known(f"features {name!r}", options, (*known, *_NORMALISATION))
     return FeatureSpec(kind(**of_map), **{**_DEFAULTS.get(name, {}), **of_spec})
 
 
@@ -240,12 +237,12 @@ def apply(
     folder = Path(cache_dir).expanduser() if cache_dir is not None else cache_root() / "features"
     total = len(split.train_x) + len(split.test_x)
 
-    told = 0
+    reported = 0
 
     def report(done: int) -> None:
-        nonlocal told
-        if progress is not None and done > told:  # a batch and its file may end at the same record
-            told = done
+        nonlocal reported
+        if progress is not None and done > reported:  # a batch and its file may end at the same record
+            reported = done
             progress(done, total)
 
     train_x = kept(split.train_x, spec, folder, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class TauCrossEntropy(OfLabels):
         if label_smoothing != 0 and not (is_positive(label_smoothing) and label_smoothing <= 1):
             raise ParameterError(f"label_smoothing lies in [0, 1], got {label_smoothing!r}")
         self.label_smoothing = float(label_smoothing)
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = _label(ignore_index)
         self.lipschitz = math.sqrt(1 + (1 - self.label_smoothing) ** 2) if self.weight is None else self._of_weights()
 
     @property
@@ -152,7 +153,7 @@ class NegativeLogLikelihood(OfLabels):
     def __init__(self, *, weight: Tensor | Sequence[float] | None = None, ignore_index: int = -100) -> None:
         super().__init__()
         self.weight = None if weight is None else public_weights("weight", weight)
-        self.ignore_index = int(ignore_index)
+        self.ignore_index = _label(ignore_index)
         self.lipschitz = 1.0 if self.weight is None else max(self.weight)
 
     def knows(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -206,6 +207,12 @@ def _as_row(weight: tuple[float, ...] | None, logits: Tensor) -> Tensor | None:
     if logits.shape[1] != len(weight):
         raise LossError(f"the loss has {len(weight)} class weights but the logits have shape {tuple(logits.shape)}")
     return torch.tensor(weight, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+
+
+def _label(index: int) -> int:
+    if isinstance(index, bool) or not isinstance(index, Integral):
+        raise ParameterError(f"ignore_index is a whole number, got {index!r}")
+    return int(index)
 
 
 def _ignoring(index: int) -> str:

@@ -67,12 +67,16 @@ class PrivateForward:
     Args:
         sharded: under `fully_shard`, which exchanges parameters while it runs: then the forward pass is run as written.
         outer: the model as the script calls it; what `torch.compile` made of it is called from within.
+        first: called before the first private call on a batch.
     """
 
     def __init__(
-        self, model: nn.Module, graph: BoundGraph, step: StepInProgress, *, sharded: bool, outer: nn.Module
-    ) -> None:
+        self, model: nn.Module, graph: BoundGraph, step: StepInProgress, *, sharded: bool, outer: nn.Module,
+        first: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._model, self._graph, self._step, self._sharded, self._outer = model, graph, step, sharded, outer
+        self._first = first
+        self._batch: object = None  # the key of the one that was called on last
         self._within = False
         self._parameters = list(model.parameters())  # `fully_shard` exchanges them while the model runs
         # a call under torch.compile goes on as written: tensors of a batch are not for its tracer (torch 2.4 has no
@@ -111,7 +115,10 @@ class PrivateForward:
         if reason:
             self._step.reason = reason
             return self._as_written(*args, **kwargs)
-        self._step.before_call()
+        drawn = self._step.drawn
+        if drawn is not None and drawn.key is not self._batch:
+            self._batch = drawn.key
+            self._first()
         x, versions = plain(args[0]), tensors_of(self._model, *(() if self._sharded else self._graph.held()))
         self._within, before = compute is not self._compute, self._within
         try:

@@ -82,21 +82,12 @@ class StepInProgress(Listener):
         self._parameters: list[nn.Parameter] = []
         self._outside: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._pass = -1
-        self.before_first_call: Callable[[], None] = lambda: None
-        self._called: object = None
 
     def records(self) -> list[Tensor] | None:
         """Inputs and labels of the batch drawn last, as plain tensors; None where it holds none."""
         drawn = self.drawn
         held = None if drawn is None or not drawn.rows else drawn.batch  # None: no piece of it was asked for yet
         return None if held is None else [plain(part) for part in held[:2]]
-
-    def before_call(self) -> None:
-        """The model is about to be called with gradients on."""
-        drawn = self.drawn
-        if drawn is not None and self._called is not drawn.key:
-            self._called = drawn.key
-            self.before_first_call()
 
     @property
     def pending(self) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Event
-from lipdp.accounting.plan import PrivacyPlan, Subsampling, whole
+from lipdp.accounting.plan import PrivacyPlan, Subsampling, truncation, whole
 from lipdp.errors import CalibrationError, ParameterError
 from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
 
@@ -28,7 +28,8 @@ _NOISES = (0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)  # σ at constant �
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of a run: N records, (ε, δ) for *add or remove one record*, and the accountant of the run to follow.
+    """The budget of a run: N records, (ε, δ) for *add or remove one record*, the accountant of the run to follow, and
+    the most records of a batch, if it is truncated.
 
     Raises:
         ParameterError, UnknownNameError: a value outside its range.
@@ -38,11 +39,26 @@ class Budget:
     epsilon: float
     delta: float
     accountant: str = "prv"
+    truncated_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         whole("records", self.records)
+        if self.truncated_batch_size is not None:
+            Subsampling.of(self.records, 1, steps=1, truncated_batch_size=self.truncated_batch_size)
         eta_for(self.epsilon, self.delta)
         get_accountant(self.accountant)
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest B: N, or that with C = B + 5 √B, which cuts a batch in a million."""
+        most = self.truncated_batch_size
+        return self.records if most is None else max(1, math.floor(((math.sqrt(25 + 4 * most) - 5) / 2) ** 2))
+
+    def event(self, noise_multiplier: float, sampling_rate: float, steps: int) -> Event:
+        """The account of T steps."""
+        most = self.truncated_batch_size
+        cut = 0.0 if most is None else truncation(self.records, sampling_rate, most)
+        return Event(noise_multiplier, sampling_rate, steps, truncation=cut)
 
 
 class Point(PrivacyPlan):
@@ -118,17 +134,20 @@ class Plan:
     @cached_property
     def constant_eta(self) -> tuple[tuple[float, float], ...]:
         """Pairs (σ, exact ε) at the plan's η and T, where B goes as σ: the noise wall."""
-        quick = _quick(self.budget).accountant
-        return constant_eta(self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, accountant=quick)
+        return self._constant_eta(_NOISES, _quick(self.budget).accountant)
 
     @property
     def wall(self) -> tuple[tuple[float, float], ...]:
         """The pair at σ = 1/2 of `constant_eta`, where that is below the plan's σ."""
         if self.chosen.noise_multiplier <= _BEHIND_THE_WALL:
             return ()
+        return self._constant_eta((_BEHIND_THE_WALL,), "pld")
+
+    def _constant_eta(self, noise_multipliers: Sequence[float], accountant: str) -> tuple[tuple[float, float], ...]:
         return constant_eta(
-            self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, noise_multipliers=(_BEHIND_THE_WALL,)
-        )
+            self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, noise_multipliers=noise_multipliers,
+            accountant=accountant, event=self.budget.event,
+        )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """What `plan.json` holds."""
@@ -137,6 +156,7 @@ class Plan:
             "records": budget.records,
             "target_epsilon": budget.epsilon,
             "delta": budget.delta,
+            "truncated_batch_size": budget.truncated_batch_size,
             "relation": self.chosen.relation.value,
             "max_samples": self.max_samples,
             "chosen": self.chosen.figures(),
@@ -147,8 +167,9 @@ class Plan:
 
 
 def evaluate(
-    *, records: int, batch_size: int, noise_multiplier: float, steps: int, delta: float, accountant: str = "prv"
-) -> Point:
+    *, records: int, batch_size: int, noise_multiplier: float, steps: int, delta: float, accountant: str = "prv",
+    truncated_batch_size: int | None = None,
+) -> Point:  # fmt: skip
     """The exact account of one setting.
 
     >>> point = evaluate(records=50_000, batch_size=4096, noise_multiplier=3.0, steps=2500, delta=1e-5)
@@ -156,6 +177,7 @@ def evaluate(
     '6.61 7.48 10,240,000'
     """
     drawn: dict[str, Any] = {"dataset_size": records, "expected_batch_size": batch_size, "steps": steps}
+    drawn["truncated_batch_size"] = truncated_batch_size
     return Point(**drawn, noise_multiplier=noise_multiplier, target_delta=delta, accountant=accountant)
 
 
@@ -165,10 +187,17 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
     Raises:
         CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
     """
-    drawn = Subsampling.of(budget.records, batch_size, steps=steps)
-    target: dict[str, Any] = {"delta": budget.delta, "accountant": budget.accountant}
-    sigma = drawn.noise_multiplier(epsilon=budget.epsilon, **target)
-    return evaluate(records=budget.records, batch_size=batch_size, noise_multiplier=sigma, steps=steps, **target)
+    most = budget.truncated_batch_size
+    drawn = Subsampling.of(budget.records, batch_size, steps=steps, truncated_batch_size=most)
+    sigma = drawn.noise_multiplier(epsilon=budget.epsilon, delta=budget.delta, accountant=budget.accountant)
+    return _evaluated(budget, batch_size, sigma, steps)
+
+
+def _evaluated(budget: Budget, batch_size: int, noise_multiplier: float, steps: int) -> Point:
+    return evaluate(
+        records=budget.records, batch_size=batch_size, noise_multiplier=noise_multiplier, steps=steps,
+        delta=budget.delta, accountant=budget.accountant, truncated_batch_size=budget.truncated_batch_size,
+    )  # fmt: skip
 
 
 def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:
@@ -176,7 +205,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
 
     At fixed T and ε, η is nearly constant where σ is large, so `B = N·η·σ·√(2/T)` with the η of ε_TAN is a good guess,
     and log σ goes as log B; secants from there meet σ to within 1 %, but for the rounding of B. Where B would exceed N
-    it is N, and σ what the budget leaves.
+    it is N, and σ what the budget leaves; where batches are truncated, at most what C leaves room for.
 
     >>> point = with_noise_multiplier(Budget(50_000, 8.0, 1e-5), 3.0, 2500)
     >>> abs(point.noise_multiplier / 3.0 - 1) < 0.02, 7.96 <= point.epsilon <= 8.0
@@ -187,7 +216,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
     x = math.log(budget.records * eta_for(budget.epsilon, budget.delta) * math.sqrt(2.0 / steps)) + goal
     gaps: dict[int, float] = {}  # B → log σ(B) − log σ
     for _ in range(8):
-        batch = min(budget.records, max(1, round(math.exp(x))))
+        batch = min(budget.largest_batch, max(1, round(math.exp(x))))
         if batch in gaps:
             break
         gap = math.log(with_batch_size(quick, batch, steps).noise_multiplier) - goal
@@ -204,7 +233,7 @@ def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -
 def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[Point, ...]:
     """The settings that keep the budget with T steps and these B. Leaves out B that no σ can keep."""
     points = []
-    for batch in sorted({min(max(1, batch), budget.records) for batch in batch_sizes}):
+    for batch in sorted({min(max(1, batch), budget.largest_batch) for batch in batch_sizes}):
         try:
             points.append(with_batch_size(budget, batch, steps))
         except CalibrationError:  # e.g. δ above the chance that a record is used at all: ε is 0 at every σ
@@ -213,7 +242,13 @@ def iso_budget(budget: Budget, steps: int, batch_sizes: Sequence[int]) -> tuple[
 
 
 def constant_eta(
-    eta: float, *, steps: int, delta: float, noise_multipliers: Sequence[float] = _NOISES, accountant: str = "pld"
+    eta: float,
+    *,
+    steps: int,
+    delta: float,
+    noise_multipliers: Sequence[float] = _NOISES,
+    accountant: str = "pld",
+    event: Callable[[float, float, int], Event] = Event,
 ) -> tuple[tuple[float, float], ...]:
     """Pairs (σ, exact ε) at constant total noise, `q = η·σ·√(2/T)`. Leaves out σ for which q would exceed 1.
 
@@ -223,7 +258,7 @@ def constant_eta(
     """
     rates = [(sigma, eta * sigma * math.sqrt(2.0 / steps)) for sigma in noise_multipliers]
     account = get_accountant(accountant)
-    return tuple((s, account.epsilon([Event(s, q, steps)], delta).epsilon) for s, q in rates if q <= 1.0)
+    return tuple((s, account.epsilon([event(s, q, steps)], delta).epsilon) for s, q in rates if q <= 1.0)
 
 
 def plan(
@@ -255,13 +290,7 @@ def plan(
     for name, value in (("steps", steps), ("max_samples", max_samples)):
         if value is not None:
             whole(name, value)
-    others = tuple(
-        evaluate(
-            records=budget.records, batch_size=batch, noise_multiplier=sigma, steps=count, delta=budget.delta,
-            accountant=budget.accountant,
-        )
-        for batch, sigma, count in beside
-    )  # fmt: skip
+    others = tuple(_evaluated(budget, *setting) for setting in beside)
     return Plan(budget, max_samples, _choose(budget, steps, max_samples), others)
 
 
@@ -270,7 +299,7 @@ def _choose(budget: Budget, steps: int | None, max_samples: int | None) -> Point
     best = with_noise_multiplier(budget, NOISE_MULTIPLIER, count)
     if max_samples is None or best.samples <= max_samples:
         return best
-    allowed = max_samples // count
+    allowed = min(max_samples // count, budget.largest_batch)
     if allowed:
         limited = with_batch_size(budget, allowed, count)
         if steps is not None or limited.noise_multiplier >= SWEET_SPOT[0]:
@@ -291,8 +320,8 @@ def _fewer_steps(budget: Budget, start: Point, max_samples: int) -> Point:
     for _ in range(4):
         count = max(1, math.floor((max_samples / (budget.records * eta * sigma)) ** 2 / 2.0))
         batch = max_samples // count
-        if batch >= budget.records:
-            return with_batch_size(budget, budget.records, max_samples // budget.records)
+        if batch >= budget.largest_batch:
+            return with_batch_size(budget, budget.largest_batch, max_samples // budget.largest_batch)
         point = with_batch_size(budget, batch, count)
         if point.noise_multiplier >= sigma * 0.999:
             break

@@ -73,7 +73,9 @@ class Repetitions:
             if self.law not in SHAPES:
                 raise UnknownNameError("law of repetitions", self.law, SHAPES)
         elif not 0.0 <= self.law < math.inf:
-            raise ParameterError(f"law={self.law}: a shape ≥ 0, or one of {', '.join(SHAPES)}")
+            raise ParameterError(
+                f"repetitions by the law {self.law}: a shape ≥ 0 is needed, or one of {', '.join(SHAPES)}"
+            )
         if not 1.0 <= self.mean <= _MOST:
             raise ParameterError(f"repetitions={self.mean}: a mean number of runs in [1, {_MOST:g}] is needed")
 
@@ -94,8 +96,8 @@ class Repetitions:
         """
         if event.relation is not Relation.ADD_OR_REMOVE_ONE or event.truncation:
             raise AccountingError(
-                f"the account of a search covers add_or_remove_one, not {event.relation.value}, and no truncated"
-                " batches: use Poisson batches"
+                "the account of a search covers Poisson batches that are not truncated, got"
+                f" {'truncated ones' if event.truncation else event.relation.value}"
             )
         step = dp_event.PoissonSampledDpEvent(event.sampling_rate, dp_event.GaussianDpEvent(event.noise_multiplier))
         run = dp_event.SelfComposedDpEvent(step, event.compositions)

@@ -106,9 +106,9 @@ def simulate(
         whole(name, value)
     folder = Path(out).expanduser()
     given, split, input_bound = simulation(settings, scale=scale, validation=validation, seed=seed)
-    facts = given.as_dict() | {"space": {name: asdict(dimension) for name, dimension in space.items()}}
+    search = given.as_dict() | {"space": {name: asdict(dimension) for name, dimension in space.items()}}
     with _alone(folder):
-        _start(folder, facts)
+        _start(folder, search)
         study = _Study(folder, space, trials=trials, seed=seed, jobs=jobs)
         with workers(given, split, input_bound, jobs=jobs) as start:
             waiting: dict[Future[dict[str, Any]], tuple[int, dict[str, Scalar]]] = {}
@@ -259,9 +259,9 @@ def _records(folder: Path, study: _Study) -> dict[int, dict[str, Any]]:
     return {number: read_json(folder / "trials" / f"{number:04d}.json") for number in study.ended()}
 
 
-def _start(folder: Path, facts: dict[str, Any]) -> None:
+def _start(folder: Path, search: dict[str, Any]) -> None:
     """Write `simulation.json`, or refuse a folder with another one."""
-    path, plain = folder / "simulation.json", json.loads(json.dumps(facts))
+    path, plain = folder / "simulation.json", json.loads(json.dumps(search))
     if not path.exists():
         write_json(path, plain)
         return
@@ -272,10 +272,10 @@ def _start(folder: Path, facts: dict[str, Any]) -> None:
         raise ResumeError(f"{folder} holds another search ({listed}): give the same settings, or another --out")
 
 
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(search: Mapping[str, Any]) -> dict[str, Any]:
     """What two searches must have in common, without what may change at a resume."""
-    settings = {name: value for name, value in facts.get("settings", {}).items() if name not in RUNTIME}
-    return {**{name: facts.get(name) for name in ("scale", "validation", "seed", "space", "full")}, **settings}
+    settings = {name: value for name, value in search.get("settings", {}).items() if name not in RUNTIME}
+    return {**{name: search.get(name) for name in ("scale", "validation", "seed", "space", "full")}, **settings}
 
 
 @contextmanager

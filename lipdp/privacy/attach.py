@@ -40,11 +40,11 @@ def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> S
         raise ParameterError(
             f"multiplicity={request.multiplicity!r}: how many views of a record are averaged, 1 or more"
         )
-    population = Population.of(request.dataset, world, group=request.group, shards=request.shards)
+    population = Population.of(request.dataset, world, group=request.group, own_records=request.own_records)
     plan = _completed(plan, request, draws, population, world.size)
     check_alike(world, plan, multiplicity=request.multiplicity)
-    records = first_records(request.dataset, world, shards=request.shards)
-    check_records(request.dataset, world, shards=request.shards)
+    records = first_records(request.dataset, world, own_records=request.own_records)
+    check_records(request.dataset, world, own_records=request.own_records)
     inner = own_reduction(request.module, world)
     world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
     with world.fail_together():

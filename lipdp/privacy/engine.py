@@ -156,13 +156,13 @@ class PrivacyEngine:
         if dataset is None:
             raise ParameterError("make_private needs dataset=: the training records, or a torch DataLoader of them")
         self._refuse_second()
-        world, group, shards = self._world or current_world(), options.get("group"), options.get("shards", False)
+        world, group, own = self._world or current_world(), options.get("group"), options.get("own_records", False)
         dataset = as_records(dataset, fields)
-        population = Population.of(dataset, world, group=group, shards=shards)
+        population = Population.of(dataset, world, group=group, own_records=own)
         shape = options.get("input_shape")
         if shape is None:
             views = options.get("multiplicity", 1) != 1
-            shape = tuple(first_records(dataset, world, shards=shards)[0].shape[2 if views else 1 :])
+            shape = tuple(first_records(dataset, world, own_records=own)[0].shape[2 if views else 1 :])
         options["input_shape"] = shape
         plan, chosen, settings = complete(
             original(own_reduction(module, world)),
@@ -247,8 +247,8 @@ class PrivacyEngine:
                 (x, y, weight), for criterion(model(x), y, weight).
             multiplicity: K: an input in the dataset is K views of its record, (K, *features), and contributes the mean
                 of their gradients, at the same Δ. The loader yields the views as K rows.
-            shards: where several processes train together: each has records that no other has. By default each has
-                the whole dataset, and reads its part of every batch.
+            own_records: where several processes train together: each has records that no other has. By default each
+                has the whole dataset, and reads its part of every batch.
             passes: how many iterations of the loader the T steps are spread over; by default one.
             input_shape: of one sample; by default that of record 0.
             forward_dtype: `torch.bfloat16` if the forward pass will run under autocast.

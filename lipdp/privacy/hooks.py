@@ -72,7 +72,11 @@ class StepHooks:
         self._stepping = threading.RLock()  # of two threads that step at once, the second finds the batch used
         self._sharded = [p for p in module.parameters() if is_dtensor(p)]
         self._sharded_grads = torch.empty(0)
-        unproven = {"fully_shard": bool(self._sharded), "shards=True": request.shards, "a QuantileGate": gate.moves}
+        unproven = {
+            "fully_shard": bool(self._sharded),
+            "own_records=True": request.own_records,
+            "a QuantileGate": gate.moves,
+        }
         self.correlated = Correlated.of(
             plan, request, self.noise, self.names, owners=loader.owners, steps=self.count.before,
             beside=[name for name in unproven if unproven[name]],
@@ -92,8 +96,9 @@ class StepHooks:
         others = [counted] if counted < math.inf else []
         self.gradient_multiplier = remaining_noise_multiplier(plan.noise_multiplier, *others)
         self.sensitivity()  # refuses what is unbounded before anything is attached
-        self._forward = PrivateForward(self.module, graph, step, sharded=bool(self._sharded), outer=request.module)
-        step.before_first_call = self._measure_records
+        self._forward = PrivateForward(
+            self.module, graph, step, sharded=bool(self._sharded), outer=request.module, first=self._measure_records
+        )
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),

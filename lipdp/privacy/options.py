@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
     forward_dtype: torch.dtype | None
     group: Group | None
     multiplicity: int
-    shards: bool
+    own_records: bool
     num_workers: int
     pin_memory: bool
     piece: int | None
@@ -82,7 +82,7 @@ class Request:
     forward_dtype: torch.dtype | None = None
     group: Group | None = None
     multiplicity: int = 1
-    shards: bool = False
+    own_records: bool = False
     num_workers: int = 0
     pin_memory: bool = False
     piece: int | None = None

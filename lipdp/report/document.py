@@ -115,8 +115,8 @@ def gather(
             calibration, why = run_calibration(run, data_dir=data_dir, run_code=run_code)
         found = notices(run, recomputed)
         first = lead(run, holds=not any(notice.alarm for notice in found))
-        told = found, first, paragraphs(run.account), attack(run.account), nist(run.account), recomputed
-        reports.append(RunReport(label, run, *told, *rows_of_run(run), calibration, why))
+        content = found, first, paragraphs(run.account), attack(run.account), nist(run.account), recomputed
+        reports.append(RunReport(label, run, *content, *rows_of_run(run), calibration, why))
     return Report(tuple(reports), rows, made or date.today().isoformat(), __version__)
 
 

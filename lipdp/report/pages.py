@@ -109,7 +109,7 @@ def setting(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
-def facts(one: RunReport) -> list[tuple[str, str]]:
+def account_rows(one: RunReport) -> list[tuple[str, str]]:
     """The account of a run: name and value, in order."""
     account = one.run.account
     again = f", {account.steps_counted_again} of them taken again" if account.steps_counted_again else ""
@@ -143,7 +143,7 @@ def facts(one: RunReport) -> list[tuple[str, str]]:
 _WORDS = {
     "PUBLIC": PUBLIC,
     "NOT_COVERED": NOT_COVERED,
-    "facts": facts,
+    "account_rows": account_rows,
 }
 
 

@@ -52,8 +52,8 @@ class Settings:
         own_optimizer: whether the run has another optimiser; `blocks` and `momentum` are then not in use.
 
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
-    >>> facts = dict(input_shape=(4,), dataset_size=1000, target_epsilon=3.0, target_delta=1e-5)
-    >>> settings = lipdp.suggest(model, **facts)
+    >>> public = dict(input_shape=(4,), dataset_size=1000, target_epsilon=3.0, target_delta=1e-5)
+    >>> settings = lipdp.suggest(model, **public)
     >>> data = torch.utils.data.TensorDataset(torch.randn(1000, 4), torch.randint(3, (1000,)))
     >>> engine = lipdp.PrivacyEngine()
     >>> _ = engine.make_private(module=model, dataset=data, **settings.arguments(model))

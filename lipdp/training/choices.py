@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, UnknownNameError, check_known
 from lipdp.losses import (
     HKR,
     CategoricalHinge,
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 
 
 LOSSES: dict[str, Callable[..., LipschitzLoss]] = {
-    "bce": lambda classes, **options: TauBCEWithLogits(**options),
-    "cosine": lambda classes, **options: CosineSimilarity(**options),
-    "cross-entropy": lambda classes, **options: TauCrossEntropy(**options),
-    "hinge": lambda classes, **options: CategoricalHinge(**options),
-    "hkr": lambda classes, **options: HKR(**{"priors": [1 / classes] * classes, **options}),
-    "multiclass-hinge": lambda classes, **options: MulticlassHinge(classes, **options),
+    "bce": TauBCEWithLogits,
+    "cosine": CosineSimilarity,
+    "cross-entropy": TauCrossEntropy,
+    "hinge": CategoricalHinge,
+    "hkr": HKR,
+    "multiclass-hinge": MulticlassHinge,
 }
-"""Name → the loss for C classes; `bce` alone is for two classes with a single logit."""
+"""By name; `bce` alone is for two classes with a single logit."""
 
 
 def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> tuple[LipschitzLoss, int]:
@@ -57,11 +58,13 @@ def make_loss(name: str, num_classes: int, options: Mapping[str, Any] | None = N
         raise UnknownNameError("loss", name, LOSSES)
     if name == "bce" and num_classes != 2:
         raise ParameterError(f"loss {name!r} has a single logit, for 2 classes; there are {num_classes}")
-    try:
-        loss = LOSSES[name](num_classes, **(options or {}))
-    except TypeError as error:
-        raise ParameterError(f"loss {name!r}: {error}") from error
-    return loss, 1 if name == "bce" else num_classes
+    kind, own = LOSSES[name], dict(options or {})
+    check_known(f"loss {name!r}", own, [one for one in signature(kind).parameters if one != "num_classes"])
+    if kind is HKR:
+        own.setdefault("priors", [1 / num_classes] * num_classes)
+    elif kind is MulticlassHinge:
+        own["num_classes"] = num_classes
+    return kind(**own), 1 if name == "bce" else num_classes
 
 
 def make_network(

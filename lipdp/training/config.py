@@ -155,20 +155,26 @@ class TrainConfig:
         if self.schema is not None:
             Schema.of(self.schema)
             if self.classes is not None:
-                raise ParameterError("schema and classes were both given: the schema lists the classes of its label")
+                raise ParameterError("schema= and classes= were both given: the schema lists the classes of its label")
+        for of in ("bounding", "features"):
+            options = getattr(self, f"{of.removesuffix('s')}_options")
+            if options and getattr(self, of) is None:
+                raise ParameterError(f"options {dict(options)} were given, but no {of}= that could take them; name one")
         if self.features is not None and ":" not in self.features and self.features not in FEATURES:
             raise UnknownNameError("features", self.features, FEATURES)
         if self.certified and self.features != recipes.CERTIFIED:
             raise ParameterError(f"certified=True is for {recipes.CERTIFIED} features, not for {self.features!r}")
         if self.augment_multiplicity > 1 and self.augment is None:
             raise ParameterError(
-                f"augment_multiplicity={self.augment_multiplicity}, but no augment: all views of a record would be the"
+                f"augment_multiplicity={self.augment_multiplicity}, but no augment=: all views of a record would be the"
                 " same"
             )
         if self.augment is not None and self.features is not None:
-            raise ParameterError("augment and features were both given: features are computed once, not of every view")
+            raise ParameterError(
+                "augment= and features= were both given: features are computed once, not of every view"
+            )
         if self.epsilon is not None and self.noise_multiplier is not None:
-            raise ParameterError("epsilon and noise_multiplier were both given: one follows from the other; give one")
+            raise ParameterError("epsilon= and noise_multiplier= were both given: one follows from the other; give one")
 
     @property
     def weights(self) -> str:
@@ -299,7 +305,7 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
         given["model"] = recipes.default_model(dataset, features, data_dir=given.get("data_dir"))
     settings = dict(recipes.recipe(dataset, given["model"], features))
     if "schema" in given and "bounding" in given:
-        raise ParameterError("schema and bounding were both given: the schema's ranges are the map of the inputs")
+        raise ParameterError("schema= and bounding= were both given: the schema's ranges are the map of the inputs")
     if "schema" in given and Schema.of(given["schema"]).is_bounded:
         settings |= {"bounding": "clip", "bounding_options": {"lower": -1.0, "upper": 1.0}}
     if "bounding" in given:
@@ -314,7 +320,7 @@ def configure(*, dataset: str = "digits", **given: Any) -> TrainConfig:
         settings["lr"] = recipes.LEARNING_RATES[given["optimizer"]]
     if "steps" in given:
         if "epochs" in given:
-            raise ParameterError("steps and epochs were both given: one follows from the other; give one")
+            raise ParameterError("steps= and epochs= were both given: one follows from the other; give one")
         settings["epochs"] = None
     elif "epochs" in given:
         settings["steps"] = None

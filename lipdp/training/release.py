@@ -36,9 +36,9 @@ class Release:
         progress: Progress,
         account: Account,
         world: World,
-        facts: Mapping[str, Any],
+        data: Mapping[str, Any],
     ) -> None:
-        self._facts = dict(facts)
+        self._data = dict(data)
         self._config, self._parts, self._progress = config, parts, progress
         self._account, self._world = account, world
         self.saved_at: int | None = None
@@ -88,5 +88,5 @@ class Release:
             "step": self._progress.step,
             "config": self._config.as_dict(),
             "plan": self._parts.engine.plan.as_dict(),
-            "data": self._facts,
+            "data": self._data,
         }

@@ -23,12 +23,16 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        probe = torch.zeros(1, device=torch.device(name))
+        device = torch.device(name)
+    except RuntimeError as error:  # torch lists twenty kinds, most of them of no machine
+        raise ParameterError(f"device={name!r}: cpu, cuda, cuda:1, … or auto is needed") from error
+    try:
+        probe = torch.zeros(1, device=device)
         probe.item()  # a device that holds no values (meta) refuses
         return probe.device
     except (AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ParameterError(f"device {name!r} cannot be used here ({reason}); try cpu, or auto") from error
+        raise ParameterError(f"device={name!r} cannot be used here ({reason}); try cpu, or auto") from error
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -122,14 +122,10 @@ class Setting:
     required: bool = False
 
     @property
-    def argument(self) -> str:
-        """The name of its option, as that of an argument."""
-        return self.name.removesuffix("s") if self.kind is OPTIONS else self.name
-
-    @property
     def flag(self) -> str:
         """Its option."""
-        return f"--{self.argument.replace('_', '-')}"
+        name = self.name.removesuffix("s") if self.kind is OPTIONS else self.name
+        return f"--{name.replace('_', '-')}"
 
     @property
     def description(self) -> str:

@@ -167,8 +167,8 @@ class Trainer:
         self.forward = parts.forward
         self._progress = Progress(torch.zeros((), dtype=torch.float64, device=self.device))
         self._parts, self._account = parts, Account(config, parts, self._progress)
-        facts = {"input_shape": list(inputs.input_shape), "num_classes": inputs.num_classes}
-        self._release = Release(config, parts, self._progress, self._account, self.world, facts)
+        data = {"input_shape": list(inputs.input_shape), "num_classes": inputs.num_classes}
+        self._release = Release(config, parts, self._progress, self._account, self.world, data)
         self._random: Mapping[str, Tensor] = parts.random
         self._details: dict[str, Any] = {}
         self._shown: DeferredRead | None = None

@@ -40,17 +40,17 @@ class Pairs(Dataset):
         return self.x[index], self.y[index]
 
 
-def private(*, dtype=torch.float64, shards=None, ddp=False, mapped=False, differ=False, **options):
-    """(engine, model, optimizer, loader, criterion); `shards` are the sizes of the ranks' parts."""
+def private(*, dtype=torch.float64, parts=None, ddp=False, mapped=False, differ=False, **options):
+    """(engine, model, optimizer, loader, criterion); `parts` are the sizes of the ranks' parts."""
     world = current_world()
     x, y = records(dtype)
-    if shards is not None:
-        start = sum(shards[: world.rank])
-        x, y = x[start : start + shards[world.rank]], y[start : start + shards[world.rank]]
+    if parts is not None:
+        start = sum(parts[: world.rank])
+        x, y = x[start : start + parts[world.rank]], y[start : start + parts[world.rank]]
     model = network(dtype, seed=world.rank if differ else 0)
     return offered(
         DistributedDataParallel(model) if ddp else model, x, y, kind=Pairs if mapped else TensorDataset,
-        shards=shards is not None, **{"seed": 0, "steps": 20, **options},
+        own_records=parts is not None, **{"seed": 0, "steps": 20, **options},
     )  # fmt: skip
 
 
@@ -266,9 +266,9 @@ def owners_differ():
     offered(network(), *records(), expected_batch_size=10, group=owners)
 
 
-def whole_as_shards():
+def whole_as_own():
     world = current_world()
-    offered(network(), *records(), expected_batch_size=B * world.size, shards=True)
+    offered(network(), *records(), expected_batch_size=B * world.size, own_records=True)
 
 
 def spread_over_two_meshes():

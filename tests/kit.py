@@ -1,4 +1,4 @@
-"""Small data, small nets, a private run and its loop, for every test file."""
+"""Small data and nets, a private run and its loop, refusals, and statistics, for every test file."""
 
 from __future__ import annotations
 

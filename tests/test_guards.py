@@ -314,7 +314,7 @@ class TooWide(Constraint):
 def test_a_projection_that_misses_is_refused_before_anything_else_is_released(monkeypatch, optimizer):
     model = nn.Sequential(lnn.InputBound(1.0), nn.Flatten(), lnn.SpectralLinear(36, 4, constraint=TooWide()))
     engine, model, optimizer, loader, criterion = private(model, optimizer=optimizer(model.parameters(), lr=0.1))
-    engine._hooks._projections.every = 1
+    engine._hooks._projection_check.every = 1
     train(model, optimizer, loader, criterion, steps=2)
     monkeypatch.setattr(TooWide, "wrong", True)
     with pytest.raises(ConstraintError, match=r"2\.weight came out of the projection"):
@@ -335,10 +335,10 @@ def test_every_projection_is_looked_at_where_that_is_cheap_and_the_last_in_any_c
     model = lipdp.models.build("cnn", input_shape=(1, 28, 28), num_classes=10)
     data = TensorDataset(torch.rand(64, 1, 28, 28), torch.randint(10, (64,)))
     engine, *_ = private(model, data, expected_batch_size=64)
-    assert engine._hooks._projections.every == 1
+    assert engine._hooks._projection_check.every == 1
     wide = nn.Sequential(lnn.InputBound(1.0), nn.Flatten(), lnn.SpectralLinear(36, 36))
     engine, model, optimizer, loader, criterion = private(wide, steps=7)
-    assert engine._hooks._projections.every > 7
+    assert engine._hooks._projection_check.every > 7
     batches = iter(loader)
     monkeypatch.setattr(lnn.SpectralLinear, "project_", lambda self: self.weight.data.mul_(1.5))
     for step in range(1, 8):
@@ -355,14 +355,14 @@ def test_every_projection_is_looked_at_where_that_is_cheap_and_the_last_in_any_c
 def test_where_the_answer_is_read_later_nothing_is_released_or_saved_before(monkeypatch):
     """As on a GPU, where a read after the projection would wait for the device."""
     engine, model, optimizer, loader, criterion = private()
-    engine._hooks._projections._at_once, engine._hooks._projections.every = False, 1
+    engine._hooks._projection_check._at_once, engine._hooks._projection_check.every = False, 1
     monkeypatch.setattr(lnn.SpectralLinear, "project_", lambda self: self.weight.data.mul_(1.5))
     train(model, optimizer, loader, criterion, steps=1)
     with pytest.raises(ConstraintError, match=r"head\.weight"):
         train(model, optimizer, loader, criterion)
     assert engine.steps_taken == 1
     engine, model, optimizer, loader, criterion = private()
-    engine._hooks._projections._at_once, engine._hooks._projections.every = False, 1
+    engine._hooks._projection_check._at_once, engine._hooks._projection_check.every = False, 1
     train(model, optimizer, loader, criterion, steps=1)
     with pytest.raises(ConstraintError, match=r"head\.weight"):
         engine.state_dict()
@@ -516,14 +516,14 @@ def test_no_false_alarm_on_the_models_of_the_zoo(name, shape):
     engine, model, optimizer, loader, criterion = private(
         model, data, check_every=1, optimizer=optimizer, expected_batch_size=8, noise_multiplier=0.3, steps=4
     )
-    engine._hooks._projections.every = 1
+    engine._hooks._projection_check.every = 1
     train(model, optimizer, loader, criterion)
     assert engine.steps_taken == 4
 
 
 def test_how_often():
     def every(**options):
-        return private(**options)[0]._hooks._gradients.every
+        return private(**options)[0]._hooks._gradient_check.every
 
     assert every() == 667  # one record may cost as much as a step of 32
     assert every(dataset=images(4096), expected_batch_size=4096) == 14

@@ -313,7 +313,7 @@ def processes(owned, name):
                                          for n, v in mechanism(trainer.engine).items()}  # fmt: skip
 
 
-def sharded():
+def own_records():
     """Two processes with 200 and 100 records: N = 300."""
     engine, *_ = scenarios.private(parts=[200, 100], sigma=2.0)
     return stated(engine.plan), engine._hooks.loader.sampler.population
@@ -328,7 +328,7 @@ def test_several_processes_have_the_plan_of_one(owned, forks, tmp_path):
             for plan, done in two.run(processes, owned, name):
                 assert plan == alone
                 assert {**done, "noise_multiplier": pytest.approx(done["noise_multiplier"], rel=1e-9)} == plan
-        for plan, population in two.run(sharded):
+        for plan, population in two.run(own_records):
             assert (plan["dataset_size"], plan["sampling_rate"], population) == (300, scenarios.B / 300, 300)
         outcomes = two.outcomes(scenarios.facts_differ)
         assert {name for _, (name, *_) in outcomes} == {EngineError.__name__}

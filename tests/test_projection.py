@@ -99,7 +99,7 @@ def test_a_matrix_without_full_rank_comes_out_within_the_norm(monkeypatch):
 def test_a_run_with_bfloat16_projections_is_certified_at_every_step(monkeypatch):
     monkeypatch.setattr(norms, "low_precision", lambda matrix: torch.bfloat16)
     engine, model, optimizer, loader, criterion = private(steps=12, lr=2.0)
-    engine._hooks._projections.every = 1
+    engine._hooks._projection_check.every = 1
     kit.train(model, optimizer, loader, criterion)
     assert lipdp.lipschitz_constant(model, (1, 8, 8)) < 1 + 1e-3
     assert all(m.constraint.contains(m.weight_matrix()) for m in model.modules() if isinstance(m, lnn.Constrained))

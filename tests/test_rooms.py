@@ -88,6 +88,17 @@ def test_a_message_names_facades_only(path):
     assert not [name for text in texts if isinstance(text, str) for name in not_offered(text)]
 
 
+@pytest.mark.parametrize("room", sorted(lipdp._ROOMS.split()))
+def test_a_public_docstring_names_facades_only(room):
+    """The reference shows those of public names, their public methods included."""
+    facade = getattr(lipdp, room)
+    for name in getattr(facade, "__all__", ()):
+        shown = getattr(facade, name)
+        members = vars(shown).items() if isinstance(shown, type) else ()
+        for text in (shown.__doc__, *(value.__doc__ for member, value in members if not member.startswith("_"))):
+            assert not not_offered(text or ""), name
+
+
 def not_offered(text: str) -> list[str]:
     """The names `lipdp.room.name` of a text that no façade offers: inner modules, and what there is not."""
     found = []

@@ -55,7 +55,7 @@ def calibrate(
         CalibrationError: no σ reaches the target; the message says why.
         ParameterError, UnknownNameError: an argument outside its range.
 
-    >>> from lipdp.accounting.accountants import epsilon
+    >>> from lipdp import epsilon
     >>> sigma = calibrate(target_epsilon=1.0, sampling_rate=0.01, steps=200, delta=1e-5)
     >>> 0.995 <= epsilon(noise_multiplier=sigma, sampling_rate=0.01, steps=200, delta=1e-5) <= 1.0
     True

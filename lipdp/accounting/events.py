@@ -25,7 +25,7 @@ class Event:
 
     - `truncation` = t > 0: of a Poisson subsample at most a public number of records, picked at random, take part
       (`lipdp.batches.TruncatedPoissonSampler`); t is at least the probability that the others alone are so many.
-    - `bands` = b > 1: cyclic Poisson sampling and noise correlated over b steps (`lipdp.noise.banded`). A record is in
+    - `bands` = b > 1: cyclic Poisson sampling and noise correlated over b steps. A record is in
       one of b consecutive steps at most, with probability `sampling_rate` = b B/N there, and `steps` consecutive ones
       are `compositions` = ⌈steps/b⌉ of the first kind.
 
@@ -39,7 +39,7 @@ class Event:
         steps: a whole number ≥ 0; empty batches count.
         relation: a `Relation` or its value.
         bands: b ≥ 1.
-        truncation: t in [0, 1]; see `lipdp.accounting.privacy_loss`.
+        truncation: t in [0, 1], as above.
 
     Raises:
         ParameterError: a value outside its range; bands or truncation under another relation than the first, or both.

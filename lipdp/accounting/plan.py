@@ -31,7 +31,7 @@ def in_bands(bands: int, most: int | None = None) -> str:
 
 
 def truncation(dataset_size: int, sampling_rate: float, truncated_batch_size: int) -> float:
-    """P(Bin(N, q) ≥ C): how likely as many are drawn as take part at most (`lipdp.accounting.privacy_loss`).
+    """P(Bin(N, q) ≥ C): how likely as many are drawn as take part at most.
 
     scipy's tail is good to 1e-9, for which it is rounded up.
 
@@ -51,7 +51,7 @@ class Subsampling:
         sampling_rate: q in (0, 1], the probability of a unit to be in a batch.
         steps: T ≥ 1.
         sampling: "poisson" or "fixed_size".
-        bands: b, over how many steps noise is correlated and batches take turns (`lipdp.noise.banded`); 1: neither.
+        bands: b, over how many steps noise is correlated and batches take turns; 1: neither.
         truncation: the probability that a batch is cut; see `Event`.
 
     Raises:
@@ -200,7 +200,7 @@ class PrivacyPlan:
         noise_multiplier: the joint σ of everything one step releases.
         measurements: what is released once beside the steps, of all units; part of the same ε.
         sampling: "poisson" or "fixed_size", which decides the relation.
-        bands: b, over how many steps noise is correlated and batches take turns (`lipdp.noise.banded`); 1: neither.
+        bands: b, over how many steps noise is correlated and batches take turns; 1: neither.
         truncated_batch_size: C, the most records of a batch, which is filled up to C rows; None: all that are drawn.
         unit: what one step draws and ε protects: a "record", or an "owner" with all records.
         accountant: whose ε is reported: "prv", "pld" or "rdp".

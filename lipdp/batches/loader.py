@@ -65,7 +65,7 @@ class BatchLoader:
 
     Iterating yields `(x, y)` (whatever the dataset's records are made of, collated by torch's `default_collate`) for
     each batch not yet consumed (with `passes`, up to the end of a pass), as tensors that know which of its rows they
-    hold (`lipdp.batches.rows`); an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
+    hold; an empty batch comes as tensors of shape `(0, *features)`. Resuming, breaking out and
     iterating again all continue after the last batch that was *yielded*; after `steps` batches nothing more comes, for
     `steps` is the privacy budget (`BudgetSpentWarning`). Only the newest iteration is live: going on with an older one
     is an error, since it would hand out the same draw twice. There is no `collate_fn`: a collation that mixes records
@@ -78,7 +78,7 @@ class BatchLoader:
     step. Those draws do not touch the account: see `lipdp.data.augment`.
 
     No record stops the loader: entries of an input that are not finite are 0, and a record that can't be read is the
-    zero record without a label, uncounted (`lipdp.batches.records`).
+    zero record without a label, uncounted.
 
     With `owners` the sampler draws owners, and a batch is `(x, y, weight)`: all records of the owners drawn, with the
     weight of each, for the criterion. With `views` = K > 1 the inputs of a record are K views of it, (K, *features),
@@ -113,7 +113,7 @@ class BatchLoader:
         EngineError: an `IterableDataset`, or one without a length: it can't be sampled.
         ParameterError: a length that is not the sampler's population, or a negative `num_workers`.
 
-    >>> from lipdp.batches.samplers import PoissonSampler
+    >>> from lipdp.batches import PoissonSampler
     >>> dataset = TensorDataset(torch.zeros(100, 3), torch.zeros(100, dtype=torch.int64))
     >>> loader = BatchLoader(dataset, PoissonSampler(100, sampling_rate=0.05, steps=2, seed=0))
     >>> for x, y in loader:

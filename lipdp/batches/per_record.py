@@ -26,10 +26,9 @@ def per_record(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     Raises:
         EngineError: the columns are of different rows, or the function is not of one record alone.
 
-    >>> from lipdp.batches.row_rules import Rows
-    >>> x = BatchTensor.of(torch.arange(6.0).view(3, 2), Rows("a batch", 0, 3))
-    >>> per_record(lambda row: row / row.norm(), x).rows
-    Rows(batch='a batch', start=0, stop=3)
+    >>> per_record(lambda row: row / row.norm(), torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 1.0000]])
     """
     labels = {known_rows(c) for c in columns if isinstance(c, BatchTensor)}
     if len(labels) > 1 or None in labels or len({len(c) for c in columns}) > 1:

@@ -200,7 +200,7 @@ class PoissonSampler(_IndependentBatches):
 class CyclicPoissonSampler(PoissonSampler):
     """Every record is dealt to one of b groups, once; batch t takes records of group t mod b alone, each at rate b q.
 
-    So a record is in one of b consecutive batches at most, which `lipdp.noise.banded` needs, and in each with
+    So a record is in one of b consecutive batches at most, which noise over b steps needs, and in each with
     probability q over dealing and draw. For a given dealing the draws are those of a `PoissonSampler` of rate b q, of
     which the other groups are left out.
 
@@ -278,7 +278,7 @@ class TruncatedPoissonSampler(PoissonSampler):
     min(C, Binomial(N, q)), then a uniform subset of that size. `BatchLoader` fills every batch up to C rows.
 
     Guarantees: the relation is *add or remove one record*. A record that is drawn may take the place of another, so the
-    sum may move by 2Δ where the others fill the batch: `lipdp.accounting.privacy_loss` proves what that costs.
+    sum may move by 2Δ where the others fill the batch: accounting/privacy_loss.py proves what that costs.
     `sampling_rate` is q, before the cut.
 
     Args:

@@ -61,7 +61,7 @@ class Screen(Monitor):
         """Where features are to be computed, which takes time: what the run will spend."""
         if config.features is not None:
             config = config.resolve(number_of_units(split), binary=split.task == "binary")
-            show_budget(self.console, config, split, plan_of(config, split))
+            show_plan(self.console, config, split, plan_of(config, split))
             self._shown = True
 
     def features(self, done: int, total: int) -> None:
@@ -80,8 +80,8 @@ class Screen(Monitor):
         """Relation, q, T, B, σ, predicted ε, the table of parameters, and the bar."""
         self._bar.stop()
         if not self._shown:
-            show_budget(self.console, trainer.config, trainer.split, trainer.engine.plan)
-        show_plan(self.console, trainer)
+            show_plan(self.console, trainer.config, trainer.split, trainer.engine.plan)
+        show_parameters(self.console, trainer)
         self._bar.start()
         self._task = self._bar.add_task("step", total=trainer.total_steps, completed=trainer.step, figures="")
 
@@ -95,7 +95,7 @@ class Screen(Monitor):
         self.console.print(describe(record))
 
 
-def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: PrivacyPlan) -> None:
+def show_plan(console: Console, config: TrainConfig, split: DataSplit, plan: PrivacyPlan) -> None:
     """What is known of a run as soon as its data are open: whom it protects, and what it will spend."""
     features = f" on {config.features} features" if config.features else ""
     _show_lines(
@@ -115,7 +115,7 @@ def show_budget(console: Console, config: TrainConfig, split: DataSplit, plan: P
         console.print(schema_table(Schema.of(config.schema)))
 
 
-def show_plan(console: Console, trainer: Trainer) -> None:
+def show_parameters(console: Console, trainer: Trainer) -> None:
     """On what the run will spend its budget, before its first step."""
     plan = trainer.engine.plan
     sizes = {name: p.numel() for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -74,8 +74,8 @@ def with_settings(*names: str, **defaults: Any) -> Callable[[Subcommand], Subcom
     """A subcommand with the options of settings of a run; its first argument is a dict of what was given of them.
 
     typer makes them from a signature that follows the declarations; tyro and cyclopts read a dataclass themselves, but
-    the other commands, their messages and their exit codes are typer's. They are the settings named (none: all) and
-    those with `defaults`: what this command takes where they are not given; `...` if they must be.
+    the other commands, their messages and their exit codes are typer's. The options are those of the settings named
+    (none: all) and of `defaults`: what this command takes where they are not given; `...` if they must be.
     """
     from lipdp.training.config import SETTINGS
 

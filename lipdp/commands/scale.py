@@ -34,10 +34,7 @@ def scale(
     latency_us: Annotated[float, typer.Option(help="µs of a message: your assumption")] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
 ) -> None:
-    """Predict what a private run costs in time and memory on W devices.
-
-    A short measurement is made here.
-    """
+    """Predict what a private run costs in time and memory on W devices, from a short measurement here."""
     import torch
 
     from lipdp.planning.cost import Scale, Workload, measure

@@ -112,7 +112,7 @@ class ComparedTrainer(ABC):
     Attributes:
         words: what it does, for a legend. private: whether its steps have an ε.
         lipschitz, plain: whether it trains models with certified norms, and unconstrained ones.
-        grid: setting → values that `compare utility` searches (`lipdp.comparison.tuning`), from the middle on.
+        grid: setting → values that `compare utility` searches, from the middle on.
     """
 
     name: ClassVar[str]

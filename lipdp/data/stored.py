@@ -37,7 +37,7 @@ class Stored:
 
     Each batch is read, scaled to [0, 1] if it is of bytes, resized and bounded when it is asked for, record by record
     and by public constants. No record stops that: entries that are NaN or infinite are 0, a label that is none has no
-    loss, and a record that can't be read is the zero record (`lipdp.batches.records`).
+    loss, and a record that can't be read is the zero record.
 
     Attributes:
         name: what it was opened as.

@@ -44,7 +44,7 @@ class Energies:
     Guarantees: record by record; depends on its options and the shape alone.
 
     Attributes:
-        pictures: of `lipdp.features.synthetic`: photographs, objects or handwriting.
+        pictures: synthetic ones: photographs, objects or handwriting.
         patch, stride: p and s, a divisor of p, in pixels.
         window: w, in patches.
 

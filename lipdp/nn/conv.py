@@ -114,7 +114,7 @@ _DOC = """{dimension} convolution y = α W ∗ x + b, k-Lipschitz for α = k/√
         padding_mode: 'zeros' or 'circular'.
         constraint: where W is projected, `Orthogonal()` by default.
         k_coef_lip: k, the layer's Lipschitz constant.
-        weight_gate: C: every sample's ∇_W is scaled to norm C at most (`lipdp.nn.weight_gate`): ‖∇_W‖_F ≤ C as well.
+        weight_gate: C: every sample's ∇_W is scaled to norm C at most: ‖∇_W‖_F ≤ C as well.
 
     Raises:
         UnsupportedLayerError: dilation, or a padding mode that repeats border entries.

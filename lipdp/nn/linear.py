@@ -23,7 +23,7 @@ class SpectralLinear(Constrained, nn.Linear):
         constraint: where W is projected; `Orthogonal()` (all singular values 1, preserves gradient norms) or
             `Spectral()` (singular values at most 1).
         k_coef_lip: k, the layer's Lipschitz constant, as deel-torchlip calls it.
-        weight_gate: C: every sample's ∇_W is scaled to norm C at most (`lipdp.nn.weight_gate`): ‖∇_W‖_F ≤ C as well.
+        weight_gate: C: every sample's ∇_W is scaled to norm C at most: ‖∇_W‖_F ≤ C as well.
 
     >>> lipdp.nn.SpectralLinear(8, 4)(torch.zeros(2, 8)).shape
     torch.Size([2, 4])

@@ -22,7 +22,7 @@ from lipdp.passes.sums import OTHER_TERMS, RootCall, is_wanted
 
 
 class _Logits(torch.autograd.Function):
-    """The logits apart from the graph that leads to them, which the script can't reach; the node knows the call.
+    """The logits, cut off from the graph behind them, which the script can't reach; the node remembers the call.
 
     Backwards it refuses a second use of logits that the criterion was given, and else pulls back for an attack.
     """
@@ -59,8 +59,8 @@ class _Logits(torch.autograd.Function):
 class PrivateForward:
     """Stands in for `model.forward` from make_private to detach.
 
-    With gradients off it is the model's own forward pass. With gradients on it runs the graph that the bounds were
-    derived from: constants, branches and globals are those of then, modules those of now, and no hook is in between. A
+    With gradients off it is the model's own forward pass. With gradients on it runs the graph that was traced when the
+    bounds were derived: with the constants, branches and globals of then, the modules of now, and no hook. A
     call that can't be private (another shape, further arguments, a model that has changed) runs as written, and the
     criterion refuses its output with the reason. Copies and pickles of the model have the forward pass of its class.
 

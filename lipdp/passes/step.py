@@ -8,7 +8,7 @@ released.
 **Proof**, along the way of one record. The engine does not use what autograd leaves in `p.grad`. It forms S_l itself:
 
 1. *Rows.* The loader's tensors know which rows of the batch they hold, and keep that only through operations that
-   treat rows apart (`lipdp.batches.rows`). A step is released only if the rows that went into the model, and those of
+   treat rows apart (batches/rows.py). A step is released only if the rows that went into the model, and those of
    the labels, are known, are of the batch drawn last, do not meet, and are all n. So row i of the input depends on
    record i alone.
 2. *Graph.* A call of the model with gradients on runs the graph that the bounds were derived from, constants included,

@@ -26,7 +26,7 @@ _SHARE = 0.003  # of a step that each of the two checks may cost, on average
 
 
 class StepCheck:
-    """At every step, before anything is added: is all finite, and no gradient where the bound says there is none?
+    """At every step, before anything is added: is all finite, and no sum longer than the bounds of its units allow?
 
     A gradient with Δ_l = 0 gets no noise, so one that is not 0 would be released as it is.
 

@@ -50,7 +50,7 @@ class PrivateCriterion(nn.Module):
     The value is for people and is not private. `backward()` adds up Σ_i ∇ℓ_i, whatever the value reads, because the
     noise is calibrated to a sum; the engine divides by the public batch size after the noise. The cotangent of every
     sample is computed here and shortened to the gate; when the value is back-propagated, the engine pulls them back to
-    the parameters (`lipdp.passes.step` proves what that guarantees).
+    the parameters (passes/step.py proves what that guarantees).
 
     Where records are grouped by owner, `criterion(model(x), target, weight)` is the mean with these weights, its
     gradient that of Σ_i w_i ℓ_i, and row i is gated at w_i times the constant; the weights used are the loader's own.

@@ -62,9 +62,11 @@ class PrivacyEngine:
             noise.
 
     Raises:
-        EngineError, OptimizerError, BoundViolation, ConstraintError: from `optimizer.step()`, before anything is
+        EngineError, OptimizerError, BoundViolation, NonFiniteError: from `optimizer.step()`, before anything is
             released: the model, the loss or the optimiser is not the one that was bounded any more, the loop would
-            count a record twice or skip a batch, a gradient is longer than its bound, or a projection missed.
+            count a record twice or skip a batch, or a gradient is longer than its bound or not finite (deferred checks
+            answer at the next step: see `settle`).
+        ConstraintError: after the step, whose ε holds: a projection missed its constraint.
 
     >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
     >>> model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(4, 3))
@@ -406,7 +408,7 @@ class PrivacyEngine:
 
     @property
     def steps_taken(self) -> int:
-        """Noisy steps so far; measurements are none."""
+        """Noisy steps on this engine's account, those of earlier runs included; measurements are none."""
         return self.ledger.steps - len(self._measured)
 
     @property

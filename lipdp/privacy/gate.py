@@ -53,7 +53,7 @@ class QuantileGate:
 
     Args:
         initial: c at the first step.
-        quantile: γ in (0, 1), the share of samples whose cotangent should pass unclipped.
+        quantile: γ in (0, 1), the share of samples whose cotangent should pass unshortened.
         learning_rate: η.
         count_std: s, in records; B/20 is a good value.
 

@@ -83,12 +83,14 @@ class StepHooks:
         )  # fmt: skip
         self._drawn: tuple[list[str], Tensor] | None = None  # parameters and s_l of the last step
         batch_size = plan.expected_batch_size
-        self._gradients = GradientCheck(
+        self._gradient_check = GradientCheck(
             module, self.graph, criterion.loss, batch_size=batch_size, every=0 if self._sharded else draws.check_every
         )
         self.deferred = self.graph.device.type != "cpu" if draws.deferred is None else draws.deferred
         self._step_check = StepCheck(deferred=self.deferred)
-        self._projections = ProjectionCheck(self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred)
+        self._projection_check = ProjectionCheck(
+            self.graph, batch_size=batch_size, steps=plan.steps, deferred=self.deferred
+        )
         self._slack = batch_slack(batch_size, min((p.dtype for p in self.parameters), key=lambda d: d.itemsize))
         self.factor = plan.relation.sensitivity_factor
         # what is left for the gradient when the gate releases a count of its own on the same subsample
@@ -203,7 +205,7 @@ class StepHooks:
         with self.clock("checks"):
             if not self.gate.moves:
                 self._growth.look(deltas)
-            self._check_records(sweep)
+            self._check_gradients(sweep)
             units = self.step_in_progress.drawn.units if self.step_in_progress.drawn is not None else 0
             sound = self._step_check.look(
                 self.names,
@@ -279,14 +281,14 @@ class StepHooks:
         with self.clock("projection"):
             project_(self.module)
         with self.clock("checks"):
-            self._projections.look(self.count.step)
+            self._projection_check.look(self.count.step)
             if not self.count.left:
                 self.settle()
 
     def settle(self) -> None:
         """Read what the deferred checks of the last step found."""
         self._step_check.read()
-        self._projections.read()
+        self._projection_check.read()
 
     # -- what is checked at every step ---------------------------------------------------------------------------------
 
@@ -316,23 +318,23 @@ class StepHooks:
                 " (engine.load_state_dict)"
             )
 
-    def _check_records(self, sweep: Sweep) -> None:
+    def _check_gradients(self, sweep: Sweep) -> None:
         """Every so often: the gradients of a few records are within their bounds."""
         step = self.count.step
-        if not self._gradients.due(step):
+        if not self._gradient_check.due(step):
             return
         bounds = {n: sweep.parameters[n] for n in self.names}
         with self.world.fail_together():
             batch = self.step_in_progress.records()
             if batch is not None:
-                self._gradients.check(batch, self._start(sweep.output), bounds, self.parameters, step=step)
+                self._gradient_check.check(batch, self._start(sweep.output), bounds, self.parameters, step=step)
 
     def _measure_records(self) -> None:
-        """For `_check_records`, in front of the first private call of a batch."""
+        """For `_check_gradients`, in front of the first private call of a batch."""
         step, batch = self.count.step, self.step_in_progress.records()
-        if batch is not None and self._gradients.due(step):
+        if batch is not None and self._gradient_check.due(step):
             limit = self._start(self.graph.sweep(self._start).output)
-            self._gradients.measure(batch, limit, self.parameters, step=step)
+            self._gradient_check.measure(batch, limit, self.parameters, step=step)
 
     def skip_batch(self) -> int:
         """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""

@@ -26,7 +26,7 @@ class StepCount:
     def __init__(self, plan: PrivacyPlan, ledger: Ledger, loader: BatchLoader) -> None:
         self._plan, self.ledger, self._loader = plan, ledger, loader
         self.before = ledger.steps
-        self._loaded = 0  # steps that a state which is loaded may leave behind: all others, this engine has released
+        self._loaded = 0  # steps that came with a loaded state; all others this engine has released itself
         self._taken_at = loader.position  # batches drawn up to the last step
 
     @property

@@ -68,7 +68,7 @@ def suggest(
       with weights; there a clip at 0.7 X and a gate at 0.03 G are placed, so that bounds are those of typical samples
       and not of the worst. None in dense models and those of two layers, whose bounds are tight without.
     - *Gates at weights*: where the bound of a weight's gradient is still more than 1.5 times what is typical, as in
-      convolutions, a gate at what is typical takes its place (`lipdp.nn.weight_gate` says what it costs).
+      convolutions, a gate at what is typical takes its place (docs/settings.md says what it costs).
     - *Learning rates*: T steps at a rate that falls linearly from lr, with momentum β, move an m x n weight by noise of
       spectral norm about lr √(T/3) (s/B) (√m + √n)/(1 − β). It is set to 1.6 of the weight's own.
 

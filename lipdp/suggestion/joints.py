@@ -25,7 +25,7 @@ class Joint:
         layer: its name in the model.
         clip: the radius that values are projected on.
         gate: the norm that cotangents are shortened to on their way to the layers in front.
-        weight: the norm that a sample's gradient of the weight is shortened to (`lipdp.nn.weight_gate`).
+        weight: the norm that a sample's gradient of the weight is shortened to.
     """
 
     layer: str

@@ -29,7 +29,7 @@ class BlockSetting:
     Attributes:
         name: of the parameter.
         learning_rate: at the first step.
-        signal: the most that all steps can add up to over their noise (`lipdp.suggestion.learning`).
+        signal: the most that all steps can add up to over their noise.
     """
 
     name: str

@@ -96,7 +96,7 @@ def fit_table(
 
     Guarantees: the model (map, weights, and all that is computed from them) is (ε, δ)-DP under adding or removing one
     of the N records; N is public. Histograms of the columns where no bounds are given, a Gram matrix and T full-batch
-    steps are events of one account; `lipdp.training.tables` proves their sensitivities.
+    steps are events of one account; training/tables.py proves their sensitivities.
 
     Args:
         x: (N, k) numbers; those that are not finite count as 0.

@@ -179,7 +179,7 @@ def test_a_gradient_that_is_the_cotangent_of_another_is_copied():
 
     a, b = nn.Parameter(torch.zeros(1, 3)), nn.Parameter(torch.zeros(1, 3))
     out = Sum.apply(a, b)
-    call = sums.RootCall(out, torch.zeros(1), None, [a, b], [], cotangent=torch.ones(1, 3))
+    call = sums.ModelCall(out, torch.zeros(1), None, [a, b], [], cotangent=torch.ones(1, 3))
     own = sums.OwnGradients()
     own.add(call)
     held = [own._sums[a], own._sums[b], call.cotangent]

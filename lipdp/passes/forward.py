@@ -18,7 +18,7 @@ from lipdp.errors import EngineError
 from lipdp.nn.compiled import is_compiled
 from lipdp.passes.snapshot import Snapshot
 from lipdp.passes.step import StepInProgress, tensors_of
-from lipdp.passes.sums import OTHER_TERMS, RootCall, is_wanted
+from lipdp.passes.sums import OTHER_TERMS, ModelCall, is_wanted
 
 
 class _Logits(torch.autograd.Function):
@@ -28,7 +28,7 @@ class _Logits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, call: RootCall, step: StepInProgress, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, call: ModelCall, step: StepInProgress, *inputs: Tensor) -> Tensor:
         ctx.call, ctx.step = call, step
         ctx.edges = [torch.autograd.graph.get_gradient_edge(t).node if t.requires_grad else None for t in inputs]
         return out.clone()  # nor can it reach the memory that the criterion and the pull-back read
@@ -36,7 +36,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        call: RootCall = ctx.call
+        call: ModelCall = ctx.call
         if call.sharded and call.cotangent is not None:  # the criterion's, whatever else was added on the way
             call.claims.append(((grads[0] == call.cotangent).all(), OTHER_TERMS))
             return call.cotangent, None, None
@@ -158,7 +158,7 @@ class PrivateForward:
             return out
         rows = known_rows(given)
         trained = [p for p in self._parameters if p.requires_grad]
-        call = RootCall(out, x, rows, trained, versions, sharded=self._sharded, private=isinstance(given, BatchTensor))
+        call = ModelCall(out, x, rows, trained, versions, sharded=self._sharded, private=isinstance(given, BatchTensor))
         shown, inputs = (out, []) if self._sharded else (out.detach(), call.inputs)
         logits: Tensor = _Logits.apply(shown, call, self._step, *inputs)
         return logits

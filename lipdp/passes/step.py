@@ -31,7 +31,7 @@ the value's cotangent with 1, which says no more than whether the script did so.
 attack whose own loss mixes records is not seen; memory that is written through numpy or `.data` between a forward pass
 and the step is seen in gradients and not in weights. Under `fully_shard`, which reduces within the backward pass, 2
 and 4 are replaced by watching: the root's cotangent is the engine's, and gradients must stay as that pass left them
-(`SealedGradients`).
+(`WatchedGradients`).
 
 Source: ours. Steps 1 to 5 replace the per-sample clipping of DP-SGD (Abadi et al. 2016), which is robust by nature.
 """
@@ -49,7 +49,7 @@ from lipdp.batches.loader import Draw, Listener
 from lipdp.batches.row_rules import Rows
 from lipdp.batches.rows import plain
 from lipdp.errors import EngineError
-from lipdp.passes.sums import DROPPED, Claim, Gradients, RootCall
+from lipdp.passes.sums import DROPPED, Claim, Gradients, ModelCall
 
 _FACTOR = (
     "the criterion's value was multiplied, divided or transformed before backward(): the bound holds for the value"
@@ -119,23 +119,23 @@ class StepInProgress(Listener):
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def release(self, call: RootCall, upstream: Tensor) -> list[Tensor | None]:
-        """One backward pass, from the gated cotangents of one root call; its gradients, by input of the call."""
-        if call.released:
+    def add_pass(self, call: ModelCall, upstream: Tensor) -> list[Tensor | None]:
+        """One backward pass, from the gated cotangents of a call of the model; its gradients, by input."""
+        if call.back_propagated:
             raise EngineError("the criterion's value is back-propagated twice: a record would count more than once")
         current = torch._C._current_graph_task_id()
         if current != self._pass:  # a new backward pass, in front of which `p.grad` tells what became of the last one
             self._drop_unused()
         self._pass = current
         _check_versions([*self._versions, *self._outside.values(), *call.versions])
-        call.released = True
+        call.back_propagated = True
         found = self.gradients.add(call)
         self._rows.append(call.rows)
         self._versions, self._parameters = call.versions, call.parameters
         self._claims += [((upstream == 1).all(), _FACTOR), *call.claims]
         return found
 
-    def outside(self, call: RootCall) -> None:
+    def outside(self, call: ModelCall) -> None:
         """Gradients of records on a way beside the criterion: free for an attack, but no weight may follow them."""
         for parameter in call.parameters:
             self._outside.setdefault(parameter, (parameter, parameter._version))
@@ -215,12 +215,12 @@ def _check_versions(known: list[tuple[Tensor, int]]) -> None:
 
 
 def logits_call(logits: Tensor) -> Any:
-    """The `RootCall` whose logits these are, casts and views of the same rows aside; None for anything else."""
+    """The `ModelCall` whose logits these are, casts and views of the same rows aside; None for anything else."""
     node, rows, entries = logits.grad_fn, len(logits) if logits.dim() else -1, logits.numel()
     while node is not None and type(node).__name__ in _SAME_ROWS:
         node = node.next_functions[0][0]
     call = getattr(node, "call", None)
-    return call if isinstance(call, RootCall) and len(call.out) == rows and call.out.numel() == entries else None
+    return call if isinstance(call, ModelCall) and len(call.out) == rows and call.out.numel() == entries else None
 
 
 _SAME_ROWS = frozenset(

@@ -30,7 +30,7 @@ DROPPED = (
 
 
 @dataclass
-class RootCall:
+class ModelCall:
     """One call of the model with gradients on.
 
     Attributes:
@@ -38,7 +38,7 @@ class RootCall:
         rows: which rows of the batch went in; None where that is not known.
         versions: every tensor of the model, and how often it was changed so far.
         sharded: whether `fully_shard` reduces the gradients within the pass. private: whether the input is of a batch.
-        given, released: whether the criterion has had the logits, and its value was back-propagated.
+        given, back_propagated: whether the criterion has had the logits, and its value was back-propagated.
         cotangent: (n, …) what the criterion found for the logits, gated.
         claims: what must be true at the step.
     """
@@ -51,7 +51,7 @@ class RootCall:
     sharded: bool = False
     private: bool = False
     given: bool = False
-    released: bool = False
+    back_propagated: bool = False
     cotangent: Tensor | None = None
     claims: list[Claim] = field(default_factory=list)
 
@@ -76,7 +76,7 @@ def is_wanted(node: Any) -> bool:
 class Gradients(Protocol):
     """How the sum of a step is formed and guarded."""
 
-    def add(self, call: RootCall) -> list[Tensor | None]:
+    def add(self, call: ModelCall) -> list[Tensor | None]:
         """Add one pass, from the cotangent of the call; its gradients, by input of the call."""
         ...
 
@@ -106,7 +106,7 @@ class OwnGradients:
         self._marks: dict[nn.Parameter, Tensor] = {}  # of sums in shared memory
         self._found: list[Claim] = []
 
-    def add(self, call: RootCall) -> list[Tensor | None]:
+    def add(self, call: ModelCall) -> list[Tensor | None]:
         if any(p._backward_hooks for p in call.parameters):
             raise EngineError("a parameter carries a gradient hook, which can scale its gradient; remove it")
         for p in call.parameters:
@@ -208,7 +208,7 @@ def _mark(tensor: Tensor) -> Tensor:
     return total
 
 
-class SealedGradients:
+class WatchedGradients:
     r"""Under `fully_shard`: the sum is formed by the pass itself, and must stay as it was left until the step.
 
     The noise is calibrated to ‖∇_l ℓ_i‖ ≤ Δ_l, the share of one record in the *plain* sum S = Σ_i ∇ℓ_i. A map c(S) S
@@ -224,9 +224,9 @@ class SealedGradients:
     def __init__(self, parameters: Callable[[], Iterable[Tensor]]) -> None:
         self._parameters = parameters
         self._left: list[tuple[Tensor, Tensor | None, int]] = []
-        self._calls: list[RootCall] = []
+        self._calls: list[ModelCall] = []
 
-    def add(self, call: RootCall) -> list[Tensor | None]:
+    def add(self, call: ModelCall) -> list[Tensor | None]:
         """See `Gradients`; the pass goes on from the logits with this cotangent, and what it leaves is noted."""
         self._check()
         queue = torch.autograd.Variable._execution_engine.queue_callback

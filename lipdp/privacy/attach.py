@@ -22,7 +22,7 @@ from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_sharded, local_tensor
 from lipdp.noise.allocation import get_allocation
 from lipdp.passes.step import StepInProgress
-from lipdp.passes.sums import Gradients, OwnGradients, SealedGradients
+from lipdp.passes.sums import Gradients, OwnGradients, WatchedGradients
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.free_weights import note_free_weights
 from lipdp.privacy.hooks import StepHooks
@@ -175,5 +175,5 @@ def _probed(model: nn.Module, graph: BoundGraph, start: float) -> dict[str, floa
 def _gradients(module: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
     """How the sum of a step is formed: by the engine, or under `fully_shard` by the pass itself."""
     if is_sharded(module):
-        return SealedGradients(lambda: (p for group in optimizer.param_groups for p in group["params"]))
+        return WatchedGradients(lambda: (p for group in optimizer.param_groups for p in group["params"]))
     return OwnGradients()

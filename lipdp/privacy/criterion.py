@@ -16,32 +16,32 @@ from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
 from lipdp.passes.step import OVERWRITTEN, StepInProgress, logits_call
-from lipdp.passes.sums import RootCall, is_wanted
+from lipdp.passes.sums import ModelCall, is_wanted
 from lipdp.privacy.gate import GateState
 
 
-class _Release(torch.autograd.Function):
+class _OwnBackward(torch.autograd.Function):
     """The value of the loss; backwards the engine's own gradients, whatever cotangent arrives (which must be 1)."""
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, call: RootCall, release: Callable[[Tensor], Any], gated: Tensor, *inputs: Tensor
+        ctx: Any, value: Tensor, call: ModelCall, add_pass: Callable[[Tensor], Any], gated: Tensor, *inputs: Tensor
     ) -> Tensor:
-        ctx.call, ctx.release, ctx.gated = call, release, gated
+        ctx.call, ctx.add_pass, ctx.gated = call, add_pass, gated
         ctx.edges = [torch.autograd.graph.get_gradient_edge(t).node if t.requires_grad else None for t in inputs]
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        call: RootCall = ctx.call
+        call: ModelCall = ctx.call
         if call.sharded:  # the pass itself goes on to the parameters, from the logits
-            ctx.release(grads[0])
+            ctx.add_pass(grads[0])
             return None, None, None, None, ctx.gated
         wanted = [edge is not None and is_wanted(edge) for edge in ctx.edges]
         if not any(wanted[1:]):  # an attack on the inputs: nothing reaches the weights
             return None, None, None, None, call.gradient_of_input(), *[None] * len(wanted[1:])
-        return None, None, None, None, *ctx.release(grads[0])
+        return None, None, None, None, *ctx.add_pass(grads[0])
 
 
 class PrivateCriterion(nn.Module):
@@ -102,14 +102,14 @@ class PrivateCriterion(nn.Module):
         call.cotangent = gated.to(call.out.dtype).reshape(call.out.shape)
         call.rows = call.rows if rows == call.rows else None
 
-        def release(upstream: Tensor) -> list[Tensor | None]:
-            found = self._step.release(call, upstream)
+        def add_pass(upstream: Tensor) -> list[Tensor | None]:
+            found = self._step.add_pass(call, upstream)
             self._gate.count(cotangent, weights)
             return found
 
         inputs = [logits] if call.sharded else call.inputs
         mean = _mean(value.detach(), logits, weights if self._step.grouped else None)
-        result: Tensor = _Release.apply(mean, call, release, gated, *inputs)
+        result: Tensor = _OwnBackward.apply(mean, call, add_pass, gated, *inputs)
         return result
 
     def _value(self, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:

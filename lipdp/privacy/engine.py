@@ -141,7 +141,7 @@ class PrivacyEngine:
             epochs: T as a number of passes over the data, T = epochs N/B, of which one iteration of the loader is one.
             noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
-            bands: b > 1 for noise that is correlated over b steps, and batches of every b-th group.
+            bands: b > 1 for noise that is correlated over b steps, and batches of every b-th part of the units.
             truncated_batch_size: C ≥ B: of a Poisson batch at most C records take part, and all batches have C rows,
                 some of them empty: one shape for compiled graphs. C = B + 5√B costs nearly nothing.
             dataset_size: N, a public constant, from which q = B/N; by default the dataset's length, which the account

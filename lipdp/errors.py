@@ -49,7 +49,7 @@ def check_known(what: str, given: Iterable[str], known: Collection[str]) -> None
     """
     if unknown := sorted(set(given) - set(known)):
         raise ParameterError(
-            f"{what} has no option {', '.join(unknown)}; its own options are: {', '.join(known) or 'none'}"
+            f"{what} has no option {', '.join(map(repr, unknown))}; its own options are: {', '.join(known) or 'none'}"
         )
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 import lipdp
 from lipdp.cli import app, main
 from lipdp.commands.display import Screen, show_result
+from lipdp.commands.lazily import with_options_named
 from lipdp.commands.options import repeat_options
 from lipdp.commands.tables import parameter_table
 from lipdp.noise.allocation import get_allocation
@@ -203,8 +204,8 @@ def refused(arguments, capsys):
         (["train", "--dataset", "/no/such.npz"], "no/such.npz"),
         (["train", "--model", "no_such_module:build"], "no_such_module"),
         (["train", "--model-option", "depth"], "key=value"),
-        (["train", "--model-option", "deep=3"], "mlp has no option deep; its own options are: width, depth"),
-        (["train", "--loss-option", "foo=3"], "loss 'cross-entropy' has no option foo; its own options are: tau"),
+        (["train", "--model-option", "deep=3"], "mlp has no option 'deep'; its own options are: width, depth"),
+        (["train", "--loss-option", "foo=3"], "loss 'cross-entropy' has no option 'foo'; its own options are: tau"),
         (["train", "--loss-option", "ignore_index=no"], "ignore_index is a whole number, got 'no'"),
         (["train", "--bounding", "rescale", "--bounding-option", "top=3"], "own options are: lower, upper"),
         (["train", "--bounding-option", "upper=3"], "options {'upper': 3} were given, but no --bounding that"),
@@ -456,6 +457,15 @@ def test_the_screen_holds_eighty_columns(terminal, tmp_path):
     assert "gate from 0.3 to quantile 0.5" in text
     assert ("6/6 loss* " in text) == terminal
     assert "averaged weights" in text
+
+
+@pytest.mark.parametrize(
+    "text", ["batch_size.toml: none", "a,seed=1.csv", "'batch_size'", "x.py:batch_size", "C:\\steps=3"]
+)
+def test_what_was_typed_stays_in_a_refusal(text):
+    options = typer.main.get_command(app).commands["train"].params
+    assert with_options_named(text, options) == text
+    assert with_options_named(f"{text}, steps=3", options) == f"{text}, --steps 3"
 
 
 def test_values_in_a_row_are_spread_over_options():

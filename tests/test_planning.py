@@ -282,6 +282,13 @@ def test_refusals_of_private_searches(call, error):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
+
+def test_the_run_named_is_the_plan_to_the_last_digit(capsys):
+    exact = ["--epsilon", "1.23456789", "--delta", "1.23456789e-06"]
+    assert main(["plan", "--records", "5000", *exact, "--steps", "20", "--accountant", "rdp", "--json"]) == 0
+    assert " ".join(exact) in json.loads(capsys.readouterr().out)["command"]
+
+
 PLAN = ["plan", "--records", "60000", "--epsilon", "2", "--delta", "1e-5", "--steps", "100", "--accountant", "rdp"]
 
 
@@ -294,6 +301,7 @@ def test_the_command_writes_a_plan_and_names_the_run(tmp_path, capsys):
     assert written["command"] in printed
     assert written["command"] == (
         f"lipdp train --dataset mnist --epsilon 2 --delta 1e-05 --batch-size {chosen['batch_size']} --steps 100"
+        " --accountant rdp"
     )
     assert written["relation"] == "add_or_remove_one"
     assert "sweet spot" in printed

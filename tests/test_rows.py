@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import TensorDataset
 
 import lipdp
@@ -20,6 +19,7 @@ from lipdp.batches.per_record import per_record
 from lipdp.batches.row_rules import Rows
 from lipdp.batches.rows import BatchTensor, known_rows
 from lipdp.errors import EngineError
+from lipdp.privacy.optimizers import Guard
 
 N, BATCH = 6, "a batch"
 WHOLE = Rows(BATCH, 0, N)
@@ -201,15 +201,15 @@ def test_a_batch_is_freed_when_the_next_one_is_drawn(looks):
 
 
 def test_a_run_that_nobody_holds_is_freed_and_its_guard_with_it():
-    """The guard hangs on every optimiser of the process: thousands of runs made each step of any other slower."""
+    """The guards watch every optimiser of the process: thousands of runs made each step of any other slower."""
     gc.collect()  # what other tests left
-    before = len(_global_optimizer_pre_hooks)
+    before = len(Guard._all)
     runs = []
     for _ in range(3):
         engine, model, *rest = kit.private()
         runs += [weakref.ref(engine), weakref.ref(model)]
-        assert len(_global_optimizer_pre_hooks) == before + 1
+        assert len(Guard._all) == before + 1
         del engine, model, rest
         gc.collect()
     assert all(run() is None for run in runs)
-    assert len(_global_optimizer_pre_hooks) == before
+    assert len(Guard._all) == before

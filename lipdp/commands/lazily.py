@@ -19,7 +19,7 @@ INTERRUPTED = 130
 _ARGUMENT = re.compile(
     r"\w\([^()]*\)"  # a call
     r"| \((?P<again>\w+)=[^()\s]*\)"  # the option in Python, in brackets after it
-    r"|(?<![\w./'-])(?:expected_|target_)?(?P<name>[a-z]\w*)"
+    r"|(?<![\w.,:/\\'-])(?:expected_|target_)?(?P<name>[a-z]\w*)\b(?!\.[a-z])"
     r"(?:=True\b|(?P<given>='(?P<word>[\w./:-]+)'|=(?=[^\s,;:)]))|=)?"
 )
 

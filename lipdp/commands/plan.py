@@ -15,7 +15,7 @@ from lipdp.commands.lazily import Entry, lazily
 from lipdp.errors import ParameterError
 
 if TYPE_CHECKING:
-    from lipdp.planning.budget import Plan, Point
+    from lipdp.planning.budget import Budget, Plan, Point
     from lipdp.planning.repetitions import Repetitions
 
 EPILOG = """[bold]Examples[/bold]
@@ -81,7 +81,7 @@ def plan(
         max_samples=_limit(records, max_epochs, max_samples),
         beside=[_setting(b) for b in beside or ()],
     )
-    appended: dict[str, Any] = {"command": train_command(found.chosen, budget.epsilon, dataset)}
+    appended: dict[str, Any] = {"command": train_command(found.chosen, budget, dataset)}
     if search is not None:
         appended["private_search"] = _search_cost(search, found)
     if out is not None:
@@ -92,11 +92,13 @@ def plan(
     _show(found, appended, out)
 
 
-def train_command(point: Point, epsilon: float, dataset: str | None) -> str:
+def train_command(point: Point, budget: Budget, dataset: str | None) -> str:
     """The run of a point; σ follows there from ε, B and T."""
+    epsilon, delta = (f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in (budget.epsilon, point.delta))
     return (
-        f"lipdp train --dataset {shlex.quote(dataset or 'DATASET')} --epsilon {epsilon:g} --delta {point.delta:g} "
+        f"lipdp train --dataset {shlex.quote(dataset or 'DATASET')} --epsilon {epsilon} --delta {delta} "
         f"--batch-size {point.expected_batch_size} --steps {point.steps}"
+        + ("" if budget.accountant == "prv" else f" --accountant {budget.accountant}")
         + ("" if point.truncated_batch_size is None else f" --truncated-batch-size {point.truncated_batch_size}")
     )
 

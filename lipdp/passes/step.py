@@ -97,8 +97,11 @@ class StepInProgress(Listener):
 
     @property
     def without_noise(self) -> bool:
-        """Whether `p.grad` may hold gradients of records that no noise was added to."""
-        return self.pending or any(p.grad is not None for p in self._outside)
+        """Whether `p.grad` may hold gradients of records that no noise was added to.
+
+        Only looks: the step of an optimiser in another thread asks it, in the middle of a pass.
+        """
+        return any(p.grad is not None for p in (*self._parameters, *self._outside))
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -131,7 +134,8 @@ class StepInProgress(Listener):
         call.back_propagated = True
         found = self.gradients.add(call)
         self._rows.append(call.rows)
-        self._versions, self._parameters = call.versions, call.parameters
+        self._versions = call.versions
+        self._parameters = list(dict.fromkeys([*self._parameters, *call.parameters]))  # some may be frozen by now
         self._claims += [((upstream == 1).all(), _FACTOR), *call.claims]
         return found
 

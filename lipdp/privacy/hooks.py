@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
@@ -34,8 +35,8 @@ from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.gate import GateState
 from lipdp.privacy.optimizers import (
     Evaluated,
+    Guard,
     closure_of,
-    guard_parameters,
     matched_parameters,
     refuse_reevaluating,
     refuse_unsuitable,
@@ -102,11 +103,11 @@ class StepHooks:
             self.module, graph, step, sharded=bool(self._sharded), outer=request.module, first=self._measure_records
         )
         self._snapshots = Snapshot(module, "the model"), Snapshot(criterion, "the criterion", mode=False)
-        self._handles = [
+        self._handles: list[RemovableHandle | Guard] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._project),
             optimizer.register_state_dict_pre_hook(self.count.stamp),
-            guard_parameters(self.module, optimizer, step),
+            Guard(self.module, optimizer, step),
         ]
 
     @property
@@ -345,8 +346,8 @@ class StepHooks:
         return skipped
 
     def _drop_gradients(self) -> None:
-        """Gradients that no noise was added to must not outlive their step."""
-        for parameter in self.parameters:
+        """Gradients that no noise was added to must not outlive their step, of whatever was trained for a pass."""
+        for parameter in self.module.parameters():
             parameter.grad = None
         self.step_in_progress.forget()
 
@@ -360,7 +361,7 @@ class StepHooks:
             self.noise.load_state_dict(noise)
 
     def detach(self) -> None:
-        if self.step_in_progress.without_noise:
+        if self.step_in_progress.pending or self.step_in_progress.without_noise:
             self._drop_gradients()
         self.optimizer.param_groups[0].pop(STEPS_TAKEN, None)
         for handle in self._handles:
@@ -393,7 +394,7 @@ class StepHooks:
         self.count.check_state(ledger, before, same_noise=state["noise"] == self.noise.state_dict())
         if self.correlated is not None:
             self.correlated.load_state_dict(state.get("correlated"))
-        if self.step_in_progress.without_noise:
+        if self.step_in_progress.pending or self.step_in_progress.without_noise:
             self._drop_gradients()
         self.loader.load_state_dict(state["loader"])
         self.noise.load_state_dict(state["noise"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from lipdp.passes.step import StepInProgress
 def matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[list[str], list[nn.Parameter]]:
     """Names and parameters, once the optimiser is found to hold exactly the model's trainable parameters.
 
-    It may hold frozen ones too; a gradient left on one of those, from before it was frozen, is dropped.
+    It may hold frozen ones too. A gradient left on a frozen one, from before it was frozen, is dropped.
     """
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -37,7 +37,7 @@ def matched_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> t
         )
     if not trainable:
         raise OptimizerError("the model has no trainable parameter")
-    for parameter in held.values():
+    for parameter in module.parameters():
         if not parameter.requires_grad:
             parameter.grad = None
     return list(trainable), list(trainable.values())
@@ -65,29 +65,53 @@ def refuse_unsuitable(model: nn.Module, optimizer: torch.optim.Optimizer, before
         )
 
 
-def guard_parameters(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress
-) -> torch.utils.hooks.RemovableHandle:
-    """Refuse a step of any other optimiser over these weights while a private gradient waits for its noise.
+class Guard:
+    """Refuses a step of any other optimiser over these weights while a private gradient waits for its noise.
 
-    The guard hangs on all optimisers of the process: it keeps nothing of the run alive, and goes with the model.
+    It watches all optimisers of the process and keeps nothing of the run alive. With the model it goes, and the
+    gradients with it: a part of the model may live on, and what became of them would be unknown.
     """
-    model_of, optimizer_of, step_of = weakref.ref(model), weakref.ref(optimizer), weakref.ref(step)
 
-    def guard(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        watched, own, waiting = model_of(), optimizer_of(), step_of()
-        if watched is None or stepping is own or (waiting is not None and not waiting.without_noise):
+    _all: ClassVar[dict[int, Guard]] = {}
+    _hooked: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress) -> None:
+        self._model, self._optimizer, self._step = weakref.ref(model), weakref.ref(optimizer), weakref.ref(step)
+        self._all[id(self)] = self
+        weights = [weakref.ref(p) for p in model.parameters()]
+        self._end = weakref.finalize(model, _end, id(self), weights)
+        if not Guard._hooked:  # one hook for all, for good: torch may be going over its hooks when a model is freed
+            register_optimizer_step_pre_hook(_look)
+            Guard._hooked = True
+
+    def look(self, stepping: torch.optim.Optimizer) -> None:
+        """OptimizerError where this step would move private weights by gradients without noise."""
+        model, step = self._model(), self._step()
+        if model is None or stepping is self._optimizer() or (step is not None and not step.without_noise):
             return
-        weights = {id(p) for p in watched.parameters()}
+        weights = {id(p) for p in model.parameters()}
         if any(id(p) in weights for group in stepping.param_groups for p in group["params"]):
             raise OptimizerError(
                 f"this {type(stepping).__name__} would move the private weights without noise: call step() of the"
                 " optimiser that make_private returned"
             )
 
-    handle = register_optimizer_step_pre_hook(guard)
-    weakref.finalize(model, handle.remove)
-    return handle
+    def remove(self) -> None:
+        """The engine is detached; it has dropped what had no noise."""
+        self._all.pop(id(self), None)
+        self._end.detach()
+
+
+def _look(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for guard in list(Guard._all.values()):
+        guard.look(stepping)
+
+
+def _end(key: int, weights: list[weakref.ref[nn.Parameter]]) -> None:
+    Guard._all.pop(key, None)
+    for reference in weights:
+        if (parameter := reference()) is not None:
+            parameter.grad = None
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:

@@ -113,7 +113,7 @@ class Ascent:
     The step is x ← (1 − η) x + η r ĝ with ĝ the unit gradient, kept inside the ball of radius r: for η = 1 it is the
     power iteration (the best point of the ball for a linearised objective), and small η is plain ascent. η grows after
     a success and shrinks after a failure, and the best point is kept. All ends early where each start stays where it is
-    or its η has fallen below 1e-4.
+    or its η has fallen below 1e-9.
     """
 
     def __init__(self, objective: Objective, bounds: Tensor, radius: float) -> None:
@@ -137,7 +137,7 @@ class Ascent:
         for _ in range(steps):
             x = self._move(best_x, along_x, rate, torch.full_like(rate, self.radius))
             y = best_y if y_radius is None else self._move(best_y, along_y, rate, y_radius)
-            if not bool(((self._moves(best_x, x) | self._moves(best_y, y)) & (rate > 1e-4)).any()):
+            if not bool(((self._moves(best_x, x) | self._moves(best_y, y)) & (rate > 1e-9)).any()):
                 break
             new_x, new_y, norms = self._evaluate(x, y, weights)
             new, old = _pick(norms, which), _pick(best, which)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
 
 import pytest
 import torch
@@ -214,3 +216,80 @@ def test_a_bad_weight_stops_the_run():
     assert engine.steps_taken == 2
     with pytest.raises(NonFiniteError, match="weight is NaN"):
         engine.sensitivity()
+
+
+# --- other optimisers, beside and after the run -----------------------------------------------------------------------
+
+
+def one_pass(engine, model, optimizer, loader, criterion):
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+
+
+def frozen_first():
+    model = lipschitz_net()
+    model[1].requires_grad_(False)
+    return model
+
+
+def assert_unmoved(parameters, other):
+    before = [p.detach().clone() for p in parameters]
+    other.step()
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+
+
+def test_a_part_of_a_model_that_is_freed_keeps_no_gradient():
+    part = lipschitz_net()[1]
+    one_pass(*private(nn.Sequential(lipschitz_net()[0], part, *lipschitz_net()[2:])))
+    assert part.weight.grad is not None
+    gc.collect()
+    assert_unmoved([part.weight], torch.optim.SGD(part.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("end", ["detach", "skip_batch"])
+def test_what_was_unfrozen_for_a_pass_keeps_no_gradient(end):
+    engine, model, *rest = private(frozen_first())
+    model[1].requires_grad_(True)
+    one_pass(engine, model, *rest)
+    getattr(engine, end)()
+    assert_unmoved(list(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_what_is_frozen_again_before_the_step_keeps_no_gradient():
+    model = frozen_first()
+    engine, model, optimizer, *rest = private(model, optimizer=torch.optim.SGD(model[3].parameters(), lr=0.1))
+    model[1].requires_grad_(True)
+    one_pass(engine, model, optimizer, *rest)
+    model[1].requires_grad_(False)
+    optimizer.step()
+    assert_unmoved(list(model[1].parameters()), torch.optim.SGD(model[1].parameters(), lr=0.1))
+
+
+def test_what_is_frozen_between_two_pieces_moves_by_no_other_optimiser():
+    _, model, _, loader, criterion = private()
+    x, y = next(iter(loader))
+    criterion(model(x[:1]), y[:1]).backward()
+    model[1].requires_grad_(False)
+    criterion(model(x[1:]), y[1:]).backward()
+    model[3].zero_grad()
+    with pytest.raises(OptimizerError, match="without noise"):
+        torch.optim.SGD(model[1].parameters(), lr=0.1).step()
+
+
+def test_an_optimiser_in_another_thread_changes_nothing_of_a_run():
+    """It asked whether gradients wait, and in the middle of a pass that made the engine forget the pass."""
+    unrelated, over = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1), threading.Event()
+
+    def steps():
+        while not over.is_set():
+            unrelated.step()
+
+    beside = threading.Thread(target=steps)
+    beside.start()
+    try:
+        for seed in range(5):
+            _, model, *rest = private(steps=8, seed=seed)
+            train(model, *rest)
+    finally:
+        over.set()
+        beside.join()

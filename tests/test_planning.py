@@ -328,7 +328,7 @@ def test_a_plan_of_truncated_batches_pays_for_them(capsys, monkeypatch):
     assert main([*PLAN, "--truncated-batch-size", "1000"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "(add or remove one record), at most 1,000 a batch" in printed
-    assert re.search(r"--batch-size 853 --steps 100 --truncated-batch-size 1000$", printed)
+    assert re.search(r"--batch-size 853 --steps 100 --accountant rdp --truncated-batch-size 1000$", printed)
     free = Budget(60_000, 2.0, 1e-5, "pld")
     cut = replace(free, truncated_batch_size=1000)
     assert cut.event(2.0, 1 / 60, 100).truncation > 0.4

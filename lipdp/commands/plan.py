@@ -36,7 +36,11 @@ With --out DIR it writes plan.json, epsilon-against-noise.png and .svg, batch-ag
 
 _COMMANDS = lazily(
     simulate=Entry("simulate", "simulate", "Search hyper-parameters by runs at B/k and σ/k (not private)."),
-    scale=Entry("scale", "scale", "Predict what a private run costs in time and memory on W devices."),
+    scale=Entry(
+        "scale",
+        "scale",
+        "Predict what a private run costs in time and memory on W devices, from a short measurement here.",
+    ),
 )
 app = typer.Typer(cls=_COMMANDS, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

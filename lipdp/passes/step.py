@@ -70,6 +70,7 @@ class StepInProgress(Listener):
         gradients: how the sum is formed. grouped: whether owners are drawn, whose rows have weights.
         drawn: the batch that the loader handed out last.
         reason: why the last call of the model was no private one.
+        waiting: the parameters that a pass went to since the last step, as keys; one object for life, for `Guard`.
     """
 
     def __init__(self, gradients: Gradients, *, grouped: bool, forgotten: Callable[[], None]) -> None:
@@ -81,6 +82,7 @@ class StepInProgress(Listener):
         self._versions: list[tuple[Tensor, int]] = []
         self._parameters: list[nn.Parameter] = []
         self._outside: dict[nn.Parameter, tuple[Tensor, int]] = {}
+        self.waiting: dict[nn.Parameter, None] = {}
         self._pass = -1
 
     def records(self) -> list[Tensor] | None:
@@ -101,7 +103,7 @@ class StepInProgress(Listener):
 
         Only looks: the step of an optimiser in another thread asks it, in the middle of a pass.
         """
-        return any(p.grad is not None for p in (*self._parameters, *self._outside))
+        return any(p.grad is not None for p in tuple(self.waiting))
 
     # -- the loader ----------------------------------------------------------------------------------------------------
 
@@ -136,6 +138,7 @@ class StepInProgress(Listener):
         self._rows.append(call.rows)
         self._versions = call.versions
         self._parameters = list(dict.fromkeys([*self._parameters, *call.parameters]))  # some may be frozen by now
+        self.waiting.update(dict.fromkeys(call.parameters))
         self._claims += [((upstream == 1).all(), _FACTOR), *call.claims]
         return found
 
@@ -143,6 +146,7 @@ class StepInProgress(Listener):
         """Gradients of records on a way beside the criterion: free for an attack, but no weight may follow them."""
         for parameter in call.parameters:
             self._outside.setdefault(parameter, (parameter, parameter._version))
+            self.waiting[parameter] = None
 
     def _drop_unused(self) -> None:
         """Passes whose gradients are gone (`zero_grad()`, `torch.autograd.grad`) do not count."""
@@ -151,11 +155,13 @@ class StepInProgress(Listener):
             outside = self._outside
             self.forget()
             self._outside = outside
+            self.waiting.update(dict.fromkeys(outside))
 
     def forget(self) -> None:
         """The step is taken, or its gradients are gone."""
         self._rows, self._claims, self._versions, self._parameters = [], [], [], []
         self._outside = {}
+        self.waiting.clear()
         self.gradients.forget()
         self._forgotten()
 

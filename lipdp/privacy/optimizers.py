@@ -69,7 +69,7 @@ class Guard:
     """Refuses a step of any other optimiser over these weights while a private gradient waits for its noise.
 
     It watches all optimisers of the process and keeps nothing of the run alive. With the model it goes, and the
-    gradients with it: a part of the model may live on, and what became of them would be unknown.
+    gradients that wait go with it: a part of the model may live on.
     """
 
     _all: ClassVar[dict[int, Guard]] = {}
@@ -78,8 +78,7 @@ class Guard:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: StepInProgress) -> None:
         self._model, self._optimizer, self._step = weakref.ref(model), weakref.ref(optimizer), weakref.ref(step)
         self._all[id(self)] = self
-        weights = [weakref.ref(p) for p in model.parameters()]
-        self._end = weakref.finalize(model, _end, id(self), weights)
+        self._end = weakref.finalize(model, _end, id(self), step.waiting)
         if not Guard._hooked:  # one hook for all, for good: torch may be going over its hooks when a model is freed
             register_optimizer_step_pre_hook(_look)
             Guard._hooked = True
@@ -107,11 +106,10 @@ def _look(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         guard.look(stepping)
 
 
-def _end(key: int, weights: list[weakref.ref[nn.Parameter]]) -> None:
+def _end(key: int, waiting: dict[nn.Parameter, None]) -> None:
     Guard._all.pop(key, None)
-    for reference in weights:
-        if (parameter := reference()) is not None:
-            parameter.grad = None
+    for parameter in waiting:
+        parameter.grad = None
 
 
 def closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:

@@ -246,6 +246,17 @@ def test_a_part_of_a_model_that_is_freed_keeps_no_gradient():
     assert_unmoved([part.weight], torch.optim.SGD(part.parameters(), lr=0.1))
 
 
+def test_a_part_that_outlives_a_finished_run_is_its_owners():
+    """The collector may free the rest at any time, in the middle of a step of another training."""
+    part = lipschitz_net()[1]
+    _, model, *rest = private(nn.Sequential(lipschitz_net()[0], part, *lipschitz_net()[2:]), steps=2)
+    train(model, *rest)
+    del model, rest
+    part(torch.randn(4, 20)).sum().backward()
+    gc.collect()
+    assert part.weight.grad is not None
+
+
 @pytest.mark.parametrize("end", ["detach", "skip_batch"])
 def test_what_was_unfrozen_for_a_pass_keeps_no_gradient(end):
     engine, model, *rest = private(frozen_first())

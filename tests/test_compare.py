@@ -56,7 +56,7 @@ def test_every_trainer_has_a_row_for_every_kind_it_trains():
 
 def test_a_model_that_cannot_be_built_is_refused_before_its_speed_is_measured(tmp_path):
     for wrong in ({"model": "mlpp"}, {"model_options": {"widht": 3}}):
-        with pytest.raises(LipdpError, match=r"unknown model 'mlpp'|no option widht"):
+        with pytest.raises(LipdpError, match=r"unknown model 'mlpp'|no option 'widht'"):
             speed(replace(SMALL, **wrong), out=str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 

@@ -215,8 +215,8 @@ def test_defaults_and_json():
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("scattering", {"keep": 3}, "no option keep"),
-        ("dct", {"J": 3}, "no option J; its own options are: keep, group_norm"),
+        ("scattering", {"keep": 3}, "no option 'keep'"),
+        ("dct", {"J": 3}, "no option 'J'; its own options are: keep, group_norm"),
         ("dct", {"keep": 0}, "keep=0"),
         ("dct", {"group_norm": 0}, "group_norm=0"),
         ("dct", {"eps": 0.0}, "eps"),

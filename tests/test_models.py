@@ -266,7 +266,7 @@ def test_unknown_names_list_the_known():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cnn", {"widht": 3}, "no option widht; its own options are: width, hidden, kernel_size"),
+        ("cnn", {"widht": 3}, "no option 'widht'; its own options are: width, hidden, kernel_size"),
         ("linear", {"width": 3}, "own options are: radius"),
         ("cnn", {"hidden": 7}, "hidden is a positive even integer, got 7"),
         ("cnn", {"kernel_size": 4}, "kernel_size is a positive odd integer, got 4"),
@@ -315,7 +315,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
         models.build("lipdp_own_model:three", **arguments)
     with pytest.raises(errors.ParameterError, match="must take the arguments input_shape, num_classes"):
         models.build("lipdp_own_model:bare", **arguments)
-    with pytest.raises(errors.ParameterError, match="no option twin"):
+    with pytest.raises(errors.ParameterError, match="no option 'twin'"):
         models.build("lipdp_own_model:net", twin=True, **arguments)
     with pytest.raises(errors.ParameterError, match=r"cannot import 'lipdp_no_such' \(ModuleNotFoundError"):
         models.build("lipdp_no_such:net", **arguments)

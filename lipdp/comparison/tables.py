@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan, default_delta
-from lipdp.comparison.configs import TablesConfig
+from lipdp.comparison.configs import TablesConfig, UtilityConfig
 from lipdp.comparison.protocol import Task
 from lipdp.comparison.results import Cell, Progress, Results, markdown
+from lipdp.comparison.tuning import Settings, proposal, winner
 from lipdp.comparison.utility import chance_of, shown, summary, trial_plan
 from lipdp.data import Rescale, SignedLog, Split, bound_inputs, default_bounding, load, split_validation
 from lipdp.errors import ParameterError, UnknownNameError
@@ -192,7 +193,7 @@ def _probabilities(model: Any, split: Split) -> Scores:
 
 
 def _opacus(split: Split, epsilon: float, delta: float, seed: int) -> Scores:
-    """The settings that are best on a validation part, then all training records."""
+    """Settings searched on a validation part as in `compare utility`, then all training records."""
     from lipdp.comparison.trainers.opacus import CLIP_GRID
 
     split, _ = _mapped(split)
@@ -203,20 +204,25 @@ def _opacus(split: Split, epsilon: float, delta: float, seed: int) -> Scores:
     held = split_validation(split, fraction=_VALIDATION, seed=seed)
     tried = trial_plan(plan, held, 1)
 
-    def judged(settings: tuple[float, float]) -> float:
-        scores = _clipped_mlp(held, tried, *settings, seed)
+    def judged(settings: Settings) -> float:
+        scores = _clipped_mlp(held, tried, settings, seed)
         found = evaluate(nn.Identity(), scores, held.test_y, binary=split.task == "binary")
         return found.get("auroc") or found["accuracy"] or 0.0
 
-    grid = [(lr, norm) for lr in CLIP_GRID["lr"] for norm in CLIP_GRID["max_grad_norm"]]
-    return _clipped_mlp(split, plan, *max(grid, key=judged), seed).numpy()
+    found: dict[Settings, float] = {}
+    while len(found) < UtilityConfig.trials and not (found and winner(CLIP_GRID, found)[1]):
+        settings = proposal(CLIP_GRID, found)
+        if settings is None:
+            break
+        found[settings] = judged(settings)
+    return _clipped_mlp(split, plan, winner(CLIP_GRID, found)[0], seed).numpy()
 
 
-def _clipped_mlp(split: Split, plan: PrivacyPlan, lr: float, max_grad_norm: float, seed: int) -> Tensor:
+def _clipped_mlp(split: Split, plan: PrivacyPlan, settings: Settings, seed: int) -> Tensor:
     """Scores of a ReLU network of 64 neurons, trained by Opacus."""
     from lipdp.comparison.trainers import get_trainer
 
-    two = split.task == "binary"
+    two, chosen = split.task == "binary", dict(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classes = 1 if two else split.num_classes
@@ -226,10 +232,10 @@ def _clipped_mlp(split: Split, plan: PrivacyPlan, lr: float, max_grad_norm: floa
             dataset=TensorDataset(split.train_x, split.train_y),
             loss=TauBCEWithLogits(1.0) if two else TauCrossEntropy(1.0),
             plan=plan,
-            optimizer=partial(torch.optim.SGD, lr=lr, momentum=0.9),
+            optimizer=partial(torch.optim.SGD, lr=chosen["lr"], momentum=0.9),
             seed=seed,
         )
-        session = replace(trainer, max_grad_norm=max_grad_norm).train(model, task)
+        session = replace(trainer, max_grad_norm=chosen["max_grad_norm"]).train(model, task)
     return outputs(session.model, split.test_x.split(4096))
 
 

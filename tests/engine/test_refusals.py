@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import threading
 
 import pytest
 import torch
@@ -287,20 +286,17 @@ def test_what_is_frozen_between_two_pieces_moves_by_no_other_optimiser():
         torch.optim.SGD(model[1].parameters(), lr=0.1).step()
 
 
-def test_an_optimiser_in_another_thread_changes_nothing_of_a_run():
-    """It asked whether gradients wait, and in the middle of a pass that made the engine forget the pass."""
-    unrelated, over = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1), threading.Event()
-
-    def steps():
-        while not over.is_set():
-            unrelated.step()
-
-    beside = threading.Thread(target=steps)
-    beside.start()
-    try:
-        for seed in range(5):
-            _, model, *rest = private(steps=8, seed=seed)
-            train(model, *rest)
-    finally:
-        over.set()
-        beside.join()
+def test_a_look_in_the_middle_of_a_pass_forgets_nothing():
+    """As the step of an unrelated optimiser takes it in another thread, before autograd has filled `p.grad`."""
+    engine, model, optimizer, loader, criterion = private()
+    x, y = next(iter(loader))
+    criterion(model(x), y).backward()
+    gradients = [p.grad for p in model.parameters()]
+    optimizer.zero_grad()
+    torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1).step()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    with pytest.raises(OptimizerError, match="without noise"):
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    optimizer.step()
+    assert engine.steps_taken == 1

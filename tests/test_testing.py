@@ -530,3 +530,13 @@ def test_an_identity_in_one_of_two_branches_is_no_violation():
     """It returns the very tensor that the other branch reads, whose cotangent is the sum of both."""
     report = falsify_layer(lnn.Concat(lnn.SpectralLinear(4, 4), nn.Identity()), (4,), starts=8, climbs=4)
     assert 0.99 < report.worst <= 1 + report.tolerance
+
+
+def test_a_narrow_peak_is_climbed():
+    """Of width 1e-5: an ascent that ends at a coarse step stays at 0.38 of this bound."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(lipdp.nn.InputBound(1.0), lipdp.nn.SpectralLinear(2, 2, bias=True))
+    with torch.no_grad():
+        model[1].bias.copy_(0.2 * torch.randn(2))
+    report = lipdp.testing.falsify(model, lipdp.losses.CosineSimilarity(1e-5), (2,), weights=("given",), steps=60)
+    assert report.ratios["1.bias"] > 0.953

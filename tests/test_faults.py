@@ -285,6 +285,15 @@ def test_the_files_of_a_killed_process_do_not_outlive_the_run(commands, tmp_path
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
+def test_what_was_half_written_goes_whatever_file_it_was_to_be(commands, whole, tmp_path):
+    folder = RunFolder(shutil.copytree(whole[0], tmp_path / "run"))
+    for path in list(folder.path.iterdir()):
+        path.with_name(f"{path.name}.1.tmp").touch()
+    with pytest.raises(ResumeError, match="is finished"):
+        Trainer.resume(folder.path)
+    assert_same(whole[0], folder.path)
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
     trainer = Trainer(configure(**QUICK, seed=0), out=tmp_path / "run")
     assert [path.name for path in trainer.folder.path.iterdir()] == ["config.json"]

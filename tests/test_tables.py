@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 from torch import nn
 
 import lipdp
@@ -263,6 +264,14 @@ def test_metrics_of_a_rare_class():
     assert found["specificity"] == pytest.approx(2 / 3)
     assert found["average_precision"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["auroc"] == pytest.approx(5 / 6)
+
+
+def test_no_metric_of_a_perfect_ranking_is_above_one():
+    """sklearn's sum of nine ninths is 1 + 2e-16, which the report took for a damaged file."""
+    scores = torch.arange(12.0)[:, None] - 2.5
+    found = evaluate(nn.Identity(), scores, torch.tensor([0] * 3 + [1] * 9), binary=True)
+    assert average_precision_score([0] * 3 + [1] * 9, scores[:, 0]) > 1
+    assert set(found.values()) == {0.75, 1.0}
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -22,6 +22,7 @@ from lipdp.privacy.step_count import STEPS_TAKEN
 
 _log = logging.getLogger(__name__)
 _CHECKPOINT, _PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+_NAMES = ("config.json", "environment.json", "privacy.json", "metrics.jsonl", "evaluation.json", _CHECKPOINT, _PREVIOUS)
 _KEYS = {"model": dict, "step": int, "config": dict}
 _STATED_AS = {"steps": "planned_steps", "accountant": "accountant_requested"}  # in privacy.json, of the plan
 
@@ -167,7 +168,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed process left half written; it may hold keys."""
-        for name in ("config.json", "environment.json", "privacy.json", "metrics.jsonl", _CHECKPOINT, _PREVIOUS):
+        for name in _NAMES:
             for stale in self.path.glob(f"{name}.*.tmp"):
                 stale.unlink(missing_ok=True)
 

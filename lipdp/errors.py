@@ -133,5 +133,17 @@ class ResumeError(LipdpError):
     """A resumed run would change something that ε depends on."""
 
 
+class FinishedError(ResumeError):
+    """The run that was to go on has taken all its steps."""
+
+
+class ChangedError(EngineError):
+    """The model or the loss is not what the bounds were derived for; `difference` says what is another."""
+
+    def __init__(self, message: str, difference: str = "") -> None:  # a process unpickles by the message alone
+        super().__init__(message)
+        self.difference = difference
+
+
 class BoundViolation(LipdpError, AssertionError):
     """A gradient larger than the declared bound, found by `lipdp.testing` or by a run's own check of its records."""

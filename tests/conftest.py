@@ -1,5 +1,6 @@
 """Fixtures shared by test files."""
 
+import gc
 import multiprocessing
 import os
 from multiprocessing import forkserver
@@ -28,6 +29,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist would begin with the files of the most tests, not the longest
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """What imports and collection made lives to the end: no collection of garbage need look at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

@@ -141,7 +141,7 @@ def _show(console: Console, found: Found, out: Path) -> None:
 def _train(console: Console, found: Found, folder: Path) -> None:
     """The full run, or what is left of it."""
     from lipdp.commands.display import Screen, show_result
-    from lipdp.errors import ResumeError
+    from lipdp.errors import FinishedError
     from lipdp.training import Trainer, configure
 
     monitor = Screen(console)
@@ -149,9 +149,7 @@ def _train(console: Console, found: Found, folder: Path) -> None:
         if (folder / "config.json").exists():
             try:
                 trainer = Trainer.resume(folder, monitor=monitor)
-            except ResumeError as error:
-                if "finished" not in str(error):
-                    raise
+            except FinishedError:
                 return
         else:
             config = configure(**found.simulation.full_settings(found.best["drawn"]))

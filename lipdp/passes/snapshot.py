@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lipdp.constraints import Constraint
-from lipdp.errors import EngineError
+from lipdp.errors import ChangedError
 
 _BOOKKEEPING = frozenset(
     {
@@ -62,7 +62,7 @@ class Snapshot:
     >>> model[0].stride = (2, 2)
     >>> snapshot.check()
     Traceback (most recent call last):
-    lipdp.errors.EngineError: the model has changed since make_private: '0' (SpectralConv2d): stride was (1, 1)...
+    lipdp.errors.ChangedError: the model has changed since make_private: '0' (SpectralConv2d): stride was (1, 1)...
     """
 
     def __init__(self, root: nn.Module, what: str, *, mode: bool = True) -> None:
@@ -147,9 +147,10 @@ class Snapshot:
                 self._refuse(f"{cell.where}: {name} " + (f"was {was}, is now {is_now}" if was else "is another object"))
 
     def _refuse(self, difference: str) -> None:
-        raise EngineError(
+        raise ChangedError(
             f"{self._what} has changed since make_private: {difference}. The noise is calibrated to the bounds that"
-            " were derived then; put it back, or detach() the engine and call make_private again"
+            " were derived then; put it back, or detach() the engine and call make_private again",
+            difference,
         )
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lipdp.errors import EngineError, LossError
+from lipdp.errors import ChangedError, LossError
 from lipdp.losses import LipschitzLoss, PerPixel
 from lipdp.passes.snapshot import Snapshot
 
@@ -101,8 +101,8 @@ def _unchanged(loss: LipschitzLoss) -> Iterator[None]:
     changed = [name for name, now, before in held if bool(((now != before) & ~(now.isnan() & before.isnan())).any())]
     try:
         snapshot.check()
-    except EngineError as error:
-        changed.append(str(error).partition("make_private: ")[2].partition(". The noise")[0])
+    except ChangedError as error:
+        changed.append(error.difference)
     if changed:
         raise LossError(
             f"{type(loss).__name__} changes when it is called ({changed[0]}): one batch changes the loss of the next,"

@@ -154,8 +154,8 @@ def _binary_metrics(scores: Tensor, positive: Tensor) -> dict[str, float | None]
     if not 0 < int(positive.sum()) < len(positive):
         _log.warning("the test records are all of one class: there is no ROC curve; use a larger test part")
         return {"accuracy": accuracy, **dict.fromkeys(_OF_BOTH_CLASSES)}
-    ranked = roc_auc_score(positive.numpy(), scores.numpy()), average_precision_score(positive.numpy(), scores.numpy())
-    ranked = tuple(min(float(area), 1.0) for area in ranked)  # a sum of shares, which rounding takes above 1
+    areas = (area(positive.numpy(), scores.numpy()) for area in (roc_auc_score, average_precision_score))
+    ranked = (min(float(area), 1.0) for area in areas)  # sums of shares, which rounding takes above 1
     shares = (float(part.double().mean()) for part in (positive, predicted[positive], ~predicted[~positive]))
     return {"accuracy": accuracy, **dict(zip(_OF_BOTH_CLASSES, (*ranked, *shares), strict=True))}
 

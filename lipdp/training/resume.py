@@ -11,7 +11,7 @@ from torch import Tensor
 from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger
 from lipdp.distributed.collectives import World
-from lipdp.errors import CheckpointError, LipdpError, ResumeError
+from lipdp.errors import CheckpointError, FinishedError, LipdpError, ResumeError
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training.assembly import Assembly, decided
 from lipdp.training.checkpoint import RunFolder, load_optimizer, plain_number
@@ -46,7 +46,7 @@ def read_checkpoint(
     if "resume" not in checkpoint:
         if world.rank == 0:
             folder.drop_keys()
-        raise ResumeError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
+        raise FinishedError(f"the run in {folder} is finished: all {checkpoint['step']} steps are taken")
     return config.resumed(checkpoint.get("config", {})).resumed(given), checkpoint
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from lipdp.batches.coins import set_coins
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
 from lipdp.batches.reading import Drawn, MapStyleRecords, TensorRecords, read
@@ -72,10 +73,13 @@ class BatchLoader:
     (mix-up) would break the per-record sensitivity.
 
     A `TensorDataset` is indexed directly, in this process and on its own device. Any other map-style dataset goes
-    through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer. torch's
-    global generator is left alone: while a dataset reads a batch, it is seeded from the step's key, so that what the
-    dataset draws from it (random crops, say) is the same on resume and with any number of workers, and fresh at every
-    step. Those draws do not touch the account: see `lipdp.data.augment`.
+    through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer.
+
+    The coins of a private run are secret (`lipdp.batches.coins`), whatever the script has seeded: with every batch the
+    global generators of torch, numpy and Python are set from the step's key, and so they are while a dataset reads a
+    batch. So random crops, dropout and the like are fresh at every step, and the same on resume and with any number of
+    workers. Under a seeded sampler, which is not private, the generators are left alone but while a dataset reads.
+    Those draws do not touch the account: see `lipdp.data.augment`.
 
     No record stops the loader: entries of an input that are not finite are 0, and a record that can't be read is the
     zero record without a label, uncounted.
@@ -212,6 +216,8 @@ class BatchLoader:
             rest = islice(arriving, count - 1)
             pieces = self._arranged(chain([batch], rest), self.drawn)
             del batch
+            if not self.sampler.seeded:
+                set_coins(_secret_of(self._consumed, "step"))
             if self.piece is None:
                 next(pieces)
                 del pieces, rest  # which hold the batch
@@ -264,7 +270,7 @@ class BatchLoader:
             starts = range(0, max(count, 1), size)
             ahead.append((Draw(len(units), count * self.views, None, weights), len(starts), state))
             for start in starts:
-                yield records[start : start + size], _seed_of(state, start)
+                yield records[start : start + size], _secret_of(state, start)
 
     def _require_newest(self, iteration: int) -> None:
         if iteration != self._iteration:
@@ -283,11 +289,11 @@ class BatchLoader:
         self._listener.after_draw(None)
 
 
-def _seed_of(state: dict[str, Any], start: int) -> int:
-    """For what a dataset draws while it reads a piece: a hash of the state, with its secret key, rank and first row."""
+def _secret_of(state: dict[str, Any], use: int | str) -> int:
+    """Of the coins with which a piece is read, by its first row, or of the step: a hash of the sampler's secret key."""
     rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-    text = json.dumps([state, rank, *([start] if start else [])], sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7, person=b"lipdp.views").digest(), "little")
+    text = json.dumps([state, rank, use], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=32, person=b"lipdp.coins").digest(), "little")
 
 
 def _labelled(batch: Any, rows: Rows) -> Any:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lipdp.batches.coins import coins
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.records import finite_inputs, pattern, read_mapped
 from lipdp.errors import DataError, LipdpError
 
 Drawn: TypeAlias = tuple[np.ndarray, int]
-"""The records of a batch, and a seed for what the dataset draws while it reads them."""
+"""The records of a batch, and the secret of the coins that the dataset throws while it reads them."""
 
 
 def in_order(dataset: Dataset[Any], size: int, *, num_workers: int = 0) -> Iterator[Any]:
@@ -52,9 +53,8 @@ class MapStyleRecords(Dataset[Any]):
         self._dataset, self._empty, self._kind = dataset, empty, kind
 
     def __getitem__(self, drawn: Drawn) -> Any:
-        indices, seed = drawn
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        indices, secret = drawn
+        with coins(secret):
             try:
                 if indices.size == 0:
                     batch = _emptied(pattern(self._dataset) if self._empty is None else self._empty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,7 +94,7 @@ class BatchTensor(Tensor):
             if own is None or _storage(target) is not _storage(own):
                 _overwrite(target, None)
         if own is None:
-            return _labelled(result, rows)
+            return labelled(result, rows)
         _overwrite(own, rows[0] if isinstance(rows, list) else rows)
         return own
 
@@ -109,6 +110,11 @@ def plain(tensor: Tensor) -> Tensor:
 def known_rows(tensor: Tensor) -> Rows | None:
     """Which rows of a batch a tensor holds; None where it is of none, or may mix them."""
     return tensor.rows if isinstance(tensor, BatchTensor) and not _written(tensor) else None
+
+
+def of_batches(tensors: Iterable[Tensor]) -> bool:
+    """Whether anything of a batch was written to one of these."""
+    return any(isinstance(t, BatchTensor) or _written(t) is not None for t in tensors)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -188,7 +194,8 @@ def _overwrite(tensor: Tensor, rows: Rows | None) -> None:
         tensor.rows = rows
 
 
-def _labelled(result: Any, rows: Any) -> Any:
+def labelled(result: Any, rows: Any) -> Any:
+    """Tensors with their rows; where `rows` is a list, one label for each of several."""
     if isinstance(result, Tensor):
         label = rows[0] if isinstance(rows, list) else rows
         if isinstance(result, BatchTensor) and result.rows == label:
@@ -196,6 +203,6 @@ def _labelled(result: Any, rows: Any) -> Any:
         return BatchTensor.of(result, label) if type(result) in (Tensor, BatchTensor) else result
     if isinstance(result, (tuple, list)):
         labels = rows if isinstance(rows, list) else [rows] * len(result)
-        made = [_labelled(t, r) for t, r in zip(result, labels, strict=True)]
+        made = [labelled(t, r) for t, r in zip(result, labels, strict=True)]
         return made if isinstance(result, list) else type(result)(made)
     return result

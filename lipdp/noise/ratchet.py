@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import os
 import secrets
 from typing import Any
 
 import numpy as np
 
-from lipdp.errors import CheckpointError, ParameterError
+from lipdp.errors import CheckpointError, EngineError, ParameterError
 
 _KEY_BYTES = 32
 
@@ -45,9 +46,18 @@ class Ratchet:
         self.seeded = seed is not None
         entropy = secrets.token_bytes(_KEY_BYTES) if seed is None else str(_natural(seed)).encode()
         self._key = hashlib.blake2b(entropy, digest_size=_KEY_BYTES, person=purpose.encode()).digest()
+        self._process = os.getpid()
 
     def advance(self) -> int:
-        """The next step's secret, an integer below 2²⁵⁶; the key that made it is forgotten."""
+        """The next step's secret, an integer below 2²⁵⁶; the key that made it is forgotten.
+
+        EngineError in a forked process: it and its siblings would draw the same noise, which cancels in a difference.
+        """
+        if os.getpid() != self._process and not self.seeded:
+            raise EngineError(
+                f"the key of the {self.purpose} was made before this process was forked: both processes would draw the"
+                " same. Call make_private in the process that trains"
+            )
         out = hashlib.blake2b(self._key, digest_size=_KEY_BYTES, person=b"lipdp.out").digest()
         self._key = hashlib.blake2b(self._key, digest_size=_KEY_BYTES, person=b"lipdp.next").digest()
         return int.from_bytes(out, "little")

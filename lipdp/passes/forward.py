@@ -12,12 +12,12 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
-from lipdp.batches.rows import BatchTensor, known_rows, plain
+from lipdp.batches.rows import BatchTensor, known_rows, labelled, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import is_compiled
 from lipdp.passes.snapshot import Snapshot
-from lipdp.passes.step import StepInProgress, tensors_of
+from lipdp.passes.step import WRITTEN, StepInProgress, overwritten_by_batches, tensors_of
 from lipdp.passes.sums import OTHER_TERMS, ModelCall, is_wanted
 
 
@@ -130,7 +130,9 @@ class PrivateForward:
     def _as_written(self, *args: Any, **kwargs: Any) -> Any:
         own = [plain(a) if isinstance(a, Tensor) else a for a in args]
         named = {k: plain(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-        return type(self._model).forward(self._model, *own, **named)
+        out = type(self._model).forward(self._model, *own, **named)
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, BatchTensor)]
+        return out if self._sharded or not given else labelled(out, known_rows(given[0]) if len(given) == 1 else None)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         expected = self._graph.input_shape
@@ -151,17 +153,19 @@ class PrivateForward:
                 self._snapshot.check(mode=False)
         except EngineError as error:
             return str(error)
+        if not self._sharded and overwritten_by_batches(self._model):
+            return WRITTEN.format("the model")
         return ""
 
     def _noted(self, given: Tensor, x: Tensor, out: Tensor, versions: list[tuple[Tensor, int]]) -> Tensor:
-        if not out.requires_grad:
-            return out
         rows = known_rows(given)
+        if not out.requires_grad:
+            return BatchTensor.of(out, rows) if isinstance(given, BatchTensor) else out
         trained = [p for p in self._parameters if p.requires_grad]
         call = ModelCall(out, x, rows, trained, versions, sharded=self._sharded, private=isinstance(given, BatchTensor))
         shown, inputs = (out, []) if self._sharded else (out.detach(), call.inputs)
         logits: Tensor = _Logits.apply(shown, call, self._step, *inputs)
-        return logits
+        return BatchTensor.of(logits, rows) if call.private and not self._sharded else logits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self._model), self._model)

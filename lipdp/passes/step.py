@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from lipdp.batches.loader import Draw, Listener
 from lipdp.batches.row_rules import Rows
-from lipdp.batches.rows import plain
+from lipdp.batches.rows import of_batches, plain
 from lipdp.errors import EngineError
 from lipdp.passes.sums import DROPPED, Claim, Gradients, ModelCall
 
@@ -58,6 +58,10 @@ _FACTOR = (
 )
 
 
+WRITTEN = (
+    "a tensor of {} was overwritten by what was computed from a batch, so the gradient of one record depends on others."
+    " Put there what is public, or learn it as a weight"
+)
 OVERWRITTEN = (
     "the logits were overwritten between the model and the criterion, which takes what the model returned, as it is"
 )
@@ -207,6 +211,11 @@ class StepInProgress(Listener):
                 f"the criterion saw {seen} of the {drawn.rows} samples of the batch: which ones are left out would"
                 " depend on the records. Train on the whole batch; engine.microbatches gives it in pieces"
             )
+
+
+def overwritten_by_batches(module: nn.Module) -> bool:
+    """Whether something of a batch was written to a buffer, or to another tensor that is no weight."""
+    return of_batches(t for t, _ in tensors_of(module) if not isinstance(t, nn.Parameter))
 
 
 def tensors_of(model: nn.Module, *others: Tensor) -> list[tuple[Tensor, int]]:

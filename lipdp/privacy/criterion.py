@@ -11,11 +11,11 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from lipdp.batches.row_rules import Rows
-from lipdp.batches.rows import known_rows, plain
+from lipdp.batches.rows import BatchTensor, known_rows, plain
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError, LossError
 from lipdp.losses import LipschitzLoss
-from lipdp.passes.step import OVERWRITTEN, StepInProgress, logits_call
+from lipdp.passes.step import OVERWRITTEN, WRITTEN, StepInProgress, logits_call, overwritten_by_batches
 from lipdp.passes.sums import ModelCall, is_wanted
 from lipdp.privacy.gate import GateState
 
@@ -72,15 +72,17 @@ class PrivateCriterion(nn.Module):
         self._graph, self._gate, self._step = graph, gate, step
 
     def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        rows = known_rows(target)
-        weights, target = self._weights(logits, weight, rows), plain(target)
-        if not (torch.is_grad_enabled() and logits.requires_grad):
-            return _mean(self._value(logits, target, weights), logits, weights if self._step.grouped else None)
-        return self._private(logits, target, weights, rows)
+        rows, public = known_rows(target), not any(isinstance(t, BatchTensor) for t in (logits, target))
+        weights, target, logits = self._weights(logits, weight, rows), plain(target), plain(logits)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            value = self._private(logits, target, weights, rows)
+        else:
+            value = _mean(self._value(logits, target, weights), logits, weights if self._step.grouped else None)
+        return value if public or torch.compiler.is_compiling() else BatchTensor.of(value, None)
 
     @_disable_dynamo
     def _private(self, logits: Tensor, target: Tensor, weights: Tensor | None, rows: Rows | None) -> Tensor:
-        call = logits_call(plain(logits))
+        call = logits_call(logits)
         if call is None:
             raise EngineError(
                 "the criterion needs the output of the private model, unchanged but for casts and views of the same"
@@ -90,10 +92,12 @@ class PrivateCriterion(nn.Module):
         if call.given:
             raise EngineError("these logits were given to the criterion before: a record would count more than once")
         self._check(call.out, logits.dtype)
+        if overwritten_by_batches(self.loss):
+            raise EngineError(WRITTEN.format("the loss"))
         call.given = True
         apart = call.out.detach().to(logits.dtype).reshape(logits.shape).clone().requires_grad_()
         if logits.dtype is call.out.dtype:
-            same = (plain(logits).detach() == apart.detach()) | apart.detach().isnan()
+            same = (logits.detach() == apart.detach()) | apart.detach().isnan()
             call.claims.append((same.all(), OVERWRITTEN))
         value = self._value(apart, target, weights)
         (cotangent,) = torch.autograd.grad(value, apart, allow_unused=True)
@@ -150,6 +154,9 @@ class PrivateCriterion(nn.Module):
             )
         return drawn.weights[rows.start : rows.stop].to(logits.device, non_blocking=True)
 
+    def __reduce__(self) -> Any:
+        return MeanLoss, (self.loss,)
+
     def constant(self) -> float | Tensor:
         """The loss's constant, at the current weights where it depends on the bound of the logits."""
         if self.loss.lipschitz < float("inf"):
@@ -173,6 +180,18 @@ class PrivateCriterion(nn.Module):
                 f"the forward pass runs in {lowest} but the bounds were computed for {self._graph.dtype}: pass"
                 f" forward_dtype={lowest} to make_private, so that the bounds include its rounding"
             )
+
+
+class MeanLoss(nn.Module):
+    """What a copy or a pickle of the criterion is: the mean of the loss, for evaluation, without batch and engine."""
+
+    def __init__(self, loss: LipschitzLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        values = self.loss(logits, target)
+        return _mean(values.sum() if weight is None else (values * weight).sum(), logits, weight)
 
 
 def _mean(total: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from lipdp.accounting.digest import check_digest, with_digest
 from lipdp.accounting.events import Ledger, remaining_noise_multiplier
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.loader import BatchLoader
+from lipdp.batches.rows import BatchTensor
 from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
 from lipdp.bounds.sensitivity import Sensitivity, read_sweep
@@ -218,7 +219,7 @@ class StepHooks:
                 claims=claims,
                 combine=self._combined,
             )
-        self.count.add()  # before the draw: a step is never under-counted
+        self.count.add_step()  # before the draw: a step is never under-counted
         self._drawn = self.names, stds
         with self.clock("noise"):
             self._draw(gradients, stds)
@@ -236,6 +237,11 @@ class StepHooks:
         for penalty in self.penalties:
             with torch.enable_grad():
                 value = penalty(self.module)
+                if isinstance(value, BatchTensor):
+                    raise EngineError(
+                        "a penalty was computed from a batch; no noise is added to it. It is a function of the weights"
+                        " alone: put what depends on records into the model or the loss"
+                    )
                 found = torch.autograd.grad(value, self.parameters, allow_unused=True)
             for parameter, gradient in zip(self.parameters, found, strict=True):
                 if gradient is not None and parameter.grad is not None:

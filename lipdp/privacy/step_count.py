@@ -41,13 +41,20 @@ class StepCount:
 
     @property
     def unused(self) -> int:
-        """Batches drawn since the last step; before the first a look at a batch is harmless."""
-        return self._loader.position - self._taken_at if self.step > 0 else 0
+        """Batches drawn since the last step."""
+        return self._loader.position - self._taken_at
 
     def add(self, steps: int = 1) -> None:
         """Account for steps: before their noise is drawn, so that none is under-counted."""
         for _ in range(steps):
             self.ledger.append(self._plan.step_event)
+
+    def add_step(self) -> None:
+        """Account for this step; for the first one, also for batches that were only looked at before it.
+
+        Else a script could draw batches until one suits, and step on that.
+        """
+        self.add(1 if self.step else self._loader.position - self._taken_at)
 
     def add_measurement(self, event: Event) -> None:
         """Account for a release beside the steps."""
@@ -75,7 +82,7 @@ class StepCount:
                 "step() without a new batch from the loader: every noisy step needs its own random subsample. Take one"
                 " step per batch; for parts of a batch use engine.microbatches"
             )
-        if batches > 1 and self.step > 0:  # before the first step a look at a batch is harmless
+        if batches > 1 and self.step > 0:  # before the first step a look at a batch is common: it counts as a step
             raise EngineError(
                 f"{batches} batches were drawn since the last step: their gradients may have been added up, or one was"
                 " skipped, which tells that it was empty. Take one step per batch, also when it is empty. Do not use"

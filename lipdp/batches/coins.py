@@ -12,6 +12,7 @@ Source: ours.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ def set_coins(secret: int) -> None:
     >>> bool((first[0] == torch.rand(3)).all()), first[1:] == (np.random.rand(), random.random())
     (True, True)
     """
-    drawn = np.random.SeedSequence(secret, pool_size=8).generate_state(_WORDS + 18)
-    words, for_numpy, for_python, for_cuda = np.split(drawn, [_WORDS, _WORDS + 8, _WORDS + 16])
+    drawn = np.frombuffer(hashlib.shake_256(secret.to_bytes(32, "little")).digest(4 * (_WORDS + 18)), np.uint32)
+    words, for_numpy, for_python, for_cuda = np.split(drawn.copy(), [_WORDS, _WORDS + 8, _WORDS + 16])
     words[0] |= 0x80000000  # never all zero
     torch.set_rng_state(_twister(words))
     np.random.seed(for_numpy)  # noqa: NPY002 - the generator of a user's transforms, whichever they use

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scipy.special import betainc
 
@@ -17,6 +17,9 @@ from lipdp.accounting.events import Event
 from lipdp.accounting.plan_table import HEADER, aligned, plan_rows
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError, ResumeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 SAMPLINGS: Mapping[str, Relation] = {"poisson": Relation.ADD_OR_REMOVE_ONE, "fixed_size": Relation.REPLACE_ONE}
 """How batches are drawn, and the relation under which that amplifies."""
@@ -127,7 +130,11 @@ class Subsampling:
                 f"truncated_batch_size={most}: a whole number from B = {batch} to N = {units} is needed; about"
                 f" {min(units, math.ceil(batch + 5 * math.sqrt(batch)))} cuts a batch in a million"
             )
-        return replace(drawn, truncation=truncation(units, drawn.sampling_rate, most))
+        return drawn.truncated(units, most)
+
+    def truncated(self, units: int, most: int | None) -> Subsampling:
+        """The same of N units, with at most C in a batch; None: with all that are drawn."""
+        return self if most is None else replace(self, truncation=truncation(units, self.sampling_rate, most))
 
     @property
     def relation(self) -> Relation:
@@ -270,7 +277,7 @@ class PrivacyPlan:
         target_delta: float | None = None,
         accountant: str = "prv",
         shares: Mapping[str, float] | None = None,
-    ) -> PrivacyPlan:
+    ) -> Self:
         """Decide T from the number of passes over the data, and σ from the target, where they are not given.
 
         Args:

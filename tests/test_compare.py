@@ -436,6 +436,8 @@ def test_the_utility_command_draws_the_front(tmp_path, capsys):
         (["speed", "--dataset", "mnits"], "mnits"),
         (["speed", "--batch-sizes", "0"], "at least 1"),
         (["speed", "--trainers", "opacus"], "opacus_hooks"),
+        (["speed", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
+        (["speed", "--threads", "0"], "--threads 0: a whole number"),
         (["tables", "--tables", "nowhere.npz", "--trainers", "lipdp"], "nowhere.npz"),
         (["tables", "--tables", "nowhere.npz", "--trainers", "lipdb"], "lipdb"),
         (["tables", "--tables", "nowhere.npz", "--seeds", "0"], "--seeds 0"),

@@ -11,7 +11,7 @@ import typer
 
 from lipdp.commands.bars import Pace
 from lipdp.commands.certify import parse_radius
-from lipdp.commands.options import Command, option, with_config
+from lipdp.commands.options import Command, with_config
 from lipdp.comparison.configs import RobustnessConfig, SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.errors import ParameterError
 
@@ -62,10 +62,9 @@ DIR then holds results.json and a picture per radius; the same command goes on w
 they compare trainers, they are not private releases."""
 
 
-@with_config(SpeedConfig, "model", "model_options", "device")
+@with_config(SpeedConfig, "model", "model_options", "device", "threads")
 def speed(
     config: SpeedConfig,
-    threads: Annotated[int | None, option("threads")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and pictures")] = None,
 ) -> None:
     """Step time and peak memory against the batch size, and their ratios to a non-private step."""
@@ -77,8 +76,8 @@ def speed(
     from lipdp.comparison.speed import table
     from lipdp.comparison.trainers import legend
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
     if out is not None:
         save(speed_figure(results), out, "speed")

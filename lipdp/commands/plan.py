@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.account import Truncated
 from lipdp.commands.lazily import Entry, lazily
 from lipdp.errors import ParameterError
 
@@ -56,7 +55,9 @@ def plan(
     max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
     accountant: Annotated[str, typer.Option(help="what bounds ε: prv, pld, rdp")] = "prv",
-    truncated_batch_size: Truncated = None,
+    truncated_batch_size: Annotated[
+        int | None, typer.Option(help="most records of a batch; every batch has so many rows, one shape for --compile")
+    ] = None,
     private_search: Annotated[
         str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
     ] = None,

@@ -102,11 +102,7 @@ def _of_a_model(given: dict[str, Any], shape: tuple[int, ...], num_classes: int)
     from lipdp import sensitivity as bound
     from lipdp.noise.allocation import get_allocation
     from lipdp.training.choices import make_loss, make_model
-    from lipdp.training.config import SETTINGS
 
-    for name, value in given.items():
-        if value != "off":  # a gate's
-            SETTINGS[name].check(value)
     if "model" not in given:
         raise ParameterError("--input-shape needs a --model")
     given = {**_ALONE, **given}

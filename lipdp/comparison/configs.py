@@ -12,6 +12,7 @@ from lipdp.certify import IMAGE_RADII
 from lipdp.errors import ParameterError
 from lipdp.training.config import TrainConfig, configure
 from lipdp.training.recipes import default_model, recipe
+from lipdp.training.runtime import choose_device
 
 if TYPE_CHECKING:
     from lipdp.comparison.contenders import Setup
@@ -57,6 +58,7 @@ class SpeedConfig:
     memory: Annotated[bool, "measure peak memory too"] = True
     memory_limit: Annotated[float | None, "GiB a process may take on a CPU"] = None
     device: str = "cpu"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.dataset not in SHAPES:
@@ -64,6 +66,7 @@ class SpeedConfig:
         if min([self.repeat, *self.views, *self.batch_sizes]) < 1 or not (self.views and self.batch_sizes):
             given = f"batch_sizes={list(self.batch_sizes)}, views={list(self.views)}, repeat={self.repeat}"
             raise ParameterError(f"{given}: at least 1 is needed")
+        object.__setattr__(self, "device", str(choose_device(self.device)))
 
     @cached_property
     def setup(self) -> Setup:

@@ -131,7 +131,7 @@ COVERS = {
     "test_bounds": "bounds/sensitivity bounds/steps",
     "test_forms": "bounds/functions bounds/probe bounds/trace",
     "test_certify": "certify/certificate certify/network",
-    "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/tables"
+    "test_cli": "commands/account commands/lazily commands/options commands/plan commands/sensitivity commands/console"
     " commands/train",
     "test_compare": "comparison/plots",
     "test_cost": "commands/scale",
@@ -164,10 +164,10 @@ COVERS = {
     "test_sampling": "batches/population",
     "test_simulation": "commands/simulate",
     "test_stored": "data/folders data/labels data/source",
-    "test_table_files": "commands/schema data/tables",
+    "test_table_files": "commands/schema",
     "test_image_folders": "data/imagefolder data/images",
     "test_suggestion": "privacy/attach privacy/complete privacy/options",
-    "test_tables": "training/fitted",
+    "test_tables": "training/fitted training/table_recipe",
     "test_testing": "testing/attack testing/case testing/loss testing/nodes",
     "test_trainers": "comparison/backprop_clipping comparison/trainers/clipping comparison/trainers/engine"
     " comparison/trainers/non_private comparison/trainers/registry",

@@ -151,7 +151,7 @@ def _show(
         typer.echo(json.dumps({**account, "notes": notes}, indent=2))
         return
     from lipdp.accounting.plan import in_bands
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     console = plain_console()
     cut = f", a batch is full or cut with probability {account['truncation']:.3g}" if "truncation" in account else ""

@@ -112,7 +112,7 @@ def _spent(run: Path) -> dict[str, float]:
 
 
 def _show(result: Robustness, loaded: LoadedRun, run: Path) -> None:
-    from lipdp.commands.tables import number, plain_console, plain_table
+    from lipdp.commands.console import number, plain_console, plain_table
 
     certificate = result.certificate
     console = plain_console()

@@ -172,7 +172,7 @@ def _write(out: Path, found: Plan, written: dict[str, Any]) -> None:
 
 def _show(found: Plan, appended: dict[str, Any], out: Path | None) -> None:
     from lipdp.accounting.plan import in_bands
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     console, chosen, budget = plain_console(), found.chosen, found.budget
     limit = "" if found.max_samples is None else f", at most {found.max_samples:,} records processed"

@@ -61,7 +61,7 @@ def scale(
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     table = plain_table("B", "W", "step, s", "quartiles", "empty", "all-reduce", "run, h", "MiB each", left=0)
     for p in found:

@@ -59,7 +59,7 @@ def sensitivity(
     With --dataset: of the run that lipdp train would begin. With --model and --input-shape: of the model alone, under
     cross-entropy, noise multiplier 1, batches of 256 and a share for each layer, where nothing else is given.
     """
-    from lipdp.commands.tables import LEGEND, number, parameter_table, plain_console
+    from lipdp.commands.console import LEGEND, number, parameter_table, plain_console
     from lipdp.report.parameters import parameter_rows
 
     if ("dataset" in given) == (input_shape is not None):

@@ -27,7 +27,7 @@ from lipdp.data.schema import Schema, plain_schema
 from lipdp.data.sources import DATASETS
 from lipdp.data.split import Split
 from lipdp.data.stored import DataSplit, Stored, number_of_units
-from lipdp.data.tables import SUFFIXES, read_columns, schema_template
+from lipdp.data.table_files import SUFFIXES, read_columns, schema_template
 
 __all__ = [
     "BOUNDINGS",

@@ -32,7 +32,7 @@ from lipdp.training.ema import Ema, average_of
 from lipdp.training.forward import Forward, precision
 from lipdp.training.recipes import TABLES, head_rate
 from lipdp.training.runtime import choose_device, own_random_state, random_state
-from lipdp.training.tables import Preconditioner, TableRun, measured_shares, rows_of, set_public_map, table_model
+from lipdp.training.table_recipe import Preconditioner, TableRun, measured_shares, rows_of, set_public_map, table_model
 
 
 def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | None = None) -> DataSplit:

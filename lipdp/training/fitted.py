@@ -19,7 +19,7 @@ from lipdp.errors import DataError, ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.training import tables
+from lipdp.training import table_recipe
 from lipdp.training.choices import make_loss
 from lipdp.training.ema import average_of
 from lipdp.training.evaluation import outputs
@@ -52,7 +52,7 @@ class TableModel:
 
     def logits(self, x: Array) -> Tensor:
         """(n, 1) or (n, C) float64. `x`: (n, k) raw."""
-        return outputs(self.module, (self.bounding(part) for part in _table(x).split(tables.BATCH)))
+        return outputs(self.module, (self.bounding(part) for part in _table(x).split(table_recipe.BATCH)))
 
     def probabilities(self, x: Array) -> Tensor:
         """(n, C) float64."""
@@ -96,7 +96,7 @@ def fit_table(
 
     Guarantees: the model (map, weights, and all that is computed from them) is (ε, δ)-DP under adding or removing one
     of the N records; N is public. Histograms of the columns where no bounds are given, a Gram matrix and T full-batch
-    steps are events of one account; training/tables.py proves their sensitivities.
+    steps are events of one account; training/table_recipe.py proves their sensitivities.
 
     Args:
         x: (N, k) numbers; those that are not finite count as 0.
@@ -157,10 +157,10 @@ def fit_head(
 ) -> TableModel:
     """`fit_table` for any loss."""
     model: Any = build("tabular", input_shape=tuple(inputs.shape[1:]), num_classes=outputs, waves=waves)
-    tables.set_public_map(model[0], bounding)
+    table_recipe.set_public_map(model[0], bounding)
     plan = PrivacyPlan.of(
         dataset_size=len(inputs), expected_batch_size=len(inputs), steps=steps, target_epsilon=epsilon,
-        target_delta=delta, accountant=accountant, shares=tables.measured_shares(bounding),
+        target_delta=delta, accountant=accountant, shares=table_recipe.measured_shares(bounding),
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=_RECIPE["lr"], momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
@@ -168,16 +168,16 @@ def fit_head(
     _, _, loader, _ = engine.make_private_with_plan(
         plan, module=model[1:], optimizer=optimizer, criterion=loss, dataset=TensorDataset(phi, targets), gate=gate
     )
-    preconditioner = tables.Preconditioner(optimizer, model[2].weight)
-    parts = inputs.split(tables.BATCH)
+    preconditioner = table_recipe.Preconditioner(optimizer, model[2].weight)
+    parts = inputs.split(table_recipe.BATCH)
     gate = min(gate, loss.lipschitz)
-    tables.TableRun(model, preconditioner, bounding, lambda: zip(parts, repeat(None)), gate).measure(engine)
+    table_recipe.TableRun(model, preconditioner, bounding, lambda: zip(parts, repeat(None)), gate).measure(engine)
     with torch.no_grad():
         torch.cat([model[0](part) for part in parts], out=phi)
     average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
     for batch in loader:
         optimizer.zero_grad()
-        engine.backward(*batch, microbatch=tables.BATCH)
+        engine.backward(*batch, microbatch=table_recipe.BATCH)
         optimizer.step()
         average.update()
     account = engine.plan, engine.get_epsilon(delta), delta, dict(engine.sensitivity())

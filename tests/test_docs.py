@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shlex
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,11 +80,7 @@ def test_a_notebook_runs_and_holds_no_output(path, tmp_path, monkeypatch):
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-    blocks = ["".join(cell["source"]) for cell in cells]
-    with warnings.catch_warnings():
-        if any("opacus" in block for block in blocks):
-            warnings.simplefilter("ignore")  # Opacus warns of itself
-        run_blocks(blocks, path.name)
+    run_blocks(["".join(cell["source"]) for cell in cells], path.name)
 
 
 def test_the_references_hold_every_public_name_and_command():

@@ -51,7 +51,7 @@ def certify(
     from lipdp.certify import IMAGE_RADII, table_radii
     from lipdp.certify.run import assess, draw, load_run
     from lipdp.errors import ParameterError
-    from lipdp.files import read_json, write_figure, write_json
+    from lipdp.files import read_json, write_json, write_pictures
 
     if samples is not None and samples < 1:
         raise ParameterError(f"--samples {samples}: at least 1")
@@ -74,8 +74,7 @@ def certify(
     }
     figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))
     write_json(run / "certificate.json", certificate)
-    for kind in ("png", "svg"):
-        write_figure(figure, run / f"certificate.{kind}")
+    write_pictures(figure, run / "certificate")
     if as_json:
         typer.echo(json.dumps(certificate, indent=2))
     else:

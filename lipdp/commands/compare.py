@@ -14,6 +14,7 @@ from lipdp.commands.certify import parse_radius
 from lipdp.commands.options import Command, with_config
 from lipdp.comparison.configs import RobustnessConfig, SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.errors import ParameterError
+from lipdp.files import write_pictures
 
 app = typer.Typer(
     name="compare",
@@ -71,7 +72,7 @@ def speed(
     _require_extra()
     import torch
 
-    from lipdp.comparison.plots import memory_figure, save, speed_figure
+    from lipdp.comparison.plots import memory_figure, speed_figure
     from lipdp.comparison.speed import speed as measure
     from lipdp.comparison.speed import table
     from lipdp.comparison.trainers import legend
@@ -80,9 +81,9 @@ def speed(
         torch.set_num_threads(config.threads)
     results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
     if out is not None:
-        save(speed_figure(results), out, "speed")
+        write_pictures(speed_figure(results), out / "speed")
         if config.memory:
-            save(memory_figure(results), out, "memory")
+            write_pictures(memory_figure(results), out / "memory")
     typer.echo(
         f"{config.model} on {config.dataset}, {config.device}, {torch.get_num_threads()} threads:"
         " step time (× non-private)"
@@ -98,7 +99,7 @@ def utility(
 ) -> None:
     """Accuracy or AUROC at given budgets, every trainer tuned by the same number of trials."""
     _require_extra()
-    from lipdp.comparison.plots import save, utility_figure
+    from lipdp.comparison.plots import utility_figure
     from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import summary, table
     from lipdp.comparison.utility import utility as measure
@@ -109,7 +110,7 @@ def utility(
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
         here = [cell for cell in cells if cell["dataset"] == dataset]
         if out is not None and any(cell["target_epsilon"] is not None for cell in here):
-            save(utility_figure(here), out, f"utility-{dataset.replace('/', '-')}")
+            write_pictures(utility_figure(here), out / f"utility-{dataset.replace('/', '-')}")
     typer.echo(f"{table(cells)}\n\n{legend(cell['trainer'] for cell in cells)}")
 
 
@@ -156,15 +157,15 @@ def robustness(
 ) -> None:
     """Certified accuracy against accuracy along the temperature, private and not, with the Pareto front."""
     _require_extra()
-    from lipdp.comparison.plots import save
+    from lipdp.comparison.plots import robustness_figure
     from lipdp.comparison.robustness import robustness as measure
-    from lipdp.comparison.robustness import robustness_figure, table
+    from lipdp.comparison.robustness import table
     from lipdp.comparison.trainers import legend
 
     results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
     if out is not None:
         for number, radius in enumerate(config.radii):
-            save(robustness_figure(results, number), out, f"robustness-{radius:.3g}")
+            write_pictures(robustness_figure(results, number), out / f"robustness-{radius:.3g}")
     typer.echo(f"{table(results)}\n\n{legend(cell['trainer'] for cell in results.cells)}")
 
 

@@ -157,17 +157,12 @@ def _search_cost(search: Repetitions, found: Plan) -> dict[str, Any]:
 
 
 def _write(out: Path, found: Plan, written: dict[str, Any]) -> None:
-    from lipdp.files import write_figure, write_json
+    from lipdp.files import write_json, write_pictures
     from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise
 
     write_json(out / "plan.json", written)
-    for name, draw in (
-        ("epsilon-against-noise", epsilon_against_noise),
-        ("batch-against-compute", batch_against_compute),
-    ):
-        figure = draw(found)
-        for suffix in ("png", "svg"):
-            write_figure(figure, out / f"{name}.{suffix}")
+    write_pictures(epsilon_against_noise(found), out / "epsilon-against-noise")
+    write_pictures(batch_against_compute(found), out / "batch-against-compute")
 
 
 def _show(found: Plan, appended: dict[str, Any], out: Path | None) -> None:

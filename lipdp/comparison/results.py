@@ -63,14 +63,19 @@ class Results:
         *,
         key: Callable[[Job], Cell],
         measure: Callable[[Job], Cell],
-        on_result: Callable[[Cell], None],
+        progress: Progress,
+        total: int,
+        beside: int = 0,
         jobs: int = 1,
     ) -> None:
-        """Add what `measure` finds for every job whose `key` is not there yet; several processes have a thread each."""
+        """Add what `measure` finds for every job whose `key` is not there yet; several processes have a thread each.
+
+        `progress` is told of `total` cells, of which `beside` are in another file.
+        """
         left = [job for job in asked if not self.find(**key(job))]
         for cell in map(measure, left) if jobs == 1 else _in_processes(measure, left, jobs):
             self.add(cell)
-            on_result(cell)
+            progress(cell, beside + len(self.cells), total)
 
     def _check_same(self, before: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         names = sorted(n for n in {*before, *config} if before.get(n) != config.get(n))

@@ -20,7 +20,6 @@ from lipdp.data.scaling import (
     Standardise,
     Tanh,
     bounding,
-    clip_features,
     public_standardisation,
 )
 from lipdp.data.schema import Schema, plain_schema
@@ -48,7 +47,6 @@ __all__ = [
     "augment",
     "bound_inputs",
     "bounding",
-    "clip_features",
     "default_bounding",
     "is_table",
     "load",

@@ -43,8 +43,8 @@ SETTINGS = {
     "owners": {"owner_column": "user", "batch_size": 20},
     "fixed size": {"sampling": "fixed_size"},
     "owners of fixed number": {"owner_column": "user", "sampling": "fixed_size", "batch_size": 20},
-    "views": {"augment": "flip", "augment_multiplicity": 3},
-    "owners with views": {"owner_column": "user", "augment": "flip", "augment_multiplicity": 2, "batch_size": 20},
+    "views": {"augment": "flip", "views": 3},
+    "owners with views": {"owner_column": "user", "augment": "flip", "views": 2, "batch_size": 20},
 }
 
 

@@ -73,13 +73,13 @@ def speed(
     import torch
 
     from lipdp.comparison.plots import memory_figure, speed_figure
-    from lipdp.comparison.speed import speed as measure
+    from lipdp.comparison.speed import speed as compared
     from lipdp.comparison.speed import table
     from lipdp.comparison.trainers import legend
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
+    results = compared(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
     if out is not None:
         write_pictures(speed_figure(results), out / "speed")
         if config.memory:
@@ -102,11 +102,11 @@ def utility(
     from lipdp.comparison.plots import utility_figure
     from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import summary, table
-    from lipdp.comparison.utility import utility as measure
+    from lipdp.comparison.utility import utility as compared
 
     if jobs < 1:
         raise ParameterError(f"--jobs {jobs}: at least 1 is needed")
-    cells = summary(measure(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace())))
+    cells = summary(compared(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace())))
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
         here = [cell for cell in cells if cell["dataset"] == dataset]
         if out is not None and any(cell["target_epsilon"] is not None for cell in here):
@@ -123,11 +123,11 @@ def tables(
     """AUROC or accuracy on tables at given budgets, under the private learners that people use."""
     _require_extra()
     from lipdp.comparison.tables import LEARNERS, table
-    from lipdp.comparison.tables import tables as measure
+    from lipdp.comparison.tables import tables as compared
     from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import summary
 
-    results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
+    results = compared(config, out=_text(out), progress=partial(_tell, Pace()))
     if as_json:
         typer.echo(json.dumps(summary(results), indent=2))
     else:
@@ -158,11 +158,11 @@ def robustness(
     """Certified accuracy against accuracy along the temperature, private and not, with the Pareto front."""
     _require_extra()
     from lipdp.comparison.plots import robustness_figure
-    from lipdp.comparison.robustness import robustness as measure
+    from lipdp.comparison.robustness import robustness as compared
     from lipdp.comparison.robustness import table
     from lipdp.comparison.trainers import legend
 
-    results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
+    results = compared(config, out=_text(out), progress=partial(_tell, Pace()))
     if out is not None:
         for number, radius in enumerate(config.radii):
             write_pictures(robustness_figure(results, number), out / f"robustness-{radius:.3g}")

@@ -34,7 +34,7 @@ def scale(
     """Predict what a private run costs in time and memory on W devices, from a short measurement here."""
     import torch
 
-    from lipdp.planning.cost import Scale, Workload, measure
+    from lipdp.planning.cost import Scale, Workload, measure_cost
     from lipdp.training.runtime import choose_device
 
     network = {"bandwidth": bandwidth_gb * 1e9, "latency": latency_us * 1e-6}
@@ -49,7 +49,7 @@ def scale(
         model=given["model"], model_options=given.get("model_options", {}), num_classes=num_classes,
         input_shape=parse_shape(input_shape or ["1x28x28"]), device=str(choose_device(given["device"])),
     )  # fmt: skip
-    cost = measure(workload, given["microbatch"], repeat=repeat, memory=memory)
+    cost = measure_cost(workload, given["microbatch"], repeat=repeat, memory=memory)
     found = [asdict(cost.predict(scale)) for scale in asked]
     if as_json:
         typer.echo(json.dumps({"workload": asdict(workload), "cost": asdict(cost), "predictions": found}, indent=2))

@@ -51,7 +51,7 @@ class SpeedConfig:
     model: str = "cnn"
     model_options: Mapping[str, Any] | None = None
     batch_sizes: Annotated[Sequence[int], "expected batch sizes"] = (64, 256, 1024, 4096, 8192)
-    views: Annotated[Sequence[int], "of each record, averaged in its gradient"] = (1,)
+    views: Annotated[Sequence[int], "views of each record in one gradient"] = (1,)
     trainers: Annotated[Sequence[str], "`all`, or names; those that cost differently"] = DISTINCT
     kinds: _Kinds = ("lipschitz", "plain")
     repeat: Annotated[int, "interleaved repetitions"] = 7

@@ -50,7 +50,7 @@ def robustness(
         for seed in range(config.seeds)
     ]
 
-    results.fill(asked, key=partial(_key, config), measure=partial(_run, config), progress=progress, total=len(asked))
+    results.fill(asked, key=partial(_key, config), run=partial(_run, config), progress=progress, total=len(asked))
     return results
 
 

@@ -81,7 +81,7 @@ def tables(
     ]
 
     results.fill(
-        jobs, key=lambda job: _key(*job), measure=lambda job: _run(config, *job), progress=progress, total=len(jobs)
+        jobs, key=lambda job: _key(*job), run=lambda job: _run(config, *job), progress=progress, total=len(jobs)
     )
     return results
 

@@ -80,7 +80,7 @@ def utility(
         for epsilon in (config.epsilons if contender.trainer.private else (None,))
     ]
     total = len(cells) * (config.trials * (config.trials > 1) + config.seeds)  # at most
-    work: dict[str, Any] = {"key": partial(_key, config), "measure": partial(run, config), "jobs": jobs}
+    work: dict[str, Any] = {"key": partial(_key, config), "run": partial(run, config), "jobs": jobs}
     work |= {"progress": progress, "total": total}
     if config.trials > 1:
         for dataset in config.datasets:

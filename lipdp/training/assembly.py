@@ -149,7 +149,7 @@ def plan_of(
 def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dataset[Any]:
     if config.augment is None:
         return split.training_dataset(device)
-    return Augmented(split.training_dataset(), augment(config.augment), multiplicity=config.augment_multiplicity)
+    return Augmented(split.training_dataset(), augment(config.augment), views=config.views)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leave
 def _piece(config: TrainConfig, device: torch.device) -> int | None:
     """Records that are read and go through the model together, all views of each; None: the whole batch."""
     samples = config.microbatch or (_CPU_MICROBATCH if device.type == "cpu" else None)
-    return None if samples is None else max(1, samples // config.augment_multiplicity)
+    return None if samples is None else max(1, samples // config.views)
 
 
 def assemble(
@@ -233,7 +233,7 @@ def assemble(
         dataset=_dataset(config, split, device),
         input_shape=split.input_shape,
         group=split.train_owner,
-        multiplicity=config.augment_multiplicity,
+        views=config.views,
         allocation=config.allocation,
         gate=_gate(config, loss, plan),
         num_workers=config.num_workers,

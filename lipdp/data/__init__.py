@@ -4,8 +4,8 @@
     split.train_x.shape, split.num_classes, split.task
 
 What a set is to training is in `split`, sets that stay on disk in `stored`, `npy`, `hub` and `imagefolder`, tables in
-`tables` and what is public of their columns in `schema` and `columns`, the readers of each format in `files`, `cifar`
-and `images`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
+`table_files` and what is public of their columns in `schema` and `columns`, the readers of each format in `files`,
+`cifar` and `images`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
 from lipdp.data.augment import Augmented, augment

@@ -28,6 +28,16 @@ UNITS = ("record", "owner")
 """What a step draws and ε protects: a record, or an owner with all records."""
 
 
+def protected(unit: str, count: int) -> str:
+    """Whom a run protects, in words.
+
+    >>> protected("record", 1437)
+    'each of the 1,437 training records, input and label'
+    """
+    owners = "owners of training records, with all their" if unit == "owner" else "training"
+    return f"each of the {count:,} {owners} records, input and label"
+
+
 def in_bands(bands: int, most: int | None = None) -> str:
     """What σ, q and T lack where noise is correlated, or batches are cut: read alone they would give another ε."""
     return ("" if bands == 1 else f" in {bands} bands") + ("" if most is None else f", at most {most:,} a batch")

@@ -5,10 +5,8 @@ The declarations, which need torch for the names that they list, are imported by
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -20,7 +18,7 @@ from typer.core import TyperCommand
 
 from lipdp.commands.lazily import Invoked
 from lipdp.errors import ParameterError
-from lipdp.training.settings import GATE, LIST, OPTIONS, SCHEMA, Setting
+from lipdp.training.settings import GATE, LIST, OPTIONS, SCHEMA, Setting, read_value
 
 Subcommand = Callable[..., None]
 
@@ -164,7 +162,7 @@ def _parsed(one: Setting, value: Any) -> Any:
     if one.kind is OPTIONS:
         value = parse_options(one.flag, value)
     elif one.kind is LIST and value is not None:
-        value = [_value(text.strip()) for text in value.split(",")]
+        value = [read_value(text.strip()) for text in value.split(",")]
     elif one.kind is GATE:
         value = parse_gate(value)
     if value not in (None, "off") and one.kind is not SCHEMA:  # a path, which is read later
@@ -185,17 +183,8 @@ def parse_options(name: str, pairs: Iterable[str] | None) -> dict[str, Any] | No
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise ParameterError(f"{name} {pair!r}: key=value is needed, e.g. {name} width=32")
-        found[key] = _value(text)
+        found[key] = read_value(text)
     return found
-
-
-def _value(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text
 
 
 def parse_shape(sizes: Sequence[str]) -> tuple[int, ...]:

@@ -194,14 +194,10 @@ def assemble(
     noise_multiplier: float | None = None,
     world: World | None = None,
 ) -> Assembly:
-    """Build a run from a configuration that was resolved for the split. Nothing is released.
+    """Build a run. Nothing is released.
 
     Args:
-        config: with B, T and δ decided.
-        split: the data.
-        input_bound: of the model, where it names none.
-        noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
-        world: the processes that train together.
+        input_bound: of the model, where it names none. Others as for `plan_of`.
 
     Raises:
         LipdpError: no bound, no calibration, a name or a number that is not one.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lipdp.accounting.plan import PrivacyPlan
+from lipdp.accounting.plan import PrivacyPlan, protected
 from lipdp.data import Bounding, Rescale
 from lipdp.data import bounding as named_bounding
 from lipdp.errors import DataError, ParameterError
@@ -71,7 +71,7 @@ class TableModel:
             "planned_steps": self.plan.steps,
             "planned_epsilon": self.epsilon,
             "sensitivity": dict(self.sensitivity),
-            "protects": f"each of the {self.plan.dataset_size} training records, input and label",
+            "protects": protected(self.plan.unit, self.plan.dataset_size),
         }
 
 

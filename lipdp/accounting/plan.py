@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from scipy.special import betainc
 
 from lipdp.accounting.accountants import Spent, get_accountant
 from lipdp.accounting.calibration import calibrate, gaussian_mu
-from lipdp.accounting.events import Event
+from lipdp.accounting.events import Event, require_positive
 from lipdp.accounting.plan_table import HEADER, aligned, plan_rows
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError, ResumeError, UnknownNameError
@@ -106,8 +106,7 @@ class Subsampling:
             given = "neither steps= nor epochs= was given" if steps is None else f"steps={steps} and epochs={epochs}"
             raise ParameterError(f"{given}: give one of them, the other follows")
         if epochs is not None:
-            if not (isinstance(epochs, Real) and 0 < epochs < math.inf):
-                raise ParameterError(f"epochs={epochs!r}: a finite number > 0 is needed")
+            require_positive("epochs", epochs)
             steps = max(1, round(epochs / cls(sampling_rate, 1, sampling).sampling_rate))
         return cls(sampling_rate, whole("steps", steps), sampling, bands)
 

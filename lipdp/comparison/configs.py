@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lipdp.accounting.events import require_positive
 from lipdp.certify import IMAGE_RADII
 from lipdp.errors import ParameterError
 from lipdp.training.config import TrainConfig, configure
@@ -31,8 +31,7 @@ DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opa
 def _check_budgets(epsilons: Sequence[float]) -> None:
     """Before the first run, which may be long before the first private one."""
     for epsilon in epsilons:
-        if not 0.0 < epsilon < math.inf:
-            raise ParameterError(f"epsilon={epsilon}: a finite number > 0 is needed")
+        require_positive("epsilon", epsilon)
 
 
 _Kinds = Annotated[Sequence[str], "of model: lipschitz, plain (the unconstrained twin)"]
@@ -66,6 +65,8 @@ class SpeedConfig:
         if min([self.repeat, *self.views, *self.batch_sizes]) < 1 or not (self.views and self.batch_sizes):
             given = f"batch_sizes={list(self.batch_sizes)}, views={list(self.views)}, repeat={self.repeat}"
             raise ParameterError(f"{given}: at least 1 is needed")
+        if self.memory_limit is not None:
+            require_positive("memory_limit", self.memory_limit)
         object.__setattr__(self, "device", str(choose_device(self.device)))
 
     @cached_property
@@ -167,7 +168,8 @@ class RobustnessConfig(_Trained):
             raise ParameterError(f"taus={tuple(self.taus)}: temperatures are positive numbers")
         if not self.radii or min(self.radii) < 0:
             raise ParameterError(f"radii={tuple(self.radii)}: at least one, none negative")
-        _check_budgets([self.epsilon])
+        for name in ("epsilon", "twin_lr", "max_grad_norm"):
+            require_positive(name, getattr(self, name))
         if self.seeds < 1 or (self.samples is not None and self.samples < 1):
             raise ParameterError("seeds and samples are at least 1")
 

@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 
 from lipdp.accounting.accountants import checked_delta
 from lipdp.accounting.calibration import smallest_noise_multiplier
-from lipdp.accounting.events import Event
+from lipdp.accounting.events import Event, require_positive
 from lipdp.accounting.plan import Subsampling
 from lipdp.accounting.relation import Relation
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
@@ -114,8 +114,7 @@ class Repetitions:
         >>> 4 < sigma < 6
         True
         """
-        if not 0.0 < target_epsilon < math.inf:
-            raise ParameterError(f"target_epsilon={target_epsilon}: a finite number > 0 is needed")
+        require_positive("target_epsilon", target_epsilon)
         drawn = Subsampling.at(sampling_rate, steps=steps)
 
         def cost(sigma: float) -> float:

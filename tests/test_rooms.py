@@ -167,7 +167,7 @@ COVERS = {
     "test_table_files": "commands/schema",
     "test_image_folders": "data/imagefolder data/images",
     "test_suggestion": "privacy/attach privacy/complete privacy/options",
-    "test_tables": "training/fitted training/table_recipe",
+    "test_tables": "training/fitted",
     "test_testing": "testing/attack testing/case testing/loss testing/nodes",
     "test_trainers": "comparison/backprop_clipping comparison/trainers/clipping comparison/trainers/engine"
     " comparison/trainers/non_private comparison/trainers/registry",

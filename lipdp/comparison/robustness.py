@@ -19,6 +19,7 @@ from lipdp.comparison.trainers.engine import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 from lipdp.data import Split, load
 from lipdp.errors import NonFiniteError, UnboundedError, UnsupportedLayerError, UnsupportedOperationError
+from lipdp.losses.labels import answers_of
 from lipdp.training.assembly import learning_rate
 from lipdp.training.evaluation import outputs
 
@@ -108,8 +109,7 @@ def _accuracy(model: nn.Module, split: Split, samples: int | None) -> float:
     """Without a certificate; an answer that is NaN is wrong."""
     y = split.test_y[:samples]
     found = outputs(model, split.test_x[: len(y)].split(1024))
-    answers = found.argmax(1) if found.shape[1] > 1 else (found[:, 0] > 0).long()
-    return float(((answers == y) & found.isfinite().all(1)).double().mean())
+    return float(((answers_of(found) == y) & found.isfinite().all(1)).double().mean())
 
 
 # --- what it shows ----------------------------------------------------------------------------------------------------

@@ -48,10 +48,13 @@ def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | N
 
 def bounding_of(config: TrainConfig, split: DataSplit) -> Bounding:
     """The public map of a run's inputs."""
-    if config.bounding is None:
-        return default_bounding(split)
+    return default_bounding(split) if config.bounding is None else named_bounding(config)
+
+
+def named_bounding(config: TrainConfig) -> Bounding:
+    """That of a configuration which names one."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
-    return bounding(config.bounding, **options)
+    return bounding(str(config.bounding), **options)
 
 
 def with_inputs_named(config: TrainConfig, split: DataSplit) -> TrainConfig:

@@ -17,6 +17,7 @@ from lipdp.data import Bounding, Rescale
 from lipdp.data import bounding as named_bounding
 from lipdp.errors import DataError, ParameterError
 from lipdp.losses import LipschitzLoss
+from lipdp.losses.labels import probabilities
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
 from lipdp.training import table_recipe
@@ -56,11 +57,7 @@ class TableModel:
 
     def probabilities(self, x: Array) -> Tensor:
         """(n, C) float64."""
-        logits = self.logits(x)
-        if logits.shape[1] > 1:
-            return logits.softmax(1)
-        positive = logits.sigmoid()
-        return torch.cat((1 - positive, positive), dim=1)
+        return probabilities(self.logits(x))
 
     def statement(self) -> dict[str, Any]:
         """What `privacy.json` says of a run: the plan, the ε spent, and what it protects."""

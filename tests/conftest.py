@@ -34,6 +34,8 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     """What imports and collection made lives to the end: no collection of garbage need look at it again."""
+    import hypothesis  # noqa: F401  (its plugin does at the end, and then warns of what it finds no reference to)
+
     gc.freeze()
     gc.enable()
 

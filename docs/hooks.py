@@ -20,25 +20,23 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+import lipdp
 from lipdp.cli import app
 
 ROOT = Path(__file__).parents[1]
-ROOMS = (  # noqa: SIM905 (those that a user meets first come first)
-    "privacy losses nn accounting noise batches bounds constraints models suggestion testing data features training"
-    " estimators audit certify planning comparison report serving integrations distributed errors"
-).split()
+ROOMS = lipdp._ROOMS.split()
 
 
 def on_config(config: MkDocsConfig) -> None:
     """The rooms' pages at the end of the shelf "Reference"."""
-    rooms = [{f"lipdp.{room}": f"api/{room}.md"} for room in ROOMS if source(room)]
+    rooms = [{f"lipdp.{room}": f"api/{room}.md"} for room in ROOMS]
     shelf = next(entry["Reference"] for entry in config.nav if "Reference" in entry)
     shelf.append({"API": [{"lipdp": "api/lipdp.md"}, *rooms]})
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """The pages that are not written by hand."""
-    pages = {"api/lipdp.md": api_page("")} | {f"api/{room}.md": api_page(room) for room in ROOMS if source(room)}
+    pages = {"api/lipdp.md": api_page("")} | {f"api/{room}.md": api_page(room) for room in ROOMS}
     pages["command.md"] = command_page()
     pages |= {f"notebooks/{path.stem}.md": notebook_page(path) for path in sorted(ROOT.glob("examples/*.ipynb"))}
     for name, text in pages.items():
@@ -65,10 +63,10 @@ def shown(formula: str, display: str) -> str:
 # -- API ---------------------------------------------------------------------------------------------------------------
 
 
-def source(room: str) -> Path | None:
+def source(room: str) -> Path:
     """The file that names what a room offers."""
     tree = ROOT if room == "models" else ROOT / "lipdp"
-    return next((p for p in (tree / room / "__init__.py", tree / f"{room}.py") if p.exists()), None)
+    return next(p for p in (tree / room / "__init__.py", tree / f"{room}.py") if p.exists())
 
 
 def offered(room: str) -> dict[str, str]:
@@ -109,7 +107,7 @@ def api_page(room: str) -> str:
     for name, module in sorted(offered(room).items(), key=lambda item: item[0].lower()):
         if not room and name in ROOMS and module == "lipdp":
             continue  # a room has a page of its own
-        if not room and any(offered(other).get(name) == module for other in ROOMS if source(other)):
+        if not room and any(offered(other).get(name) == module for other in ROOMS):
             parts.append(f"## {name}\n\nSee [`{module}.{name}`][{module}.{name}].")
         elif borrowed := origin(module, name):
             parts.append(f"## {name}\n\nThe class of that name in `{borrowed}`, as it is.")

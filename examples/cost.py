@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from lipdp.planning import Scale, Workload, measure
+from lipdp.planning import Scale, Workload, measure_cost
 from lipdp.training import Monitor, Trainer, configure, recipe
 
 MICROBATCH = 512
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     args = parser.parse_args()
     workload = Workload(model_options=recipe("mnist", "cnn").model_options)
-    cost = measure(workload, MICROBATCH, repeat=args.repeat, memory=False, clock=time.process_time)
+    cost = measure_cost(workload, MICROBATCH, repeat=args.repeat, memory=False, clock=time.process_time)
     print(f"cnn, {cost.parameters:,} weights, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     for batch_size in args.batch_sizes:
         found = cost.predict(Scale(batch_size=batch_size))

@@ -20,13 +20,13 @@ parser.add_argument("--batches", type=int, default=20)
 parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--image-size", type=int, nargs=2)
 parser.add_argument("--augment")
-parser.add_argument("--multiplicity", type=int, default=1)
+parser.add_argument("--views", type=int, default=1)
 arguments = parser.parse_args()
 
 split = open_split(arguments.dataset, data_dir=arguments.data_dir, image_size=arguments.image_size)
 dataset = split.bounded(default_bounding(split)).training_dataset()
 if arguments.augment:
-    dataset = Augmented(dataset, augment(arguments.augment), multiplicity=arguments.multiplicity)
+    dataset = Augmented(dataset, augment(arguments.augment), views=arguments.views)
 rate = min(1.0, arguments.batch_size / split.records)
 for workers in arguments.workers:
     sampler = PoissonSampler(split.records, sampling_rate=rate, steps=arguments.batches + 1)

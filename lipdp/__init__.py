@@ -4,9 +4,9 @@ from lipdp.lazy import facade
 
 __version__ = "0.1.0"
 
-_ROOMS = (
-    "accounting audit batches bounds certify comparison constraints data distributed errors estimators features"
-    " integrations losses models nn noise planning privacy report serving suggestion testing training"
+_ROOMS = (  # those that a user meets first come first, as in the reference
+    "privacy losses nn accounting noise batches bounds constraints models suggestion testing data features training"
+    " estimators audit certify planning comparison report serving integrations distributed errors"
 )
 _NAMES = {
     "PrivacyEngine": "lipdp.privacy.engine",

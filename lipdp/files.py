@@ -74,3 +74,9 @@ def write_figure(figure: Any, path: Path, *, dpi: int = 150) -> None:
     """Write a matplotlib figure as PNG, SVG, …, by the file's name."""
     with written_whole(path) as stream:
         figure.savefig(stream, format=path.suffix.removeprefix("."), dpi=dpi, bbox_inches="tight")
+
+
+def write_pictures(figure: Any, path: Path) -> None:
+    """`path.png` and `path.svg`."""
+    for kind in ("png", "svg"):
+        write_figure(figure, path.with_name(f"{path.name}.{kind}"))

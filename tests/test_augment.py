@@ -56,9 +56,7 @@ def test_views_have_their_law():
 def test_views_of_one_record_are_drawn_apart():
     x = torch.rand(50, 3, 8, 8)
     torch.manual_seed(0)
-    views, labels = Augmented(TensorDataset(x, torch.arange(50)), augment("crop-flip"), multiplicity=5).read_batch(
-        [7, 3]
-    )
+    views, labels = Augmented(TensorDataset(x, torch.arange(50)), augment("crop-flip"), views=5).read_batch([7, 3])
     assert (views.shape, labels.tolist()) == ((2, 5, 3, 8, 8), [7, 3])
     assert len(views.flatten(0, 1).flatten(1).unique(dim=0)) == 10
     values = set(x[7].flatten().tolist()) | {0.0}
@@ -71,15 +69,15 @@ def test_bad_augmentations():
     images_ = TensorDataset(torch.rand(5, 3, 8, 8), torch.arange(5))
     with pytest.raises(UnknownNameError, match="crop-flip"):
         augment("mixup")
-    with pytest.raises(ParameterError, match="multiplicity=0"):
-        Augmented(images_, Flip(), multiplicity=0)
+    with pytest.raises(ParameterError, match="views=0"):
+        Augmented(images_, Flip(), views=0)
     with pytest.raises(ParameterError, match="augmentation is for images"):
         Augmented(TensorDataset(torch.rand(5, 3), torch.arange(5)), Flip())
     with pytest.raises(ParameterError, match="padding=0"):
         Crop(0)
     for given_, says in [
-        ({"augment_multiplicity": 4}, "but no augment"),
-        ({"augment": "flip", "augment_multiplicity": 0}, "augment_multiplicity=0"),
+        ({"views": 4}, "but no augment"),
+        ({"augment": "flip", "views": 0}, "views=0"),
         ({"augment": "flip", "features": "dct"}, "augment= and features="),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"pin_memory": 1}, "pin_memory=1"),
@@ -94,7 +92,7 @@ def test_bad_augmentations():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_no_batch(tmp_path, workers):
     split = data.open_split(str(images(tmp_path))).bounded(data.Rescale(0.0, 1.0))
-    dataset = Augmented(split.training_dataset(), augment("crop-flip"), multiplicity=2)
+    dataset = Augmented(split.training_dataset(), augment("crop-flip"), views=2)
 
     def batches(count):
         sampler = PoissonSampler(30, sampling_rate=0.2, steps=12, seed=0)
@@ -126,13 +124,13 @@ def test_several_views_of_a_record_cost_no_more_privacy(tmp_path):
     """K = 3: the same ε, Δ and noise as K = 1, in a run of its own that resumes with the same bits."""
     settings_ = {**SHORT, "steps": 4, "batch_size": 100, "augment": "crop-flip"}
     one = train(configure(**settings_), out=tmp_path / "one")
-    many = train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "many")
+    many = train(configure(**settings_, views=3), out=tmp_path / "many")
     assert many.epsilon == one.epsilon
-    alone, helped = (Trainer(configure(**settings_, augment_multiplicity=views)).engine for views in (1, 3))
+    alone, helped = (Trainer(configure(**settings_, views=views)).engine for views in (1, 3))
     assert alone.plan == helped.plan
     assert alone.sensitivity().total == helped.sensitivity().total
     with pytest.raises(Interrupted):
-        train(configure(**settings_, augment_multiplicity=3), out=tmp_path / "cut", monitor=Raises(2, signal.SIGINT))
+        train(configure(**settings_, views=3), out=tmp_path / "cut", monitor=Raises(2, signal.SIGINT))
     rest = Trainer.resume(tmp_path / "cut", num_workers=1).run()
     assert equal(weights(rest), weights(many))
     assert not equal(weights(one), weights(many))

@@ -17,8 +17,9 @@ from lipdp.accounting import PrivacyPlan
 from lipdp.certify.run import assess
 from lipdp.cli import main
 from lipdp.comparison.configs import RobustnessConfig
+from lipdp.comparison.plots import front, robustness_figure
 from lipdp.comparison.protocol import Task
-from lipdp.comparison.robustness import front, robustness, robustness_figure, table
+from lipdp.comparison.robustness import robustness, table
 from lipdp.comparison.trainers import get_trainer
 from lipdp.data import Clip, load
 from lipdp.errors import ParameterError

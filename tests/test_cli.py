@@ -18,10 +18,10 @@ from rich.console import Console
 
 import lipdp
 from lipdp.cli import app, main
+from lipdp.commands.console import parameter_table
 from lipdp.commands.display import Screen, show_result
 from lipdp.commands.lazily import with_options_named
 from lipdp.commands.options import repeat_options
-from lipdp.commands.tables import parameter_table
 from lipdp.noise.allocation import get_allocation
 from lipdp.report.parameters import parameter_rows
 from lipdp.training import Trainer, configure

@@ -17,7 +17,7 @@ from lipdp.cli import main
 from lipdp.distributed import collectives
 from lipdp.errors import LipdpError, ParameterError, UnknownNameError
 from lipdp.planning import cost as cost_module
-from lipdp.planning.cost import Cost, Scale, Workload, measure, private_step
+from lipdp.planning.cost import Cost, Scale, Workload, measure_cost, private_step
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.processes import peak_bytes
 
@@ -116,7 +116,7 @@ def test_the_step_measured_is_a_private_one_on_that_many_samples(samples, monkey
 def test_times_are_taken_round_by_round(monkeypatch):
     order = []
     monkeypatch.setattr(cost_module, "private_step", lambda workload, n, m: lambda: order.append(n))
-    found = measure(SMALL, 8, repeat=3, memory=False, clock=iter(range(100)).__next__)
+    found = measure_cost(SMALL, 8, repeat=3, memory=False, clock=iter(range(100)).__next__)
     assert order == [0, 2, 8] * 5  # two rounds to warm up
     assert (found.sizes, found.seconds, found.peaks) == ((0, 2, 8), ((1, 1, 1),) * 3, None)
     assert (found.parameters, found.record) == (sum(p.numel() for p in SMALL.build().parameters()), 4 * 8 + 8)
@@ -124,7 +124,7 @@ def test_times_are_taken_round_by_round(monkeypatch):
 
 def test_peak_memory_sees_the_activations():
     """256 hidden units of float32 for 8,192 samples are 8 MiB each time they are kept, in each of two layers."""
-    empty, _, full = measure(replace(SMALL, model_options={"width": 256}), 8192, repeat=3).peaks
+    empty, _, full = measure_cost(replace(SMALL, model_options={"width": 256}), 8192, repeat=3).peaks
     kept = 8192 * 2 * 256 * 4
     assert kept < full - empty < 20 * kept
     assert 50 << 20 < empty < 1 << 30
@@ -134,7 +134,7 @@ def test_a_step_that_does_not_fit_is_refused(monkeypatch):
     assert peak_bytes(private_step, WIDE, 30_000, 30_000, memory_limit=600 << 20) is None
     monkeypatch.setattr(cost_module, "peak_bytes", lambda *arguments, **options: None)
     with pytest.raises(ParameterError, match="do not fit"):
-        measure(SMALL, 8, repeat=3)
+        measure_cost(SMALL, 8, repeat=3)
 
 
 def test_a_process_that_dies_has_no_peak_and_one_that_refuses_says_why():
@@ -147,7 +147,7 @@ def test_a_process_that_dies_has_no_peak_and_one_that_refuses_says_why():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_measurement_on_cuda():
-    found = measure(replace(WIDE, device="cuda"), 16384, repeat=5)
+    found = measure_cost(replace(WIDE, device="cuda"), 16384, repeat=5)
     assert found.peaks[-1] > found.peaks[0] > 0
     assert found.predict(Scale(batch_size=32768)).step_seconds > 0
 
@@ -161,7 +161,9 @@ COMMAND = ["plan", "scale", "--model", "mlp", "--input-shape", "1", "8", "8", "-
 def measured(monkeypatch):
     """A measurement that is known, and takes no time."""
     calls = []
-    monkeypatch.setattr(cost_module, "measure", lambda *given, **options: (calls.append((*given, options)), COST)[1])
+    monkeypatch.setattr(
+        cost_module, "measure_cost", lambda *given, **options: (calls.append((*given, options)), COST)[1]
+    )
     return calls
 
 
@@ -188,9 +190,10 @@ def test_the_command_predicts(measured, capsys):
         (["--devices", "8000"], "devices ≤ batch_size"),
         (["--model", "cn"], "did you mean 'cnn'"),
         (["--repeat", "2"], "3 repetitions"),
-        (["--microbatch", "0"], "1 sample"),
+        (["--microbatch", "0"], "--microbatch 0: a whole number"),
         (["--bandwidth-gb", "0"], "positive numbers"),
         (["--device", "cuda:99"], "cannot be used here"),
+        (["--threads", "0"], "--threads 0: a whole number"),
         (["--num-classes", "0"], "classes"),
         (["--input-shape", "0"], "sizes of one sample"),
     ],

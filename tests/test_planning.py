@@ -331,11 +331,11 @@ def test_a_plan_of_truncated_batches_pays_for_them(capsys, monkeypatch):
     assert re.search(r"--batch-size 853 --steps 100 --accountant rdp --truncated-batch-size 1000$", printed)
     free = Budget(60_000, 2.0, 1e-5, "pld")
     cut = replace(free, truncated_batch_size=1000)
-    assert cut.event(2.0, 1 / 60, 100).truncation > 0.4
+    assert cut.drawn(1 / 60, 100).truncation > 0.4
     found, plain = (with_batch_size(budget, 1000, 100) for budget in (cut, free))
     assert found.noise_multiplier > 1.2 * plain.noise_multiplier
     assert 1.98 <= found.epsilon <= 2.0
-    assert found.event == cut.event(found.noise_multiplier, found.sampling_rate, 100)
+    assert found.subsampling == cut.drawn(found.sampling_rate, 100)
     wall = Plan(cut, None, found).constant_eta
     assert wall[-1][1] > 1.2 * constant_eta(found.eta, steps=100, delta=1e-5)[-1][1]
 

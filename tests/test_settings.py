@@ -96,7 +96,7 @@ def test_a_search_leaves_data_account_and_machine_alone():
 
 RIGHT = {
     "dataset": "digits", "model": "mlp", "image_size": (8, 8), "device": "cpu", "gate": 0.3, "tau": 2.0, "delta": 1e-6,
-    "augment_multiplicity": 1, "momentum": 0.5, "ema": 0.5, "gate_quantile": 0.5, "loss": "hinge", "optimizer": "adam",
+    "views": 1, "momentum": 0.5, "ema": 0.5, "gate_quantile": 0.5, "loss": "hinge", "optimizer": "adam",
 }  # fmt: skip
 WRONG = [object(), float("nan"), -1, 10**400, [1], b"x", {1}]
 

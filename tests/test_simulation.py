@@ -365,6 +365,7 @@ def test_refusals_of_spaces(texts, error, message):
         ({"scale": 129.0}, r"k in \[1, 128\]"),
         ({"trials": 0}, "trials=0"),
         ({"jobs": 0}, "jobs=0"),
+        ({"seed": -1}, "search_seed=-1"),
         ({"validation": 1.0}, "a validation part of"),
         ({"settings": {**QUICK, "seed": 1}}, "the full run is to be private"),
         ({"settings": {**QUICK, "batch_size": 1437}, "scale": 1.0}, "larger scale"),

@@ -21,7 +21,7 @@ from lipdp.cli import main
 from lipdp.data import Rescale, SignedLog, is_table
 from lipdp.errors import CheckpointError, DataError, EngineError, ParameterError, ResumeError, UnknownNameError
 from lipdp.nn.table import BINS, TableFeatures, unit_norm
-from lipdp.training import Monitor, Trainer, configure, fit_table, tables
+from lipdp.training import Monitor, Trainer, configure, fit_table, table_recipe
 from lipdp.training.evaluation import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,8 +66,8 @@ def moved(measure, x, extra):
 def test_a_record_moves_the_histograms_by_the_root_of_the_columns(extra):
     def measure(x):
         engine, features = Recorder(), TableFeatures(5)
-        tables.set_public_map(features, MAP)
-        tables.fit_map(engine, features, MAP, rows(MAP(x)))
+        table_recipe.set_public_map(features, MAP)
+        table_recipe.fit_map(engine, features, MAP, rows(MAP(x)))
         return engine.released["histogram"]
 
     found, stated = moved(measure, torch.randn(30, 5), extra)
@@ -82,7 +82,7 @@ def test_a_record_moves_the_gram_matrix_by_one(scale):
 
     def measure(x):
         engine = Recorder()
-        tables.measure_gram(engine, features, rows(x))
+        table_recipe.measure_gram(engine, features, rows(x))
         return engine.released["gram"]
 
     found, stated = moved(measure, torch.rand(30, 5), scale * torch.randn(1, 5))
@@ -99,7 +99,7 @@ def test_what_is_released_of_the_gram_matrix_is_isometric_to_it():
     spread = torch.full((1, 64), 1 / 8.0)
     for phi in (spread, torch.eye(64)[:1]):
         engine = Recorder()
-        gram, off_diagonal = tables.measure_gram(engine, Own(), rows(phi))
+        gram, off_diagonal = table_recipe.measure_gram(engine, Own(), rows(phi))
         released, stated = engine.released["gram"]
         assert float(released.norm()) == pytest.approx(stated)
         assert torch.allclose(gram, (phi.T @ phi).double())
@@ -109,8 +109,8 @@ def test_what_is_released_of_the_gram_matrix_is_isometric_to_it():
 def test_an_owner_counts_as_one_record():
     x, weight = torch.rand(6, 5), torch.full((6,), 1 / 6, dtype=torch.float64)
     engine, features = Recorder(), nn.Sequential(TableFeatures(5), unit_norm())
-    tables.measure_gram(engine, features, rows(x, weight))
-    tables.fit_map(engine, features[0], MAP, rows(x, weight))
+    table_recipe.measure_gram(engine, features, rows(x, weight))
+    table_recipe.fit_map(engine, features[0], MAP, rows(x, weight))
     for released, stated in engine.released.values():
         assert released.norm() <= stated
 
@@ -232,24 +232,26 @@ def test_ranks_follow_the_histogram_and_scales_do_not_matter():
     torch.manual_seed(0)
     x = torch.rand(20_000, 2) * torch.tensor([1.0, 1000.0])
     features = TableFeatures(2)
-    tables.set_public_map(features, MAP)
-    tables.fit_map(Recorder(20_000, std=0.01), features, MAP, rows(MAP(x)))
+    table_recipe.set_public_map(features, MAP)
+    table_recipe.fit_map(Recorder(20_000, std=0.01), features, MAP, rows(MAP(x)))
     u = features(MAP(x))[:, 1:3] * math.sqrt(6)
     assert u.mean(0).abs().max() < 0.02  # uniform on ±√3, at both scales
     assert (u.std(0) - 1).abs().max() < 0.02
     public = TableFeatures(2)
-    tables.set_public_map(public, MAP)
-    tables.fit_map(Recorder(10, std=1000.0), features, MAP, rows(MAP(x)))  # noise above everything: the public map
+    table_recipe.set_public_map(public, MAP)
+    table_recipe.fit_map(
+        Recorder(10, std=1000.0), features, MAP, rows(MAP(x))
+    )  # noise above everything: the public map
     assert torch.equal(features.values, public.values)
 
 
 def test_the_public_map_keeps_intervals():
     features = TableFeatures(1)
     for bounding in (Rescale(2.0, 5.0), lipdp.data.Tanh(), lipdp.data.Clip(-1.0, 1.0)):
-        tables.set_public_map(features, bounding)
+        table_recipe.set_public_map(features, bounding)
         assert features(torch.tensor([[1.0], [0.0], [-1.0], [9.0]]))[:, 1].tolist() == pytest.approx([1, 0, -1, 1])
-    assert tables.measured_shares(Rescale()).keys() == {"gram"}
-    assert tables.measured_shares(MAP).keys() == {"histogram", "gram"}
+    assert table_recipe.measured_shares(Rescale()).keys() == {"gram"}
+    assert table_recipe.measured_shares(MAP).keys() == {"histogram", "gram"}
     assert torch.allclose(MAP(MAP.inverse(features.edges())), features.edges())
 
 
@@ -314,9 +316,10 @@ def test_fit_table_refuses_what_is_no_table():
         lipdp.models.build("tabular", input_shape=(8,), num_classes=2, input_bound=1.0)
     with pytest.raises(ParameterError, match="finite"):
         TableFeatures(2).set_(1.0, torch.full((2, BINS + 1), math.nan))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    conditioner = table_recipe.Preconditioner(optimizer, nn.Parameter(torch.zeros(1, 3)))
     with pytest.raises(CheckpointError, match="another model"):
-        tables.Preconditioner(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), nn.Parameter(torch.zeros(1, 3))
-                              ).load_state_dict({"matrix": torch.eye(2)})  # fmt: skip
+        conditioner.load_state_dict({"matrix": torch.eye(2)})
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -305,7 +305,7 @@ def test_so_do_pieces_and_every_piece_has_its_shape():
 def test_so_do_views():
     data = kit.table()
     x, y = data.tensors
-    found, rows = sums(TensorDataset(x[:, None].expand(-1, 3, -1), y), multiplicity=3)
+    found, rows = sums(TensorDataset(x[:, None].expand(-1, 3, -1), y), views=3)
     assert set(rows) == {108}
     torch.testing.assert_close(found, expected_sums(data), atol=2e-5, rtol=1e-3)
 

@@ -131,8 +131,8 @@ def test_an_owner_contributes_the_mean_of_its_records_gradients():
 def test_a_record_with_views_moves_the_sum_by_delta(views, gate, scale):
     x, y = longest(3)
     x = x[:, None].repeat(1, views, 1)
-    with_record, deltas = released(x, y, size=3, multiplicity=views, gate=gate, scale=scale)
-    without, _ = released(x[:2], y[:2], size=3, multiplicity=views, gate=gate, scale=scale)
+    with_record, deltas = released(x, y, size=3, views=views, gate=gate, scale=scale)
+    without, _ = released(x[:2], y[:2], size=3, views=views, gate=gate, scale=scale)
     for name, move in moved(with_record, without).items():
         assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6), name
 
@@ -152,7 +152,7 @@ def test_the_quantile_gate_counts_a_unit_once(views, owners):
             noise_multiplier=1e-6,
             gate=QuantileGate(0.3, count_std=1e-4),
             group=owners,
-            multiplicity=count,
+            views=count,
         )
         x, y, *weight = next(iter(loader))
         criterion(model(x), y, *weight).backward()
@@ -166,7 +166,7 @@ def test_views_are_averaged():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 3, 4, generator=generator, dtype=torch.float64) / 4
     y = torch.tensor([0, 1, 1, 0])
-    total, _ = released(x, y, size=4, multiplicity=3)
+    total, _ = released(x, y, size=4, views=3)
     model = network()
     (losses.TauCrossEntropy(50.0)(model(x.flatten(0, 1)), y.repeat_interleave(3)).sum() / 3).backward()
     for name, parameter in model.named_parameters():
@@ -177,8 +177,8 @@ def test_owners_with_views_move_the_sum_by_delta():
     x, y = longest(13)
     x = x[:, None].repeat(1, 3, 1)
     owners = torch.tensor([0, 1, 1] + [2] * 10)
-    with_owner, deltas = released(x, y, size=3, group=owners, multiplicity=3, scale=20.0)
-    without, _ = released(x[:3], y[:3], size=3, group=owners[:3], multiplicity=3, scale=20.0)
+    with_owner, deltas = released(x, y, size=3, group=owners, views=3, scale=20.0)
+    without, _ = released(x[:3], y[:3], size=3, group=owners[:3], views=3, scale=20.0)
     for name, move in moved(with_owner, without).items():
         assert 0.95 * deltas[name] < move <= deltas[name] * (1 + 1e-6)
 
@@ -325,10 +325,10 @@ class Views(Dataset):
         ({"group": [0.5] * 20}, "whole number"),
         ({"group": np.arange(20), "own_records": True}, "records in two processes"),
         ({"group": np.zeros(20, dtype=int)}, "in 1 … N = 1 is needed"),
-        ({"multiplicity": 0}, "1 or more"),
-        ({"multiplicity": True}, "1 or more"),
+        ({"views": 0}, "1 or more"),
+        ({"views": True}, "1 or more"),
         (
-            {"multiplicity": 3, "dataset": Views(), "input_shape": (4,), "expected_batch_size": 20},
+            {"views": 3, "dataset": Views(), "input_shape": (4,), "expected_batch_size": 20},
             r"records of shape \(3",
         ),
     ],
@@ -339,7 +339,7 @@ def test_groups_and_multiplicities_that_do_not_fit(options, message):
 
 
 def test_views_of_a_map_style_dataset():
-    _, model, _, loader, criterion = private(multiplicity=2, dataset=Views(), expected_batch_size=20)
+    _, model, _, loader, criterion = private(views=2, dataset=Views(), expected_batch_size=20)
     x, y = next(iter(loader))
     assert x.shape == (40, 4)
     assert y.shape == (40,)

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
 from lipdp.accounting.accountants import checked_delta, get_accountant, merged, prepared, spent
-from lipdp.accounting.events import Event, as_relation
+from lipdp.accounting.events import Event, as_relation, require_positive
 from lipdp.accounting.numerics import Counts
 from lipdp.accounting.relation import Relation
 from lipdp.accounting.rough import rough_epsilon
@@ -97,8 +96,7 @@ def calibrate(
 
 def _checked_target(epsilon: float, delta: float) -> tuple[float, float]:
     """The budget itself, or ParameterError; CalibrationError where ε is too large for a guarantee."""
-    if not (isinstance(epsilon, Real) and 0.0 < epsilon < math.inf):
-        raise ParameterError(f"target_epsilon={epsilon!r}: a finite number > 0 is needed")
+    require_positive("target_epsilon", epsilon)
     if epsilon > _LARGEST:
         raise CalibrationError(f"the target ε={epsilon:g} is too large: above {_LARGEST:g} nothing is guaranteed")
     return float(epsilon), checked_delta(delta)

@@ -57,7 +57,7 @@ class Event:
     truncation: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_positive("noise_multiplier", self.noise_multiplier)
+        require_positive("noise_multiplier", self.noise_multiplier)
         if not isinstance(self.sampling_rate, Real) or not 0.0 < self.sampling_rate <= 1.0:
             raise ParameterError(f"sampling_rate={self.sampling_rate!r}: a probability in (0, 1] is needed")
         if not isinstance(self.steps, Integral) or isinstance(self.steps, bool) or self.steps < 0:
@@ -118,7 +118,7 @@ def joint_noise_multiplier(*noise_multipliers: float) -> float:
     if not noise_multipliers:
         raise ParameterError("joint_noise_multiplier needs at least one noise multiplier")
     for sigma in noise_multipliers:
-        _require_positive("noise multiplier", sigma)
+        require_positive("noise multiplier", sigma)
     return 1.0 / math.hypot(*(1.0 / sigma for sigma in noise_multipliers))
 
 
@@ -136,7 +136,7 @@ def remaining_noise_multiplier(joint: float, *others: float) -> float:
 
     Source: Andrew et al. (2021), theorem 1.
     """
-    _require_positive("joint", joint)
+    require_positive("joint", joint)
     if not others:
         return float(joint)
     spent = joint_noise_multiplier(*others)
@@ -222,6 +222,7 @@ class Ledger:
             raise ParameterError(f"not the state of a ledger ({error}): state_dict() gives the form") from error
 
 
-def _require_positive(name: str, value: float) -> None:
+def require_positive(name: str, value: float) -> None:
+    """ParameterError where it is no finite number > 0."""
     if not isinstance(value, Real) or not 0.0 < value < math.inf:
         raise ParameterError(f"{name}={value!r}: a finite number > 0 is needed")

@@ -6,23 +6,36 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 from scipy.special import betainc
 
 from lipdp.accounting.accountants import Spent, get_accountant
 from lipdp.accounting.calibration import calibrate, gaussian_mu
-from lipdp.accounting.events import Event
+from lipdp.accounting.events import Event, require_positive
 from lipdp.accounting.plan_table import HEADER, aligned, plan_rows
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError, ResumeError, UnknownNameError
+
+if TYPE_CHECKING:
+    from typing import Self
 
 SAMPLINGS: Mapping[str, Relation] = {"poisson": Relation.ADD_OR_REMOVE_ONE, "fixed_size": Relation.REPLACE_ONE}
 """How batches are drawn, and the relation under which that amplifies."""
 
 UNITS = ("record", "owner")
 """What a step draws and ε protects: a record, or an owner with all records."""
+
+
+def protected(unit: str, count: int) -> str:
+    """Whom a run protects, in words.
+
+    >>> protected("record", 1437)
+    'each of the 1,437 training records, input and label'
+    """
+    owners = "owners of training records, with all their" if unit == "owner" else "training"
+    return f"each of the {count:,} {owners} records, input and label"
 
 
 def in_bands(bands: int, most: int | None = None) -> str:
@@ -93,8 +106,7 @@ class Subsampling:
             given = "neither steps= nor epochs= was given" if steps is None else f"steps={steps} and epochs={epochs}"
             raise ParameterError(f"{given}: give one of them, the other follows")
         if epochs is not None:
-            if not (isinstance(epochs, Real) and 0 < epochs < math.inf):
-                raise ParameterError(f"epochs={epochs!r}: a finite number > 0 is needed")
+            require_positive("epochs", epochs)
             steps = max(1, round(epochs / cls(sampling_rate, 1, sampling).sampling_rate))
         return cls(sampling_rate, whole("steps", steps), sampling, bands)
 
@@ -127,7 +139,11 @@ class Subsampling:
                 f"truncated_batch_size={most}: a whole number from B = {batch} to N = {units} is needed; about"
                 f" {min(units, math.ceil(batch + 5 * math.sqrt(batch)))} cuts a batch in a million"
             )
-        return replace(drawn, truncation=truncation(units, drawn.sampling_rate, most))
+        return drawn.truncated(units, most)
+
+    def truncated(self, units: int, most: int | None) -> Subsampling:
+        """The same of N units, with at most C in a batch; None: with all that are drawn."""
+        return self if most is None else replace(self, truncation=truncation(units, self.sampling_rate, most))
 
     @property
     def relation(self) -> Relation:
@@ -270,7 +286,7 @@ class PrivacyPlan:
         target_delta: float | None = None,
         accountant: str = "prv",
         shares: Mapping[str, float] | None = None,
-    ) -> PrivacyPlan:
+    ) -> Self:
         """Decide T from the number of passes over the data, and σ from the target, where they are not given.
 
         Args:

@@ -131,7 +131,7 @@ def many_runs(
             f" (given {experiment.learning_rate:g}), so that runs do not differ in anything else"
         )
     coins = fair_coins(runs, seed)
-    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed, progress)
+    setting = Setting(_plan(experiment, epsilon, delta, accountant), allocation, seed, progress)
     scores, training = worlds(experiment, setting, coins)
     early, late = _split(Games(scores, coins))
     rule = choose(early.scores, early.coins, delta=delta, confidence=confidence, games=len(late.coins))
@@ -173,7 +173,7 @@ def one_run(
     """
     experiment = gradient_canaries(32_768) if experiment is None else experiment
     coins = fair_coins(len(experiment.canaries[0]), seed)
-    setting = _setting(experiment, epsilon, delta, allocation, accountant, seed, progress)
+    setting = Setting(_plan(experiment, epsilon, delta, accountant), allocation, seed, progress)
     scores, training = simultaneous(experiment, setting, torch.from_numpy(coins))
     # canaries may be sorted; which are held out must not be
     order = np.random.default_rng(seed).permutation(len(coins))
@@ -185,24 +185,11 @@ def one_run(
     return _result("one run", training, Games(scores, coins), delta=delta, confidence=confidence, **guessed)
 
 
-def _setting(
-    experiment: Experiment,
-    epsilon: float,
-    delta: float,
-    allocation: str,
-    accountant: str,
-    seed: int | None,
-    progress: Progress,
-) -> Setting:
-    plan = PrivacyPlan.of(
-        dataset_size=experiment.dataset_size,
-        expected_batch_size=experiment.expected_batch_size,
-        steps=experiment.steps,
-        target_epsilon=epsilon,
-        target_delta=delta,
-        accountant=accountant,
-    )
-    return Setting(plan, allocation, seed, progress)
+def _plan(experiment: Experiment, epsilon: float, delta: float, accountant: str) -> PrivacyPlan:
+    return PrivacyPlan.of(
+        dataset_size=experiment.dataset_size, expected_batch_size=experiment.expected_batch_size,
+        steps=experiment.steps, target_epsilon=epsilon, target_delta=delta, accountant=accountant,
+    )  # fmt: skip
 
 
 def _split(games: Games) -> tuple[Games, Games]:

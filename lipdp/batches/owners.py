@@ -173,5 +173,5 @@ def flattened_views(batch: tuple[Any, ...], views: int) -> tuple[Any, ...]:
     x, *others = batch
     if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != views:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ParameterError(f"multiplicity={views} takes records of shape ({views}, ...), got a batch of {shape}")
+        raise ParameterError(f"views={views} takes records of shape ({views}, ...), got a batch of {shape}")
     return x.flatten(0, 1), *(torch.repeat_interleave(other, views, dim=0) for other in others)

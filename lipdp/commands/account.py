@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lipdp.commands.options import with_config
 from lipdp.errors import CalibrationError, ParameterError
 
 if TYPE_CHECKING:
@@ -30,31 +32,47 @@ CALIBRATE_EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp calibrate --epsilon 3 --delta 1e-6 --sampling-rate 0.02 --steps 500 --sampling fixed_size[/green]"""
 
-SamplingRate = Annotated[float | None, typer.Option(help="q, in (0, 1]")]
-BatchSize = Annotated[int | None, typer.Option(help="B, with --dataset-size instead of q")]
-DatasetSize = Annotated[int | None, typer.Option(help="N, with --batch-size")]
-Steps = Annotated[int | None, typer.Option(help="T")]
-Epochs = Annotated[float | None, typer.Option(help="instead of T: T = epochs / q")]
-Delta = Annotated[float, typer.Option(help="δ, in (0, 1)")]
-Sampling = Annotated[str, typer.Option(help="poisson (add or remove one), or fixed_size (replace one)")]
-Bands = Annotated[int, typer.Option(help="b of a run with --bands: batches of b groups in turn, correlated noise")]
-Truncated = Annotated[
-    int | None, typer.Option(help="most records of a batch; every batch has so many rows, one shape for --compile")
-]
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """How batches are drawn, as both commands take it, and δ."""
+
+    sampling_rate: Annotated[float | None, "q, in (0, 1]"] = None
+    batch_size: Annotated[int | None, "B, with --dataset-size instead of q"] = None
+    dataset_size: Annotated[int | None, "N, with --batch-size"] = None
+    steps: Annotated[int | None, "T"] = None
+    epochs: Annotated[float | None, "instead of T: T = epochs / q"] = None
+    delta: Annotated[float, "δ, in (0, 1)"] = 1e-5
+    sampling: Annotated[str, "poisson (add or remove one), or fixed_size (replace one)"] = "poisson"
+    bands: Annotated[int, "b of a run with --bands: batches of b groups in turn, correlated noise"] = 1
+    truncated_batch_size: Annotated[int | None, "most records of a batch"] = None
+
+    @property
+    def subsampling(self) -> Subsampling:
+        """Of q, or of B and N."""
+        from lipdp.accounting.plan import Subsampling
+
+        drawn: dict[str, Any] = {name: getattr(self, name) for name in ("steps", "epochs", "sampling", "bands")}
+        most = self.truncated_batch_size
+        if self.sampling_rate is None:
+            if self.batch_size is None or self.dataset_size is None:
+                raise ParameterError("give --sampling-rate, or --batch-size and --dataset-size")
+            return Subsampling.of(self.dataset_size, self.batch_size, truncated_batch_size=most, **drawn)
+        if most is not None:
+            raise ParameterError(
+                "--truncated-batch-size needs --batch-size and --dataset-size instead of --sampling-rate"
+            )
+        if self.batch_size is not None or self.dataset_size is not None:
+            raise ParameterError("--sampling-rate follows from --batch-size and --dataset-size; give one or the other")
+        return Subsampling.at(self.sampling_rate, **drawn)
+
+
+@with_config(Draws)
 def epsilon(
+    draws: Draws,
     noise_multiplier: Annotated[float, typer.Option(help="σ > 0")],
-    sampling_rate: SamplingRate = None,
-    batch_size: BatchSize = None,
-    dataset_size: DatasetSize = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    delta: Delta = 1e-5,
-    sampling: Sampling = "poisson",
-    bands: Bands = 1,
-    truncated_batch_size: Truncated = None,
     tpr: Annotated[
         list[float] | None,
         typer.Option(help="false-positive rates at which to bound an attacker's true-positive rate, e.g. 0.01 0.001"),
@@ -68,7 +86,7 @@ def epsilon(
     """
     from lipdp.accounting.accountants import get_accountant
 
-    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
+    drawn, delta = draws.subsampling, draws.delta
     event = drawn.event(noise_multiplier)
     spent = {name: get_accountant(name).epsilon([event], delta) for name in _ACCOUNTANTS}
     account = _account(drawn, delta)
@@ -82,24 +100,17 @@ def epsilon(
     _show(account, notes, as_json, f"σ = {noise_multiplier:g}", "ε", account["epsilon"])
 
 
+@with_config(Draws)
 def calibrate(
+    draws: Draws,
     epsilon: Annotated[float, typer.Option(help="the target ε")],
-    sampling_rate: SamplingRate = None,
-    batch_size: BatchSize = None,
-    dataset_size: DatasetSize = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    delta: Delta = 1e-5,
-    sampling: Sampling = "poisson",
-    bands: Bands = 1,
-    truncated_batch_size: Truncated = None,
     as_json: Json = False,
 ) -> None:
     """The least noise for a target ε, by every accountant.
 
     ε of the σ found is at most the target and at least 0.995 of it.
     """
-    drawn = _subsampling(sampling_rate, batch_size, dataset_size, steps, epochs, sampling, bands, truncated_batch_size)
+    drawn, delta = draws.subsampling, draws.delta
     from lipdp.accounting.accountants import get_accountant
 
     found: dict[str, float] = {}
@@ -121,30 +132,6 @@ def _notes(spent: Mapping[str, Spent]) -> dict[str, str]:
     return {name: f"computed by {s.accountant}: {s.note}" for name, s in spent.items() if s.accountant != name}
 
 
-def _subsampling(
-    sampling_rate: float | None,
-    batch_size: int | None,
-    dataset_size: int | None,
-    steps: int | None,
-    epochs: float | None,
-    sampling: str,
-    bands: int,
-    truncated_batch_size: int | None,
-) -> Subsampling:
-    from lipdp.accounting.plan import Subsampling
-
-    drawn: dict[str, Any] = {"steps": steps, "epochs": epochs, "sampling": sampling, "bands": bands}
-    if sampling_rate is None:
-        if batch_size is None or dataset_size is None:
-            raise ParameterError("give --sampling-rate, or --batch-size and --dataset-size")
-        return Subsampling.of(dataset_size, batch_size, truncated_batch_size=truncated_batch_size, **drawn)
-    if truncated_batch_size is not None:
-        raise ParameterError("--truncated-batch-size needs --batch-size and --dataset-size instead of --sampling-rate")
-    if batch_size is not None or dataset_size is not None:
-        raise ParameterError("--sampling-rate follows from --batch-size and --dataset-size; give one or the other")
-    return Subsampling.at(sampling_rate, **drawn)
-
-
 def _account(drawn: Subsampling, delta: float) -> dict[str, Any]:
     stated: dict[str, Any] = {
         "sampling_rate": drawn.sampling_rate,
@@ -164,7 +151,7 @@ def _show(
         typer.echo(json.dumps({**account, "notes": notes}, indent=2))
         return
     from lipdp.accounting.plan import in_bands
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     console = plain_console()
     cut = f", a batch is full or cut with probability {account['truncation']:.3g}" if "truncation" in account else ""

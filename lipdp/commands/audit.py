@@ -37,7 +37,7 @@ def audit(
     The better the attacks guess who took part, the larger the bound.
     """
     from lipdp.commands.bars import step_bar
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     if out is not None and out.exists() and not out.is_dir():
         raise ParameterError(f"--out {out} is not a folder; give one, or a path where nothing is")

@@ -51,11 +51,12 @@ def certify(
     from lipdp.certify import IMAGE_RADII, table_radii
     from lipdp.certify.run import assess, draw, load_run
     from lipdp.errors import ParameterError
-    from lipdp.files import write_figure, write_json
+    from lipdp.files import read_json, write_json, write_pictures
 
     if samples is not None and samples < 1:
         raise ParameterError(f"--samples {samples}: at least 1")
     loaded = load_run(run, weights=weights, data_dir=data_dir)
+    account = read_json(run / "privacy.json") if (run / "privacy.json").exists() else {}
     default = IMAGE_RADII if loaded.x.dim() > 2 else table_radii(loaded.x)
     asked = [parse_radius(text) for text in radii] if radii else list(default)
     result = assess(
@@ -67,14 +68,13 @@ def certify(
         "dataset": loaded.config.dataset,
         "weights": loaded.weights,
         "step": loaded.step,
-        **_spent(run),
+        **{name: account[name] for name in ("epsilon", "delta") if name in account},
+        "unit": _unit(loaded),
+        **result.as_dict(),
     }
-    certificate["unit"] = _unit(loaded)
-    certificate |= result.as_dict()
     figure = draw({"": result}, title=f"{loaded.config.dataset}, {loaded.config.model}", unit=_unit(loaded))
     write_json(run / "certificate.json", certificate)
-    for kind in ("png", "svg"):
-        write_figure(figure, run / f"certificate.{kind}")
+    write_pictures(figure, run / "certificate")
     if as_json:
         typer.echo(json.dumps(certificate, indent=2))
     else:
@@ -102,17 +102,8 @@ def _unit(loaded: LoadedRun) -> str:
     return "L2 radius, pixels in [0, 1]" if loaded.x.dim() > 2 else "L2 radius, units of the table"
 
 
-def _spent(run: Path) -> dict[str, float]:
-    """ε and δ from the run's own account, where it has one."""
-    try:
-        privacy = json.loads((run / "privacy.json").read_text())
-        return {"epsilon": privacy["epsilon"], "delta": privacy["delta"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
 def _show(result: Robustness, loaded: LoadedRun, run: Path) -> None:
-    from lipdp.commands.tables import number, plain_console, plain_table
+    from lipdp.commands.console import number, plain_console, plain_table
 
     certificate = result.certificate
     console = plain_console()

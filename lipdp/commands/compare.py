@@ -11,9 +11,10 @@ import typer
 
 from lipdp.commands.bars import Pace
 from lipdp.commands.certify import parse_radius
-from lipdp.commands.options import Command, option, with_config
+from lipdp.commands.options import Command, with_config
 from lipdp.comparison.configs import RobustnessConfig, SpeedConfig, TablesConfig, UtilityConfig
 from lipdp.errors import ParameterError
+from lipdp.files import write_pictures
 
 app = typer.Typer(
     name="compare",
@@ -62,28 +63,27 @@ DIR then holds results.json and a picture per radius; the same command goes on w
 they compare trainers, they are not private releases."""
 
 
-@with_config(SpeedConfig, "model", "model_options", "device")
+@with_config(SpeedConfig, "model", "model_options", "device", "threads")
 def speed(
     config: SpeedConfig,
-    threads: Annotated[int | None, option("threads")] = None,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and pictures")] = None,
 ) -> None:
     """Step time and peak memory against the batch size, and their ratios to a non-private step."""
     _require_extra()
     import torch
 
-    from lipdp.comparison.plots import memory_figure, save, speed_figure
-    from lipdp.comparison.speed import speed as measure
+    from lipdp.comparison.plots import memory_figure, speed_figure
+    from lipdp.comparison.speed import speed as compared
     from lipdp.comparison.speed import table
     from lipdp.comparison.trainers import legend
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    results = measure(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    results = compared(config, out=_text(out), progress=lambda message: typer.echo(message, err=True))
     if out is not None:
-        save(speed_figure(results), out, "speed")
+        write_pictures(speed_figure(results), out / "speed")
         if config.memory:
-            save(memory_figure(results), out, "memory")
+            write_pictures(memory_figure(results), out / "memory")
     typer.echo(
         f"{config.model} on {config.dataset}, {config.device}, {torch.get_num_threads()} threads:"
         " step time (× non-private)"
@@ -99,18 +99,18 @@ def utility(
 ) -> None:
     """Accuracy or AUROC at given budgets, every trainer tuned by the same number of trials."""
     _require_extra()
-    from lipdp.comparison.plots import save, utility_figure
+    from lipdp.comparison.plots import utility_figure
     from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import summary, table
-    from lipdp.comparison.utility import utility as measure
+    from lipdp.comparison.utility import utility as compared
 
     if jobs < 1:
         raise ParameterError(f"--jobs {jobs}: at least 1 is needed")
-    cells = summary(measure(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace())))
+    cells = summary(compared(config, out=_text(out), jobs=jobs, progress=partial(_tell, Pace())))
     for dataset in dict.fromkeys(cell["dataset"] for cell in cells):
         here = [cell for cell in cells if cell["dataset"] == dataset]
         if out is not None and any(cell["target_epsilon"] is not None for cell in here):
-            save(utility_figure(here), out, f"utility-{dataset.replace('/', '-')}")
+            write_pictures(utility_figure(here), out / f"utility-{dataset.replace('/', '-')}")
     typer.echo(f"{table(cells)}\n\n{legend(cell['trainer'] for cell in cells)}")
 
 
@@ -123,11 +123,11 @@ def tables(
     """AUROC or accuracy on tables at given budgets, under the private learners that people use."""
     _require_extra()
     from lipdp.comparison.tables import LEARNERS, table
-    from lipdp.comparison.tables import tables as measure
+    from lipdp.comparison.tables import tables as compared
     from lipdp.comparison.trainers import legend
     from lipdp.comparison.utility import summary
 
-    results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
+    results = compared(config, out=_text(out), progress=partial(_tell, Pace()))
     if as_json:
         typer.echo(json.dumps(summary(results), indent=2))
     else:
@@ -157,15 +157,15 @@ def robustness(
 ) -> None:
     """Certified accuracy against accuracy along the temperature, private and not, with the Pareto front."""
     _require_extra()
-    from lipdp.comparison.plots import save
-    from lipdp.comparison.robustness import robustness as measure
-    from lipdp.comparison.robustness import robustness_figure, table
+    from lipdp.comparison.plots import robustness_figure
+    from lipdp.comparison.robustness import robustness as compared
+    from lipdp.comparison.robustness import table
     from lipdp.comparison.trainers import legend
 
-    results = measure(config, out=_text(out), progress=partial(_tell, Pace()))
+    results = compared(config, out=_text(out), progress=partial(_tell, Pace()))
     if out is not None:
         for number, radius in enumerate(config.radii):
-            save(robustness_figure(results, number), out, f"robustness-{radius:.3g}")
+            write_pictures(robustness_figure(results, number), out / f"robustness-{radius:.3g}")
     typer.echo(f"{table(results)}\n\n{legend(cell['trainer'] for cell in results.cells)}")
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lipdp import __version__
 from lipdp.accounting.plan import PrivacyPlan, in_bands
-from lipdp.commands.tables import LEGEND, number, parameter_table, plain_table
+from lipdp.commands.console import LEGEND, number, parameter_table, plain_table
 from lipdp.data import DataSplit, Schema, SignedLog, number_of_units
 from lipdp.report.parameters import parameter_rows
 from lipdp.training import TrainConfig, Trainer

@@ -5,10 +5,8 @@ The declarations, which need torch for the names that they list, are imported by
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
-import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -20,7 +18,7 @@ from typer.core import TyperCommand
 
 from lipdp.commands.lazily import Invoked
 from lipdp.errors import ParameterError
-from lipdp.training.settings import GATE, LIST, OPTIONS, Setting
+from lipdp.training.settings import GATE, LIST, OPTIONS, SCHEMA, Setting, read_value
 
 Subcommand = Callable[..., None]
 
@@ -93,8 +91,8 @@ def with_config(kind: type, *names: str, **parsers: Callable[[str], Any]) -> Cal
     They are the fields whose type is annotated with a text, which is the option's help, and the settings of a run among
     the fields that are named. A field with a parser takes texts.
     """
-    from lipdp.training.config import SETTINGS
-
+    if names:
+        from lipdp.training.config import SETTINGS
     declared, hints = {one.name: one for one in fields(kind)}, get_type_hints(kind, include_extras=True)
     chosen = []
     for name in (*names, *(name for name, hint in hints.items() if get_origin(hint) is Annotated)):
@@ -142,7 +140,7 @@ def _taking(options: Sequence[_Option], made: Callable[[dict[str, Any]], Any]) -
     def decorate(function: Subcommand) -> Subcommand:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
         keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in own]
-        parameters = [*(one.parameter for one in options), *keyword]
+        parameters = sorted([*(one.parameter for one in options), *keyword], key=_may_be_left_out)
 
         @functools.wraps(function)
         def command(**arguments: Any) -> None:
@@ -156,12 +154,20 @@ def _taking(options: Sequence[_Option], made: Callable[[dict[str, Any]], Any]) -
     return decorate
 
 
+def _may_be_left_out(one: inspect.Parameter) -> bool:
+    return one.default is not inspect.Parameter.empty
+
+
 def _parsed(one: Setting, value: Any) -> Any:
     if one.kind is OPTIONS:
-        return parse_options(one.flag, value)
-    if one.kind is LIST and value is not None:
-        return [_value(text.strip()) for text in value.split(",")]
-    return parse_gate(value) if one.kind is GATE else value
+        value = parse_options(one.flag, value)
+    elif one.kind is LIST and value is not None:
+        value = [read_value(text.strip()) for text in value.split(",")]
+    elif one.kind is GATE:
+        value = parse_gate(value)
+    if value not in (None, "off") and one.kind is not SCHEMA:  # a path, which is read later
+        one.check(value)
+    return value
 
 
 def parse_options(name: str, pairs: Iterable[str] | None) -> dict[str, Any] | None:
@@ -177,17 +183,8 @@ def parse_options(name: str, pairs: Iterable[str] | None) -> dict[str, Any] | No
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise ParameterError(f"{name} {pair!r}: key=value is needed, e.g. {name} width=32")
-        found[key] = _value(text)
+        found[key] = read_value(text)
     return found
-
-
-def _value(text: str) -> Any:
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text
 
 
 def parse_shape(sizes: Sequence[str]) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lipdp.commands.account import Truncated
 from lipdp.commands.lazily import Entry, lazily
 from lipdp.errors import ParameterError
 
@@ -56,7 +55,9 @@ def plan(
     max_samples: Annotated[int | None, typer.Option(help="compute limit B·T, in records processed")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="B,σ,T to compare with; may be repeated")] = None,
     accountant: Annotated[str, typer.Option(help="what bounds ε: prv, pld, rdp")] = "prv",
-    truncated_batch_size: Truncated = None,
+    truncated_batch_size: Annotated[
+        int | None, typer.Option(help="most records of a batch; every batch has so many rows, one shape for --compile")
+    ] = None,
     private_search: Annotated[
         str | None, typer.Option(help="account for a private search: geometric, logarithmic, poisson, or a shape ≥ 0")
     ] = None,
@@ -156,22 +157,17 @@ def _search_cost(search: Repetitions, found: Plan) -> dict[str, Any]:
 
 
 def _write(out: Path, found: Plan, written: dict[str, Any]) -> None:
-    from lipdp.files import write_figure, write_json
+    from lipdp.files import write_json, write_pictures
     from lipdp.planning.pictures import batch_against_compute, epsilon_against_noise
 
     write_json(out / "plan.json", written)
-    for name, draw in (
-        ("epsilon-against-noise", epsilon_against_noise),
-        ("batch-against-compute", batch_against_compute),
-    ):
-        figure = draw(found)
-        for suffix in ("png", "svg"):
-            write_figure(figure, out / f"{name}.{suffix}")
+    write_pictures(epsilon_against_noise(found), out / "epsilon-against-noise")
+    write_pictures(batch_against_compute(found), out / "batch-against-compute")
 
 
 def _show(found: Plan, appended: dict[str, Any], out: Path | None) -> None:
     from lipdp.accounting.plan import in_bands
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     console, chosen, budget = plain_console(), found.chosen, found.budget
     limit = "" if found.max_samples is None else f", at most {found.max_samples:,} records processed"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lipdp.commands.options import parse_options, parse_shape
+from lipdp.commands.options import parse_shape, with_settings
 
 EPILOG = """[bold]Examples[/bold]
 
@@ -17,19 +17,16 @@ EPILOG = """[bold]Examples[/bold]
 Private steps on none, a quarter and all of a micro-batch are measured here; the rest is arithmetic."""
 
 
+@with_settings(model="cnn", model_options=None, microbatch=512, device="auto", threads=None)
 def scale(
-    model: Annotated[str, typer.Option(help="of the zoo, or module:function")] = "cnn",
-    model_option: Annotated[list[str] | None, typer.Option(help="key=value, e.g. width=32")] = None,
+    given: dict[str, Any],
     input_shape: Annotated[list[str] | None, typer.Option(help="of a record; default 1 28 28")] = None,
     num_classes: Annotated[int, typer.Option(help="number of classes")] = 10,
     batch_sizes: Annotated[list[int] | None, typer.Option(help="B, of all devices together; default 4096")] = None,
     steps: Annotated[int, typer.Option(help="T")] = 1000,
     devices: Annotated[list[int] | None, typer.Option(help="W, each like this one; default 1 8 64")] = None,
-    microbatch: Annotated[int, typer.Option(help="m, samples of a forward pass")] = 512,
     repeat: Annotated[int, typer.Option(help="interleaved repetitions")] = 7,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="measure peak memory too")] = True,
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, …")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="of torch on the CPU")] = None,
     bandwidth_gb: Annotated[float, typer.Option(help="GB/s over the slowest link: your assumption")] = 25.0,
     latency_us: Annotated[float, typer.Option(help="µs of a message: your assumption")] = 20.0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table")] = False,
@@ -37,7 +34,7 @@ def scale(
     """Predict what a private run costs in time and memory on W devices, from a short measurement here."""
     import torch
 
-    from lipdp.planning.cost import Scale, Workload, measure
+    from lipdp.planning.cost import Scale, Workload, measure_cost
     from lipdp.training.runtime import choose_device
 
     network = {"bandwidth": bandwidth_gb * 1e9, "latency": latency_us * 1e-6}
@@ -46,22 +43,25 @@ def scale(
         for size in batch_sizes or [4096]
         for count in devices or [count for count in (1, 8, 64) if count <= max(size, 1)]
     ]
-    if threads is not None:
-        torch.set_num_threads(threads)
-    shape, options = parse_shape(input_shape or ["1x28x28"]), parse_options("--model-option", model_option) or {}
-    kind = str(choose_device(device))
-    workload = Workload(model=model, model_options=options, input_shape=shape, num_classes=num_classes, device=kind)
-    cost = measure(workload, microbatch, repeat=repeat, memory=memory)
+    if "threads" in given:
+        torch.set_num_threads(given["threads"])
+    workload = Workload(
+        model=given["model"], model_options=given.get("model_options", {}), num_classes=num_classes,
+        input_shape=parse_shape(input_shape or ["1x28x28"]), device=str(choose_device(given["device"])),
+    )  # fmt: skip
+    cost = measure_cost(workload, given["microbatch"], repeat=repeat, memory=memory)
     found = [asdict(cost.predict(scale)) for scale in asked]
     if as_json:
         typer.echo(json.dumps({"workload": asdict(workload), "cost": asdict(cost), "predictions": found}, indent=2))
         return
-    typer.echo(f"{model}, {cost.parameters:,} weights, measured on {kind}, {torch.get_num_threads()} threads")
+    typer.echo(
+        f"{workload.model}, {cost.parameters:,} weights, on {workload.device}, {torch.get_num_threads()} threads"
+    )
     _show(found)
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    from lipdp.commands.tables import plain_console, plain_table
+    from lipdp.commands.console import plain_console, plain_table
 
     table = plain_table("B", "W", "step, s", "quartiles", "empty", "all-reduce", "run, h", "MiB each", left=0)
     for p in found:

@@ -59,7 +59,7 @@ def sensitivity(
     With --dataset: of the run that lipdp train would begin. With --model and --input-shape: of the model alone, under
     cross-entropy, noise multiplier 1, batches of 256 and a share for each layer, where nothing else is given.
     """
-    from lipdp.commands.tables import LEGEND, number, parameter_table, plain_console
+    from lipdp.commands.console import LEGEND, number, parameter_table, plain_console
     from lipdp.report.parameters import parameter_rows
 
     if ("dataset" in given) == (input_shape is not None):
@@ -102,11 +102,7 @@ def _of_a_model(given: dict[str, Any], shape: tuple[int, ...], num_classes: int)
     from lipdp import sensitivity as bound
     from lipdp.noise.allocation import get_allocation
     from lipdp.training.choices import make_loss, make_model
-    from lipdp.training.config import SETTINGS
 
-    for name, value in given.items():
-        if value != "off":  # a gate's
-            SETTINGS[name].check(value)
     if "model" not in given:
         raise ParameterError("--input-shape needs a --model")
     given = {**_ALONE, **given}

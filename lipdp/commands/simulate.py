@@ -67,7 +67,7 @@ def simulate(
     given_options = {name: value for name, value in options.items() if value is not None}
     settings, space, search_options = _stored(out, given, search, given_options)
 
-    from lipdp.commands.tables import plain_console
+    from lipdp.commands.console import plain_console
     from lipdp.planning.search import simulate as go
     from lipdp.planning.simulation import LABEL
 

@@ -74,8 +74,8 @@ def train(
 
 def _dry_run(given: dict[str, Any]) -> None:
     """All that is decided before the first step."""
+    from lipdp.commands.console import plain_console
     from lipdp.commands.display import Screen, show_settings
-    from lipdp.commands.tables import plain_console
     from lipdp.training import Trainer, configure
 
     console = plain_console()
@@ -90,8 +90,8 @@ def _run(
     given: dict[str, Any], out: Path | None, resume: Path | None, world: World, *, tensorboard: bool, profile: bool
 ) -> None:
     """One process's part; the first one speaks."""
+    from lipdp.commands.console import plain_console
     from lipdp.commands.display import Screen, show_profile, show_result
-    from lipdp.commands.tables import plain_console
     from lipdp.distributed.launch import resumed_folder
     from lipdp.training import Monitor, Trainer, configure
     from lipdp.training.profile import StepProfile

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
+from lipdp.accounting.events import require_positive
 from lipdp.certify import IMAGE_RADII
 from lipdp.errors import ParameterError
 from lipdp.training.config import TrainConfig, configure
 from lipdp.training.recipes import default_model, recipe
+from lipdp.training.runtime import choose_device
 
 if TYPE_CHECKING:
     from lipdp.comparison.contenders import Setup
@@ -30,8 +31,7 @@ DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opa
 def _check_budgets(epsilons: Sequence[float]) -> None:
     """Before the first run, which may be long before the first private one."""
     for epsilon in epsilons:
-        if not 0.0 < epsilon < math.inf:
-            raise ParameterError(f"epsilon={epsilon}: a finite number > 0 is needed")
+        require_positive("epsilon", epsilon)
 
 
 _Kinds = Annotated[Sequence[str], "of model: lipschitz, plain (the unconstrained twin)"]
@@ -50,13 +50,14 @@ class SpeedConfig:
     model: str = "cnn"
     model_options: Mapping[str, Any] | None = None
     batch_sizes: Annotated[Sequence[int], "expected batch sizes"] = (64, 256, 1024, 4096, 8192)
-    views: Annotated[Sequence[int], "of each record, averaged in its gradient"] = (1,)
+    views: Annotated[Sequence[int], "views of each record in one gradient"] = (1,)
     trainers: Annotated[Sequence[str], "`all`, or names; those that cost differently"] = DISTINCT
     kinds: _Kinds = ("lipschitz", "plain")
     repeat: Annotated[int, "interleaved repetitions"] = 7
     memory: Annotated[bool, "measure peak memory too"] = True
     memory_limit: Annotated[float | None, "GiB a process may take on a CPU"] = None
     device: str = "cpu"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.dataset not in SHAPES:
@@ -64,6 +65,9 @@ class SpeedConfig:
         if min([self.repeat, *self.views, *self.batch_sizes]) < 1 or not (self.views and self.batch_sizes):
             given = f"batch_sizes={list(self.batch_sizes)}, views={list(self.views)}, repeat={self.repeat}"
             raise ParameterError(f"{given}: at least 1 is needed")
+        if self.memory_limit is not None:
+            require_positive("memory_limit", self.memory_limit)
+        object.__setattr__(self, "device", str(choose_device(self.device)))
 
     @cached_property
     def setup(self) -> Setup:
@@ -164,7 +168,8 @@ class RobustnessConfig(_Trained):
             raise ParameterError(f"taus={tuple(self.taus)}: temperatures are positive numbers")
         if not self.radii or min(self.radii) < 0:
             raise ParameterError(f"radii={tuple(self.radii)}: at least one, none negative")
-        _check_budgets([self.epsilon])
+        for name in ("epsilon", "twin_lr", "max_grad_norm"):
+            require_positive(name, getattr(self, name))
         if self.seeds < 1 or (self.samples is not None and self.samples < 1):
             raise ParameterError("seeds and samples are at least 1")
 

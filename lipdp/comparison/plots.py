@@ -1,25 +1,15 @@
-"""The pictures of a comparison: step time, peak memory, and accuracy against ε, each as PNG and SVG."""
+"""The pictures of a comparison: step time, peak memory, accuracy against ε, and robustness against accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lipdp.comparison.results import Cell, Results
-from lipdp.files import write_figure
 
 _MARKERS = "osD^vP*X<>h"
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """`name.png` and `name.svg`, each written whole."""
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        write_figure(figure, path)
-    return paths
 
 
 def speed_figure(results: Results) -> Figure:
@@ -53,8 +43,7 @@ def utility_figure(summary: Sequence[Cell]) -> Figure:
         spread = [c["spread"] or 0.0 for c in cells]
         marker = _MARKERS[number % len(_MARKERS)]
         axes.errorbar(xs, ys, spread, marker=marker, linewidth=1, capsize=2, color=color, label=label)
-    front = pareto([(c["target_epsilon"], c["mean"]) for c in summary if c["target_epsilon"] is not None])
-    axes.plot(*zip(*front, strict=True), color="black", linewidth=3, alpha=0.25, zorder=0, label="Pareto front")
+    _mark_front(axes, pareto([(c["target_epsilon"], c["mean"]) for c in summary if c["target_epsilon"] is not None]))
     return _finished(figure, axes, f"Privacy and utility: {summary[0]['dataset']}")
 
 
@@ -69,6 +58,36 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or score > front[-1][1]:
             front.append((epsilon, score))
     return front
+
+
+def front(cells: Sequence[Cell], number: int = 0) -> list[Cell]:
+    """The cells no other beats in accuracy and in certified accuracy at radius `number`, from accurate to robust."""
+    points = pareto([(-cell["accuracy"], cell["certified_accuracy"][number]) for cell in cells])
+    return [next(c for c in cells if (-c["accuracy"], c["certified_accuracy"][number]) == point) for point in points]
+
+
+def robustness_figure(results: Results, number: int = 0) -> Figure:
+    """Certified accuracy at radius `number` against accuracy, a line per trainer and model along τ.
+
+    Thick: the Pareto front of the private cells (of all, where none is).
+    """
+    cells = results.cells
+    radius = cells[0]["radii"][number]
+    figure, axes = _axes("test accuracy", f"certified accuracy at radius {radius:.3g}", linear=True)
+    for i, (trainer, model) in enumerate(dict.fromkeys((c["trainer"], c["model"]) for c in cells)):
+        mine = sorted(results.find(trainer=trainer, model=model), key=lambda cell: cell["tau"])
+        xs, ys = [c["accuracy"] for c in mine], [c["certified_accuracy"][number] for c in mine]
+        budget = "no privacy" if mine[0]["epsilon"] is None else f"ε = {mine[0]['epsilon']:.3g}"
+        axes.plot(xs, ys, marker=_MARKERS[i % len(_MARKERS)], linewidth=1, label=f"{trainer}, {model}, {budget}")
+        for cell, x, y in zip(mine, xs, ys, strict=True):
+            axes.annotate(f"τ={cell['tau']:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    best = front([cell for cell in cells if cell["epsilon"] is not None] or cells, number)
+    _mark_front(axes, [(c["accuracy"], c["certified_accuracy"][number]) for c in best])
+    return _finished(figure, axes, f"Robustness and accuracy: {cells[0]['dataset']}, along the temperature τ")
+
+
+def _mark_front(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
+    axes.plot(*zip(*points, strict=True), color="black", linewidth=3, alpha=0.25, zorder=0, label="Pareto front")
 
 
 def _axes(x: str, y: str, *, linear: bool = False) -> tuple[Figure, Axes]:

@@ -62,15 +62,20 @@ class Results:
         asked: Iterable[Job],
         *,
         key: Callable[[Job], Cell],
-        measure: Callable[[Job], Cell],
-        on_result: Callable[[Cell], None],
+        run: Callable[[Job], Cell],
+        progress: Progress,
+        total: int,
+        beside: int = 0,
         jobs: int = 1,
     ) -> None:
-        """Add what `measure` finds for every job whose `key` is not there yet; several processes have a thread each."""
+        """Add what `run` finds for every job whose `key` is not there yet; several processes have a thread each.
+
+        `progress` is told of `total` cells, of which `beside` are in another file.
+        """
         left = [job for job in asked if not self.find(**key(job))]
-        for cell in map(measure, left) if jobs == 1 else _in_processes(measure, left, jobs):
+        for cell in map(run, left) if jobs == 1 else _in_processes(run, left, jobs):
             self.add(cell)
-            on_result(cell)
+            progress(cell, beside + len(self.cells), total)
 
     def _check_same(self, before: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         names = sorted(n for n in {*before, *config} if before.get(n) != config.get(n))
@@ -81,11 +86,11 @@ class Results:
             )
 
 
-def _in_processes(measure: Callable[[Job], Cell], left: Sequence[Job], jobs: int) -> Iterator[Cell]:
+def _in_processes(run: Callable[[Job], Cell], left: Sequence[Job], jobs: int) -> Iterator[Cell]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([getattr(measure, "func", measure).__module__])
+    context.set_forkserver_preload([getattr(run, "func", run).__module__])
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting = [pool.submit(measure, job) for job in left]
+        waiting = [pool.submit(run, job) for job in left]
         try:
             for done in as_completed(waiting):
                 yield done.result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,16 +14,15 @@ from lipdp.certify.inputs import InputMap
 from lipdp.certify.run import assess, maps_of
 from lipdp.comparison.configs import RobustnessConfig
 from lipdp.comparison.contenders import Bench, Contender, bench, contenders
-from lipdp.comparison.plots import pareto
 from lipdp.comparison.results import Cell, Progress, Results, markdown
 from lipdp.comparison.trainers.engine import Clipless
 from lipdp.comparison.trainers.opacus import OpacusTrainer
 from lipdp.data import Split, load
 from lipdp.errors import NonFiniteError, UnboundedError, UnsupportedLayerError, UnsupportedOperationError
+from lipdp.losses.labels import answers_of
 from lipdp.training.assembly import learning_rate
 from lipdp.training.evaluation import outputs
 
-_MARKERS = "os^Dv"
 Job = tuple[Contender, float, int]
 """Whom to train, at which temperature, with which seed."""
 
@@ -53,10 +51,7 @@ def robustness(
         for seed in range(config.seeds)
     ]
 
-    def on_result(cell: Cell) -> None:
-        progress(cell, len(results.cells), len(asked))
-
-    results.fill(asked, key=partial(_key, config), measure=partial(_run, config), on_result=on_result)
+    results.fill(asked, key=partial(_key, config), run=partial(_run, config), progress=progress, total=len(asked))
     return results
 
 
@@ -114,17 +109,10 @@ def _accuracy(model: nn.Module, split: Split, samples: int | None) -> float:
     """Without a certificate; an answer that is NaN is wrong."""
     y = split.test_y[:samples]
     found = outputs(model, split.test_x[: len(y)].split(1024))
-    answers = found.argmax(1) if found.shape[1] > 1 else (found[:, 0] > 0).long()
-    return float(((answers == y) & found.isfinite().all(1)).double().mean())
+    return float(((answers_of(found) == y) & found.isfinite().all(1)).double().mean())
 
 
 # --- what it shows ----------------------------------------------------------------------------------------------------
-
-
-def front(cells: Sequence[Cell], number: int = 0) -> list[Cell]:
-    """The cells no other beats in accuracy and in certified accuracy at radius `number`, from accurate to robust."""
-    points = pareto([(-cell["accuracy"], cell["certified_accuracy"][number]) for cell in cells])
-    return [next(c for c in cells if (-c["accuracy"], c["certified_accuracy"][number]) == point) for point in points]
 
 
 def table(results: Results) -> str:
@@ -139,31 +127,3 @@ def table(results: Results) -> str:
             [cell["trainer"], cell["model"], f"{cell['tau']:g}", budget, constant, *(f"{100 * s:.1f}" for s in scores)]
         )
     return markdown(["trainer", "model", "τ", "ε", "K", "accuracy", *(f"r = {r:.3g}" for r in radii)], body)
-
-
-def robustness_figure(results: Results, number: int = 0) -> Any:
-    """Certified accuracy at radius `number` against accuracy, a line per trainer and model along τ.
-
-    Thick: the Pareto front of the private cells (of all, where none is). A matplotlib figure that belongs to no window.
-    """
-    from matplotlib.figure import Figure
-
-    cells = results.cells
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for i, (trainer, model) in enumerate(dict.fromkeys((c["trainer"], c["model"]) for c in cells)):
-        mine = sorted(results.find(trainer=trainer, model=model), key=lambda cell: cell["tau"])
-        xs, ys = [c["accuracy"] for c in mine], [c["certified_accuracy"][number] for c in mine]
-        budget = "no privacy" if mine[0]["epsilon"] is None else f"ε = {mine[0]['epsilon']:.3g}"
-        label = f"{trainer}, {model}, {budget}"
-        axes.plot(xs, ys, marker=_MARKERS[i % len(_MARKERS)], linewidth=1, color=f"C{i % 10}", label=label)
-        for cell, x, y in zip(mine, xs, ys, strict=True):
-            axes.annotate(f"τ={cell['tau']:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    best = front([cell for cell in cells if cell["epsilon"] is not None] or cells, number)
-    points = [(c["accuracy"], c["certified_accuracy"][number]) for c in best]
-    axes.plot(*zip(*points, strict=True), color="black", linewidth=4, alpha=0.2, zorder=0, label="Pareto front")
-    axes.set(xlabel="test accuracy", ylabel=f"certified accuracy at radius {cells[0]['radii'][number]:.3g}")
-    axes.set_title(f"Robustness and accuracy: {cells[0]['dataset']}, along the temperature τ")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure

@@ -80,10 +80,9 @@ def tables(
         if not (learner.two_classes and _table(name, config.data_dir).num_classes > 2)
     ]
 
-    def on_result(cell: Cell) -> None:
-        progress(cell, len(results.cells), len(jobs))
-
-    results.fill(jobs, key=lambda job: _key(*job), measure=lambda job: _run(config, *job), on_result=on_result)
+    results.fill(
+        jobs, key=lambda job: _key(*job), run=lambda job: _run(config, *job), progress=progress, total=len(jobs)
+    )
     return results
 
 

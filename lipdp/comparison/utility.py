@@ -80,24 +80,17 @@ def utility(
         for epsilon in (config.epsilons if contender.trainer.private else (None,))
     ]
     total = len(cells) * (config.trials * (config.trials > 1) + config.seeds)  # at most
-
-    def on_result(cell: Cell) -> None:
-        progress(cell, len(tuning.cells) + len(results.cells), total)
-
-    work: dict[str, Any] = {
-        "key": partial(_key, config),
-        "measure": partial(run, config),
-        "on_result": on_result,
-        "jobs": jobs,
-    }
+    work: dict[str, Any] = {"key": partial(_key, config), "run": partial(run, config), "jobs": jobs}
+    work |= {"progress": progress, "total": total}
     if config.trials > 1:
         for dataset in config.datasets:
-            _tune(config, tuning, [cell for cell in cells if cell[0] == dataset], work)
+            here = [cell for cell in cells if cell[0] == dataset]
+            _tune(config, tuning, here, {**work, "beside": len(results.cells)})
     finals = []
     for cell in cells:
         settings, interior = _best(config, tuning, cell)
         finals += [Job(*cell, settings, seed, False, interior) for seed in range(config.seeds)]
-    results.fill(finals, **work)
+    results.fill(finals, **work, beside=len(tuning.cells))
     return results
 
 

@@ -4,8 +4,8 @@
     split.train_x.shape, split.num_classes, split.task
 
 What a set is to training is in `split`, sets that stay on disk in `stored`, `npy`, `hub` and `imagefolder`, tables in
-`tables` and what is public of their columns in `schema` and `columns`, the readers of each format in `files`, `cifar`
-and `images`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
+`table_files` and what is public of their columns in `schema` and `columns`, the readers of each format in `files`,
+`cifar` and `images`, the sets in `sources`, the bounding of inputs in `scaling`, random views of images in `augment`.
 """
 
 from lipdp.data.augment import Augmented, augment
@@ -20,14 +20,13 @@ from lipdp.data.scaling import (
     Standardise,
     Tanh,
     bounding,
-    clip_features,
     public_standardisation,
 )
 from lipdp.data.schema import Schema, plain_schema
 from lipdp.data.sources import DATASETS
 from lipdp.data.split import Split
 from lipdp.data.stored import DataSplit, Stored, number_of_units
-from lipdp.data.tables import SUFFIXES, read_columns, schema_template
+from lipdp.data.table_files import SUFFIXES, read_columns, schema_template
 
 __all__ = [
     "BOUNDINGS",
@@ -48,7 +47,6 @@ __all__ = [
     "augment",
     "bound_inputs",
     "bounding",
-    "clip_features",
     "default_bounding",
     "is_table",
     "load",

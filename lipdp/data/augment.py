@@ -99,13 +99,13 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     Args:
         dataset: map-style, of (input (C, H, W), label) records on the CPU.
         augment: the random map.
-        multiplicity: K; with K > 1 an input is (K, C, H, W), all of one record.
+        views: K; with K > 1 an input is (K, C, H, W), all of one record.
 
     Raises:
         ParameterError: K < 1, or inputs that are not images.
 
     >>> data = torch.utils.data.TensorDataset(torch.ones(5, 3, 8, 8), torch.arange(5))
-    >>> x, y = Augmented(data, augment("crop-flip"), multiplicity=4)[2]
+    >>> x, y = Augmented(data, augment("crop-flip"), views=4)[2]
     >>> x.shape, int(y)
     (torch.Size([4, 3, 8, 8]), 2)
 
@@ -113,11 +113,11 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     views of one record in one gradient.
     """
 
-    def __init__(self, dataset: Dataset[Any], augment: Augment, *, multiplicity: int = 1) -> None:
-        if type(multiplicity) is not int or multiplicity < 1:
-            raise ParameterError(f"multiplicity={multiplicity!r}: a whole number of views of at least 1")
+    def __init__(self, dataset: Dataset[Any], augment: Augment, *, views: int = 1) -> None:
+        if type(views) is not int or views < 1:
+            raise ParameterError(f"views={views!r}: a whole number of views of at least 1")
         require_images(pattern(dataset)[0].shape[1:], "augmentation")
-        self._dataset, self._augment, self._multiplicity = dataset, augment, multiplicity
+        self._dataset, self._augment, self._views = dataset, augment, views
 
     def __len__(self) -> int:
         return len(self._dataset)  # type: ignore[arg-type]
@@ -125,10 +125,10 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
     def read_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Views and labels of all `indices`, at least one."""
         x, y = read(self._dataset, indices)
-        if self._multiplicity == 1:
+        if self._views == 1:
             return self._augment(x), y
-        views = self._augment(x.repeat_interleave(self._multiplicity, 0))
-        return views.unflatten(0, (len(x), self._multiplicity)), y
+        views = self._augment(x.repeat_interleave(self._views, 0))
+        return views.unflatten(0, (len(x), self._views)), y
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = self.read_batch([index])

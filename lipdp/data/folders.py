@@ -14,7 +14,7 @@ from lipdp.data.npy import open_npy
 from lipdp.data.schema import Schema
 from lipdp.data.source import OwnSource
 from lipdp.data.stored import DataSplit
-from lipdp.data.tables import SUFFIXES, TableFile
+from lipdp.data.table_files import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError
 
 _ARRAYS, _TABLES, _IMAGES = ".npy files", "tables", "folders of images"

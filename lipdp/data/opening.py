@@ -18,7 +18,7 @@ from lipdp.data.scaling import Bounding, Clip, Rescale, SignedLog
 from lipdp.data.sources import WHERE, source_of
 from lipdp.data.split import Split
 from lipdp.data.stored import DataSplit
-from lipdp.data.tables import SUFFIXES
+from lipdp.data.table_files import SUFFIXES
 from lipdp.errors import DataError, ParameterError
 
 

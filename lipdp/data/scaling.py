@@ -60,29 +60,6 @@ def _intervals(lower: Constants, upper: Constants) -> list[tuple[float, float]]:
     return list(zip(low, high, strict=True))
 
 
-def clip_features(x: Tensor, *, lower: Constants, upper: Constants) -> Tensor:
-    """Clip every entry of `x` to the public interval [lower, upper].
-
-    `y = min(max(x, lower), upper)`, a projection: 1-Lipschitz, and record by record.
-
-    Args:
-        x: (batch, features or channels, ...).
-        lower, upper: public constants in the units of `x`, one or one per feature; never the data's own range.
-
-    Raises:
-        ParameterError: not lower < upper, or another number of constants than of features.
-
-    >>> clip_features(torch.tensor([[-3.0, 0.5], [0.2, 9.0]]), lower=0.0, upper=(1.0, 2.0))
-    tensor([[0.0000, 0.5000],
-            [0.2000, 2.0000]])
-    """
-    _intervals(lower, upper)
-    low, high = _along_axis_1(lower, x), _along_axis_1(upper, x)
-    if low.numel() == high.numel() == 1:
-        return torch.clamp(finite(x), low.item(), high.item())  # of numbers: twice as fast
-    return torch.clamp(finite(x), low, high)
-
-
 @dataclass(frozen=True)
 class _Interval:
     """Public bounds lower < upper: numbers, or one for each feature."""
@@ -93,17 +70,29 @@ class _Interval:
     def __post_init__(self) -> None:
         _intervals(self.lower, self.upper)
 
+    def clipped(self, x: Tensor) -> Tensor:
+        """Every entry of `x`, (batch, features or channels, ...), moved into its interval."""
+        low, high = _along_axis_1(self.lower, x), _along_axis_1(self.upper, x)
+        if low.numel() == high.numel() == 1:
+            return torch.clamp(finite(x), low.item(), high.item())  # of numbers: twice as fast
+        return torch.clamp(finite(x), low, high)
+
 
 @dataclass(frozen=True)
 class Clip(_Interval):
-    """`clip_features` as an object: 1-Lipschitz, values in [lower, upper]. The default for images, with [0, 1]."""
+    """`y = min(max(x, lower), upper)`, a projection: 1-Lipschitz. The default for images, with [0, 1].
+
+    >>> Clip(0.0, (1.0, 2.0))(torch.tensor([[-3.0, 0.5], [0.2, 9.0]]))
+    tensor([[0.0000, 0.5000],
+            [0.2000, 2.0000]])
+    """
 
     @property
     def lipschitz(self) -> float:
         return 1.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        return clip_features(x, lower=self.lower, upper=self.upper)
+        return self.clipped(x)
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ class Rescale(_Interval):
 
     def __call__(self, x: Tensor) -> Tensor:
         low, high = _along_axis_1(self.lower, x), _along_axis_1(self.upper, x)
-        return 2 * (clip_features(x, lower=self.lower, upper=self.upper) - low) / (high - low) - 1
+        return 2 * (self.clipped(x) - low) / (high - low) - 1
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lipdp.data.labels import largest_label, owner_ids, whole_labels
 from lipdp.data.listed import Listed
 from lipdp.data.source import OwnSource, Source
 from lipdp.data.split import Split, Task, first_fifth
-from lipdp.data.tables import SUFFIXES, TableFile
+from lipdp.data.table_files import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 
 Array = npt.NDArray[Any]

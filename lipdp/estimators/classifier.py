@@ -16,6 +16,7 @@ from lipdp.errors import ParameterError
 from lipdp.estimators.base import PrivateEstimator, public_list
 from lipdp.estimators.recipe import choose
 from lipdp.estimators.scikit import ClassifierMixin, check_classification_targets, column_or_1d
+from lipdp.losses.labels import answers_of, probabilities
 
 
 @dataclass(eq=False, repr=False)
@@ -114,15 +115,13 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:
         """Probabilities (N, classes): σ or softmax of `decision_function`."""
-        scores = torch.from_numpy(self.decision_function(X))
-        if scores.dim() == 2:
-            return scores.softmax(1).numpy()
-        return torch.stack([(-scores).sigmoid(), scores.sigmoid()], 1).numpy()
+        found: npt.NDArray[np.float64] = probabilities(torch.from_numpy(self._outputs(X)), self.tau_).numpy()
+        return found
 
     def predict(self, X: Any) -> npt.NDArray[Any]:
         """The most likely label of every record (N,)."""
-        scores = self.decision_function(X)
-        chosen: npt.NDArray[Any] = self.classes_[_argmax(scores)]
+        places = answers_of(torch.from_numpy(self._outputs(X)))
+        chosen: npt.NDArray[Any] = self.classes_[places.numpy()]
         return chosen
 
     def certified_radius(self, X: Any) -> npt.NDArray[np.float64]:
@@ -143,13 +142,8 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         network = self._network()
         with torch.no_grad():
             logits = network(self._front(rows))
-        said = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
-        radii: npt.NDArray[np.float64] = certify(network, rows, said, maps=[self._front]).radii.numpy()
+        radii: npt.NDArray[np.float64] = certify(network, rows, answers_of(logits), maps=[self._front]).radii.numpy()
         return radii
 
     def _public(self) -> str:
         return f"{super()._public()}, the labels"
-
-
-def _argmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    return (scores > 0).astype(np.int64) if scores.ndim == 1 else scores.argmax(1)

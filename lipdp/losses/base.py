@@ -64,12 +64,15 @@ class LipschitzLoss(nn.Module, ABC):
 
 
 class OfLabels(LipschitzLoss):
-    """A loss of class labels 0 … C − 1."""
+    """A loss of class labels 0 … C − 1, and of `ignore_index`, if it has one: the label of samples without one."""
+
+    ignore_index: int | None = None
 
     def knows(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.dim() == 1 and not target.is_floating_point() and logits.dim() == 2:
             labels = target.long()
-            return (labels >= 0) & (labels < logits.shape[1])
+            known = (labels >= 0) & (labels < logits.shape[1])
+            return known if self.ignore_index is None else known | (labels == self.ignore_index)
         return super().knows(logits, target)  # targets of another kind, or none, which `forward` refuses
 
 

@@ -40,6 +40,8 @@ class TauCrossEntropy(OfLabels):
     Source: Béthune et al. (2022), "Pay attention to your loss", section 4; deel-torchlip's `TauCrossEntropyLoss`.
     """
 
+    ignore_index: int
+
     def __init__(
         self,
         tau: float = 1.0,
@@ -67,10 +69,6 @@ class TauCrossEntropy(OfLabels):
         a = weight * ((1 - share) * torch.eye(len(weight), dtype=torch.float64) + share / len(weight))
         total = a.sum(1)
         return float((a.square().sum(1) - 2 * a.amin(1) * total + total.square()).amax().sqrt())
-
-    def knows(self, logits: Tensor, target: Tensor) -> Tensor:
-        known = super().knows(logits, target)
-        return known if target.is_floating_point() or target.dim() != 1 else known | (target == self.ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point() and logits.dim() == 2 and target.shape == logits.shape and self._is_plain:
@@ -150,15 +148,13 @@ class NegativeLogLikelihood(OfLabels):
     2.0
     """
 
+    ignore_index: int
+
     def __init__(self, *, weight: Tensor | Sequence[float] | None = None, ignore_index: int = -100) -> None:
         super().__init__()
         self.weight = None if weight is None else public_weights("weight", weight)
         self.ignore_index = _label(ignore_index)
         self.lipschitz = 1.0 if self.weight is None else max(self.weight)
-
-    def knows(self, logits: Tensor, target: Tensor) -> Tensor:
-        known = super().knows(logits, target)
-        return known if target.is_floating_point() or target.dim() != 1 else known | (target == self.ignore_index)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         labels = class_labels(logits, target)
@@ -198,6 +194,21 @@ class CosineSimilarity(OfLabels):
             )
         norm = torch.linalg.vector_norm(logits, dim=1).clamp_min(self.floor)
         return -(direction * logits).sum(1) / norm
+
+
+def probabilities(logits: Tensor, tau: float = 1.0) -> Tensor:
+    """(N, C) of logits (N, C), or (N, 1) for two classes: the softmax or sigmoid of τ z.
+
+    >>> probabilities(torch.zeros(1, 1)).tolist()
+    [[0.5, 0.5]]
+    """
+    scaled = tau * logits
+    return scaled.softmax(1) if scaled.shape[1] > 1 else torch.cat([(-scaled).sigmoid(), scaled.sigmoid()], dim=1)
+
+
+def answers_of(logits: Tensor) -> Tensor:
+    """(N,) the label with the largest logit; by one logit, whether it is above 0."""
+    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
 
 def _as_row(weight: tuple[float, ...] | None, logits: Tensor) -> Tensor | None:

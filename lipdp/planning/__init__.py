@@ -2,7 +2,8 @@
 
 `plan` chooses a batch size, a noise multiplier and a number of steps; `simulate` looks for hyper-parameters by runs at
 B/k and σ/k, which are not private; `Repetitions` says what a search costs that is private;
-`measure(workload, m).predict(scale)` says what a run costs in time and memory on W devices, from steps taken on one.
+`measure_cost(workload, m).predict(scale)` says what a run costs in time and memory on W devices, from
+steps taken on one.
 """
 
 from lipdp.lazy import facade
@@ -26,7 +27,7 @@ _NAMES = {
     "evaluate": "lipdp.planning.budget",
     "iso_budget": "lipdp.planning.budget",
     "loss_curves": "lipdp.planning.pictures",
-    "measure": "lipdp.planning.cost",
+    "measure_cost": "lipdp.planning.cost",
     "parse_space": "lipdp.planning.space",
     "plan": "lipdp.planning.budget",
     "rule": "lipdp.planning.tan",

@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from lipdp.accounting.accountants import get_accountant
-from lipdp.accounting.events import Event
-from lipdp.accounting.plan import PrivacyPlan, Subsampling, truncation, whole
+from lipdp.accounting.plan import PrivacyPlan, Subsampling, whole
 from lipdp.errors import CalibrationError, ParameterError
 from lipdp.planning.tan import SWEET_SPOT, Move, eta_for, rule, tan_epsilon, tan_eta
 
@@ -43,10 +42,15 @@ class Budget:
 
     def __post_init__(self) -> None:
         whole("records", self.records)
-        if self.truncated_batch_size is not None:
-            Subsampling.of(self.records, 1, steps=1, truncated_batch_size=self.truncated_batch_size)
+        Subsampling.of(self.records, 1, steps=1, truncated_batch_size=self.truncated_batch_size)
         eta_for(self.epsilon, self.delta)
         get_accountant(self.accountant)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What every plan within it has."""
+        limits = {"dataset_size": self.records, "truncated_batch_size": self.truncated_batch_size}
+        return {**limits, "target_delta": self.delta, "accountant": self.accountant}
 
     @property
     def largest_batch(self) -> int:
@@ -54,11 +58,9 @@ class Budget:
         most = self.truncated_batch_size
         return self.records if most is None else max(1, math.floor(((math.sqrt(25 + 4 * most) - 5) / 2) ** 2))
 
-    def event(self, noise_multiplier: float, sampling_rate: float, steps: int) -> Event:
-        """The account of T steps."""
-        most = self.truncated_batch_size
-        cut = 0.0 if most is None else truncation(self.records, sampling_rate, most)
-        return Event(noise_multiplier, sampling_rate, steps, truncation=cut)
+    def drawn(self, sampling_rate: float, steps: int) -> Subsampling:
+        """T steps at a rate q that need not be that of a whole B."""
+        return Subsampling(sampling_rate, steps).truncated(self.records, self.truncated_batch_size)
 
 
 class Point(PrivacyPlan):
@@ -146,7 +148,7 @@ class Plan:
     def _constant_eta(self, noise_multipliers: Sequence[float], accountant: str) -> tuple[tuple[float, float], ...]:
         return constant_eta(
             self.chosen.eta, steps=self.chosen.steps, delta=self.budget.delta, noise_multipliers=noise_multipliers,
-            accountant=accountant, event=self.budget.event,
+            accountant=accountant, drawn=self.budget.drawn,
         )  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
@@ -176,9 +178,10 @@ def evaluate(
     >>> f"{point.epsilon:.2f} {point.tan_epsilon:.2f} {point.samples:,}"
     '6.61 7.48 10,240,000'
     """
-    drawn: dict[str, Any] = {"dataset_size": records, "expected_batch_size": batch_size, "steps": steps}
-    drawn["truncated_batch_size"] = truncated_batch_size
-    return Point(**drawn, noise_multiplier=noise_multiplier, target_delta=delta, accountant=accountant)
+    return Point(
+        dataset_size=records, expected_batch_size=batch_size, steps=steps, truncated_batch_size=truncated_batch_size,
+        noise_multiplier=noise_multiplier, target_delta=delta, accountant=accountant,
+    )  # fmt: skip
 
 
 def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
@@ -187,17 +190,7 @@ def with_batch_size(budget: Budget, batch_size: int, steps: int) -> Point:
     Raises:
         CalibrationError: no σ reaches the target. ParameterError: B outside 1 … N.
     """
-    most = budget.truncated_batch_size
-    drawn = Subsampling.of(budget.records, batch_size, steps=steps, truncated_batch_size=most)
-    sigma = drawn.noise_multiplier(epsilon=budget.epsilon, delta=budget.delta, accountant=budget.accountant)
-    return _evaluated(budget, batch_size, sigma, steps)
-
-
-def _evaluated(budget: Budget, batch_size: int, noise_multiplier: float, steps: int) -> Point:
-    return evaluate(
-        records=budget.records, batch_size=batch_size, noise_multiplier=noise_multiplier, steps=steps,
-        delta=budget.delta, accountant=budget.accountant, truncated_batch_size=budget.truncated_batch_size,
-    )  # fmt: skip
+    return Point.of(**budget.given, expected_batch_size=batch_size, steps=steps, target_epsilon=budget.epsilon)
 
 
 def with_noise_multiplier(budget: Budget, noise_multiplier: float, steps: int) -> Point:
@@ -248,7 +241,7 @@ def constant_eta(
     delta: float,
     noise_multipliers: Sequence[float] = _NOISES,
     accountant: str = "pld",
-    event: Callable[[float, float, int], Event] = Event,
+    drawn: Callable[[float, int], Subsampling] = Subsampling,
 ) -> tuple[tuple[float, float], ...]:
     """Pairs (σ, exact ε) at constant total noise, `q = η·σ·√(2/T)`. Leaves out σ for which q would exceed 1.
 
@@ -258,7 +251,7 @@ def constant_eta(
     """
     rates = [(sigma, eta * sigma * math.sqrt(2.0 / steps)) for sigma in noise_multipliers]
     account = get_accountant(accountant)
-    return tuple((s, account.epsilon([event(s, q, steps)], delta).epsilon) for s, q in rates if q <= 1.0)
+    return tuple((s, account.epsilon([drawn(q, steps).event(s)], delta).epsilon) for s, q in rates if q <= 1.0)
 
 
 def plan(
@@ -290,7 +283,10 @@ def plan(
     for name, value in (("steps", steps), ("max_samples", max_samples)):
         if value is not None:
             whole(name, value)
-    others = tuple(_evaluated(budget, *setting) for setting in beside)
+    others = tuple(
+        Point(**budget.given, expected_batch_size=batch, noise_multiplier=sigma, steps=count)
+        for batch, sigma, count in beside
+    )
     return Plan(budget, max_samples, _choose(budget, steps, max_samples), others)
 
 

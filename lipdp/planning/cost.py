@@ -112,7 +112,7 @@ class Cost:
         return Prediction(scale, step, (low, high), fixed, reduce, scale.steps * step, peak)
 
 
-def measure(
+def measure_cost(
     workload: Workload, m: int, *, repeat: int = 7, memory: bool = True, clock: Callable[[], float] = time.perf_counter
 ) -> Cost:
     """`repeat` interleaved steps on 0, m/4 and m samples, after two to warm up; peak memory in a process for each.

@@ -16,7 +16,8 @@ from scipy.optimize import brentq
 
 from lipdp.accounting.accountants import checked_delta
 from lipdp.accounting.calibration import smallest_noise_multiplier
-from lipdp.accounting.events import Event
+from lipdp.accounting.events import Event, require_positive
+from lipdp.accounting.plan import Subsampling
 from lipdp.accounting.relation import Relation
 from lipdp.errors import AccountingError, ParameterError, UnknownNameError
 from lipdp.planning.tan import eta_for
@@ -113,12 +114,11 @@ class Repetitions:
         >>> 4 < sigma < 6
         True
         """
-        if not 0.0 < target_epsilon < math.inf:
-            raise ParameterError(f"target_epsilon={target_epsilon}: a finite number > 0 is needed")
-        one = Event(1.0, sampling_rate, steps)
+        require_positive("target_epsilon", target_epsilon)
+        drawn = Subsampling.at(sampling_rate, steps=steps)
 
         def cost(sigma: float) -> float:
-            return self.epsilon(Event(sigma, one.sampling_rate, one.steps), delta)
+            return self.epsilon(drawn.event(sigma), delta)
 
         eta = eta_for(target_epsilon, delta) / 1.6  # the search costs about as much as a run of that much more signal
         return smallest_noise_multiplier(cost, max(1.0, sampling_rate * math.sqrt(steps / 2.0) / eta), target_epsilon)

@@ -104,6 +104,8 @@ def simulate(
     """
     for name, value in (("trials", trials), ("jobs", jobs)):
         whole(name, value)
+    if type(seed) is not int or not 0 <= seed < 2**31:
+        raise ParameterError(f"search_seed={seed!r}: a whole number from 0 to 2^31 - 1 is needed")
     folder = Path(out).expanduser()
     given, split, input_bound = simulation(settings, scale=scale, validation=validation, seed=seed)
     search = given.as_dict() | {"space": {name: asdict(dimension) for name, dimension in space.items()}}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +9,7 @@ from typing import Any
 
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.training.config import SEARCHABLE, SETTINGS
-from lipdp.training.settings import OPTIONS
+from lipdp.training.settings import OPTIONS, read_value
 
 Scalar = bool | int | float | str | None
 
@@ -103,14 +101,7 @@ def _dimension(text: str, values: str) -> Dimension:
 
 
 def _scalar(text: str, item: str) -> Scalar:
-    item = item.strip()
-    value: Any = item
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(item)
-            break
-        except (ValueError, SyntaxError):
-            continue
+    value = read_value(item.strip())
     if not isinstance(value, (bool, int, float, str, type(None))):
         raise ParameterError(f"--search {text!r}: a choice is a number, a text, true, false or null")
     return value

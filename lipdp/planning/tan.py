@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from lipdp.accounting.accountants import checked_delta
+from lipdp.accounting.events import require_positive
+from lipdp.accounting.plan import Subsampling
 from lipdp.errors import ParameterError
 
 WALL = 0.5
@@ -26,12 +28,7 @@ def tan_eta(*, noise_multiplier: float, sampling_rate: float, steps: int) -> flo
 
     Source: Sander, Stock & Sablayrolles, TAN without a burn, ICML 2023, section 3.
     """
-    if not 0.0 < noise_multiplier < math.inf:
-        raise ParameterError(f"noise_multiplier={noise_multiplier}: a finite number > 0 is needed")
-    if not 0.0 < sampling_rate <= 1.0:
-        raise ParameterError(f"sampling_rate={sampling_rate}: a probability in (0, 1] is needed")
-    if steps < 1:
-        raise ParameterError(f"steps={steps}: a whole number of at least 1 is needed")
+    Subsampling(sampling_rate, steps).event(noise_multiplier)  # refuses what is out of range
     return sampling_rate * math.sqrt(steps / 2.0) / noise_multiplier
 
 
@@ -59,8 +56,7 @@ def eta_for(epsilon: float, delta: float) -> float:
     >>> round(eta_for(tan_epsilon(0.7, 1e-6), 1e-6), 12)
     0.7
     """
-    if not 0.0 < epsilon < math.inf:
-        raise ParameterError(f"epsilon={epsilon}: a finite number > 0 is needed")
+    require_positive("epsilon", epsilon)
     log = -math.log(checked_delta(delta))
     return epsilon / (math.sqrt(log + epsilon) + math.sqrt(log))
 
@@ -83,8 +79,7 @@ def rule(noise_multiplier: float, *, sampling_rate: float = 0.0) -> Move:
     >>> rule(1.0).factor, rule(3.0).factor, rule(6.0).factor, rule(1.0, sampling_rate=1.0).factor
     (2.0, 1.0, 0.5, 1.0)
     """
-    if not 0.0 < noise_multiplier < math.inf:
-        raise ParameterError(f"noise_multiplier={noise_multiplier}: a finite number > 0 is needed")
+    require_positive("noise_multiplier", noise_multiplier)
     low, high = SWEET_SPOT
     if sampling_rate == 1.0:
         return Move(1.0, "q = 1: every record in every batch, where ε depends on η alone")

@@ -36,19 +36,17 @@ from lipdp.timing import Clock
 
 def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> StepHooks:
     """Check and bound what is to be private, then put the hooks on the optimiser."""
-    if type(request.multiplicity) is not int or request.multiplicity < 1:
-        raise ParameterError(
-            f"multiplicity={request.multiplicity!r}: how many views of a record are averaged, 1 or more"
-        )
+    if type(request.views) is not int or request.views < 1:
+        raise ParameterError(f"views={request.views!r}: how many views of a record are averaged, 1 or more")
     population = Population.of(request.dataset, world, group=request.group, own_records=request.own_records)
     plan = _completed(plan, request, draws, population, world.size)
-    check_alike(world, plan, multiplicity=request.multiplicity)
+    check_alike(world, plan, views=request.views)
     records = first_records(request.dataset, world, own_records=request.own_records)
     check_records(request.dataset, world, own_records=request.own_records)
     inner = own_reduction(request.module, world)
     world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
     with world.fail_together():
-        shape = tuple(request.input_shape or records[0].shape[1 if request.multiplicity == 1 else 2 :])
+        shape = tuple(request.input_shape or records[0].shape[1 if request.views == 1 else 2 :])
         place_joints(original(inner), request.joints)
         warm_up_shards(inner, shape)
         graph = BoundGraph(inner, shape, dtype=request.forward_dtype, gated=request.group is None)
@@ -121,7 +119,7 @@ def _hooked(
         draws.sampler(plan, population.present),
         part=population.part,
         owners=population.owners,
-        views=request.multiplicity,
+        views=request.views,
         records=population.records,
         empty=[x[:1], targets[:1]],
         kind=_kind(graph),

@@ -199,7 +199,7 @@ class GradientCheck:
         """Whether step number `step`, counted from 0, is one to look at."""
         return self.every > 0 and step % self.every == 0
 
-    def measure(self, batch: Any, limit: float | Tensor, parameters: list[nn.Parameter], *, step: int) -> None:
+    def look(self, batch: Any, limit: float | Tensor, parameters: list[nn.Parameter], *, step: int) -> None:
         """Take the norms of a few records; `check` compares them.
 
         Before the batch's own forward pass there is room: no activation is held, and a parameter's gradient goes as
@@ -227,13 +227,13 @@ class GradientCheck:
         """Look at a few records; BoundViolation where a gradient is longer than its bound.
 
         Args:
-            batch: (x, y), measured now unless `measure` did so at these weights.
+            batch: (x, y), measured now unless `look` did so at these weights.
             limit: the longest cotangent at the logits.
             bounds: parameter name → Δ for one record, in the order of `parameters`.
             step: number of this step, counted from 0.
         """
         if self._found is None or self._found[0] != (step, [p._version for p in parameters]):
-            self.measure(batch, limit, parameters, step=step)
+            self.look(batch, limit, parameters, step=step)
         (_, alike, norms), self._found = self._found, None  # type: ignore[misc]
         deltas = torch.stack(list(bounds.values()))
         over = norms > deltas * (1 + self.TOLERANCE)

@@ -163,7 +163,7 @@ class PrivacyEngine:
         population = Population.of(dataset, world, group=group, own_records=own)
         shape = options.get("input_shape")
         if shape is None:
-            views = options.get("multiplicity", 1) != 1
+            views = options.get("views", 1) != 1
             shape = tuple(first_records(dataset, world, own_records=own)[0].shape[2 if views else 1 :])
         options["input_shape"] = shape
         plan, chosen, settings = complete(
@@ -247,7 +247,7 @@ class PrivacyEngine:
             group: (N,) the owner of every record. Then owners are drawn, B of them expected, each with all records, of
                 whose gradients an owner contributes the mean, and ε protects the owner (`Owners`). The loader yields
                 (x, y, weight), for criterion(model(x), y, weight).
-            multiplicity: K: an input in the dataset is K views of its record, (K, *features), and contributes the mean
+            views: K: an input in the dataset is K views of its record, (K, *features), and contributes the mean
                 of their gradients, at the same Δ. The loader yields the views as K rows.
             own_records: where several processes train together: each has records that no other has. By default each
                 has the whole dataset, and reads its part of every batch.

@@ -341,7 +341,7 @@ class StepHooks:
         step, batch = self.count.step, self.step_in_progress.records()
         if batch is not None and self._gradient_check.due(step):
             limit = self._start(self.graph.sweep(self._start).output)
-            self._gradient_check.measure(batch, limit, self.parameters, step=step)
+            self._gradient_check.look(batch, limit, self.parameters, step=step)
 
     def skip_batch(self) -> int:
         """Give up the batches drawn since the last step: each counts as a step, and nothing of them is released."""

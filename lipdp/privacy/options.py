@@ -39,7 +39,7 @@ class Options(TypedDict, total=False):
     input_shape: tuple[int, ...] | None
     forward_dtype: torch.dtype | None
     group: Group | None
-    multiplicity: int
+    views: int
     own_records: bool
     num_workers: int
     pin_memory: bool
@@ -81,7 +81,7 @@ class Request:
     input_shape: tuple[int, ...] | None = None
     forward_dtype: torch.dtype | None = None
     group: Group | None = None
-    multiplicity: int = 1
+    views: int = 1
     own_records: bool = False
     num_workers: int = 0
     pin_memory: bool = False

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lipdp.accounting.plan import in_bands
+from lipdp.accounting.plan import in_bands, protected
 from lipdp.accounting.relation import Relation
 from lipdp.errors import ParameterError
 from lipdp.report.statement import NOT_COVERED, PUBLIC, one_in
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from lipdp.report.document import Report, RunReport
 
-_PROTECTED = {
-    "record": "each of {} training records, input and label together",
-    "owner": "each of {} owners of training records, with all their records, input and label together",
-}
 _ACCOUNTANTS = {
     "prv": "PRV (numerical composition of privacy loss random variables, Gopi et al. 2021)",
     "pld": "PLD (privacy loss distributions, dp-accounting)",
@@ -124,7 +120,7 @@ def account_rows(one: RunReport) -> list[tuple[str, str]]:
     rate = f"{number(account.sampling_rate)} ({batches} batches of {size}){correlated}"
     checked = {True: "as written: its digest agrees", False: "changed since it was written", None: "it has no digest"}
     return [
-        ("Protected", _PROTECTED[account.unit].format(number(account.dataset_size))),
+        ("Protected", protected(account.unit, account.dataset_size)),
         ("Neighbouring data sets", f"{account.relation.words} {account.unit}"),
         ("ε", f"{number(account.epsilon)} (an upper bound)"),
         ("δ", f"{number(account.delta)}{one_in(account.delta)}"),

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.batches.records import finite
-from lipdp.data import Bounding, Schema, bounding
+from lipdp.data import Bounding, Schema
 from lipdp.data.split import resize
 from lipdp.errors import CheckpointError, DataError, ParameterError, UnknownNameError
-from lipdp.features.maps import FeatureSpec, features
+from lipdp.features.maps import FeatureSpec
 from lipdp.files import read_json
+from lipdp.losses.labels import answers_of, probabilities
 from lipdp.nn.convert import to_torch
+from lipdp.training.assembly import features_of, named_bounding
 from lipdp.training.checkpoint import RunFolder
 from lipdp.training.choices import make_network
 from lipdp.training.config import TrainConfig, config_from_dict, weights_of
@@ -128,12 +130,12 @@ class TrainedModel:
         if self.tau is None:
             raise ParameterError(f"the loss {self.config.loss} makes no probabilities of logits; use predict or logits")
         logits = torch.from_numpy(self.logits(x))
-        return _probabilities(logits, self.tau).numpy()
+        return probabilities(logits, self.tau).numpy()
 
     def predict(self, x: Any) -> npt.NDArray[np.int64]:
         """Labels (N,), 0 … C − 1."""
-        logits = self.logits(x)
-        return (logits[:, 0] > 0).astype(np.int64) if logits.shape[1] == 1 else logits.argmax(1)
+        labels: npt.NDArray[np.int64] = answers_of(torch.from_numpy(self.logits(x))).numpy()
+        return labels
 
     def as_module(self) -> nn.Module:
         """All of it as one module in plain torch: raw float32 inputs (N, *input_shape) to probabilities, or to logits
@@ -180,14 +182,7 @@ class _Served(nn.Module):
             x = finite(one(finite(x))).float()
         logits = self.network(x)
         logits = logits[:, None] if logits.dim() == 1 else logits
-        return _probabilities(logits, self._tau) if self._probabilities else logits
-
-
-def _probabilities(logits: Tensor, tau: float) -> Tensor:
-    if logits.shape[1] > 1:
-        return (tau * logits).softmax(1)
-    positive = (tau * logits).sigmoid()
-    return torch.cat([1 - positive, positive], dim=1)
+        return probabilities(logits, self._tau) if self._probabilities else logits
 
 
 def _built(
@@ -212,8 +207,7 @@ def _built(
         raise CheckpointError(
             f"the run in {folder} does not name the map of its inputs; it was trained on a given split"
         )
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
-    spec = None if config.features is None else features(config.features, **config.feature_options)
+    spec = features_of(config)
     seen, bound = (shape, None) if spec is None else (spec.output_shape(shape), spec.input_bound(shape))
     network, loss = make_network(config, seen, classes, input_bound=bound)
     try:
@@ -221,5 +215,4 @@ def _built(
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"the weights in {folder} do not fit the model {config.model}: {error}") from error
     tau = getattr(loss, "tau", None)
-    made = bounding(config.bounding, **options)
-    return TrainedModel(network.eval(), made, spec, shape, classes, tau, config, data, folder)
+    return TrainedModel(network.eval(), named_bounding(config), spec, shape, classes, tau, config, data, folder)

@@ -8,15 +8,12 @@ from typing import Any
 
 from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.digest import with_digest
+from lipdp.accounting.plan import protected
 from lipdp.training.assembly import Assembly, decided, stated_features
 from lipdp.training.config import TrainConfig
 from lipdp.training.progress import Progress
 
 _log = logging.getLogger(__name__)
-_PROTECTED = {
-    "record": "each of the {} training records, input and label",
-    "owner": "each of the {} owners of training records, with all their records, input and label",
-}
 NOT_COVERED = "training loss; choices made by looking at private data; metrics on a private test set"
 
 
@@ -76,7 +73,7 @@ class Account:
             "sensitivity": dict(self._engine.sensitivity()),
             "noise_stds": self._progress.noise_stds(self._engine),
             "features": self._features,
-            "protects": _PROTECTED[plan.unit].format(plan.dataset_size),
+            "protects": protected(plan.unit, plan.dataset_size),
             "not_covered": NOT_COVERED,
         }
         return with_digest(report)

@@ -32,7 +32,7 @@ from lipdp.training.ema import Ema, average_of
 from lipdp.training.forward import Forward, precision
 from lipdp.training.recipes import TABLES, head_rate
 from lipdp.training.runtime import choose_device, own_random_state, random_state
-from lipdp.training.tables import Preconditioner, TableRun, measured_shares, rows_of, set_public_map, table_model
+from lipdp.training.table_recipe import Preconditioner, TableRun, measured_shares, rows_of, set_public_map, table_model
 
 
 def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | None = None) -> DataSplit:
@@ -48,10 +48,13 @@ def open_configured(config: TrainConfig, *, data_dir: str | os.PathLike[str] | N
 
 def bounding_of(config: TrainConfig, split: DataSplit) -> Bounding:
     """The public map of a run's inputs."""
-    if config.bounding is None:
-        return default_bounding(split)
+    return default_bounding(split) if config.bounding is None else named_bounding(config)
+
+
+def named_bounding(config: TrainConfig) -> Bounding:
+    """That of a configuration which names one."""
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.bounding_options.items()}
-    return bounding(config.bounding, **options)
+    return bounding(str(config.bounding), **options)
 
 
 def with_inputs_named(config: TrainConfig, split: DataSplit) -> TrainConfig:
@@ -149,7 +152,7 @@ def plan_of(
 def _dataset(config: TrainConfig, split: DataSplit, device: torch.device) -> Dataset[Any]:
     if config.augment is None:
         return split.training_dataset(device)
-    return Augmented(split.training_dataset(), augment(config.augment), multiplicity=config.augment_multiplicity)
+    return Augmented(split.training_dataset(), augment(config.augment), views=config.views)
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ _CPU_MICROBATCH = 512  # Poisson batches differ in size: in one piece each leave
 def _piece(config: TrainConfig, device: torch.device) -> int | None:
     """Records that are read and go through the model together, all views of each; None: the whole batch."""
     samples = config.microbatch or (_CPU_MICROBATCH if device.type == "cpu" else None)
-    return None if samples is None else max(1, samples // config.augment_multiplicity)
+    return None if samples is None else max(1, samples // config.views)
 
 
 def assemble(
@@ -194,14 +197,10 @@ def assemble(
     noise_multiplier: float | None = None,
     world: World | None = None,
 ) -> Assembly:
-    """Build a run from a configuration that was resolved for the split. Nothing is released.
+    """Build a run. Nothing is released.
 
     Args:
-        config: with B, T and δ decided.
-        split: the data.
-        input_bound: of the model, where it names none.
-        noise_multiplier: σ, where the configuration gives only a budget; calibrated by default.
-        world: the processes that train together.
+        input_bound: of the model, where it names none. Others as for `plan_of`.
 
     Raises:
         LipdpError: no bound, no calibration, a name or a number that is not one.
@@ -233,7 +232,7 @@ def assemble(
         dataset=_dataset(config, split, device),
         input_shape=split.input_shape,
         group=split.train_owner,
-        multiplicity=config.augment_multiplicity,
+        views=config.views,
         allocation=config.allocation,
         gate=_gate(config, loss, plan),
         num_workers=config.num_workers,

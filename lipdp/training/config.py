@@ -76,7 +76,7 @@ class TrainConfig:
     )
     image_size: Sequence[int] | None = _data(SIZE, DATA, "bring images to this height and width", metavar="H W")
     augment: str | None = _data(NAME, METHOD, "random views of images", choices=AUGMENTS)
-    augment_multiplicity: int = _data(whole(1, 1024), METHOD, "views of each record in one gradient", 1)
+    views: int = _data(whole(1, 1024), METHOD, "views of each record in one gradient", 1)
     num_workers: int = _data(
         whole(0, MAX_THREADS), MACHINE, "processes that read records, of sets on disk and augmented ones", 0
     )
@@ -164,11 +164,8 @@ class TrainConfig:
             raise UnknownNameError("features", self.features, FEATURES)
         if self.certified and self.features != recipes.CERTIFIED:
             raise ParameterError(f"certified=True is for {recipes.CERTIFIED} features, not for {self.features!r}")
-        if self.augment_multiplicity > 1 and self.augment is None:
-            raise ParameterError(
-                f"augment_multiplicity={self.augment_multiplicity}, but no augment=: all views of a record would be the"
-                " same"
-            )
+        if self.views > 1 and self.augment is None:
+            raise ParameterError(f"views={self.views}, but no augment=: all views of a record would be the same")
         if self.augment is not None and self.features is not None:
             raise ParameterError(
                 "augment= and features= were both given: features are computed once, not of every view"

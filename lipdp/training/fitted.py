@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lipdp.accounting.plan import PrivacyPlan
+from lipdp.accounting.plan import PrivacyPlan, protected
 from lipdp.data import Bounding, Rescale
 from lipdp.data import bounding as named_bounding
 from lipdp.errors import DataError, ParameterError
 from lipdp.losses import LipschitzLoss
+from lipdp.losses.labels import probabilities
 from lipdp.models import build
 from lipdp.privacy.engine import PrivacyEngine
-from lipdp.training import tables
+from lipdp.training import table_recipe
 from lipdp.training.choices import make_loss
 from lipdp.training.ema import average_of
 from lipdp.training.evaluation import outputs
@@ -52,15 +53,11 @@ class TableModel:
 
     def logits(self, x: Array) -> Tensor:
         """(n, 1) or (n, C) float64. `x`: (n, k) raw."""
-        return outputs(self.module, (self.bounding(part) for part in _table(x).split(tables.BATCH)))
+        return outputs(self.module, (self.bounding(part) for part in _table(x).split(table_recipe.BATCH)))
 
     def probabilities(self, x: Array) -> Tensor:
         """(n, C) float64."""
-        logits = self.logits(x)
-        if logits.shape[1] > 1:
-            return logits.softmax(1)
-        positive = logits.sigmoid()
-        return torch.cat((1 - positive, positive), dim=1)
+        return probabilities(self.logits(x))
 
     def statement(self) -> dict[str, Any]:
         """What `privacy.json` says of a run: the plan, the ε spent, and what it protects."""
@@ -71,7 +68,7 @@ class TableModel:
             "planned_steps": self.plan.steps,
             "planned_epsilon": self.epsilon,
             "sensitivity": dict(self.sensitivity),
-            "protects": f"each of the {self.plan.dataset_size} training records, input and label",
+            "protects": protected(self.plan.unit, self.plan.dataset_size),
         }
 
 
@@ -96,7 +93,7 @@ def fit_table(
 
     Guarantees: the model (map, weights, and all that is computed from them) is (ε, δ)-DP under adding or removing one
     of the N records; N is public. Histograms of the columns where no bounds are given, a Gram matrix and T full-batch
-    steps are events of one account; training/tables.py proves their sensitivities.
+    steps are events of one account; training/table_recipe.py proves their sensitivities.
 
     Args:
         x: (N, k) numbers; those that are not finite count as 0.
@@ -157,10 +154,10 @@ def fit_head(
 ) -> TableModel:
     """`fit_table` for any loss."""
     model: Any = build("tabular", input_shape=tuple(inputs.shape[1:]), num_classes=outputs, waves=waves)
-    tables.set_public_map(model[0], bounding)
+    table_recipe.set_public_map(model[0], bounding)
     plan = PrivacyPlan.of(
         dataset_size=len(inputs), expected_batch_size=len(inputs), steps=steps, target_epsilon=epsilon,
-        target_delta=delta, accountant=accountant, shares=tables.measured_shares(bounding),
+        target_delta=delta, accountant=accountant, shares=table_recipe.measured_shares(bounding),
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=_RECIPE["lr"], momentum=0.9)
     engine = PrivacyEngine(accountant, seed=seed, secure=secure, check_every=check_every)
@@ -168,16 +165,16 @@ def fit_head(
     _, _, loader, _ = engine.make_private_with_plan(
         plan, module=model[1:], optimizer=optimizer, criterion=loss, dataset=TensorDataset(phi, targets), gate=gate
     )
-    preconditioner = tables.Preconditioner(optimizer, model[2].weight)
-    parts = inputs.split(tables.BATCH)
+    preconditioner = table_recipe.Preconditioner(optimizer, model[2].weight)
+    parts = inputs.split(table_recipe.BATCH)
     gate = min(gate, loss.lipschitz)
-    tables.TableRun(model, preconditioner, bounding, lambda: zip(parts, repeat(None)), gate).measure(engine)
+    table_recipe.TableRun(model, preconditioner, bounding, lambda: zip(parts, repeat(None)), gate).measure(engine)
     with torch.no_grad():
         torch.cat([model[0](part) for part in parts], out=phi)
     average = average_of(model, 0.0, tail=_RECIPE["tail"], steps=steps)
     for batch in loader:
         optimizer.zero_grad()
-        engine.backward(*batch, microbatch=tables.BATCH)
+        engine.backward(*batch, microbatch=table_recipe.BATCH)
         optimizer.step()
         average.update()
     account = engine.plan, engine.get_epsilon(delta), delta, dict(engine.sensitivity())

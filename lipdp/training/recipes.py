@@ -63,7 +63,7 @@ _RECIPES: dict[tuple[str | None, str | None], Mapping[str, Any]] = {
         "ema": 0.99,
         "model_options": {"input_bound": 8.1, "clips": (0.7, 0.14), "gates": (0.05, 0.1)},
     },
-    (None, "tabular"): {  # `lipdp.training.tables`: every step takes all records, q = 1
+    (None, "tabular"): {  # training/table_recipe.py: every step takes all records, q = 1
         "steps": 100,
         "epochs": None,
         "bounding": "signed-log",

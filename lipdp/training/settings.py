@@ -3,6 +3,8 @@ or a resume may change, and the table of the documentation."""
 
 from __future__ import annotations
 
+import ast
+import json
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -45,6 +47,16 @@ class Kind:
 
 FLAG = Kind(bool, lambda value: isinstance(value, bool), "true or false")
 NAME = Kind(str, lambda value: isinstance(value, str), "a name")
+
+
+def read_value(text: str) -> Any:
+    """A value as it is typed: JSON or a Python literal, else plain text."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text
 
 
 def _is_plain(value: Any) -> bool:

@@ -46,7 +46,7 @@ class EngineSession(Session):
             dataset=task.dataset,
             gate=gate,
             allocation=allocation,
-            multiplicity=task.views,
+            views=task.views,
         )
 
     def step(self, x: Tensor, y: Tensor) -> None:

@@ -75,7 +75,7 @@ class BatchLoader:
     A `TensorDataset` is indexed directly, in this process and on its own device. Any other map-style dataset goes
     through torch's `DataLoader`. Workers run ahead of the consumer, but `state_dict` describes the consumer.
 
-    The coins of a private run are secret (`lipdp.batches.coins`), whatever the script has seeded: with every batch the
+    The coins of a private run are secret, whatever the script has seeded: with every batch the
     global generators of torch, numpy and Python are set from the step's key, and so they are while a dataset reads a
     batch. So random crops, dropout and the like are fresh at every step, and the same on resume and with any number of
     workers. Under a seeded sampler, which is not private, the generators are left alone but while a dataset reads.

@@ -45,14 +45,20 @@ def set_coins(secret: int) -> None:
 @contextmanager
 def coins(secret: int) -> Iterator[None]:
     """A block with coins from a secret; afterwards the global generators are where they were."""
-    with torch.random.fork_rng(devices=[]):
-        before = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]), others_kept():
         set_coins(secret)
-        try:
-            yield
-        finally:
-            np.random.set_state(before[0])  # noqa: NPY002
-            random.setstate(before[1])
+        yield
+
+
+@contextmanager
+def others_kept() -> Iterator[None]:
+    """A block after which the generators of numpy and Python are where they were."""
+    before = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before[0])  # noqa: NPY002
+        random.setstate(before[1])
 
 
 def _twister(words: np.ndarray) -> torch.Tensor:

@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from lipdp.batches.coins import others_kept
 from lipdp.errors import ParameterError
 
 
@@ -45,8 +46,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 @contextmanager
 def own_random_state(device: torch.device, state: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Draw from `state` on; afterwards torch's generators are as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    """Draw from `state` on; afterwards the global generators are as they were."""
+    with others_kept(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if state is not None:
             torch.set_rng_state(state["cpu"])
             if device.type == "cuda" and "cuda" in state:

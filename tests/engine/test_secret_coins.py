@@ -120,3 +120,14 @@ def test_no_key_is_used_on_both_sides_of_a_fork(monkeypatch):
         secret.advance()
     assert seeded.advance() not in before
     assert Ratchet("noise").advance() not in before
+
+
+def test_a_run_of_lipdp_s_own_loop_leaves_the_script_s_generators():
+    from lipdp.training import Trainer, configure
+
+    trainer = Trainer(configure(dataset="digits", model="linear", noise_multiplier=2.0, accountant="rdp", steps=2))
+    known()
+    before = thrown()
+    known()
+    trainer.run()
+    assert thrown() == before

@@ -1,7 +1,7 @@
 """Two published comparisons, run again: python examples/published.py backprop|global --data-dir DIR [--epochs E]
 
 backprop: backpropagation clipping (Stevens et al. 2022) on MNIST, four layers, B = 256, 5 epochs, X = 3, with the
-account corrected to one joint subsample: noise of 9.06 and 4.82 per layer is a joint σ of 4.53 and 2.41.
+account corrected to one joint subsample: noise of 9.06 and 4.82 per layer is a σ of 4.53 and 2.41.
 global: local against global clipping (Bu et al. 2021) on CIFAR-10, four layers, B = 250, lr 0.05, σ = 1.3, R = 1.5:
 accuracy and calibration. Published after 60 epochs; the default here is what two cores do in minutes.
 """

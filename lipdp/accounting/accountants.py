@@ -314,7 +314,7 @@ def epsilon(
     """An upper bound on the ε of `steps` noisy steps.
 
     Args:
-        noise_multiplier: the joint σ, relative to the sensitivity under `relation` (see `Event`).
+        noise_multiplier: the σ, relative to the sensitivity under `relation` (see `Event`).
         sampling_rate: q in (0, 1].
         steps: T ≥ 0; 0 gives ε = 0.
         delta: δ in (0, 1).

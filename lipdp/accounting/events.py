@@ -34,7 +34,7 @@ class Event:
     its PLD accountant relative to Δ (that is 2σ; given σ it would charge for a mechanism with half our noise).
 
     Args:
-        noise_multiplier: the joint σ > 0 of everything that the step releases, see `joint_noise_multiplier`.
+        noise_multiplier: the σ > 0 of everything that the step releases, see `joint_noise_multiplier`.
         sampling_rate: q in (0, 1].
         steps: a whole number ≥ 0; empty batches count.
         relation: a `Relation` or its value.

@@ -213,7 +213,7 @@ class PrivacyPlan:
         dataset_size: N, the number of units, a public constant.
         expected_batch_size: B = q N, the divisor of the noisy sum.
         steps: T, the most steps the run may take.
-        noise_multiplier: the joint σ of everything one step releases.
+        noise_multiplier: the σ of everything one step releases.
         measurements: what is released once beside the steps, of all units; part of the same ε.
         sampling: "poisson" or "fixed_size", which decides the relation.
         bands: b, over how many steps noise is correlated and batches take turns; 1: neither.

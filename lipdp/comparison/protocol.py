@@ -31,7 +31,7 @@ class Task:
     Attributes:
         dataset: N records, inputs and targets, on the model's device.
         loss: per sample, summed over the batch; the sum is divided by the public B.
-        plan: B, T, q and the joint σ of everything a step releases, of Poisson batches of the dataset's records. A
+        plan: B, T, q and the σ of everything a step releases, of Poisson batches of the dataset's records. A
             non-private trainer draws the same batches and leaves σ alone.
         microbatch: rows a forward pass, or None for the whole batch: what bounds the memory of per-sample gradients.
             All views of a record go through together.

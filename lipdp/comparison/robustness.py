@@ -32,7 +32,7 @@ def robustness(
 ) -> Results:
     """Train every trainer at every temperature and certify what came out.
 
-    All private trainers have the same data, q, T and joint noise multiplier, calibrated for ε, and the same optimiser.
+    All private trainers have the same data, q, T and noise multiplier, calibrated for ε, and the same optimiser.
     Nothing is tuned, so nothing is chosen by looking at the data.
 
     Returns:

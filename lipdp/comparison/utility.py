@@ -56,7 +56,7 @@ def utility(
 ) -> Results:
     """Tune every trainer at every budget, then train it with its best settings, once for each seed.
 
-    Guarantees: every trainer gets the same data, expected batch size, number of steps, joint noise multiplier,
+    Guarantees: every trainer gets the same data, expected batch size, number of steps, noise multiplier,
     optimiser, schedule and number of trials: one each, and again until all best settings have worse neighbours on every
     side (`tuning.winner`), or `config.trials` are done; then those on the edge are marked. Settings are chosen on a
     validation part of the training records; the test part is looked at once per final run, and chooses nothing. (None

@@ -1,4 +1,4 @@
-"""How the noise is shared among the parameter blocks, at one joint noise multiplier."""
+"""How the noise is shared among the parameter blocks, at one noise multiplier."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lipdp.errors import ParameterError, UnknownNameError
 
 @runtime_checkable
 class Allocation(Protocol):
-    """Shares one joint noise multiplier σ among the D parameter blocks.
+    """Shares one noise multiplier σ among the D parameter blocks.
 
     The maths: one step releases every block `l` at once with noise `N(0, s_l² I)`. Scaling block `l` by `1/s_l` makes
-    this one Gaussian mechanism of unit noise and sensitivity `sqrt(Σ_l Δ_l²/s_l²)`, so the joint noise multiplier is σ
+    this one Gaussian mechanism of unit noise and sensitivity `sqrt(Σ_l Δ_l²/s_l²)`, so the noise multiplier is σ
     when `Σ_l Δ_l²/s_l² = 1/σ²`. Every allocation returns `s` on that surface, so ε does not depend on which is chosen.
 
     Blocks with `Δ_l = 0`: their gradient is zero for every dataset, it can be released as it is. They get `s_l = 0` and

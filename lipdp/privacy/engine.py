@@ -139,7 +139,7 @@ class PrivacyEngine:
             expected_batch_size: B, the divisor of the noisy sum.
             steps: T, how many batches the loader will yield in one iteration; a step more is refused.
             epochs: T as a number of passes over the data, T = epochs N/B, of which one iteration of the loader is one.
-            noise_multiplier: the joint σ; None takes the smallest whose ε after all steps is at most the target.
+            noise_multiplier: the σ; None takes the smallest whose ε after all steps is at most the target.
             sampling: "poisson" (relation: add or remove one) or "fixed_size" (relation: replace one).
             bands: b > 1 for noise that is correlated over b steps, and batches of every b-th part of the units.
             truncated_batch_size: C ≥ B: of a Poisson batch at most C records take part, and all batches have C rows,

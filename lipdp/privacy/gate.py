@@ -49,7 +49,7 @@ class QuantileGate:
     With b_i = 1(‖g_i‖ ≤ c) the step releases Σ(b_i − 1/2) + N(0, s²), of sensitivity 1/2, hence noise multiplier 2s,
     and moves the gate by c ← c e^(−η(b̃ − γ)) with b̃ = release / B + 1/2. The count
     and the gradient come from the same subsample, so the engine gives the gradient the noise multiplier that makes
-    both together cost the joint σ: it is accounted.
+    both together cost one σ, which is accounted.
 
     Args:
         initial: c at the first step.

@@ -131,7 +131,7 @@ class StepHooks:
         return constant.to(self.graph.device, torch.float64).clamp(max=self.gate.bound)
 
     def _deltas_and_stds(self) -> tuple[Tensor, Tensor]:
-        """Δ_l and s_l as float64 tensors; the joint noise multiplier is exact whatever the allocation."""
+        """Δ_l and s_l as float64 tensors; the noise multiplier is exact whatever the allocation."""
         return self._shared(self._deltas(self.graph.sweep(self._start)))
 
     def _deltas(self, sweep: Sweep) -> Tensor:

@@ -79,7 +79,7 @@ class GlobalClipping(OpacusTrainer):
 
 @dataclass(frozen=True)
 class AdaptiveClipping(OpacusTrainer):
-    """Opacus' adaptive clipping, repaired; the joint σ covers the gradient and the count.
+    """Opacus' adaptive clipping, repaired; the σ covers the gradient and the count.
 
     Attributes:
         max_grad_norm: C at the first step.

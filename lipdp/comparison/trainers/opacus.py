@@ -41,7 +41,7 @@ class OpacusTrainer(ComparedTrainer):
     def wrap(self, optimizer: torch.optim.Optimizer, **options: Any) -> DPOptimizer:
         """Opacus' optimiser around the task's; `options`: noise multiplier, generator, ….
 
-        The joint σ is the noise multiplier: noise of std σC on a sum that a record moves by at most C.
+        σ is Opacus' noise multiplier: noise of std σC on a sum that a record moves by at most C.
         """
         return DPOptimizer(optimizer, max_grad_norm=self.max_grad_norm, **options)
 

@@ -141,11 +141,12 @@ class Spectral(_Ball):
         shrink = self.radius / norms.clamp_min(self.radius)
         return (vectors * shrink[..., None, :]) @ vectors.mT
 
+    def norm_bound(self, matrix: Tensor) -> Tensor:
+        return certified_norm(matrix, guess=self.radius)
+
     def _project_large_(self, w: Tensor) -> None:
-        scale = panels.largest_entry(w)
-        gram = panels.gram(w, scale).nan_to_num_(0.0, 0.0, 0.0)
-        panels.multiply_(self._transform(gram, w.new_full((1, 1), scale, dtype=torch.float64)), w)
-        panels.shrink_(w, float(certified_norm(w)), self.radius)
+        panels.clip_(w, self.radius)
+        panels.shrink_(w, float(certified_norm(w, guess=self.radius * panels.rounded(w))), self.radius)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Orthogonal(Constraint):
 
     def _project_large_(self, w: Tensor) -> None:
         panels.polar_(w)
-        panels.shrink_(w, float(certified_norm(w)), 1.0)
+        panels.shrink_(w, panels.rounded(w), 1.0)
 
     def retract(self, matrix: Tensor) -> Tensor:
         """`project`; on a GPU for a matrix that was orthogonal before a step, with most iterations in bfloat16.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import lipdp
 from lipdp import panels
@@ -11,10 +12,12 @@ from lipdp.bounds import BoundGraph
 from lipdp.constraints import Frobenius, Orthogonal, Spectral
 from lipdp.nn.constrained import cannot_certify
 from lipdp.norms import certified_norm
+from lipdp.testing.inputs import ProbeLoss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = [Orthogonal(), Spectral(0.7), Frobenius(0.7)]
 SHAPES = [(1, 40), (40, 1), (24, 24), (20, 33), (33, 20), (2, 12, 30), (140, 150)]
+PANELS = (300, 310)  # of which a Gram matrix has three panels
 
 
 @pytest.fixture
@@ -69,6 +72,47 @@ def test_a_bound_five_per_cent_smaller_would_be_seen(pieces):
     assert 0.95 * certified_norm(matrix) < true_norm(matrix) <= certified_norm(matrix)
     assert cannot_certify(matrix, 0.95 * float(true_norm(matrix)))
     assert cannot_certify(Orthogonal().project(matrix) * 1.001, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 100.0])
+def test_a_factor_tells_a_norm_to_nine_digits(spread, scale, dtype, pieces):
+    matrix = (drawn(PANELS, torch.float64, spread) * scale).to(dtype)
+    true = float(true_norm(matrix))
+    assert panels.is_within(matrix, true * (1 + 1e-9))
+    assert not panels.is_within(matrix, true * (1 - 1e-9))
+    assert true <= panels.spectral(matrix, true * 0.9999) <= true * 1.0021  # a guess that is too small
+
+
+@pytest.mark.parametrize("constraint", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_record_reaches_the_gradient_that_follows_from_the_norm(constraint, dtype, pieces):
+    """Maximised over inputs by ascent, the gradient of the next layer comes within 5 % of its bound, and not beyond."""
+    torch.manual_seed(0)
+    first, second = lipdp.nn.SpectralLinear(30, 20, constraint=constraint), lipdp.nn.SpectralLinear(20, 4)
+    model = nn.Sequential(lipdp.nn.InputBound(1.0), first, second).to(dtype)
+    bound = lipdp.sensitivity(model, ProbeLoss(), (30,))["2.weight"]
+    x, cotangent = 0.1 * torch.randn(1, 30, dtype=dtype), torch.tensor([[0.6, 0.0, -0.8, 0.0]], dtype=dtype)
+    for _ in range(300):  # just within the InputBound, where the ascent leads to the largest singular value
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad((model(x) * cotangent).sum(), second.weight, create_graph=True)
+        (ascent,) = torch.autograd.grad(gradient.norm(), x)
+        x = 0.999 * nn.functional.normalize(ascent)
+    assert 0.95 * bound < float(gradient.detach().norm()) <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [[0.5], [3.0], [1e-3], [3.0, 0.01], [0.3] * 150, [1e3, 1e2]])
+def test_every_singular_value_becomes_one_though_few_are_far_from_it(values, dtype, pieces):
+    matrix = drawn(PANELS, torch.float64, 0.0)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    spectrum = torch.ones(len(matrix), dtype=torch.float64)
+    spectrum[: len(values)] = torch.tensor(values)
+    found = ((u * spectrum) @ v).to(dtype)
+    panels.polar_(found)
+    assert (torch.linalg.svdvals(found.double()) - 1).abs().max() <= 100 * torch.finfo(dtype).eps
+    assert (found.double() - u @ v).abs().max() <= 1e5 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("constraint", EVERY)

@@ -87,9 +87,13 @@ def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested arguments."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for part in value for t in tensors_in(part)]
-    return [t for part in value.values() for t in tensors_in(part)] if isinstance(value, dict) else []
+    found: list[Tensor] = []
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ():
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list, dict)):
+            found += tensors_in(part)
+    return found
 
 
 def rows_kept(
@@ -98,7 +102,6 @@ def rows_kept(
     """The rows of a result of the tensors `batches`, all of the rows `rows`, and of public ones; None where mixed."""
     first: Any = args[0] if args else None
     own = len(batches) == 1 and first is batches[0]
-    given = tensors_in([args, kwargs])
     if name in _ENTRYWISE:
         aligned = isinstance(result, Tensor) and all(t.dim() == result.dim() for t in batches)
         return rows if aligned and len(result) == len(rows) else None
@@ -114,7 +117,7 @@ def rows_kept(
         return label if label is not None and result.dim() and len(result) == len(label) else None
     if name in _PARTS:
         return _rows_of_parts(name, rows, args, kwargs, result)
-    axes = _axes(args[1:], first.dim())
+    axes, given = _axes(args[1:], first.dim()), tensors_in([args, kwargs])
     keeps = (
         name in _ON_SAMPLES
         or name in _VIEWS

@@ -67,36 +67,47 @@ class BatchTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        given = tensors_in([args, kwargs])
-        raw = getattr(func, "__name__", "")
-        name = _name(func, raw)
-        with torch._C.DisableTorchFunctionSubclass():
-            before = [version_of(t) for t in given]
-            result = func(*args, **kwargs)
-            written = [t for t, version in zip(given, before, strict=True) if version_of(t) != version]
-        if name in KEEPS_STATISTICS:  # written without a new version
-            written += [t for t in given if type(t) is Tensor]
-        if raw == "__set__" and given[1:]:  # x.data = y
-            _overwrite(args[0], None)
-            return result
-        if name == "setitem":
-            _overwrite(args[0], _rows_after_setitem(*args))
-            return result
-        if not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size) or name == "tolist":
-            for target in written:
-                _overwrite(target, None)
-            return result
-        rows = _rows_of(name, args, kwargs, result)
-        changed = args[0] if (raw.endswith("_") and not raw.endswith("__")) or raw.startswith("__i") else None
-        own = next((t for t in (changed, kwargs.get("out"), *written) if isinstance(t, Tensor) and t is result), None)
+        with torch._C.DisableTorchFunctionSubclass():  # what is asked below of a tensor is not followed in its turn
+            return func(*args, **kwargs or {}) if func in _FACTS else _followed(func, args, kwargs or {})
+
+
+_FACTS = frozenset(
+    [Tensor.__len__, Tensor.dim, Tensor.size, Tensor.numel]
+    + [getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_leaf")]
+)
+"""What returns no tensor and writes none."""
+
+
+def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation, with its rows; what it writes loses them, or has others."""
+    given = tensors_in([args, kwargs])
+    raw = getattr(func, "__name__", "")
+    name = _name(func, raw)
+    before = [version_of(t) for t in given]
+    result = func(*args, **kwargs)
+    written = [t for t, version in zip(given, before, strict=True) if version_of(t) != version]
+    if name in KEEPS_STATISTICS:  # written without a new version
+        written += [t for t in given if type(t) is Tensor]
+    if raw == "__set__" and given[1:]:  # x.data = y
+        _overwrite(args[0], None)
+        return result
+    if name == "setitem":
+        _overwrite(args[0], _rows_after_setitem(*args))
+        return result
+    if not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size) or name == "tolist":
         for target in written:
-            if own is None or _storage(target) is not _storage(own):
-                _overwrite(target, None)
-        if own is None:
-            return labelled(result, rows)
-        _overwrite(own, rows[0] if isinstance(rows, list) else rows)
-        return own
+            _overwrite(target, None)
+        return result
+    rows = _rows_of(name, args, kwargs, result, given)
+    changed = args[0] if (raw.endswith("_") and not raw.endswith("__")) or raw.startswith("__i") else None
+    own = next((t for t in (changed, kwargs.get("out"), *written) if isinstance(t, Tensor) and t is result), None)
+    for target in written:
+        if own is None or _storage(target) is not _storage(own):
+            _overwrite(target, None)
+    if own is None:
+        return labelled(result, rows)
+    _overwrite(own, rows[0] if isinstance(rows, list) else rows)
+    return own
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -148,12 +159,11 @@ def _name(func: Any, raw: str) -> str:
     return getattr(owner, "__name__", "") if raw in ("__get__", "__set__") else raw.strip("_")
 
 
-def _rows_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+def _rows_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, given: list[Tensor]) -> Any:
     """The rows of a result: one label for a tensor, one each for several; None where they may be mixed."""
     if name == "grad" and len(args) > 1:  # torch.autograd.grad: of every input
         inputs = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
         return [known_rows(t) for t in inputs]
-    given = tensors_in([args, kwargs])
     batches = [t for t in given if isinstance(t, BatchTensor)]
     rows = known_rows(batches[0])
     if rows is None or any(known_rows(t) != rows for t in batches):

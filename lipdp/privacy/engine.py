@@ -307,7 +307,7 @@ class PrivacyEngine:
         """
         if size < 1:
             raise ParameterError(f"a micro-batch has at least one sample, got size={size}")
-        columns = [part.split(size) for part in (x, y, weight) if part is not None]
+        columns = [c.split(size) if len(c) > size else (c,) for c in (x, y, weight) if c is not None]
         run = self._current()
         most = max(run.world.gather(len(columns[0]))) if run.is_sharded else 0
         yield from zip(*columns, strict=True)

@@ -51,7 +51,7 @@ class EngineSession(Session):
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.optimizer.zero_grad()
-        for xb, yb in self.task.pieces(x, y):
+        for xb, yb in self.engine.microbatches(x, y, self.task.microbatch or max(len(x), 1)):
             self.criterion(self.model(xb), yb).backward()
         self.optimizer.step()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.base import clone
+from sklearn.ensemble import BaggingClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -18,7 +19,10 @@ from lipdp import errors
 from lipdp.estimators import PrivacyLeakWarning, PrivateClassifier, PrivateRegressor, PublicScaler
 from lipdp.estimators.columns import ColumnRule, read_bounds
 
-pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "unjudged"),
+    pytest.mark.filterwarnings("ignore:random_state:lipdp.errors.PrivacyLeakWarning"),  # what is fitted here is seeded
+]
 
 EXPECTED = {
     "check_supervised_y_no_nan": "an infinite target counts as the bound, NaN as none: an error would tell that the"
@@ -94,10 +98,16 @@ def test_public_bounds_and_no_seed_are_private(table):
     assert fitted.report().startswith("Each of 400 training records")
 
 
-def test_a_seed_is_not_private(table):
-    fitted = fast().fit(*table)
-    assert not fitted.is_private_
-    assert "random_state was given" in fitted.report()
+@pytest.mark.parametrize("hidden", [None, 0])
+def test_a_seed_is_not_private_whoever_gives_it(table, hidden):
+    with pytest.warns(PrivacyLeakWarning, match="random_state=0 was given .* NOT private"):
+        fitted = fast(hidden=hidden, steps=2).fit(*table)
+    with pytest.warns(PrivacyLeakWarning, match=r"BaggingClassifier .* NOT private"):
+        bag = BaggingClassifier(fast(hidden=hidden, steps=2, random_state=None), n_estimators=1).fit(*table)
+    for seeded in (fitted, *bag.estimators_):
+        assert seeded.epsilon_ == np.inf
+        assert not seeded.is_private_
+        assert "NOT private: random_state was given" in seeded.report()
 
 
 def test_nothing_of_a_record_raises_an_error_or_moves_another_row():
@@ -223,7 +233,7 @@ def test_bounds_as_they_may_be_given():
 def test_a_pipeline_a_clone_and_cross_validation(table):
     pipeline = make_pipeline(PublicScaler(bounds=(0, 1)), fast(bounds=1.0))
     copy = clone(pipeline).fit(*table)
-    assert copy[-1].epsilon_ <= 1.0
+    assert copy[-1].privacy_["epsilon"] <= 1.0
     assert len(cross_val_score(pipeline, *table, cv=2)) == 2
 
 

@@ -25,7 +25,7 @@ from lipdp.comparison.results import Cell, Progress, Results, markdown
 from lipdp.comparison.tuning import Settings, proposal, winner
 from lipdp.comparison.utility import chance_of, shown, summary, trial_plan
 from lipdp.data import Rescale, SignedLog, Split, bound_inputs, default_bounding, load, split_validation
-from lipdp.errors import ParameterError, UnknownNameError
+from lipdp.errors import ParameterError, PrivacyLeakWarning, UnknownNameError
 from lipdp.losses import TauBCEWithLogits, TauCrossEntropy
 from lipdp.models import build
 from lipdp.training.evaluation import evaluate, outputs
@@ -146,7 +146,10 @@ def _lipdp(split: Split, epsilon: float, delta: float, seed: int) -> Scores:
     bounds = (known.lower, known.upper) if isinstance(known, Rescale) else None
     model = PrivateClassifier(
         epsilon, delta, bounds=bounds, classes=range(split.num_classes), random_state=seed
-    ).fit(split.train_x.numpy(), split.train_y.numpy())  # fmt: skip
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "random_state=", PrivacyLeakWarning)  # the records say so
+        model.fit(split.train_x.numpy(), split.train_y.numpy())
     scores: Scores = model.decision_function(split.test_x.numpy())
     return scores
 

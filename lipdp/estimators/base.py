@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.data import Bounding
-from lipdp.errors import ParameterError, RefusedMethodError
+from lipdp.errors import ParameterError, PrivacyLeakWarning, RefusedMethodError, outside
 from lipdp.estimators.columns import MISSING, ColumnRule, bounds_of_data, label_of, read_bounds, read_categories
 from lipdp.estimators.recipe import BOUNDED, COLUMNS, choose
 from lipdp.estimators.scikit import BaseEstimator, check_array, check_is_fitted, check_random_state, validate_data
@@ -110,15 +111,7 @@ class PrivateEstimator(BaseEstimator):
     def _learn(self, x: Any, y: Tensor, outputs: int) -> None:
         """Train on the rows of `x` and the targets, and keep what came of it."""
         self.hidden_, self.n_outputs_ = self.hidden, outputs
-        rule, seed = self._rule(), None
-        if self.random_state is not None:
-            try:
-                seed = int(check_random_state(self.random_state).randint(_SEEDS))
-            except ValueError as error:
-                raise ParameterError(
-                    f"random_state={self.random_state!r}: a whole number from 0 to 2**32 - 1, a RandomState of"
-                    " numpy, or None is needed"
-                ) from error
+        rule, seed = self._rule(), self._seed()
         delta = default_delta(len(x)) if self.delta is None else self.delta
         weights, plan, spent = choose(self.hidden, self.steps).learn(
             torch.from_numpy(rule(x)), y, front=self._front, outputs=outputs, norm_bound=rule.norm_bound,
@@ -127,7 +120,27 @@ class PrivateEstimator(BaseEstimator):
         self.weights_ = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
         self.privacy_ = {**plan.as_dict(), "epsilon": spent, "delta": delta}
         self.epsilon_, self.delta_ = math.inf if self.leaks_ else spent, delta
-        self.is_private_ = not self.leaks_ and seed is None
+        self.is_private_ = not self.leaks_
+
+    def _seed(self) -> int | None:
+        """Of the noise, which `random_state` gives away."""
+        if self.random_state is None:
+            return None
+        try:
+            seed = int(check_random_state(self.random_state).randint(_SEEDS))
+        except ValueError as error:
+            raise ParameterError(
+                f"random_state={self.random_state!r}: a whole number from 0 to 2**32 - 1, a RandomState of numpy, or"
+                " None is needed"
+            ) from error
+        warnings.warn(
+            f"random_state={self.random_state!r} was given (BaggingClassifier and others set it by themselves): whoever"
+            " knows it can draw the noise again and take it away, so this fit is NOT private",
+            PrivacyLeakWarning,
+            stacklevel=outside(),
+        )
+        self.leaks_.append("random_state was given, so the noise can be drawn again and taken away")
+        return seed
 
     # -- what was learnt -----------------------------------------------------------------------------------------------
 
@@ -153,10 +166,7 @@ class PrivateEstimator(BaseEstimator):
         """What the fit protects, how strongly, and what it does not, in sentences."""
         check_is_fitted(self)
         account = self.privacy_
-        reasons = list(self.leaks_)
-        if account["seeded"]:
-            reasons.append("random_state was given, so the noise can be drawn again and taken away")
-        first = [f"This fit is NOT private: {'; '.join(reasons)}."] if reasons else []
+        first = [f"This fit is NOT private: {'; '.join(self.leaks_)}."] if self.leaks_ else []
         return "\n".join(
             [
                 *first,

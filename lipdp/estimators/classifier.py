@@ -30,9 +30,9 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
     Guarantees: the fitted model, and whatever is computed from it, is (`epsilon_`, `delta_`)-DP for each record, input
     and label together. The number of records, the columns and the set of labels are taken as public. Where `bounds` is
     None the columns' ranges are measured privately, within the same ε. Where they are read off the data (bounds="data",
-    or None for a net), a `PrivacyLeakWarning` says that the fit is not covered, and `epsilon_` is infinite. With a
-    `random_state` anybody can draw the noise again: `is_private_` is False. Each fit costs ε again: `cross_val_score`
-    with k folds costs up to kε, and a grid search that times the size of the grid; their scores are not covered at all.
+    or None for a net), or with a `random_state`, by which anybody can draw the noise again, a `PrivacyLeakWarning` says
+    that the fit is not covered, and `epsilon_` is infinite. Each fit costs ε again: `cross_val_score` with k folds
+    costs up to kε, and a grid search that times the size of the grid; their scores are not covered at all.
     Nor is what a step before it in a pipeline learns: `StandardScaler` reads the private data, `PublicScaler` does not.
 
     Args:
@@ -57,7 +57,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         ParameterError: an argument out of range. CalibrationError: no noise reaches ε.
 
     >>> X = np.random.default_rng(0).uniform(size=(500, 2))
-    >>> clf = PrivateClassifier(epsilon=1.0, bounds=(0, 1), random_state=0).fit(X, X[:, 0] > 0.5)
+    >>> clf = PrivateClassifier(epsilon=1.0, bounds=(0, 1)).fit(X, X[:, 0] > 0.5)
     >>> clf.epsilon_ <= 1, clf.score(X, X[:, 0] > 0.5) > 0.8
     (True, True)
 
@@ -133,7 +133,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         Guarantee: as `lipdp.certify.certify`, deterministic, rounding included.
 
         >>> X = np.random.default_rng(0).uniform(size=(500, 2))
-        >>> clf = PrivateClassifier(bounds=(0, 1), random_state=0).fit(X, X[:, 0] > 0.5)
+        >>> clf = PrivateClassifier(bounds=(0, 1)).fit(X, X[:, 0] > 0.5)
         >>> near, far = clf.certified_radius([[0.45, 0.5], [0.0, 0.5]])
         >>> bool(near < far <= 1.2)
         True

@@ -31,7 +31,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
         epsilon, delta, bounds, categories, missing, hidden, steps, random_state: as for `PrivateClassifier`.
 
     >>> X = np.random.default_rng(0).uniform(size=(2000, 2))
-    >>> reg = PrivateRegressor(bounds=(0, 1), target_bounds=(0, 2), random_state=0).fit(X, X[:, 0] + X[:, 1])
+    >>> reg = PrivateRegressor(bounds=(0, 1), target_bounds=(0, 2)).fit(X, X[:, 0] + X[:, 1])
     >>> reg.score(X, X[:, 0] + X[:, 1]) > 0.7
     True
     """

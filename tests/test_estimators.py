@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from lipdp import errors
+from lipdp.data.listed import as_numbers
 from lipdp.estimators import PrivacyLeakWarning, PrivateClassifier, PrivateRegressor, PublicScaler
 from lipdp.estimators.columns import ColumnRule, read_bounds
 
@@ -24,10 +25,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:random_state:lipdp.errors.PrivacyLeakWarning"),  # what is fitted here is seeded
 ]
 
-EXPECTED = {
-    "check_supervised_y_no_nan": "an infinite target counts as the bound, NaN as none: an error would tell that the"
-    " record is there",
+CELL = {
+    "check_dtype_object": "a cell that is no number counts as missing: an error would tell that the record is there"
 }
+EXPECTED = {
+    PublicScaler: {},
+    PrivateClassifier: CELL,
+    PrivateRegressor: {
+        **CELL, "check_supervised_y_no_nan": "an infinite target counts as the bound, NaN as none: as for a cell",
+    },
+}  # fmt: skip
 """The checks of scikit-learn that fail, and why they should."""
 
 FAST = [
@@ -38,7 +45,7 @@ FAST = [
 
 
 def expected(estimator):
-    return EXPECTED if isinstance(estimator, PrivateRegressor) else {}
+    return EXPECTED[type(estimator)]
 
 
 def checks(*estimators):
@@ -117,6 +124,42 @@ def test_nothing_of_a_record_raises_an_error_or_moves_another_row():
     assert np.isfinite(rows).all()
     assert (np.linalg.norm(rows, axis=1) <= rule.norm_bound + 1e-6).all()
     assert rows.shape[1] == rule.width
+
+
+ODD = ["n/a", "0.25", 2**80, 1 + 2j, np.complex128(2j), None, pd.NA, [1, 2], {}, b"x", np.inf, True]
+
+
+def fitted_weights(x, y, **given):
+    known = {"classes": [0, 1], "hidden": None, "steps": 2, "bounds": (0, 1), **given}
+    return list(fast(**known).fit(x, y).weights_.values())
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_one_cell_raises_no_error_and_moves_no_other_row(table, value):
+    """Whatever it does to the type of its column, or of the table; the reference lacks the number alone."""
+    x, y = table[0].round(3), (table[1] == "yes").astype(int)
+    x[:, 2] = x[:, 2] > 0.5
+    as_object = x.astype(object)
+    as_object[5, 1] = value
+    frame = pd.DataFrame(x, columns=list("abc")).astype({"c": bool})
+    frame["b"] = pd.Series([value if i == 5 else cell for i, cell in enumerate(frame["b"])])  # pandas chooses the type
+    (other := x.copy())[5, 1] = as_numbers(np.array([value, None], dtype=object))[0]
+    expected = fitted_weights(other, y)
+    for odd in (as_object, as_object.tolist(), frame):
+        for found, wanted in zip(fitted_weights(odd, y), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("value", ["x", None, pd.NA, [1], 1j, np.nan, 2**80], ids=repr)
+def test_one_label_raises_no_error_and_moves_no_other(table, value):
+    x, y = table[0], (table[1] == "yes").astype(int)
+    (other := y.copy())[5] = 7
+    expected, labels = fitted_weights(x, other), [value if i == 5 else label for i, label in enumerate(y.tolist())]
+    odd = [labels] if isinstance(value, list) else [labels, pd.Series(labels)]
+    for given in odd:
+        for found, wanted in zip(fitted_weights(x, given), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    PrivateRegressor(bounds=(0, 1), target_bounds=(0, 1), steps=1).fit(x, labels)
 
 
 def test_the_bound_of_a_row_is_tight():

@@ -73,6 +73,8 @@ class Listed:
 
 def _number(value: Any) -> float:
     try:
+        if isinstance(value, (complex, np.complexfloating)):  # one in a column makes all of them complex
+            return float(value.real) if value.imag == 0 else math.nan
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
@@ -85,9 +87,11 @@ def as_numbers(column: Any) -> npt.NDArray[np.float64]:
     [2.0, nan, nan, 1.0]
     """
     try:
-        return np.asarray(column, dtype=np.float64)
+        if not isinstance(column, np.ndarray) or column.dtype.kind not in "cO":
+            return np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
-        return np.array([_number(value) for value in column], dtype=np.float64)
+        pass
+    return np.array([_number(value) for value in column], dtype=np.float64)
 
 
 def is_missing(value: Any) -> bool:

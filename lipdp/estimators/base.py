@@ -13,11 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lipdp.batches.records import looked_at
 from lipdp.data import Bounding
+from lipdp.data.columns import Number
 from lipdp.errors import ParameterError, PrivacyLeakWarning, RefusedMethodError, outside
 from lipdp.estimators.columns import MISSING, ColumnRule, bounds_of_data, label_of, read_bounds, read_categories
 from lipdp.estimators.recipe import BOUNDED, COLUMNS, choose
-from lipdp.estimators.scikit import BaseEstimator, check_array, check_is_fitted, check_random_state, validate_data
+from lipdp.estimators.scikit import BaseEstimator, check_is_fitted, check_random_state, validate_data
 from lipdp.training.config import default_delta
 
 FROM_DATA = "data"
@@ -61,21 +63,17 @@ class PrivateEstimator(BaseEstimator):
     # -- the fit -------------------------------------------------------------------------------------------------------
 
     def _read(self, X: Any, *, reset: bool) -> Any:
-        """A table that can be indexed [row, column]; a frame keeps its columns' own types until the rule reads them."""
-        if not _is_frame(X):
-            dtype = None if self.categories else "numeric"
-            return validate_data(self, X, dtype=dtype, ensure_all_finite=False, reset=reset)
-        validate_data(self, X, skip_check_array=True, reset=reset)
-        if self.categories:
-            if not len(X):
+        """A table that can be indexed [row, column]. One cell decides nothing of the others, nor raises an error."""
+        if _is_frame(X):
+            validate_data(self, X, skip_check_array=True, reset=reset)
+            plain = not self.categories and all(isinstance(d, np.dtype) and d.kind in "biuf" for d in X.dtypes)
+            x = X.to_numpy(dtype=np.float64 if plain else object)
+            if not len(x):
                 raise ParameterError("X has 0 records: at least 1 is needed")
-            return X.to_numpy(dtype=object)
-        textual = [name for name, dtype in zip(X.columns, X.dtypes, strict=True) if dtype.kind not in "biuf"]
-        if textual:
-            raise ParameterError(
-                f"the columns {textual} hold no numbers: list their public values in categories={{column: [...]}}"
-            )
-        return check_array(X, dtype=np.float64, ensure_all_finite=False)
+        else:
+            cells = np.array(X, dtype=object) if isinstance(X, (list, tuple)) else X  # else one text makes texts of all
+            x = validate_data(self, cells, dtype=None, ensure_all_finite=False, reset=reset)
+        return x
 
     def _learn_columns(self, x: Any) -> None:
         """Decide the public rule, and keep it as plain values: `bounds_` is None where the columns' map is measured."""
@@ -84,6 +82,12 @@ class PrivateEstimator(BaseEstimator):
         names, count = getattr(self, "feature_names_in_", None), x.shape[1]
         self.categories_ = read_categories(self.categories, names, count)
         self.numeric_ = [j for j in range(count) if j not in self.categories_]
+        looked = x[looked_at(len(x))]
+        textual = [label_of(j, names) for j in self.numeric_ if Number("").check(looked[:, j])]
+        if textual:
+            raise ParameterError(
+                f"the columns {textual} hold no numbers: list their public values in categories={{column: [...]}}"
+            )
         self.leaks_, recipe = [], choose(self.hidden, self.steps)
         self.bounds_: dict[int, tuple[float, float]] | None
         if not self.numeric_:

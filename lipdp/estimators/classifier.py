@@ -85,7 +85,9 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         if y is None:
             raise ParameterError("requires y to be passed, but the target y is None: one label a record")
         public = public_list("classes", self.classes)
-        y = column_or_1d(y, warn=True)
+        y = column_or_1d(
+            y if public is None else np.asarray(y, dtype=object), warn=True
+        )  # else one text makes all texts
         if public is None:
             if y.dtype.kind == "f" and not np.isfinite(y).all():
                 raise ParameterError("Input y contains infinity or NaN: name the public labels in classes")
@@ -98,8 +100,8 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
                 f"y holds 1 class, {self.classes_.tolist()}: name the public labels in classes, of which there"
                 " are two or more"
             )
-        place = {label: i for i, label in enumerate(self.classes_.tolist())}
-        places = np.array([place.get(label, NO_LABEL) for label in y.tolist()], dtype=np.int64)
+        known = {label: i for i, label in enumerate(self.classes_.tolist())}
+        places = np.array([_place(known, label) for label in y.tolist()], dtype=np.int64)
         if int((places[looked_at(count)] == NO_LABEL).sum()) > 1:
             kinds = ", ".join(sorted({type(label).__name__ for label in y.tolist()}))
             raise ParameterError(
@@ -147,3 +149,10 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
 
     def _public(self) -> str:
         return f"{super()._public()}, the labels"
+
+
+def _place(known: dict[Any, int], label: Any) -> int:
+    try:
+        return known.get(label, NO_LABEL)
+    except TypeError:  # a list, say, which is no label
+        return NO_LABEL

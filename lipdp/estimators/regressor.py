@@ -48,7 +48,7 @@ class PrivateRegressor(RegressorMixin, PrivateEstimator):
         x = self._read(X, reset=True)
         if y is None:
             raise ParameterError("requires y to be passed, but the target y is None: one number a record")
-        targets = as_numbers(column_or_1d(y, warn=True))
+        targets = as_numbers(column_or_1d(np.asarray(y, dtype=object), warn=True))
         if len(targets) != len(x):
             raise ParameterError(f"{len(x)} records have {len(targets)} targets; give one a record")
         self._learn_columns(x)

@@ -6,7 +6,7 @@ from lipdp.errors import ParameterError
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, OneToOneFeatureMixin, RegressorMixin, TransformerMixin
-    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 except ImportError as error:
@@ -20,7 +20,6 @@ __all__ = [
     "OneToOneFeatureMixin",
     "RegressorMixin",
     "TransformerMixin",
-    "check_array",
     "check_classification_targets",
     "check_is_fitted",
     "check_random_state",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from lipdp.comparison.configs import UtilityConfig
 from lipdp.data.columns import Category, Number
 from lipdp.data.listed import ABSENT, OTHER, Listed
 from lipdp.data.schema import Schema
+from lipdp.data.split import held_out, split_off
 from lipdp.errors import DataError, LipdpError, ParameterError, ResumeError
 from lipdp.training import configure, train
 
@@ -82,11 +85,13 @@ def test_the_rows_are_what_the_schema_declares(files, kind):
         table.to_csv(path, index=False, sep={"semicolon": ";", "tsv": "\t"}.get(kind, ","))
     split = opened(path)
     rows, labels = torch.from_numpy(expected(table)), torch.from_numpy((table.income == ">50K").to_numpy().astype(int))
-    train_part, test_part = data.split.first_fifth(200)
+    train_part, test_part = split_off(path, rows.numpy(), labels.numpy(), None)
     assert torch.allclose(split.train_x, rows[train_part], atol=1e-6)
     assert torch.allclose(split.test_x, rows[test_part], atol=1e-6)
     assert torch.equal(split.train_y, labels[train_part])
-    assert (split.num_classes, split.task, split.records, split.input_shape) == (2, "binary", 160, (6,))
+    assert (split.num_classes, split.task, split.input_shape) == (2, "binary", (6,))
+    assert split.records + len(split.test_x) == 200
+    assert 16 <= len(split.test_x) <= 64  # 40 are expected
     assert split.train_x.abs().max() <= 1
 
 
@@ -104,20 +109,34 @@ def test_a_folder_with_two_files_is_split_as_they_are(files):
 def test_one_record_changes_its_own_row_alone_and_stops_nothing(files):
     """Whatever its cells hold: a label that is none has no loss."""
     clean = opened(files / "people.csv")
-    place = int(data.split.first_fifth(200)[0][9])  # a training record
+    lines = (files / "people.csv").read_text().splitlines()
     quotes = ('"20,private,3,4,>50K', '20,"private,3,4,>50K', 'a"b,"c,1,2,3', '"', '20,"a""')
     long = ("1,2\r3,4,5,6", "x" * 200_000, '"' + "x" * 200_000)
     for cells in (",,,,", "x,y,z,w,v", "nan,inf,1e999,,", "-inf,\ufffd,NaN,-,<=50K", "1", *quotes, *long):
-        lines = (files / "people.csv").read_text().splitlines()
-        lines[place + 1] = cells
-        (files / "bad.csv").write_text("\n".join(lines))
+        (files / "bad.csv").write_text("\n".join([lines[0], cells, *lines[1:]]))
         split = opened(files / "bad.csv")
+        one = split.records - clean.records  # it comes first, on either side
+        assert (one, len(split.test_x) - len(clean.test_x)) in ((1, 0), (0, 1))
         assert torch.isfinite(split.train_x).all()
         assert split.train_x.abs().max() <= 1
-        others = torch.arange(160) != 9
-        assert torch.equal(split.train_x[others], clean.train_x[others])
-        assert torch.equal(split.train_y[others], clean.train_y[others])
-        assert split.train_y[9] in (0, NO_LABEL)
+        assert torch.equal(split.train_x[one:], clean.train_x)
+        assert torch.equal(split.train_y[one:], clean.train_y)
+        assert torch.equal(split.test_x[1 - one :], clean.test_x)
+        assert split.train_y[0] in (0, 1, NO_LABEL)
+
+
+@pytest.mark.parametrize("kinds", [2, 10**6], ids=["copies", "different"])
+@pytest.mark.parametrize("place", [0, 700, 2000])
+def test_one_record_more_moves_no_other_to_the_other_side(kinds, place):
+    """As multisets of what records hold: which of two that hold the same is taken, no training can tell."""
+    records = [str(number).encode() for number in np.random.default_rng(0).integers(0, kinds, 2000)]
+    more = [*records[:place], b"1", *records[place:]]
+    before, after = held_out(records), held_out(more)
+    assert 1600 - 90 < (~before).sum() < 1600 + 90  # five standard deviations
+    for side in (True, False):
+        moved = Counter(itertools.compress(more, after == side))
+        moved.subtract(itertools.compress(records, before == side))
+        assert {count for count in moved.values() if count} <= {1}
 
 
 def test_lists_know_their_values_in_every_form():
@@ -202,10 +221,12 @@ def test_what_the_file_holds_and_the_schema_does_not_say_is_refused(files):
     with pytest.raises(DataError, match="another number of cells than the header's 5"):
         opened(files / "ragged.csv")
     lost = frame()
-    lost.loc[data.split.first_fifth(200)[1][3], "income"] = "unknown"
-    lost.to_csv(files / "lost.csv", index=False)
-    with pytest.raises(DataError, match="1 of 40 test records have no label of '<=50K', '>50K' in 'income'"):
-        opened(files / "lost.csv")
+    lost.loc[3, "income"] = "unknown"
+    (files / "parts").mkdir()
+    for part in ("train", "test"):
+        lost.to_csv(files / "parts" / f"{part}.csv", index=False)
+    with pytest.raises(DataError, match="1 of 200 test records have no label of '<=50K', '>50K' in 'income'"):
+        opened(files / "parts")
     for name, given, says in [
         (str(path), {}, "needs --schema FILE.toml .*lipdp schema"),
         ("digits", {"schema": SCHEMA}, "digits has no --schema to choose"),
@@ -218,10 +239,11 @@ def test_what_the_file_holds_and_the_schema_does_not_say_is_refused(files):
 
 def test_owners_are_a_column(files):
     table = frame()
-    table["id"] = np.arange(200) // 4
+    table["id"] = table["hours a week"] = np.arange(200) // 4
     table.to_csv(files / "owned.csv", index=False)
     split = opened(files / "owned.csv", owner="id")
-    assert split.train_owner.unique().numel() == len(set(data.split.first_fifth(200)[0] // 4))
+    owner, hours = split.train_owner.tolist(), (split.train_x[:, 4] * 50 + 50).round().tolist()
+    assert len(set(zip(owner, hours, strict=True))) == len(set(owner)) == len(set(hours))
     table["id"] = table["id"].astype(object)
     table.loc[7, "id"] = None
     table.to_csv(files / "owned.csv", index=False)
@@ -280,7 +302,7 @@ def test_a_trained_model_reads_raw_tables_by_the_schema_of_its_run(files, run, c
 
 def test_a_simulation_takes_a_schema_and_names_it_in_its_command(files, capsys):
     out, schema = str(files / "search"), str(files / "columns.toml")
-    command = ["plan", "simulate", "--dataset", str(files / "people.csv"), "--schema", schema, "--batch-size", "160"]
+    command = ["plan", "simulate", "--dataset", str(files / "people.csv"), "--schema", schema, "--batch-size", "100"]
     command += ["--steps", "2", "--option", "noise_multiplier=4.0", "--scale", "2", "--search", "lr=0.1:2:log"]
     assert main([*command, "--trials", "1", "--out", out]) == 0
     assert f"--schema {schema}" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from torch import Tensor
 from lipdp.batches.records import pattern
 from lipdp.data.images import decoded, usual_mode
 from lipdp.data.listed import listing
-from lipdp.data.split import first_fifth
+from lipdp.data.split import held_out
 from lipdp.data.stored import Stored, StoredDataset
 from lipdp.errors import DataError
 
@@ -51,8 +51,8 @@ def is_image_folder(path: Path) -> bool:
 def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name: str | None = None) -> Stored:
     """A folder of images, not read whole: the names of the files are looked at, and a few images.
 
-    Classes are the names of the folders in their order, or a public list. Without a part for test, the first fifth of a
-    fixed order of the images is for test. Images come as grey or RGB, whichever most of those looked at are.
+    Classes are the names of the folders in their order, or a public list. Without a part for test, about a fifth of the
+    images, by a hash of their names, is for test. Images come as grey or RGB, whichever most of those looked at are.
     """
     divided = bool(_classes(path / "train"))
     train = path / "train" if divided else path
@@ -64,7 +64,8 @@ def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name:
             raise DataError(f"{path} has a folder train and none of {', '.join(_TESTS)}; one is needed")
         parts = [(train, files, labels), (found[0], *_listed(found[0], known))]
     else:
-        parts = [(path, files[part], labels[part]) for part in first_fifth(len(files))]
+        held = held_out(map(os.fsencode, files))
+        parts = [(path, files[part], labels[part]) for part in (~held, held)]
     for folder, held, _ in parts:
         if not len(held):
             raise DataError(f"{folder} holds too few images to train and test on")

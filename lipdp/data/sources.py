@@ -20,7 +20,7 @@ from lipdp.data.folders import Columns, Folder, lies_in
 from lipdp.data.labels import largest_label, owner_ids, whole_labels
 from lipdp.data.listed import Listed
 from lipdp.data.source import OwnSource, Source
-from lipdp.data.split import Split, Task, first_fifth
+from lipdp.data.split import Split, Task, split_off
 from lipdp.data.table_files import SUFFIXES, TableFile
 from lipdp.errors import DataError, ParameterError, UnknownNameError
 
@@ -175,10 +175,9 @@ class NpzFile(OwnSource):
             test_x, test_y, labels = _inputs(f"{path}: X_test", arrays["X_test"]), arrays["y_test"], path / "y_test"
             if test_x.shape[1:] != x.shape[1:]:
                 raise DataError(f"{path}: X has inputs of {tuple(x.shape[1:])} but X_test {tuple(test_x.shape[1:])}")
-        elif len(x) < 2:
-            raise DataError(f"{path} holds one record, too few to split in train and test")
         else:
-            train, test = first_fifth(len(x))
+            named = None if self.owner is None else arrays[self.owner]
+            train, test = split_off(path, x.numpy(), whole_labels(y, self.classes), named)
             x, y, test_x, test_y, labels = x[train], y[train], x[test], y[test], path / "y"
             owner = None if owner is None else owner[torch.from_numpy(train)]
         largest = max(largest, largest_label(labels, test_y, len(test_x), False, self.classes))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from lipdp.batches.records import NO_LABEL
 from lipdp.data.scaling import Bounding
-from lipdp.errors import ParameterError
+from lipdp.errors import DataError, ParameterError
 
 Task = Literal["multiclass", "binary"]
 
@@ -83,11 +87,45 @@ class Split:
         return self
 
 
-def first_fifth(count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Indices for train and test: a fixed pseudo-random order of 0..count − 1, whose first fifth is for test."""
-    order = np.random.default_rng(0).permutation(count)
-    cut = max(1, count // 5)
-    return np.sort(order[cut:]), np.sort(order[:cut])
+def held_out(contents: Iterable[bytes]) -> npt.NDArray[np.bool_]:
+    """Which records are for test, a fifth of them in expectation: a public hash of what a record holds says so.
+
+    Of records that hold the same, the k-th is hashed with k. So a data set with one record more, wherever it stands,
+    has the same records on either side, and one more on one of them: ε for the training part holds for the whole.
+
+    >>> held_out([b"a", b"b", b"b", b"c"]).tolist()
+    [False, False, False, False]
+    """
+    seen: Counter[bytes] = Counter()
+    sides = []
+    for content in contents:
+        digest = hashlib.blake2b(content, digest_size=16, key=b"lipdp: test part").digest()
+        copy = seen[digest].to_bytes(8, "little")
+        seen[digest] += 1
+        sides.append(int.from_bytes(hashlib.blake2b(copy, digest_size=8, key=digest).digest(), "little") < 2**64 // 5)
+    return np.array(sides, dtype=bool)
+
+
+def split_off(
+    path: Path, x: npt.NDArray[Any], labels: npt.NDArray[np.int64], owners: npt.NDArray[Any] | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices for train and test, by `held_out`. What has no label is for training, where it stops nothing.
+
+    Args:
+        x, labels, owners: (N, …) inputs, `NO_LABEL` or a class, and the owner as the file names it, if there is one.
+
+    Raises:
+        DataError: a side has none.
+    """
+    whose = (b"" if owners is None else str(owners[i]).encode() for i in range(len(x)))
+    held = held_out(row.tobytes() + label.tobytes() + owner for row, label, owner in zip(x, labels, whose, strict=True))
+    held &= labels != NO_LABEL
+    if held.all() or not held.any():
+        raise DataError(
+            f"{path} holds {len(x)} records, too few to split in train and test by a hash of what they hold; give the"
+            " test part yourself"
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def require_images(input_shape: Sequence[int], setting: str) -> None:

@@ -18,7 +18,7 @@ from lipdp.data.labels import owner_ids
 from lipdp.data.listed import Listed, is_missing, listing
 from lipdp.data.schema import Schema, template
 from lipdp.data.source import OwnSource
-from lipdp.data.split import Split, Task, first_fifth
+from lipdp.data.split import Split, Task, split_off
 from lipdp.errors import DataError, ParameterError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -121,7 +121,7 @@ def reader(path: Path) -> _Parquet | _Csv:
 
 @dataclass(frozen=True)
 class TableFile(OwnSource):
-    """A table in one file, of which a fifth is for test; or in two files of a folder, train.csv and test.csv."""
+    """A table in one file, of which about a fifth is for test; or in two files of a folder, train.csv and test.csv."""
 
     schema: Schema | None
     owner: str | None = None
@@ -140,11 +140,9 @@ class TableFile(OwnSource):
             test_x, test_y, _ = _arrays(part_of(path, "test"), self.schema, None)
         else:
             whole_x, whole_y, owner = _arrays(path, self.schema, self.owner)
-            if len(whole_x) < 2:
-                raise DataError(f"{path} holds {len(whole_x)} records, too few to split in train and test")
-            train, test = first_fifth(len(whole_x))
+            train, test = split_off(path, whole_x, whole_y, owner)
             x, y, test_x, test_y = whole_x[train], whole_y[train], whole_x[test], whole_y[test]
-            owner = None if owner is None else owner[torch.from_numpy(train)]
+            owner = None if owner is None else owner[train]
         if not len(x) or not len(test_x):
             raise DataError(f"{path}: train has {len(x)} records and test {len(test_x)}; both must have some")
         if (lost := int((test_y == NO_LABEL).sum())) > 0:
@@ -155,11 +153,12 @@ class TableFile(OwnSource):
         train_x, train_y, held_x, held_y = map(torch.from_numpy, (x, y, test_x, test_y))
         classes = len(self.schema.classes)
         task: Task = "binary" if classes == 2 else "multiclass"
-        return Split(str(self.path), train_x, train_y, held_x, held_y, classes, task, train_owner=owner)
+        ids = None if owner is None else owner_ids(path / str(self.owner), owner, count=len(owner))
+        return Split(str(self.path), train_x, train_y, held_x, held_y, classes, task, train_owner=ids)
 
 
-def _arrays(path: Path, schema: Schema, owner: str | None) -> tuple[Any, Any, torch.Tensor | None]:
-    """Inputs, labels and owners of one file."""
+def _arrays(path: Path, schema: Schema, owner: str | None) -> tuple[Any, Any, Any]:
+    """Inputs, labels and the names of the owners of one file."""
     _check_names(path, reader(path).names, schema, owner)
     columns = [*schema.names, schema.label, *([] if owner is None or owner in schema.names else [owner])]
     x, y = [np.zeros((0, len(schema.inputs)), np.float32)], [np.zeros(0, np.int64)]
@@ -179,8 +178,7 @@ def _arrays(path: Path, schema: Schema, owner: str | None) -> tuple[Any, Any, to
         owners += [] if owner is None else piece[owner]
     if any(map(is_missing, owners)):
         raise DataError(f"records of {path} have no {owner!r}; fill it in, or drop them")
-    named = None if owner is None else owner_ids(path / owner, np.array(owners).astype(str), count=len(owners))
-    return np.concatenate(x), np.concatenate(y), named
+    return np.concatenate(x), np.concatenate(y), None if owner is None else np.array(owners).astype(str)
 
 
 def part_of(folder: Path, part: str) -> Path:

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, TensorDataset
 import lipdp
 from lipdp import losses
 from lipdp import nn as lnn
+from lipdp.accounting.events import Ledger
 from lipdp.batches.owners import EveryNth, Owners, OwnUnits, bounded_contributions
-from lipdp.errors import EngineError, ParameterError
+from lipdp.errors import EngineError, ParameterError, ResumeError
 from lipdp.privacy.gate import QuantileGate
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unjudged")
@@ -289,6 +290,46 @@ def test_the_account_is_of_owners():
         assert loader.drawn.rows == len(x) == 4 * loader.drawn.units
     expected = lipdp.epsilon(noise_multiplier=1.0, sampling_rate=0.8, steps=3, delta=1e-5, accountant="rdp")
     assert engine.get_epsilon(1e-5) == expected
+
+
+OWNERS = {"records": None, "pairs": torch.arange(8) // 2, "alternating": torch.arange(8) % 4}
+
+
+@pytest.mark.parametrize("first", OWNERS)
+@pytest.mark.parametrize("second", OWNERS)
+def test_one_account_is_of_one_unit(first, second):
+    """Also of one grouping: what protects each pair protects none of the owners of every fourth record."""
+
+    def start(engine, unit):
+        data = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+        given = {} if OWNERS[unit] is None else {"group": OWNERS[unit]}
+        model, optimizer, loader, _ = engine.make_private(
+            module=(module := torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(4, 3))),
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1), criterion=losses.TauCrossEntropy(8.0), dataset=data,
+            expected_batch_size=2, steps=1, noise_multiplier=1.0, **given,
+        )  # fmt: skip
+        for batch in loader:
+            optimizer.zero_grad()
+            engine.backward(*batch)
+            optimizer.step()
+        return engine.state_dict()
+
+    engine = lipdp.PrivacyEngine(seed=0)
+    saved = start(engine, first)
+    engine.detach()
+    resumed = lipdp.PrivacyEngine(seed=0)
+    start(resumed, second)
+    assert Ledger.from_state(saved["ledger"]).unit == engine.ledger.unit
+    if first == second:
+        start(engine, second)
+        resumed.load_state_dict(saved)
+        assert engine.steps_taken == 2
+        return
+    with pytest.raises(ParameterError, match="one ε needs one unit"):
+        start(engine, second)
+    assert not engine.attached
+    with pytest.raises(ResumeError, match=r"group= must be as it was|plan"):
+        resumed.load_state_dict(saved)
 
 
 def test_weights_forgotten_or_invented():

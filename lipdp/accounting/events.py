@@ -166,6 +166,7 @@ class Ledger:
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._events: list[Event] = []
         self._steps = 0
+        self._unit = ""
         for event in events:
             self._append(event, merge=event.bands == 1)
 
@@ -180,6 +181,21 @@ class Ledger:
     def become(self, other: Ledger) -> None:
         """Hold the events of another one instead: all who hold this ledger see them."""
         self._events, self._steps = list(other._events), other._steps
+
+    def protect(self, unit: str) -> None:
+        """Say whom the next steps protect: each "record", or each "owner" of one grouping, which a digest follows.
+
+        Raises:
+            ParameterError: the steps so far protect others: one ε needs one unit.
+        """
+        if self._events and self._unit not in ("", unit):
+            was, now = (words.partition(" ")[0] for words in (self._unit, unit))
+            other = "of another grouping " if was == now else ""
+            raise ParameterError(
+                f"steps that protect each {now} {other}cannot be counted with steps that protect each {was}; one ε"
+                " needs one unit. Take a new engine, whose ε is a statement of its own"
+            )
+        self._unit = unit
 
     def _append(self, event: Event, *, merge: bool) -> None:
         if event.steps == 0:
@@ -205,9 +221,15 @@ class Ledger:
         """How many steps they have altogether."""
         return self._steps
 
+    @property
+    def unit(self) -> str:
+        """Whom the steps protect, as `protect` was told; "" where it was not."""
+        return self._unit
+
     def state_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, fit for JSON; floats survive exactly."""
-        return {"events": [{**asdict(event), "relation": event.relation.value} for event in self._events]}
+        events = [{**asdict(event), "relation": event.relation.value} for event in self._events]
+        return {"events": events, "unit": self._unit}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Ledger:
@@ -217,9 +239,11 @@ class Ledger:
             ParameterError: the state is not one that `state_dict` returns.
         """
         try:
-            return cls(Event(**fields) for fields in state["events"])
+            ledger = cls(Event(**fields) for fields in state["events"])
         except (KeyError, TypeError) as error:
             raise ParameterError(f"not the state of a ledger ({error}): state_dict() gives the form") from error
+        ledger._unit = str(state.get("unit", ""))  # older ones say nothing
+        return ledger
 
 
 def require_positive(name: str, value: float) -> None:

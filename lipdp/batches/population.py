@@ -86,6 +86,11 @@ class Population:
         """What the sampler numbers: a "record", or an "owner" with all records."""
         return "record" if self.owners is None else "owner"
 
+    @property
+    def protected(self) -> str:
+        """The unit, and of owners who owns what."""
+        return self.unit if self.owners is None else f"owner {self.owners.digest}"
+
 
 def check_records(dataset: Any, world: World, *, own_records: bool) -> None:
     """Refuse data sets in which a record could be read by two processes in one step: in different orders, or twice.

@@ -41,6 +41,7 @@ def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> S
     population = Population.of(request.dataset, world, group=request.group, own_records=request.own_records)
     plan = _completed(plan, request, draws, population, world.size)
     check_alike(world, plan, views=request.views)
+    draws.ledger.protect(population.protected)
     records = first_records(request.dataset, world, own_records=request.own_records)
     check_records(request.dataset, world, own_records=request.own_records)
     inner = own_reduction(request.module, world)

@@ -109,7 +109,11 @@ class StepCount:
         return {"ledger": self.ledger.state_dict(), "before": self.before, "unused": self.unused}
 
     def check_state(self, ledger: Ledger, before: int, *, same_noise: bool) -> None:
-        """Refuse a saved account that lacks steps which were released."""
+        """Refuse a saved account that lacks steps which were released, or whose steps protect others."""
+        if ledger.unit not in ("", self.ledger.unit):
+            raise ResumeError(
+                "the steps of the saved account protect other units: group= must be as it was, for one ε is of one unit"
+            )
         if ledger.steps < self.ledger.steps:
             raise ResumeError(
                 f"the account has {self.ledger.steps} private steps and the state only {ledger.steps}: ε would not"

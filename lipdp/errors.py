@@ -114,7 +114,7 @@ class RefusedMethodError(LipdpError, AttributeError):
 
 
 class PrivacyLeakWarning(UserWarning):
-    """No ε that is told covers what comes out: it was read off the data, its noise has a seed, or it has two accounts."""
+    """No ε that is told covers this: it was read off the data, its noise has a seed, or it has two accounts."""
 
 
 class BudgetSpentWarning(UserWarning):

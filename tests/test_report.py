@@ -20,6 +20,7 @@ from lipdp.errors import CheckpointError, ParameterError, UnknownNameError
 from lipdp.noise.allocation import get_allocation
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.report import gather, render
+from lipdp.report.pages import at_most
 from lipdp.report.reading import Account, Robustness
 from lipdp.report.statement import best_guess
 from lipdp.training import Monitor, Trainer, configure, train
@@ -120,7 +121,7 @@ def test_the_page_states_the_account_of_the_run(trained):
     page = page_of(trained, calibrate=True)
     account = json.loads((trained / "privacy.json").read_text())
     for text in (
-        f"≤ {account['epsilon']:.3g}", f"δ = {account['delta']:g} (1 in 100,000)", "1,437", "PRV",
+        "≤ " + at_most(account["epsilon"], 3), f"δ = {account['delta']:g} (1 in 100,000)", "1,437", "PRV",
         "add or remove one record", "Noise multiplier σ 6 ", "its digest agrees", "Expected calibration error",
         "no cipher (numpy's on a CPU", "is at least 0.7",
         "consistent with the claim", "50.0 %", "succeeded on 0 of 300 records", "What ε does not cover", "torch 2",

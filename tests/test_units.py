@@ -303,7 +303,7 @@ def test_one_account_is_of_one_unit(first, second):
     def start(engine, unit):
         data = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
         given = {} if OWNERS[unit] is None else {"group": OWNERS[unit]}
-        model, optimizer, loader, _ = engine.make_private(
+        _, optimizer, loader, _ = engine.make_private(
             module=(module := torch.nn.Sequential(lnn.InputBound(1.0), lnn.SpectralLinear(4, 3))),
             optimizer=torch.optim.SGD(module.parameters(), lr=0.1), criterion=losses.TauCrossEntropy(8.0), dataset=data,
             expected_batch_size=2, steps=1, noise_multiplier=1.0, **given,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import Any
 
@@ -88,7 +89,9 @@ class Screen(Monitor):
     def step(self, step: int, loss: float, epsilon: float) -> None:
         """Move the bar."""
         if self._task is not None:
-            self._bar.update(self._task, completed=step, figures=f"loss* {loss:.4f}  ε ≤ {epsilon:.3f}")
+            self._bar.update(
+                self._task, completed=step, figures=f"loss* {loss:.4f}  ε ≤ {math.ceil(1000 * epsilon) / 1000:.3f}"
+            )
 
     def record(self, record: dict[str, Any]) -> None:
         """One line."""

@@ -26,6 +26,7 @@ Piece = Mapping[str, Sequence[Any]]
 
 _ROWS = 1 << 14  # at a time
 _HEAD = 64  # records looked at for what is wrong with a whole column
+_ONE = 2  # lines that one record may make, with a line break between quotes
 _DELIMITERS = ",;\t|"
 
 
@@ -67,9 +68,9 @@ class _Csv:
             first = True
             while piece := list(islice(rows, _ROWS)):
                 kept = [row for row in piece if row]  # an empty line is no record
-                if first and sum(len(row) != len(names) for row in kept[:_HEAD]) > 1:
+                if first and sum(len(row) != len(names) for row in kept[:_HEAD]) > _ONE:
                     raise DataError(
-                        f"{self.path}: two or more of the first {_HEAD} lines have another number of cells than the"
+                        f"{self.path}: three or more of the first {_HEAD} lines have another number of cells than the"
                         f" header's {len(names)}"
                     )
                 first = False
@@ -168,9 +169,9 @@ def _arrays(path: Path, schema: Schema, owner: str | None) -> tuple[Any, Any, An
         places = known(piece[schema.label])
         if number == 0:
             check_head(path, piece, schema)
-            if int((places[:_HEAD] < 0).sum()) > 1:
+            if int((places[:_HEAD] < 0).sum()) > _ONE:
                 raise DataError(
-                    f"{path}: two or more of the first {_HEAD} labels in {schema.label!r} are none of the classes"
+                    f"{path}: three or more of the first {_HEAD} labels in {schema.label!r} are none of the classes"
                     f" {listing(schema.classes)}"
                 )
         x.append(schema.rows(piece))

@@ -85,9 +85,7 @@ class PrivateClassifier(ClassifierMixin, PrivateEstimator):
         if y is None:
             raise ParameterError("requires y to be passed, but the target y is None: one label a record")
         public = public_list("classes", self.classes)
-        y = column_or_1d(
-            y if public is None else np.asarray(y, dtype=object), warn=True
-        )  # else one text makes all texts
+        y = column_or_1d(y if public is None else np.asarray(y, dtype=object), warn=True)  # else one text makes texts
         if public is None:
             if y.dtype.kind == "f" and not np.isfinite(y).all():
                 raise ParameterError("Input y contains infinity or NaN: name the public labels in classes")

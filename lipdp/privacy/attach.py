@@ -139,6 +139,7 @@ def _hooked(
         clock=clock,
     )  # fmt: skip
     try:
+        run.account.open_for(run.module)
         _judge(run, request.optimizer, typical)
     except BaseException:  # a warning that is an error: the optimiser and the model stay as they were
         run.detach()

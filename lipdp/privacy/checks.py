@@ -45,7 +45,6 @@ class StepCheck:
         names: Sequence[str],
         gradients: Sequence[Tensor],
         deltas: Tensor,
-        stds: Tensor,
         *,
         step: int,
         records: int = 0,
@@ -55,14 +54,14 @@ class StepCheck:
         """Whether the step may be taken: () bool on the device of the gradients; read here unless deferred.
 
         Args:
-            deltas, stds: (D,) Δ_l and s_l of the D parameters named.
+            deltas: (D,) Δ_l of the D parameters named.
             records: that the batch holds; a sum is no longer than so many bounds.
             claims: what else must be true.
             combine: the norms of this process's parts of gradients → those of the gradients.
         """
         wide = [g if g.dtype == torch.float64 else g.float() for g in gradients]
         norms = combine(torch.stack([torch.linalg.vector_norm(g).double() for g in wide]))
-        finite = torch.isfinite(norms + stds)
+        finite = torch.isfinite(norms + deltas)
         possible = norms <= records * deltas * _SLACK
         sound = (finite & possible).all()
         for claim, _ in claims:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from lipdp.bounds import BoundGraph, Sweep
 from lipdp.bounds.rounding import batch_slack
 from lipdp.bounds.sensitivity import Sensitivity, read_sweep
 from lipdp.distributed.collectives import World
-from lipdp.errors import CheckpointError, EngineError, UnknownNameError
+from lipdp.errors import CheckpointError, EngineError, ParameterError, UnknownNameError
 from lipdp.nn import project_
 from lipdp.nn.compiled import original
 from lipdp.nn.sharded import is_dtensor, local_tensor, shard_index
@@ -30,6 +31,7 @@ from lipdp.noise.allocation import get_allocation, rescaled
 from lipdp.passes.forward import PrivateForward
 from lipdp.passes.snapshot import Snapshot
 from lipdp.passes.step import StepInProgress
+from lipdp.privacy.accounts import Account
 from lipdp.privacy.checks import GradientCheck, ProjectionCheck, StepCheck
 from lipdp.privacy.correlated import Correlated
 from lipdp.privacy.criterion import PrivateCriterion
@@ -110,6 +112,7 @@ class StepHooks:
             optimizer.register_state_dict_pre_hook(self.count.stamp),
             Guard(self.module, optimizer, step),
         ]
+        self.account = Account(weakref.ref(draws.ledger))
 
     @property
     def is_sharded(self) -> bool:
@@ -139,6 +142,11 @@ class StepHooks:
 
     def _shared(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
         stds = self.allocation.stds(deltas, self.sizes, self.gradient_multiplier)
+        if stds.shape != deltas.shape:
+            raise ParameterError(
+                f"allocation={self.allocation!r} gave standard deviations of shape {tuple(stds.shape)}; one for each of"
+                f" the {len(deltas)} parameters is needed, {tuple(deltas.shape)}"
+            )
         return deltas, rescaled(stds, deltas, self.gradient_multiplier)
 
     def sensitivity(self) -> Sensitivity:
@@ -203,6 +211,8 @@ class StepHooks:
         with self.clock("bound"):
             sweep = self.graph.sweep(self._start)
             deltas, stds = self._shared(self.world.all_reduce_max(self._deltas(sweep)))
+            wrong = "a standard deviation that is not finite, negative, or 0 where Δ is not"
+            claims.append(((stds.isfinite() & (stds >= 0)).all(), f"allocation={self.allocation!r} gave {wrong}"))
         gradients = self._summed_gradients()
         with self.clock("checks"):
             if not self.gate.moves:
@@ -213,13 +223,13 @@ class StepHooks:
                 self.names,
                 gradients,
                 deltas,
-                stds,
                 step=self.count.ledger.steps + 1,
                 records=sum(self.world.gather(units)) if self.world.size > 1 else units,
                 claims=claims,
                 combine=self._combined,
             )
         self.count.add_step()  # before the draw: a step is never under-counted
+        self.account.used = True
         self._drawn = self.names, stds
         with self.clock("noise"):
             self._draw(gradients, stds)
@@ -373,6 +383,7 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         self._forward.remove()
+        self.account.open = False
         self.settle()
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import fields, is_dataclass
+from decimal import ROUND_CEILING, Context
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -82,6 +83,16 @@ def number(value: Any, digits: int = 4) -> str:
     return "∞" if math.isinf(value) else f"{value:.{digits}g}"
 
 
+def at_most(value: float, digits: int = 4) -> str:
+    """An upper bound for people, rounded up.
+
+    >>> at_most(0.99845, 3), at_most(2.5), at_most(float("inf"))
+    ('0.999', '2.5', '∞')
+    """
+    up = Context(prec=digits, rounding=ROUND_CEILING)
+    return number(float(up.create_decimal_from_float(value)) if math.isfinite(value) else value, digits)
+
+
 def percent(value: float | None) -> str:
     r"""A share in percent, with a space that does not break.
 
@@ -122,7 +133,7 @@ def account_rows(one: RunReport) -> list[tuple[str, str]]:
     return [
         ("Protected", protected(account.unit, account.dataset_size)),
         ("Neighbouring data sets", f"{account.relation.words} {account.unit}"),
-        ("ε", f"{number(account.epsilon)} (an upper bound)"),
+        ("ε", f"{at_most(account.epsilon)} (an upper bound)"),
         ("δ", f"{number(account.delta)}{one_in(account.delta)}"),
         ("Accountant", _ACCOUNTANTS.get(account.accountant, account.accountant)),
         ("ε computed again for this report", number(one.recomputed)),
@@ -161,6 +172,7 @@ def _environment(**options: Any) -> jinja2.Environment:
     )
     filters: dict[str, Any] = {
         "number": number,
+        "at_most": at_most,
         "in_bands": in_bands,
         "percent": percent,
         "setting": setting,

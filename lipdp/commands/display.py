@@ -89,9 +89,8 @@ class Screen(Monitor):
     def step(self, step: int, loss: float, epsilon: float) -> None:
         """Move the bar."""
         if self._task is not None:
-            self._bar.update(
-                self._task, completed=step, figures=f"loss* {loss:.4f}  ε ≤ {math.ceil(1000 * epsilon) / 1000:.3f}"
-            )
+            bound = math.ceil(1000 * epsilon) / 1000
+            self._bar.update(self._task, completed=step, figures=f"loss* {loss:.4f}  ε ≤ {bound:.3f}")
 
     def record(self, record: dict[str, Any]) -> None:
         """One line."""

@@ -64,8 +64,8 @@ def open_image_folder(path: Path, *, classes: Sequence[str] | None = None, name:
             raise DataError(f"{path} has a folder train and none of {', '.join(_TESTS)}; one is needed")
         parts = [(train, files, labels), (found[0], *_listed(found[0], known))]
     else:
-        held = held_out(map(os.fsencode, files))
-        parts = [(path, files[part], labels[part]) for part in (~held, held)]
+        tested = held_out(map(os.fsencode, files))
+        parts = [(path, files[part], labels[part]) for part in (~tested, tested)]
     for folder, held, _ in parts:
         if not len(held):
             raise DataError(f"{folder} holds too few images to train and test on")

@@ -176,8 +176,8 @@ class NpzFile(OwnSource):
             if test_x.shape[1:] != x.shape[1:]:
                 raise DataError(f"{path}: X has inputs of {tuple(x.shape[1:])} but X_test {tuple(test_x.shape[1:])}")
         else:
-            named = None if self.owner is None else arrays[self.owner]
-            train, test = split_off(path, x.numpy(), whole_labels(y, self.classes), named)
+            whose = None if self.owner is None else arrays[self.owner]
+            train, test = split_off(path, x.numpy(), whole_labels(y, self.classes), whose)
             x, y, test_x, test_y, labels = x[train], y[train], x[test], y[test], path / "y"
             owner = None if owner is None else owner[torch.from_numpy(train)]
         largest = max(largest, largest_label(labels, test_y, len(test_x), False, self.classes))

@@ -300,3 +300,40 @@ def test_a_look_in_the_middle_of_a_pass_forgets_nothing():
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     optimizer.step()
     assert engine.steps_taken == 1
+
+
+class Allocated:
+    """An allocation of somebody's own."""
+
+    name = "mine"
+
+    def __init__(self, stds):
+        self._stds = stds
+
+    def __repr__(self):
+        return "Allocated()"
+
+    def stds(self, sensitivities, sizes, noise_multiplier):
+        return self._stds(sensitivities)
+
+
+WITHOUT_NOISE = {
+    "zero": lambda d: torch.cat([0 * d[:1], d[1:]]),
+    "NaN": lambda d: d * math.nan,
+    "negative": torch.neg,
+    "infinite": lambda d: torch.cat([d[:1] / 0, d[1:]]),
+}
+
+
+@pytest.mark.parametrize("stds", WITHOUT_NOISE.values(), ids=WITHOUT_NOISE)
+def test_an_allocation_without_noise_is_named(stds):
+    run = private(lipschitz_net(), allocation=Allocated(stds))
+    with pytest.raises(
+        EngineError, match=r"allocation=Allocated\(\) gave a standard deviation that is not finite, neg"
+    ):
+        train(*run[1:])
+
+
+def test_an_allocation_of_too_few_parameters_is_named():
+    with pytest.raises(ParameterError, match=r"gave standard deviations of shape \(1,\); .* 2 parameters"):
+        private(lipschitz_net(), allocation=Allocated(lambda d: d[:1]))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from lipdp.batches.coins import coins
 from lipdp.batches.records import read
 from lipdp.errors import EngineError
 
-_numpy: Any = np.random.mtrand._rand  # what `numpy.random.rand` and the like draw from
 _ROUNDING = 1e-4  # of the largest entry of a record
 
 
@@ -102,23 +102,16 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 def _rows(dataset: Any, indices: list[int], seed: int) -> _Rows | None:
     """The records, read from a seed; None where that is an error. All generators stay as they were."""
-    held = _numpy.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        _numpy.seed(seed)
-        random.seed(seed)
+    with coins(seed):
         before = _states()
         try:
             return _Rows(_flat(read(dataset, indices)), moved=_states() != before)
         except Exception:  # which record it was is told to nobody: see `records`
             return None
-        finally:
-            _numpy.set_state(held[0])
-            random.setstate(held[1])
 
 
 def _states() -> tuple[Any, ...]:
-    kind, keys, *places = _numpy.get_state()
+    kind, keys, *places = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
     return kind, keys.tobytes(), places, random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 

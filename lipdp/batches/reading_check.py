@@ -111,8 +111,8 @@ def _rows(dataset: Any, indices: list[int], seed: int) -> _Rows | None:
 
 
 def _states() -> tuple[Any, ...]:
-    kind, keys, *places = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
-    return kind, keys.tobytes(), places, random.getstate(), torch.get_rng_state().numpy().tobytes()
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return numpy[1].tobytes(), numpy[2:], random.getstate(), torch.get_rng_state().numpy().tobytes()
 
 
 def _flat(batch: Any) -> list[Tensor]:

@@ -147,6 +147,7 @@ REFUSALS = [
     (scenarios.restored_by, (1,), None, "not at the same point of the same run"),
     (scenarios.owners_differ, (), None, "number the owners differently"),
     (scenarios.whole_as_own, (), None, "hold the same records"),
+    (scenarios.padded_parts, (), None, "1 records of process 1 are records of a process before it"),
     (scenarios.tensor_parallel, (), None, "sharded by something else than fully_shard"),
     (scenarios.spread_over_two_meshes, (), None, "over different meshes"),
     (scenarios.made_before_the_group, (), None, "Call make_private after init_process_group"),

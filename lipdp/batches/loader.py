@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from lipdp.batches.coins import set_coins
+from lipdp.batches.copies import Origins
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.owners import EveryNth, Owners, Partition, flattened_views
 from lipdp.batches.reading import Drawn, MapStyleRecords, TensorRecords, read
@@ -166,6 +167,7 @@ class BatchLoader:
             self._records, self._num_workers = MapStyleRecords(dataset, empty, kind), num_workers
         on_device = type(dataset) is TensorDataset and not all(tensor.is_cpu for tensor in dataset.tensors)
         self._pin_memory = pin_memory and torch.cuda.is_available() and not on_device
+        self._origins = Origins(dataset) if Origins.knows(dataset) else None
         self._consumed = sampler.state_dict()
         self._iteration, self._said_spent = 0, False
         self._per_pass = float(sampler.steps) if passes is None else sampler.steps / passes
@@ -270,6 +272,8 @@ class BatchLoader:
             starts = range(0, max(count, 1), size)
             ahead.append((Draw(len(units), count * self.views, None, weights), len(starts), state))
             for start in starts:
+                if self._origins is not None:
+                    self._origins.check(records[start : start + size])
                 yield records[start : start + size], _secret_of(state, start)
 
     def _require_newest(self, iteration: int) -> None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
-from lipdp.batches.inputs import Records, describe
+from lipdp.batches.copies import Group, check_copies, length, roots
+from lipdp.batches.inputs import describe
 from lipdp.batches.owners import EveryNth, Owners, OwnUnits, Partition
 from lipdp.batches.records import look, looked_at, read_mapped
 from lipdp.distributed.collectives import World
 from lipdp.errors import EngineError, ParameterError
-
-Group = Sequence[int] | Tensor | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -96,24 +93,55 @@ def check_records(dataset: Any, world: World, *, own_records: bool) -> None:
     """Refuse data sets in which a record could be read by two processes in one step: in different orders, or twice.
 
     Looks at up to 16 records over the whole: at the targets of whole data sets, since inputs may differ by random
-    views, and at inputs and targets of own records.
+    views, and at inputs and targets of own records. Own records that are parts of one data set are compared by index.
     """
     if world.size == 1:
         return
     with world.fail_together():
         own = glance(dataset, inputs=own_records)
-    for rank, other in enumerate(world.gather(own)):
-        if own_records and rank != world.rank and own and other == own:
+        parts = _parts(dataset) if own_records else []
+    glances, held = world.gather(own), set[str]()
+    for rank, other in enumerate(glances):
+        if own_records and other in held:
             raise EngineError(
-                f"own_records=True, but process {world.rank} and process {rank} hold the same records: each would count"
-                " more than once. Leave it out where every process has the whole data set"
+                f"own_records=True, but process {glances.index(other)} and process {rank} hold the same records: each"
+                " would count more than once. Leave it out where every process has the whole data set"
             )
+        held.update({other} - {""})
         if not own_records and other != own:
             raise EngineError(
                 f"the data sets of process {world.rank} and process {rank} hold different records at the same places."
                 " One record could be used twice in a step. Give every process the same records in the same order, or"
                 " pass own_records=True if each process has its own records"
             )
+    if own_records:
+        _check_apart(world.gather(parts))
+
+
+def _parts(dataset: Any) -> list[tuple[str, np.ndarray]]:
+    """By data set behind this one: its digest, and a bit for each of its records, 1 where it is here."""
+    found = []
+    for root, indices in roots(dataset):
+        here = np.zeros(len(root), dtype=bool)
+        here[indices] = True
+        found.append((glance(root, inputs=True), np.packbits(here)))
+    return found
+
+
+def _check_apart(parts: list[list[tuple[str, np.ndarray]]]) -> None:
+    """No record is in the parts of two processes."""
+    held: dict[str, np.ndarray] = {}
+    for rank, own in enumerate(parts):
+        for digest, here in own:
+            twice = int(np.unpackbits(here & held[digest]).sum()) if digest in held else 0
+            if twice:
+                raise EngineError(
+                    f"own_records=True, but {twice} records of process {rank} are records of a process before it too:"
+                    " each would count more than once. DistributedSampler repeats records to make parts of one size:"
+                    " give parts that do not meet, such as Subset(dataset, range(rank, len(dataset), world_size))"
+                )
+        for digest, here in own:
+            held[digest] = held.get(digest, 0) | here
 
 
 def glance(dataset: Any, *, inputs: bool = False) -> str:
@@ -130,15 +158,6 @@ def glance(dataset: Any, *, inputs: bool = False) -> str:
     return hashlib.blake2b(repr([count, known]).encode()).hexdigest() if count else ""
 
 
-def length(dataset: Any) -> int:
-    """Of a map-style data set."""
-    if not hasattr(dataset, "__len__"):
-        raise EngineError(
-            f"{type(dataset).__name__} has no length: sampling needs a map-style dataset (e.g. a TensorDataset)"
-        )
-    return len(dataset)
-
-
 def first_records(dataset: Any, world: World, *, own_records: bool = False) -> tuple[Tensor, Tensor]:
     """The records looked at before the first step (`look`), for shapes and checks of the loss; some process's."""
     with world.fail_together():
@@ -150,65 +169,3 @@ def first_records(dataset: Any, world: World, *, own_records: bool = False) -> t
         raise EngineError(f"the dataset must hold (input, target) pairs of tensors, arrays or numbers{found}")
     inputs, targets = zip(*records, strict=True)
     return torch.cat(inputs), torch.cat(targets)
-
-
-def check_copies(dataset: Any, group: Group | None = None) -> None:
-    """Refuse a data set that holds a record several times: ε would be that of one copy, k copies have k ε.
-
-    Looks through `Subset`, `ConcatDataset`, `StackDataset`, lists and expanded tensors, by identity and index; copies
-    in memory of their own can't be told from records that are alike.
-
-    >>> check_copies(torch.utils.data.Subset(TensorDataset(torch.zeros(5, 2), torch.zeros(5)), [0, 1, 1]))
-    Traceback (most recent call last):
-    lipdp.errors.EngineError: the data set holds one record at 1 and at 2: ε would be that of one copy. Give...
-    """
-    known = (Subset, ConcatDataset, StackDataset, Records, list, tuple)
-    if not isinstance(dataset, known) and not _is_expanded(dataset):
-        return
-    origins = _origins(dataset, np.arange(length(dataset)), {})
-    order = np.lexsort(origins.T)
-    again = (origins[order[1:]] == origins[order[:-1]]).all(axis=1)
-    if group is not None:
-        ids = np.asarray(group.cpu() if isinstance(group, Tensor) else group)[order]
-        again &= ids[1:] != ids[:-1]
-    if again.any():
-        place = int(again.argmax())
-        raise EngineError(
-            f"the data set holds one record at {order[place]} and at {order[place + 1]}: ε would be that of one copy."
-            " Give each record once, or pass group= with one owner for all copies of a record"
-        )
-
-
-def _origins(dataset: Any, indices: np.ndarray, known: dict[int, int]) -> np.ndarray:
-    """(n, k) numbers of the records at `indices`: the same row where two are one record of one object."""
-    own = known.setdefault(id(dataset), len(known))
-    if isinstance(dataset, Subset):
-        inner = np.asarray(dataset.indices)[indices]
-        if inner.dtype.kind in "iu":
-            return _origins(dataset.dataset, np.where(inner < 0, inner + length(dataset.dataset), inner), known)
-        return np.stack([np.full(len(indices), own), np.unique(inner, return_inverse=True)[1].reshape(-1)], axis=1)
-    if isinstance(dataset, ConcatDataset):
-        ends = np.asarray(dataset.cumulative_sizes)
-        part = np.searchsorted(ends, indices, side="right")
-        starts = np.concatenate([[0], ends[:-1]])
-        pieces = [_origins(d, indices[part == i] - starts[i], known) for i, d in enumerate(dataset.datasets)]
-        rows = np.full((len(indices), max(p.shape[1] for p in pieces)), -1)
-        for i, piece in enumerate(pieces):
-            rows[part == i, : piece.shape[1]] = piece
-        return rows
-    if isinstance(dataset, Records):
-        return _origins(dataset.dataset, indices, known)
-    if isinstance(dataset, StackDataset):
-        parts = dataset.datasets
-        columns = parts.values() if isinstance(parts, dict) else parts
-        return np.concatenate([_origins(column, indices, known) for column in columns], axis=1)
-    if isinstance(dataset, (list, tuple)):
-        own, indices = -1, np.asarray([known.setdefault(id(dataset[i]), len(known)) for i in indices])
-    elif _is_expanded(dataset):
-        indices = np.zeros_like(indices)
-    return np.stack([np.full(len(indices), own), indices], axis=1)
-
-
-def _is_expanded(dataset: Any) -> bool:
-    """Whether all records lie at one place in memory."""
-    return type(dataset) is TensorDataset and all(tensor.stride(0) == 0 for tensor in dataset.tensors)

@@ -74,6 +74,7 @@ class StepInProgress(Listener):
         gradients: how the sum is formed. grouped: whether owners are drawn, whose rows have weights.
         drawn: the batch that the loader handed out last.
         reason: why the last call of the model was no private one.
+        looked_at: whether this is a step at which some records are looked at; its number, counted from 0.
         waiting: the parameters that a pass went to since the last step, as keys; one object for life, for `Guard`.
     """
 
@@ -81,6 +82,7 @@ class StepInProgress(Listener):
         self.gradients, self.grouped, self._forgotten = gradients, grouped, forgotten
         self.drawn: Draw | None = None
         self.reason = "they were not made by a call of the model with gradients on"
+        self.looked_at: int | None = None
         self._rows: list[Rows | None] = []
         self._claims: list[Claim] = []
         self._versions: list[tuple[Tensor, int]] = []

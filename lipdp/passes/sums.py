@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lipdp.batches.row_rules import Rows
-from lipdp.errors import EngineError
+from lipdp.errors import EngineError, LossError
 
-Claim = tuple[Tensor, str]
+Claim = tuple[Tensor, str | LossError]
 """() bool on the device, and what is wrong where it is False."""
 
 OTHER_TERMS = (

@@ -13,6 +13,7 @@ from lipdp.accounting.plan import PrivacyPlan
 from lipdp.batches.inputs import InputKind
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Population, check_records, first_records
+from lipdp.batches.reading_check import check_reading
 from lipdp.bounds import BoundGraph
 from lipdp.distributed.collectives import World
 from lipdp.distributed.wrappers import check_alike, own_reduction, warm_up_shards
@@ -44,6 +45,8 @@ def attach(request: Request, plan: PrivacyPlan, draws: Draws, world: World) -> S
     draws.ledger.protect(population.protected)
     records = first_records(request.dataset, world, own_records=request.own_records)
     check_records(request.dataset, world, own_records=request.own_records)
+    with world.fail_together():
+        check_reading(request.dataset)
     inner = own_reduction(request.module, world)
     world.broadcast_([t for t in (*inner.parameters(), *inner.buffers()) if local_tensor(t) is t])
     with world.fail_together():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipdp.bounds import BoundGraph
 from lipdp.bounds.probe import untouched
-from lipdp.errors import BoundViolation, ConstraintError, EngineError, NonFiniteError, ParameterError
+from lipdp.errors import BoundViolation, ConstraintError, EngineError, LossError, NonFiniteError, ParameterError
 from lipdp.losses import LipschitzLoss
 from lipdp.nn.compiled import eager, is_compiled, original
 from lipdp.nn.constrained import Constrained
@@ -97,7 +97,8 @@ class StepCheck:
             )
         for claim, wrong in claims:
             if not bool(claim):
-                raise EngineError(f"step {step}: {wrong}; {lost}")
+                error = LossError if isinstance(wrong, LossError) else EngineError
+                raise error(f"step {step}: {wrong}; {lost}")
         bad = [n for n, ok in zip(names, possible.tolist(), strict=True) if not ok]
         raise EngineError(
             f"step {step}: the gradient of {', '.join(bad)} is longer than the bounds of all records of the batch"

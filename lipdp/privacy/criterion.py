@@ -18,6 +18,7 @@ from lipdp.losses import LipschitzLoss
 from lipdp.passes.step import OVERWRITTEN, WRITTEN, StepInProgress, logits_call, overwritten_by_batches
 from lipdp.passes.sums import ModelCall, is_wanted
 from lipdp.privacy.gate import GateState
+from lipdp.privacy.loss_check import coupled, is_apart
 
 
 class _OwnBackward(torch.autograd.Function):
@@ -100,6 +101,9 @@ class PrivateCriterion(nn.Module):
             same = (logits.detach() == apart.detach()) | apart.detach().isnan()
             call.claims.append((same.all(), OVERWRITTEN))
         value = self._value(apart, target, weights)
+        if self._step.looked_at is not None and len(apart) > 1:
+            alone = is_apart(self.loss, apart, target, seed=self._step.looked_at)
+            call.claims.append((alone, coupled(self.loss, "leaving half of the batch out", "loss or gradient")))
         (cotangent,) = torch.autograd.grad(value, apart, allow_unused=True)
         cotangent = torch.zeros_like(apart) if cotangent is None else cotangent
         gated = self._gate.limit(cotangent, self.constant(), weights)

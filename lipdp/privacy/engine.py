@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lipdp.accounting.accountants import get_accountant
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.copies import check_index
 from lipdp.batches.inputs import Fields, as_records
 from lipdp.batches.loader import BatchLoader
 from lipdp.batches.population import Population, first_records
@@ -159,6 +160,7 @@ class PrivacyEngine:
             raise ParameterError("make_private needs dataset=: the training records, or a torch DataLoader of them")
         self._refuse_second()
         world, group, own = self._world or current_world(), options.get("group"), options.get("own_records", False)
+        check_index(dataset, group)
         dataset = as_records(dataset, fields)
         population = Population.of(dataset, world, group=group, own_records=own)
         shape = options.get("input_shape")
@@ -265,6 +267,7 @@ class PrivacyEngine:
         """
         self._refuse_second()
         refuse_unknown("make_private_with_plan", options, Options)
+        check_index(dataset, options.get("group"))
         request = Request(
             module=module,
             optimizer=optimizer,

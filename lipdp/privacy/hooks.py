@@ -349,7 +349,9 @@ class StepHooks:
     def _measure_records(self) -> None:
         """For `_check_gradients`, in front of the first private call of a batch."""
         step, batch = self.count.step, self.step_in_progress.records()
-        if batch is not None and self._gradient_check.due(step):
+        due = self._gradient_check.due(step)
+        self.step_in_progress.looked_at = step if due else None
+        if batch is not None and due:
             limit = self._start(self.graph.sweep(self._start).output)
             self._gradient_check.look(batch, limit, self.parameters, step=step)
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lipdp.accounting.events import Ledger
 from lipdp.accounting.plan import PrivacyPlan
+from lipdp.batches.copies import Group
 from lipdp.batches.inputs import Fields
-from lipdp.batches.population import Group
 from lipdp.batches.samplers import (
     CyclicPoissonSampler,
     FixedSizeSampler,

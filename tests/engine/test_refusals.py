@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from kit import lipschitz_net, private, train, weights
+from kit import lipschitz_net, private, table, train, weights
 from torch import nn
 
 from lipdp import losses
@@ -179,6 +179,70 @@ class DividedByBatch(losses.TauCrossEntropy):
 def test_a_loss_that_couples_samples_is_refused(loss):
     with pytest.raises(LossError, match=r"couples|without reduction"):
         private(criterion=loss)
+
+
+class Weighted(losses.TauCrossEntropy):
+    """Weights that are computed from the batch."""
+
+    def __init__(self, weights):
+        super().__init__(8.0)
+        self._weights = (weights,)
+
+    def forward(self, logits, target):
+        values = super().forward(logits, target)
+        return values * self._weights[0](values.detach(), target)
+
+
+def counts(target):
+    return torch.bincount(target, minlength=5)[target]
+
+
+COUPLED = {
+    "frequent classes weigh a fifth": lambda v, y: torch.where(counts(y) > 20, 0.2, 1.0),
+    "rare classes are left out": lambda v, y: counts(y) >= 5,
+    "by the largest loss": lambda v, y: v / v.max().clamp_min(1e-9),
+    "clamped at mean + 2 std": lambda v, y: ((v.mean() + 2 * v.std(correction=0)) / v).clamp(max=1.0),
+    "the easiest 80 %": lambda v, y: v <= v.quantile(0.8),
+    "in batches over 64": lambda v, y: counts(y) / len(y) if len(y) > 64 else 1.0,
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_a_loss_that_weights_by_counts_ranks_or_extremes_of_the_batch_is_refused(name):
+    with pytest.raises(LossError, match="couples the samples"):
+        private(criterion=Weighted(COUPLED[name]))
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_loss_that_couples_only_batches_like_the_real_ones_is_refused_at_a_step_that_is_looked_at(deferred, parts):
+    """None of the probes of `make_private` has 521 rows or more."""
+    hidden = Weighted(lambda v, y: counts(y) / len(y) if len(y) > 520 else 1.0)
+    engine, model, optimizer, loader, criterion = private(
+        dataset=table(1400), criterion=hidden, expected_batch_size=1300, deferred=deferred, check_every=2, steps=3
+    )
+    x, y = next(iter(loader))
+    for xb, yb in engine.microbatches(x, y, math.ceil(len(x) / parts)):
+        criterion(model(xb), yb).backward()
+    if deferred:
+        optimizer.step()
+    with pytest.raises(LossError, match=r"step 1: Weighted couples the samples .* half of the batch"):
+        engine.settle() if deferred else optimizer.step()
+    assert all(bool(w.isnan().all()) for w in weights(model).values()) == deferred
+
+
+@pytest.mark.parametrize("forward_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_losses_of_one_sample_each_are_taken_in_every_precision(forward_dtype, scale):
+    """Rounding, in a loss a thousand times as steep or as flat, is no coupling."""
+    engine, model, optimizer, loader, criterion = private(
+        criterion=losses.TauCrossEntropy(8.0 * scale), forward_dtype=forward_dtype, check_every=1, steps=4
+    )
+    before = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward_dtype is torch.bfloat16):
+        train(model, optimizer, loader, criterion)
+    assert engine.steps_taken == 4
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

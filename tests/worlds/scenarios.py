@@ -3,7 +3,7 @@
 import kit
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, DistributedSampler, Subset, TensorDataset
 
 from lipdp import losses
 from lipdp import nn as lnn
@@ -269,6 +269,13 @@ def owners_differ():
 def whole_as_own():
     world = current_world()
     offered(network(), *records(), expected_batch_size=B * world.size, own_records=True)
+
+
+def padded_parts():
+    """DistributedSampler repeats a record where their number is odd."""
+    world, whole = current_world(), TensorDataset(*records(count=N + 1))
+    part = Subset(whole, list(DistributedSampler(whole, world.size, world.rank, shuffle=False)))
+    offered(network(), part, None, kind=lambda x, y: x, own_records=True)
 
 
 def spread_over_two_meshes():

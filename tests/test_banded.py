@@ -365,7 +365,7 @@ def test_another_order_of_the_records_is_refused():
 
 def test_other_owners_are_refused():
     engine = private(group=torch.arange(256) // 2, expected_batch_size=16)[0]
-    with pytest.raises(ResumeError, match="in two groups"):
+    with pytest.raises(ResumeError, match="protect other units"):
         private(group=torch.arange(256) % 128, expected_batch_size=16)[0].load_state_dict(engine.state_dict())
 
 

@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lipdp.errors import CannotLearnWarning, ParameterError
 from lipdp.privacy.engine import PrivacyEngine
@@ -135,19 +135,35 @@ def measure_cost(
     return Cost(parameters, record, sizes, tuple(rounds[_WARM_UP:]), tuple(p for p in peaks if p) or None)
 
 
+class _Alike(Dataset[Any]):
+    """Any number of records in the memory of one."""
+
+    def __init__(self, x: Tensor, count: int) -> None:
+        self._x, self._count = x, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._x[0], 0
+
+    def read_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        picked = torch.zeros(len(indices), dtype=torch.int64, device=self._x.device)
+        return self._x.index_select(0, picked), picked
+
+
 def private_step(workload: Workload, samples: int, microbatch: int) -> Callable[[], None]:
     """Draws a batch (of 0 records: an empty Poisson batch) of one random record; takes the step of `lipdp train`."""
     torch.manual_seed(0)
     model, size = workload.build(), max(samples, 1)
     x = torch.rand(1, *workload.input_shape, device=workload.device)
-    labels = torch.zeros(2 * size, dtype=torch.int64, device=workload.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CannotLearnWarning)  # its time is measured; nobody wants this model to learn
         module, optimizer, loader, criterion = PrivacyEngine().make_private(
             module=model,
             optimizer=make_optimizer("sgd", model.parameters(), lr=0.01, momentum=0.9),
             criterion=make_loss("cross-entropy", workload.num_classes, {"tau": 32.0})[0],
-            dataset=TensorDataset(x.expand(2 * size, *x.shape[1:]), labels),  # all inputs in the memory of one
+            dataset=_Alike(x, 2 * size),
             expected_batch_size=size,
             steps=10**6,  # more than are taken
             noise_multiplier=2.0,

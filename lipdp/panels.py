@@ -118,7 +118,8 @@ def spectral(w: Tensor, guess: float = math.inf) -> float:
         return near
     square = max(square, (largest / scale) ** 2 / len(w))
     step = max(residual, 100 * spacing(w) * square)
-    if 0.999 * square < (guess / scale) ** 2 < 1.001 * square + step and is_within(w, guess):
+    near = guess / scale
+    if 0.999 * square < near * near < 1.001 * square + step and is_within(w, guess):
         return guess
     while (limit := scale * math.sqrt(square + step)) < largest:
         if is_within(w, limit):
@@ -132,9 +133,9 @@ def is_within(w: Tensor, limit: float) -> bool:
     scale = largest_entry(w)
     if not scale < math.inf:
         return False
-    panels = gram(w, scale, torch.float64)
+    panels, reach = gram(w, scale, torch.float64), limit / scale
     for panel in panels:
-        _parts(panel.neg_())[1].diagonal().add_((limit / scale) ** 2)
+        _parts(panel.neg_())[1].diagonal().add_(reach * reach)
     return _factor_(panels)
 
 

@@ -1,4 +1,4 @@
-"""Coins that nobody outside knows: torch's, numpy's and Python's generators, set from a secret.
+"""Coins that nobody outside knows: the generators of torch, numpy and Python, set from a secret.
 
 Dropout, random views and noise on inputs throw one coin after the other, along the rows of a batch. Take one record
 away, and all rows behind it get other coins. Where coins are secret and fresh this changes nothing: record by record
@@ -23,8 +23,8 @@ import torch
 _HEAD, _WORDS, _BYTES = 24, 624, 5056  # of torch's state on a CPU: seed, left, seeded, next; Mersenne twister; normals
 
 
-def set_coins(secret: int) -> None:
-    """Set the global generators from a secret below 2²⁵⁶: the same secret, the same coins (about 0.1 ms).
+def set_coins(secret: int, *, on_gpus: bool = True) -> None:
+    """Set the global generators from a secret below 2²⁵⁶ (of which a GPU's takes 64 bits): the same coins (0.1 ms).
 
     >>> set_coins(1 << 200)
     >>> first = torch.rand(3), np.random.rand(), random.random()
@@ -38,15 +38,15 @@ def set_coins(secret: int) -> None:
     torch.set_rng_state(_twister(words))
     np.random.seed(for_numpy)  # noqa: NPY002 - the generator of a user's transforms, whichever they use
     random.seed(for_python.tobytes())
-    if torch.cuda.is_initialized():
+    if on_gpus and torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(int(for_cuda.view(np.uint64)[0]))
 
 
 @contextmanager
 def coins(secret: int) -> Iterator[None]:
-    """A block with coins from a secret; afterwards the global generators are where they were."""
+    """A block with coins from a secret on the CPU; afterwards the global generators are where they were."""
     with torch.random.fork_rng(devices=[]), others_kept():
-        set_coins(secret)
+        set_coins(secret, on_gpus=False)
         yield
 
 

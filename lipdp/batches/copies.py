@@ -34,7 +34,7 @@ def check_index(table: Any, group: Group | None = None) -> None:
     """Refuse a pandas table with a label twice in its index, as after sampling with replacement."""
     if _is_of("pandas", "DataFrame", table) and (group is None or len(group) == len(table)):
         labels = table.index.factorize(use_na_sentinel=False)[0]
-        _refuse(labels[:, None], group, "Rows with one label in the index count as one: reset_index(drop=True)")
+        _refuse(labels[:, None], group, "They have one label in the index; else reset_index(drop=True)")
 
 
 def _refuse(origins: np.ndarray, group: Group | None, note: str) -> None:
@@ -100,7 +100,7 @@ class Origins:
             parts = dataset.datasets
             columns = parts.values() if isinstance(parts, dict) else parts
             return np.concatenate([self._of(column, indices) for column in columns], axis=1)
-        if isinstance(dataset, (list, tuple)):
+        if type(dataset) in (list, tuple):
             return self._numbered(None, [self._number(id(dataset[i])) for i in indices])
         if _is_of("datasets", "Dataset", dataset):
             return self._of_table(dataset, indices)
@@ -116,7 +116,10 @@ class Origins:
         part = np.searchsorted(ends, indices, side="right")
         starts = np.concatenate([[0], ends[:-1]])
         pieces = {i: self._of(dataset.datasets[i], indices[part == i] - starts[i]) for i in np.unique(part)}
-        width = self._widths.setdefault(id(dataset), max((p.shape[1] for p in pieces.values()), default=0))
+        if id(dataset) not in self._widths:
+            ones = [self._of(part, np.zeros(1, np.int64)) for part in dataset.datasets if length(part)]
+            self._widths[id(dataset)] = max((one.shape[1] for one in ones), default=0)
+        width = self._widths[id(dataset)]
         rows = np.full((len(indices), width), -1)
         for i, piece in pieces.items():
             rows[part == i, : piece.shape[1]] = piece

@@ -38,7 +38,7 @@ def check_reading(dataset: Any) -> None:
         return
     chosen = np.random.default_rng(0)
     for seed in range(2):
-        picked = chosen.permutation(len(dataset))[:9].tolist()
+        picked = sorted(chosen.permutation(len(dataset))[:9].tolist())  # a reader that sorts leaves the first in front
         if len(picked) > 1 and _differs(dataset, picked, seed):
             raise EngineError(
                 f"{type(dataset).__name__} reads a record otherwise beside others than alone: one record would change"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
+from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -89,24 +90,24 @@ def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in KEEPS_STATISTICS:  # written without a new version
         written += [t for t in given if type(t) is Tensor]
     if raw == "__set__" and given[1:]:  # x.data = y
-        _overwrite(args[0], None)
+        overwrite(args[0], None)
         return result
     if name == "setitem":
-        _overwrite(args[0], _rows_after_setitem(*args))
+        overwrite(args[0], _rows_after_setitem(*args))
         return result
     if not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size) or name == "tolist":
         for target in written:
-            _overwrite(target, None)
+            overwrite(target, None)
         return result
     rows = _rows_of(name, args, kwargs, result, given)
     changed = args[0] if (raw.endswith("_") and not raw.endswith("__")) or raw.startswith("__i") else None
     own = next((t for t in (changed, kwargs.get("out"), *written) if isinstance(t, Tensor) and t is result), None)
     for target in written:
         if own is None or _storage(target) is not _storage(own):
-            _overwrite(target, None)
+            overwrite(target, None)
     if own is None:
         return labelled(result, rows)
-    _overwrite(own, rows[0] if isinstance(rows, list) else rows)
+    overwrite(own, rows[0] if isinstance(rows, list) else rows)
     return own
 
 
@@ -189,7 +190,7 @@ def _rows_after_setitem(target: Tensor, index: Any, value: Any) -> Rows | None:
 # --- labelling -------------------------------------------------------------------------------------------------------
 
 
-def _overwrite(tensor: Tensor, rows: Rows | None) -> None:
+def overwrite(tensor: Tensor, rows: Rows | None) -> None:
     """Label a tensor that was changed in place: an ordinary one becomes one of a batch, as does its memory."""
     storage = _storage(tensor)
     if storage is not None:
@@ -214,5 +215,11 @@ def labelled(result: Any, rows: Any) -> Any:
     if isinstance(result, (tuple, list)):
         labels = rows if isinstance(rows, list) else [rows] * len(result)
         made = [labelled(t, r) for t, r in zip(result, labels, strict=True)]
-        return made if isinstance(result, list) else type(result)(made)
+        if isinstance(result, list):
+            return made
+        return type(result)(*made) if hasattr(result, "_fields") else type(result)(made)
+    if isinstance(result, MutableMapping):
+        named = copy(result)
+        named.update({key: labelled(value, rows) for key, value in result.items()})
+        return named
     return result

@@ -213,6 +213,10 @@ class BoundGraph:
         """The tensors of the graph's own nodes: those of the model, and those that its code keeps elsewhere."""
         return [self._attribute(n) for n in self.constants if n.op == "get_attr"]
 
+    def called(self) -> list[nn.Module]:
+        """The modules whose own code the graph calls."""
+        return [self._modules[str(n.target)] for n in self.index if n.op == "call_module"]
+
     def _held(self, node: fx.Node) -> list[Tensor]:
         """The model's own tensors in a node that does not depend on the sample."""
         if node.op == "get_attr":

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as hooks
 
-from lipdp.batches.rows import BatchTensor, known_rows, labelled, plain
+from lipdp.batches.rows import BatchTensor, known_rows, labelled, overwrite, plain, version_of
 from lipdp.bounds import BoundGraph
 from lipdp.errors import EngineError
 from lipdp.nn.compiled import is_compiled
@@ -128,11 +128,22 @@ class PrivateForward:
         return self._noted(args[0], x, out, versions)
 
     def _as_written(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answered(args, kwargs, lambda *a, **k: type(self._model).forward(self._model, *a, **k))
+
+    def answered(self, args: tuple[Any, ...], kwargs: dict[str, Any], compute: Callable[..., Any]) -> Any:
+        """What a call on plain tensors gives; of a batch, with its rows only by the function that was bounded."""
         own = [plain(a) if isinstance(a, Tensor) else a for a in args]
         named = {k: plain(a) if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-        out = type(self._model).forward(self._model, *own, **named)
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, BatchTensor)]
-        return out if self._sharded or not given else labelled(out, known_rows(given[0]) if len(given) == 1 else None)
+        if self._sharded or not any(isinstance(a, BatchTensor) for a in (*args, *kwargs.values())):
+            return compute(*own, **named)
+        one = not self._why_not(args, kwargs)
+        before = [(t, version_of(t)) for t, _ in tensors_of(self._model)]
+        out = compute(*own, **named)
+        for tensor, version in before:
+            if version_of(tensor) != version and not isinstance(tensor, nn.Parameter):
+                overwrite(tensor, None)
+        alike = one and isinstance(out, Tensor) and out.dim() > 0 and len(out) == len(args[0])
+        return labelled(out, known_rows(args[0]) if alike else None)
 
     def _why_not(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         expected = self._graph.input_shape
@@ -153,7 +164,7 @@ class PrivateForward:
                 self._snapshot.check(mode=False)
         except EngineError as error:
             return str(error)
-        if not self._sharded and overwritten_by_batches(self._model):
+        if not self._sharded and overwritten_by_batches(*self._graph.called(), held=self._graph.held()):
             return WRITTEN.format("the model")
         return ""
 
@@ -202,4 +213,4 @@ class CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             return self._private.call(args, kwargs, self.compiled)
-        return self.compiled(*(plain(a) if isinstance(a, Tensor) else a for a in args), **kwargs)
+        return self._private.answered(args, kwargs, self.compiled)

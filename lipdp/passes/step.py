@@ -28,18 +28,19 @@ terms in the loss, gradients that were clipped, added or left over. That is a co
 the value's cotangent with 1, which says no more than whether the script did so.
 
 **What remains.** Numbers that a script reads (`.item()`, `.numpy()`, `len(x)`) and computes with count as public; an
-attack whose own loss mixes records is not seen; memory that is written through numpy or `.data` between a forward pass
-and the step is seen in gradients and not in weights. Under `fully_shard`, which reduces within the backward pass, 2
-and 4 are replaced by watching: the root's cotangent is the engine's, and gradients must stay as that pass left them
-(`WatchedGradients`).
+attack whose own loss mixes records is not seen; nor is an operation that depends on a row's place in the batch, or a
+generator that is seeded between the loader and the step: one record more moves all later rows. Memory that is written
+through numpy or `.data` between a forward pass and the step is seen in gradients and not in weights. Under
+`fully_shard`, which reduces within the backward pass, 2 and 4 are replaced by watching: the root's cotangent is the
+engine's, and gradients must stay as that pass left them (`WatchedGradients`).
 
 Source: ours. Steps 1 to 5 replace the per-sample clipping of DP-SGD (Abadi et al. 2016), which is robust by nature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -215,9 +216,10 @@ class StepInProgress(Listener):
             )
 
 
-def overwritten_by_batches(module: nn.Module) -> bool:
+def overwritten_by_batches(*modules: nn.Module, held: Sequence[Tensor] = ()) -> bool:
     """Whether something of a batch was written to a buffer, or to another tensor that is no weight."""
-    return of_batches(t for t, _ in tensors_of(module) if not isinstance(t, nn.Parameter))
+    known = chain(held, (t for module in modules for t, _ in tensors_of(module)))
+    return of_batches(t for t in known if not isinstance(t, nn.Parameter))
 
 
 def tensors_of(model: nn.Module, *others: Tensor) -> list[tuple[Tensor, int]]:

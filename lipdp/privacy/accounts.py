@@ -29,7 +29,7 @@ class Account:
 
     def open_for(self, module: nn.Module) -> None:
         """Warn where parameters are another's, frozen ones too: each ε is then of its own steps alone."""
-        before = [_OF[p] for p in module.parameters() if p in _OF]
+        before = [one for p in module.parameters() for one in _of(p)]
         if any((one.open or one.used) and one.ledger() is not self.ledger() for one in before):
             warnings.warn(
                 "another engine trains, or has trained, parameters of this model; its steps are not in this account:"
@@ -40,7 +40,13 @@ class Account:
             )
         for parameter in module.parameters():
             if parameter.requires_grad or parameter in _OF:
-                _OF[parameter] = self
+                _OF[parameter] = [*_of(parameter), self]
 
 
-_OF: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → Account
+def _of(parameter: nn.Parameter) -> list[Account]:
+    """The last account with a step on the parameter, and those opened after it."""
+    known = [one for one in _OF.get(parameter, ()) if one.open or one.used]
+    return known[max((i for i, one in enumerate(known) if one.used), default=0) :]
+
+
+_OF: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter → [Account, …]

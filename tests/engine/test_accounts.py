@@ -51,6 +51,16 @@ def test_a_second_account_of_one_model_is_told_of_the_first(frozen):
     one_step(second, other)
 
 
+def test_an_engine_without_a_step_hides_no_account():
+    model = kit.lipschitz_net()
+    one_step(lipdp.PrivacyEngine(), model)
+    for _ in range(2):
+        engine = lipdp.PrivacyEngine()
+        with pytest.warns(PrivacyLeakWarning, match="another engine"):
+            private(engine, model)
+        engine.detach()
+
+
 def test_two_engines_at_once_over_one_encoder_are_told():
     encoder = kit.lipschitz_net()[:3]
     heads = [nn.Sequential(*encoder, lnn.SpectralLinear(32, 5)) for _ in range(2)]

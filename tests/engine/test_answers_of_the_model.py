@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from collections import namedtuple
 
 import kit
 import pytest
@@ -117,6 +118,68 @@ def test_a_buffer_of_the_model_holds_nothing_of_a_batch():
     model.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
     with pytest.raises(EngineError, match="a tensor of the model was overwritten"):
         criterion(model(x), y)
+
+
+class Twofold(nn.Module):
+    """Beside its logits, as bounded, it answers otherwise where it is asked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.center = lipschitz_net(), nn.Buffer(torch.zeros(20))
+        self.seen = nn.Buffer(torch.zeros(()))
+
+    def forward(self, x, mode="logits"):
+        if mode == "mixed":
+            return x - x.mean(0)
+        if mode == "dict":
+            return {"features": x.clone()}
+        if mode == "pair":
+            return Pair(x.clone(), x.clone())
+        if not torch.is_grad_enabled():
+            self.center.copy_(x.mean(0))
+        return self.net(x - self.center)
+
+
+Pair = namedtuple("Pair", "one other")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch's compiler
+@pytest.mark.parametrize("mode", ["mixed", "dict", "pair", "compiled"])
+def test_only_the_function_that_was_bounded_keeps_rows(mode):
+    """Called otherwise, or from within compiled code, its answer was public, or had the rows of its input."""
+    inner = lipschitz_net() if mode == "compiled" else Twofold()
+    _, model, optimizer, loader, criterion = private(
+        torch.compile(inner, backend="eager") if mode == "compiled" else inner
+    )
+    x, y = next(iter(loader))
+    with torch.no_grad():
+        said = model(x) if mode == "compiled" else model(x, mode=mode)
+    said = {"dict": lambda: said["features"], "pair": lambda: said.one}.get(mode, lambda: said)()
+    shift = said.mean(0)[:1] if mode == "compiled" else said if mode == "mixed" else said.mean(0)
+    optimizer.zero_grad()
+    criterion(model(x - shift), y).backward()
+    with pytest.raises(EngineError, match="comes from one record"):
+        optimizer.step()
+
+
+def test_a_buffer_that_a_call_without_gradients_writes_holds_a_batch():
+    _, model, _, loader, criterion = private(Twofold())
+    x, y = next(iter(loader))
+    criterion(model(x), y)
+    without_gradients(model, x)
+    with pytest.raises(EngineError, match="a tensor of the model was overwritten"):
+        criterion(model(x), y)
+
+
+def test_a_buffer_that_no_gradient_depends_on_may_hold_what_it_likes():
+    engine, model, optimizer, loader, criterion = private(Twofold())
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        model.seen.mul_(0.9).add_(loss.detach(), alpha=0.1)
+    assert engine.steps_taken == 5
 
 
 def test_a_penalty_on_records_is_refused():

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 pytest.importorskip("opacus")
-from lipdp.models import build
 from test_trainers import SILENT, gradients, plain_model, task
 
+import lipdp
 from lipdp.accounting import PrivacyPlan
 from lipdp.comparison import get_trainer
 from lipdp.data import load
@@ -110,7 +110,7 @@ def test_every_coordinate_has_noise_of_the_clip_norm():
 def test_learns_digits_without_noise(name):
     split = load("digits")
     torch.manual_seed(0)
-    model = build(name, input_shape=split.input_shape, num_classes=10, twin=True)
+    model = lipdp.models.build(name, input_shape=split.input_shape, num_classes=10, twin=True)
     plan = PrivacyPlan(dataset_size=len(split.train_y), expected_batch_size=128, steps=60, noise_multiplier=SILENT)
     data, sgd = TensorDataset(split.train_x, split.train_y), partial(torch.optim.SGD, lr=0.3, momentum=0.9)
     given = replace(task(), dataset=data, plan=plan, optimizer=sgd)

@@ -24,7 +24,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "digits": (1, 8, 8),
     "tiny-imagenet": (3, 64, 64),
 }
-DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opacus_functorch", "opacus_ghost")
+DISTINCT = ("non_private", "clipless", "backprop_clipping", "opacus_hooks", "opacus_functorch", "opacus_ghost", "rgp")
 """Trainers whose steps cost differently; the other ways of clipping cost what Opacus' hooks cost."""
 
 

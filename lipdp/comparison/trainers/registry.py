@@ -10,6 +10,7 @@ from lipdp.comparison.trainers.clipping import AdaptiveClipping, AutomaticClippi
 from lipdp.comparison.trainers.engine import BackpropClipping, Clipless
 from lipdp.comparison.trainers.non_private import NonPrivate
 from lipdp.comparison.trainers.opacus import Functorch, Ghost, Hooks, PerLayer
+from lipdp.comparison.trainers.rgp import Reparametrized
 from lipdp.errors import UnknownNameError
 
 TRAINERS: dict[str, ComparedTrainer] = {
@@ -26,6 +27,7 @@ TRAINERS: dict[str, ComparedTrainer] = {
         GlobalScaledClipping(),
         GlobalClipping(),
         AdaptiveClipping(),
+        Reparametrized(),
     )
 }
 """name → trainer with its default settings; `dataclasses.replace` changes them."""

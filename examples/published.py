@@ -1,7 +1,9 @@
 """Two published comparisons, run again: python examples/published.py backprop|global --data-dir DIR [--epochs E]
 
-backprop: backpropagation clipping (Stevens et al. 2022) on MNIST, four layers, B = 256, 5 epochs, X = 3, with the
-account corrected to one joint subsample: noise of 9.06 and 4.82 per layer is a σ of 4.53 and 2.41.
+backprop: backpropagation clipping (Stevens et al. 2022) on MNIST, B = 256, 5 epochs, with the account corrected to one
+joint subsample of four layers: noise of 9.06 and 4.82 per layer is a σ of 4.53 and 2.41. X, C and the learning rates
+were chosen on 6,000 training records. The bound of a convolution grows with the overlap of its windows, so ours do not
+overlap; `--lenet` takes Opacus' small network, whose windows overlap 16-fold.
 global: local against global clipping (Bu et al. 2021) on CIFAR-10, four layers, B = 250, lr 0.05, σ = 1.3, R = 1.5:
 accuracy and calibration. Published after 60 epochs; the default here is what two cores do in minutes.
 """
@@ -20,7 +22,7 @@ from lipdp.comparison import Task, calibration, get_trainer
 from lipdp.data import load
 from lipdp.losses import TauCrossEntropy
 
-BACKPROP_RUNS = ((9.06 / 2, "79 % at ε = 0.10"), (4.82 / 2, "87 % at ε = 0.21"))
+BACKPROP_RUNS = ((9.06 / 2, 2.0, "79 % at ε = 0.10"), (4.82 / 2, 4.0, "87 % at ε = 0.21"))  # σ, learning rate, found
 
 
 def lenet() -> nn.Module:
@@ -29,6 +31,14 @@ def lenet() -> nn.Module:
         nn.Conv2d(1, 16, 8, 2, padding=3, bias=False), nn.ReLU(), nn.AvgPool2d(2),
         nn.Conv2d(16, 32, 4, 1, bias=False), nn.ReLU(), nn.AvgPool2d(2),
         nn.Flatten(), nn.Linear(128, 32, bias=False), nn.ReLU(), nn.Linear(32, 10, bias=False),
+    )  # fmt: skip
+
+
+def patches() -> nn.Module:
+    """A convolution of windows side by side, and two dense layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 4, 4, bias=False), nn.ReLU(), nn.Flatten(),
+        nn.Linear(784, 32, bias=False), nn.ReLU(), nn.Linear(32, 10, bias=False),
     )  # fmt: skip
 
 
@@ -59,13 +69,14 @@ def run(name: str, trainer, net: nn.Module, split, *, batch_size: int, epochs: f
 
 def backprop(args: argparse.Namespace) -> None:
     split = load("mnist", data_dir=args.data_dir)
-    trainer = replace(get_trainer("backprop_clipping"), input_bound=3.0, cotangent_bound=args.cotangent_bound)
-    for sigma, published in BACKPROP_RUNS:
+    trainer = replace(get_trainer("backprop_clipping"), input_bound=1.5, cotangent_bound=args.cotangent_bound)
+    for sigma, lr, published in BACKPROP_RUNS:
         torch.manual_seed(args.seed)
         run(
-            f"σ_joint = {sigma:.2f} (published, corrected: {published})", trainer, lenet(), split,
+            f"σ_joint = {sigma:.2f} (published, corrected: {published})", trainer,
+            lenet() if args.lenet else patches(), split,
             batch_size=256, epochs=args.epochs or 5, sigma=sigma, schedule="linear",
-            optimizer=partial(torch.optim.SGD, lr=args.lr or 2.0, momentum=0.9),
+            optimizer=partial(torch.optim.SGD, lr=args.lr or lr, momentum=0.9),
         )  # fmt: skip
 
 
@@ -92,7 +103,8 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--cotangent-bound", type=float, default=0.1)
+    parser.add_argument("--cotangent-bound", type=float, default=0.09)
+    parser.add_argument("--lenet", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     {"backprop": backprop, "global": local_and_global}[args.what](args)

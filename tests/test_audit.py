@@ -348,7 +348,7 @@ def test_one_run_refutes_a_quarter_of_the_correlated_noise(monkeypatch):
 
 @pytest.mark.statistical
 def test_many_runs_refute_a_tenth_of_the_correlated_noise_and_not_all_of_it(monkeypatch):
-    play = partial(audit.many_runs, audit.worst_case(steps=2), bands=2, runs=60, seed=0)
+    play = partial(audit.many_runs, audit.worst_case(steps=2), bands=2, runs=100, seed=0)
     right = play(epsilon=8.0)
     assert 0 < right.lower_bound < right.claimed_epsilon
     monkeypatch.setattr(BandedNoise, *too_little(0.1))

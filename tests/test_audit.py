@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lipdp.audit.suite import METHODS, Suite, SuiteResult, draw, write
 from lipdp.cli import main
 from lipdp.errors import ParameterError, UnknownNameError
 from lipdp.nn.gates import InputBound
+from lipdp.noise.banded import BandedNoise, coefficients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,7 +209,7 @@ def test_input_canaries_are_mislabelled_within_the_bound_and_steeper_than_the_re
         (lambda: audit.worst_case(sampling_rate=0.3, records=4), "whole number"),
         (lambda: audit.worst_case(kernel=4), "odd"),
         (lambda: audit.gradient_canaries(1), "2 to"),
-        (lambda: audit.input_canaries(2000), "can be canaries"),
+        (lambda: audit.input_canaries(2000), "input_canaries=2000: .* can be canaries"),
         (lambda: audit.many_runs(audit.gradient_canaries(8), epsilon=1.0), "one canary"),
         (lambda: audit.many_runs(epsilon=1.0, runs=3), "40 to"),
         (lambda: audit.one_run(audit.worst_case(), epsilon=1.0), "40 to"),
@@ -273,6 +275,101 @@ def test_a_seed_repeats_an_audit_and_no_seed_does_not():
     assert not np.array_equal(bound(None), bound(None))
 
 
+# --- correlated noise -------------------------------------------------------------------------------------------------
+
+
+def too_little(factor):
+    """`BandedNoise.add_` with that part of the noise."""
+    add = BandedNoise.add_
+    return "add_", lambda self, tensors, stds, *, row: add(self, tensors, stds * factor, row=row)
+
+
+def correlated_by(c):
+    """`BandedNoise` with other coefficients than b bands have."""
+    make = BandedNoise.__init__
+
+    def init(self, noise, bands):
+        make(self, noise, bands)
+        self.coefficients = tuple(c(bands))
+
+    return "__init__", init
+
+
+def law(result):
+    """Whether the scores with and without the canary are as the claim has them, up to five standard errors.
+
+    A use in rows t, t + 1, … of T moves v = C y by the first T − t of c/σ. Every canary is drawn, each b steps.
+    """
+    c, left = np.array(coefficients(result.bands)), result.steps - np.arange(result.bands)
+    group = [sum((c[: g - s] ** 2).sum() for s in range(0, g, result.bands)) for g in left]
+    square = np.mean(group) / result.noise_multiplier**2
+    spread = math.sqrt(square + np.var(group) / result.noise_multiplier**4 / 4)
+    return all(
+        abs(scores.mean() - mean) < 5 * spread / math.sqrt(len(scores))
+        and abs(scores.std() / spread - 1) < 5 / math.sqrt(2 * len(scores))
+        for scores, mean in ((result.scores_in, square / 2), (result.scores_out, -square / 2))
+    )
+
+
+def banded_run(steps=2, bands=4):
+    return audit.one_run(audit.gradient_canaries(4096, steps=steps), epsilon=1.0, bands=bands, seed=1)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("steps", "bands"), [(2, 4), (3, 3)])
+def test_one_run_with_bands_finds_the_law_of_the_claim(steps, bands):
+    result = banded_run(steps, bands)
+    assert law(result)
+    assert (result.steps, result.bands) == (steps * bands, bands)
+    assert result.claimed_epsilon == pytest.approx(1.0, rel=0.01)
+    assert 0 <= result.lower_bound < result.claimed_epsilon
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        too_little(0.9),
+        correlated_by(lambda b: coefficients(2 * b)),  # cancels between uses of a record
+        correlated_by(lambda b: np.array(coefficients(b)) / coefficients(b)[0]),  # a σ for independent noise
+    ],
+    ids=["a noise of 90 %", "bands too many", "columns not scaled to norm 1"],
+)
+def test_the_law_of_the_claim_tells_wrong_correlated_noise(wrong, monkeypatch):
+    monkeypatch.setattr(BandedNoise, *wrong)
+    assert not law(banded_run(steps=4))
+
+
+@pytest.mark.statistical
+def test_one_run_refutes_a_quarter_of_the_correlated_noise(monkeypatch):
+    monkeypatch.setattr(BandedNoise, *too_little(0.25))
+    assert banded_run().violated
+
+
+@pytest.mark.statistical
+def test_many_runs_refute_a_tenth_of_the_correlated_noise_and_not_all_of_it(monkeypatch):
+    play = partial(audit.many_runs, audit.worst_case(steps=2), bands=2, runs=100, seed=0)
+    right = play(epsilon=8.0)
+    assert 0 < right.lower_bound < right.claimed_epsilon
+    monkeypatch.setattr(BandedNoise, *too_little(0.1))
+    assert play(epsilon=1.0).violated
+
+
+def test_many_runs_with_bands_refuse_records_that_show_how_they_were_dealt():
+    with pytest.raises(ParameterError, match="must have no gradient"):
+        audit.many_runs(audit.worst_case(records=2, opposed=True), epsilon=1.0, bands=2, runs=40)
+
+
+def test_a_suite_with_bands_says_what_it_leaves_out(capsys):
+    suite = Suite(8.0, methods=("sampled-runs", "input-canaries"), input_canaries=60, bands=2, seed=0)
+    result = suite.run()
+    assert [one.experiment for one in result.results] == ["input canaries"]
+    assert result.results[0].confidence == 0.95
+    assert "sampled-runs is left out" in result.as_dict()["left_out"]
+    assert main(["audit", "--epsilon", "4", "--method", "sampled-runs", "--bands", "2"]) == 2
+    assert "--bands 2: sampled-runs is left out" in capsys.readouterr().err
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 QUICK = ["audit", "--epsilon", "4", "--method", "gradient-canaries", "--canaries", "2048", "--seed", "0"]
@@ -322,6 +419,7 @@ def test_the_command_ends_with_1_when_the_claim_is_refuted(capsys):
         ["--epsilon", "4", "--canaries", "1000000000", "--method", "gradient-canaries"],
         ["--epsilon", "4", "--runs", "1000000000000", "--method", "many-runs"],
         ["--epsilon", "4", "--out", __file__],
+        ["--epsilon", "4", "--bands", "0"],
     ],
 )
 def test_the_command_refuses_with_one_message(arguments, capsys):

@@ -21,13 +21,14 @@ from lipdp.accounting.calibration import EpsilonCurve
 from lipdp.accounting.events import Event, Ledger
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.accounting.tradeoff import trade_off
+from lipdp.audit.likelihood import Likelihood
 from lipdp.batches.population import glance
 from lipdp.batches.samplers import CyclicPoissonSampler, PoissonSampler
 from lipdp.cli import main
 from lipdp.data.augment import Augmented, augment
 from lipdp.errors import CheckpointError, EngineError, ParameterError, ResumeError
 from lipdp.noise import GaussianNoise, SecureGaussianNoise
-from lipdp.noise.banded import BandedNoise, coefficients
+from lipdp.noise.banded import BandedNoise, Whitened, coefficients
 from lipdp.privacy.gate import QuantileGate
 from lipdp.report import reading, statement
 from lipdp.training import configure
@@ -52,8 +53,8 @@ def test_the_bands_are_the_square_root_of_prefix_sums_with_columns_of_norm_1(ban
 
 def whitened(released, c):
     """(T, n): what C makes of the rows of noise, in units of its std; N(0, 1), all independent, if C is theirs."""
-    lags = [np.concatenate([np.zeros((j, released.shape[1])), released[: len(released) - j]]) for j in range(len(c))]
-    return sum(each * lag for each, lag in zip(c, lags, strict=True))
+    row = Whitened(tuple(c))
+    return np.stack([row(y).numpy() for y in torch.from_numpy(released)])
 
 
 def is_white(rows):
@@ -176,7 +177,7 @@ def test_the_law_of_the_batches(rate, bands, population, secure):
 def test_a_record_more_leaves_the_dealing_of_the_others_independent_and_even():
     """No balancing: the sizes of groups vary as dice do, which groups dealt from a shuffled list would not."""
     sizes = [
-        np.bincount(CyclicPoissonSampler(100, sampling_rate=0.1, steps=1, bands=2, seed=s)._groups)[0]
+        np.bincount(CyclicPoissonSampler(100, sampling_rate=0.1, steps=1, bands=2, seed=s).groups)[0]
         for s in range(2000)
     ]
     spread = ((np.array(sizes) - 50) ** 2).sum() / 25
@@ -186,7 +187,7 @@ def test_a_record_more_leaves_the_dealing_of_the_others_independent_and_even():
 def test_the_dealing_outlives_a_resume_and_is_of_its_own_for_every_run():
     make = partial(CyclicPoissonSampler, 500, sampling_rate=0.2, steps=10, bands=4)
     one, other = make(), make()
-    assert (one._groups != other._groups).any()
+    assert (one.groups != other.groups).any()
     drawn = iter(one)
     for _ in range(3):
         next(drawn)
@@ -420,22 +421,16 @@ def scores(*, bands, steps, rate, n):
     released.
     """
     sampler = CyclicPoissonSampler(2 * n, sampling_rate=rate, steps=steps, bands=bands)
-    noise, c, member = BandedNoise(GaussianNoise(), bands), coefficients(bands), np.arange(2 * n) >= n
-    delta, released, known, used = 3.0, [], [], []
+    likelihood = Likelihood(torch.from_numpy(sampler.groups), bands, min(1.0, bands * rate))
+    noise, white, delta, total = BandedNoise(GaussianNoise(), bands), Whitened(coefficients(bands)), 3.0, torch.zeros(1)
     for row, batch in enumerate(sampler, start=1):
-        drawn = np.isin(np.arange(2 * n), batch.numpy())
-        others = delta * np.sign(released[-1]) if released else np.zeros(2 * n)
-        total = torch.from_numpy(others + delta * (drawn & member))
+        drawn = torch.zeros(2 * n, dtype=torch.float64).index_fill(0, batch, delta)
+        drawn[:n] = 0
+        others = delta * total.sign()
+        total = others + drawn
         noise.add_([total], torch.tensor([delta]), row=row)
-        released.append(total.numpy())
-        known.append(others)
-        used.append(sampler._groups == (row - 1) % bands)
-    v, score = whitened((np.stack(released) - np.stack(known)) / delta, c), np.zeros(2 * n)
-    for k in range(steps):  # a use in row k moves v by c from there on
-        tail = c[: steps - k]
-        along, length = sum(each * v[k + j] for j, each in enumerate(tail)), sum(each**2 for each in tail)
-        score += np.where(used[k], np.log1p(min(1.0, bands * rate) * np.expm1(along - length / 2)), 0.0)
-    return score[:n], score[n:]
+        likelihood.add(white((total - others) / delta), torch.ones(()))
+    return np.split(likelihood.total.numpy(), 2)
 
 
 def reached(without, present, rate):

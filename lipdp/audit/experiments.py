@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
+from lipdp.accounting.plan import whole
 from lipdp.bounds.sensitivity import sensitivity
 from lipdp.data import bound_inputs, default_bounding, load
 from lipdp.errors import ParameterError
@@ -37,6 +38,7 @@ class Experiment:
         learning_rate: of plain SGD. With 0 the weights stand still: ε holds at every learning rate, and what a canary
             adds to the release is then the same at every step.
         saturated: every canary's gradient meets the bound of every parameter exactly.
+        bands: b, over how many steps noise is correlated; set by `in_bands`.
     """
 
     name: str
@@ -49,6 +51,12 @@ class Experiment:
     steps: int = 1
     learning_rate: float = 0.0
     saturated: bool = True
+    bands: int = 1
+
+    def in_bands(self, bands: int) -> Experiment:
+        """The same with noise over b steps, N and T b times as large: a record is used as often as before."""
+        b = whole("bands", bands)
+        return replace(self, dataset_size=b * self.dataset_size, steps=b * self.steps, bands=b)
 
     def records(self, included: Tensor) -> tuple[Tensor, Tensor]:
         """(x, y) of the dataset with the canaries that `included`, (m,) bool, marks."""
@@ -201,7 +209,7 @@ def input_canaries(
     split = bound_inputs(split, default_bounding(split))
     if not 2 <= count < len(split.train_x):
         raise ParameterError(
-            f"canaries={count}: 2 … {len(split.train_x) - 1} of the records of {dataset} can be canaries"
+            f"input_canaries={count}: 2 … {len(split.train_x) - 1} of the records of {dataset} can be canaries"
         )
     net = build(model, input_shape=split.input_shape, num_classes=split.num_classes)
     loss = TauCrossEntropy(8.0)

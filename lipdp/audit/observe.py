@@ -16,8 +16,11 @@ from torch.utils.data import TensorDataset
 
 from lipdp.accounting.plan import PrivacyPlan
 from lipdp.audit.experiments import Experiment
+from lipdp.audit.likelihood import Likelihood, log_likelihood
 from lipdp.batches.loader import BatchLoader
+from lipdp.batches.samplers import CyclicPoissonSampler
 from lipdp.errors import CannotLearnWarning, ParameterError
+from lipdp.noise.banded import Whitened, coefficients
 from lipdp.privacy.criterion import PrivateCriterion
 from lipdp.privacy.engine import PrivacyEngine
 
@@ -43,9 +46,10 @@ class Setting:
 class Training:
     """One engine, its loop, and what everybody who sees the weights of every step can compute."""
 
-    def __init__(self, experiment: Experiment, setting: Setting, included: Tensor, *, runs: int = 1) -> None:
+    def __init__(self, experiment: Experiment, setting: Setting, included: Tensor, *, steps: int | None = None) -> None:
         self.experiment = experiment
-        self._progress, self._total = setting.progress, setting.plan.steps * runs
+        plan = setting.plan if steps is None else replace(setting.plan, steps=steps)
+        self._progress, self._total = setting.progress, plan.steps
         self.model = experiment.fresh_model()
         # the mechanism is audited, not the guard that would stop a run with a wrong bound
         self.engine = PrivacyEngine(setting.plan.accountant, seed=setting.seed, check_every=0)
@@ -55,7 +59,7 @@ class Training:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CannotLearnWarning)  # nobody wants this model to learn
             _, self.optimizer, self.loader, self.criterion = self.engine.make_private_with_plan(
-                replace(setting.plan, steps=setting.plan.steps * runs),
+                plan,
                 module=self.model,
                 optimizer=self.optimizer,
                 criterion=experiment.loss,
@@ -63,6 +67,14 @@ class Training:
                 allocation=setting.allocation,
             )
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def groups(self) -> Tensor:
+        """(records,) of the dataset's records: with b bands each is used in the batches of its own group only."""
+        sampler = self.loader.sampler
+        if isinstance(sampler, CyclicPoissonSampler):
+            return torch.from_numpy(sampler.groups).long()
+        return torch.zeros(sampler.population, dtype=torch.long)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Those of the loader, counted."""
@@ -94,68 +106,88 @@ def _flat(tensors: Tensors) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors.values()])
 
 
-def _log_likelihood(projection: Tensor, shift: Tensor, q: float) -> Tensor:
-    """log(1 − q + q·e^{⟨r, a⟩ − ‖a‖²/2}): a step's likelihood ratio of in over out, r with unit noise, a the canary."""
-    exponent = projection - shift.square() / 2
-    if q == 1.0:
-        return exponent
-    terms = torch.stack([torch.full_like(exponent, np.log1p(-q)), exponent + np.log(q)])
-    return torch.logsumexp(terms, 0)
-
-
 def repeated(
     experiment: Experiment, setting: Setting, *, included: bool, runs: int
 ) -> tuple[dict[str, Array], Training]:
     """Scores of `runs` runs of T steps with the one canary in all of them, or in none. The weights must stand still.
 
     The runs follow each other in one engine: samples and noise are drawn afresh at every step, and nothing else is
-    carried over when the weights stand still. Scores, by name:
+    carried over when the weights stand still. With b bands the noise is, but not in v = C y (`Whitened`), and neither
+    is the canary if a run begins with a use of it: any T consecutive steps are a run. Scores, by name:
 
     - likelihood: of the claimed mechanism, canary in over out (optimal against it when the other records are silent);
-    - one step: the same if the canary takes another record's place in exactly one step, not known which;
+    - one step: the same if the canary takes another record's place in exactly one use, not known which;
     - energy: of the release across the canary's direction, in units of the claimed noise.
     """
-    training = Training(experiment, setting, torch.tensor([included]), runs=runs)
+    plan, length = setting.plan, runs * experiment.steps
+    training = Training(experiment, setting, torch.tensor([included]), steps=length + plan.bands - 1)
+    _refuse_dealt(training)
     stds = training.engine.noise_stds()
     entries = _flat({n: torch.full_like(p, 1.0 / stds[n]) for n, p in training.parameters.items()})
     canary = _flat(training.gradient(*experiment.canaries)) * entries
     shift = torch.linalg.vector_norm(canary)
     direction = canary / shift
-    expected = setting.plan.sampling_rate * _flat(training.gradient(*experiment.others)) * entries
+    expected = plan.sampling_rate * _flat(training.gradient(*experiment.others)) * entries
     scale = entries * experiment.expected_batch_size
-    along, energy = torch.empty(runs * experiment.steps), torch.empty(runs * experiment.steps)
+    along, energy = torch.empty(2, length + plan.bands - 1)
+    bands = coefficients(plan.bands)
+    whitened = Whitened(bands)
     for step, (x, y) in enumerate(training.batches()):
         training.step(x, y)
         release = _flat({n: p.grad for n, p in training.parameters.items() if p.grad is not None}) * scale - expected
-        along[step] = along_step = direction @ release
-        energy[step] = release @ release - along_step.square()
-    along, energy = along.double().view(runs, -1), energy.double().view(runs, -1)
-    shift = shift.double()
-    scores = {"likelihood": _log_likelihood(along * shift, shift, setting.plan.sampling_rate).sum(1)}
-    if experiment.steps > 1:
+        row = whitened(release)
+        along[step] = along_step = direction @ row
+        energy[step] = row @ row - along_step.square()
+    first = int(training.groups[-1]) if included else 0
+    along, energy = (rows[first : first + length].double().view(runs, -1, plan.bands) for rows in (along, energy))
+    along, shift = along @ torch.tensor(bands, dtype=along.dtype), shift.double()
+    scores = {"likelihood": log_likelihood(along * shift, shift.square(), plan.step_event.sampling_rate).sum(1)}
+    if along.shape[1] > 1:
         scores["one step"] = torch.logsumexp(2 * shift * along, 1)
-    scores["energy"] = energy.mean(1)
+    scores["energy"] = energy.mean((1, 2))
     return {name: values.numpy() for name, values in scores.items()}, training
+
+
+def _refuse_dealt(training: Training) -> None:
+    """The records beside the canary must be silent with bands: all runs of an engine would share how they are dealt."""
+    others = zip(*training.experiment.others, strict=True) if training.engine.plan.bands > 1 else ()
+    if any(bool(g.any()) for x, y in others for g in training.gradient(x.unsqueeze(0), y.unsqueeze(0)).values()):
+        raise ParameterError(
+            f"bands={training.engine.plan.bands}, {training.experiment.name}: records that are always there must have"
+            " no gradient; they are dealt to groups once, so that runs would not be independent"
+        )
 
 
 def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> tuple[dict[str, Array], Training]:
     """Scores of the m canaries in one run; the other records' gradient, which is known, is taken off in expectation.
 
-    - likelihood: of the claimed mechanism, this canary in over out, summed over the steps: the others are noise.
+    - likelihood: of the claimed mechanism, this canary in over out, summed over its uses: the others are noise.
     - joint: the coins of all canaries estimated together, where they are not orthogonal.
     """
-    training = Training(experiment, setting, included)
-    scorer: _Orthogonal | _Joint = (_Orthogonal if experiment.saturated else _Joint)(experiment, setting)
-    for x, y in training.batches():
+    training, bands, rate = (
+        Training(experiment, setting, included),
+        setting.plan.bands,
+        setting.plan.step_event.sampling_rate,
+    )
+    dealt = training.groups[: len(experiment.others[0])]
+    seed = None if setting.seed is None else [setting.seed, 1]  # not that of the coins
+    groups = torch.from_numpy(np.random.default_rng(seed).integers(bands, size=len(included)))
+    groups[included] = training.groups[len(dealt) :]  # one left out has a group as well, which so tells nothing
+    likelihood = Likelihood(groups, bands, rate)
+    scorer: _Orthogonal | _Joint = (_Orthogonal if experiment.saturated else _Joint)(
+        experiment, likelihood, setting.plan.noise_multiplier
+    )
+    whitened = {name: Whitened(coefficients(bands)) for name in training.parameters}
+    for row, (x, y) in enumerate(training.batches()):
         weights = {n: p.detach().clone() for n, p in training.parameters.items()}
-        expected = training.gradient(*experiment.others)
+        expected = training.gradient(*(t[dealt == row % bands] for t in experiment.others))
         training.step(x, y)
         stds = training.engine.noise_stds()
         release = {}
         for name, parameter in training.parameters.items():
             released = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            centred = experiment.expected_batch_size * released - setting.plan.sampling_rate * expected[name]
-            release[name] = centred / stds[name]
+            centred = experiment.expected_batch_size * released - rate * expected[name]
+            release[name] = whitened[name](centred / stds[name])
         scorer.see(training.model, weights, release, stds)
     return {name: values.numpy() for name, values in scorer.scores().items()}, training
 
@@ -163,13 +195,12 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
 class _Orthogonal:
     """Canaries that meet every bound and are orthogonal: the release is projected on all of them at once."""
 
-    def __init__(self, experiment: Experiment, setting: Setting) -> None:
-        self._experiment, self._plan = experiment, setting.plan
-        self._shift = torch.tensor(1.0 / setting.plan.noise_multiplier, dtype=torch.float64)
-        self._total = torch.zeros(len(experiment.canaries[0]), dtype=torch.float64)
+    def __init__(self, experiment: Experiment, likelihood: Likelihood, noise_multiplier: float) -> None:
+        self._experiment, self._likelihood = experiment, likelihood
+        self._square = torch.tensor(noise_multiplier**-2.0, dtype=torch.float64)
 
     def see(self, model: nn.Module, weights: Tensors, release: Tensors, stds: dict[str, float]) -> None:
-        """Take in one step: the weights in front of it, and the release in units of the noise."""
+        """Take in one step: the weights in front of it, and the row of v = C y, y the release in units of the noise."""
         x, y = self._experiment.canaries
         wanted = {n: w.requires_grad_() for n, w in weights.items()}
         share = torch.zeros(len(x), requires_grad=True)
@@ -180,28 +211,27 @@ class _Orthogonal:
             ((g * r).sum() / stds[n] for g, (n, r) in zip(mixed, release.items(), strict=True)), torch.zeros(())
         )
         (along,) = torch.autograd.grad(total, share)
-        self._total += _log_likelihood(along.double(), self._shift, self._plan.sampling_rate)
+        self._likelihood.add(along.double(), self._square)
 
     def scores(self) -> dict[str, Tensor]:
-        return {"likelihood": self._total}
+        return {"likelihood": self._likelihood.total}
 
 
 class _Joint:
     """Any canaries, by their per-sample gradients a_j in units of the noise.
 
-    With coins b, one step releases r = q Σ b_j a_j + noise, in expectation over the batch. For coins of mean ½ and
-    variance ¼, taken as Gaussian, the posterior mean solves (M + 4 I)(b − ½) = v − M ½ with M = Σ_t q² A Aᵀ and v = Σ_t
-    q A r.
+    With coins b, a row of v = C y is p Σ b_j w_j a_j + noise, in expectation over the batch, with the weight w_j of the
+    last use (`Likelihood`) and its gradient a_j. For coins of mean ½ and variance ¼, taken as Gaussian, the posterior
+    mean solves (M + 4 I)(b − ½) = s − M ½ with M = Σ_t p² A Aᵀ and s = Σ_t p A v, the rows of A being w_j a_j.
     """
 
-    def __init__(self, experiment: Experiment, setting: Setting) -> None:
+    def __init__(self, experiment: Experiment, likelihood: Likelihood, noise_multiplier: float) -> None:
         count = len(experiment.canaries[0])
-        self._experiment, self._plan = experiment, setting.plan
-        self._total = torch.zeros(count, dtype=torch.float64)
+        self._experiment, self._likelihood, self._rows = experiment, likelihood, torch.empty(0)
         self._gram, self._seen = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
 
     def see(self, model: nn.Module, weights: Tensors, release: Tensors, stds: dict[str, float]) -> None:
-        loss, q = self._experiment.loss, self._plan.sampling_rate
+        loss, rate, begins = self._experiment.loss, self._likelihood.rate, self._likelihood.begins
 
         def value(w: Tensors, x: Tensor, y: Tensor) -> Tensor:
             return loss(functional_call(model, w, (x.unsqueeze(0),)), y.unsqueeze(0)).sum()
@@ -211,17 +241,20 @@ class _Joint:
 
         size = sum(w.numel() for w in weights.values())
         with torch.no_grad():
-            rows = vmap(one, chunk_size=max(1, _CHUNK_WEIGHTS // size))(*self._experiment.canaries)
-            flat = _flat(release)
-            along = (rows @ flat).double()
-            self._total += _log_likelihood(along, torch.linalg.vector_norm(rows, dim=1).double(), q)
-            self._gram += q * q * (rows @ rows.T).double()
-            self._seen += q * along
+            if not len(self._rows):
+                self._rows = torch.zeros(len(begins), size)
+            if begins.any():
+                own = (t[begins] for t in self._experiment.canaries)
+                self._rows[begins] = vmap(one, chunk_size=max(1, _CHUNK_WEIGHTS // size))(*own)
+            along, share = (self._rows @ _flat(release)).double(), self._likelihood.weights
+            self._likelihood.add(along, self._rows.square().sum(1).double())
+            self._gram += rate**2 * torch.outer(share, share) * (self._rows @ self._rows.T).double()
+            self._seen += rate * share * along
 
     def scores(self) -> dict[str, Tensor]:
         prior = 4.0 * torch.eye(len(self._seen), dtype=torch.float64)
         joint = torch.linalg.solve(self._gram + prior, self._seen - self._gram.sum(1) / 2)
-        return {"likelihood": self._total, "joint": joint}
+        return {"likelihood": self._likelihood.total, "joint": joint}
 
 
 def worlds(experiment: Experiment, setting: Setting, coins: NDArray[np.bool_]) -> tuple[dict[str, Array], Training]:
@@ -249,7 +282,7 @@ def worlds(experiment: Experiment, setting: Setting, coins: NDArray[np.bool_]) -
 
 
 def _shifted(progress: Progress, before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
+    progress(min(before + done, total), total)  # with bands a few steps more are taken
 
 
 def fair_coins(count: int, seed: int | None) -> NDArray[np.bool_]:

@@ -35,7 +35,7 @@ class AuditResult:
         trials: games played: runs, or canaries of the one run.
         guesses, correct: among the trials that were not used to choose the guessing rule.
         score: the score that was looked at.
-        noise_multiplier, sampling_rate, steps: σ, q and T of one run.
+        noise_multiplier, sampling_rate, steps, bands: σ, q, T and b of one run.
         scores_in, scores_out: that score in the trials with the canary and without.
     """
 
@@ -52,6 +52,7 @@ class AuditResult:
     noise_multiplier: float
     sampling_rate: float
     steps: int
+    bands: int
     scores_in: Array = field(repr=False, compare=False)
     scores_out: Array = field(repr=False, compare=False)
 
@@ -96,6 +97,7 @@ def many_runs(
     allocation: str = "per_layer",
     accountant: str = "prv",
     seed: int | None = None,
+    bands: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> AuditResult:
     r"""Play many games: tell a tiny run on N records from one on N + 1.
@@ -113,10 +115,13 @@ def many_runs(
         confidence: of the lower bound.
         allocation, accountant: of the engine.
         seed: repeat the audit exactly.
+        bands: b > 1 for noise correlated over b steps, in runs b times as long (`Experiment.in_bands`); the records
+            beside the canary must then have no gradient.
         progress: is told how many steps are taken, and of how many.
 
     Raises:
-        ParameterError: not one canary, a learning rate, or fewer than 40 runs. LipdpError: what the engine refuses.
+        ParameterError: not one canary, a learning rate, fewer than 40 runs, or what `bands` says. LipdpError: what the
+            engine refuses.
 
     >>> result = lipdp.audit.many_runs(epsilon=8.0, runs=120, seed=0)
     >>> 0.5 < result.lower_bound < result.claimed_epsilon, result.verdict
@@ -130,7 +135,7 @@ def many_runs(
             f"{experiment.name}: many_runs takes one canary (given {len(experiment.canaries[0])}) and learning rate 0"
             f" (given {experiment.learning_rate:g}), so that runs do not differ in anything else"
         )
-    coins = fair_coins(runs, seed)
+    experiment, coins = experiment.in_bands(bands), fair_coins(runs, seed)
     setting = Setting(_plan(experiment, epsilon, delta, accountant), allocation, seed, progress)
     scores, training = worlds(experiment, setting, coins)
     early, late = _split(Games(scores, coins))
@@ -150,6 +155,7 @@ def one_run(
     allocation: str = "per_layer",
     accountant: str = "prv",
     seed: int | None = None,
+    bands: int = 1,
     progress: Progress = lambda done, total: None,
 ) -> AuditResult:
     """Guess which of m canaries took part in one single run.
@@ -171,7 +177,7 @@ def one_run(
 
     Source: Steinke, Nasr & Jagielski (2023), "Privacy auditing with one (1) training run", algorithm 1.
     """
-    experiment = gradient_canaries(32_768) if experiment is None else experiment
+    experiment = (gradient_canaries(32_768) if experiment is None else experiment).in_bands(bands)
     coins = fair_coins(len(experiment.canaries[0]), seed)
     setting = Setting(_plan(experiment, epsilon, delta, accountant), allocation, seed, progress)
     scores, training = simultaneous(experiment, setting, torch.from_numpy(coins))
@@ -188,7 +194,8 @@ def one_run(
 def _plan(experiment: Experiment, epsilon: float, delta: float, accountant: str) -> PrivacyPlan:
     return PrivacyPlan.of(
         dataset_size=experiment.dataset_size, expected_batch_size=experiment.expected_batch_size,
-        steps=experiment.steps, target_epsilon=epsilon, target_delta=delta, accountant=accountant,
+        steps=experiment.steps, bands=experiment.bands, target_epsilon=epsilon, target_delta=delta,
+        accountant=accountant,
     )  # fmt: skip
 
 
@@ -212,6 +219,7 @@ def _result(method: str, training: Training, games: Games, *, score: str, delta:
         noise_multiplier=plan.noise_multiplier,
         sampling_rate=plan.sampling_rate,
         steps=training.experiment.steps,
+        bands=plan.bands,
         trials=len(games.coins),
         score=score,
         scores_in=values[games.coins],

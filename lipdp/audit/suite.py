@@ -24,7 +24,8 @@ __all__ = ["METHODS", "Suite", "SuiteResult", "draw", "write"]
 class Suite:
     """What to audit and how hard; see `many_runs` and `one_run`.
 
-    `confidence` is that of all lower bounds together: of k audits each has 1 − (1 − confidence)/k.
+    `confidence` is that of all lower bounds together: of k audits each has 1 − (1 − confidence)/k. With bands, the one
+    run of gradient canaries uses each several times, so that noise that cancels too well between uses shows.
     """
 
     epsilon: Annotated[float, "the claim to audit: the engine's noise is calibrated to it"]
@@ -41,6 +42,7 @@ class Suite:
     input_canaries: Annotated[int, "records in one run on the digits"] = 250
     allocation: str = "per_layer"
     accountant: str = "prv"
+    bands: int = 1
     seed: Annotated[int | None, "repeat the audit exactly"] = None
 
     def __post_init__(self) -> None:
@@ -51,22 +53,35 @@ class Suite:
             raise ParameterError(f"methods={self.methods}: one or more of {', '.join(METHODS)}, each once")
         if not 0.0 < self.confidence < 1.0:
             raise ParameterError(f"confidence={self.confidence}: a probability in (0, 1) is needed, 0.95 say")
+        if not self.done:
+            raise ParameterError(f"bands={self.bands}: {self.left_out}")
         check_seed(self.seed)
+
+    @property
+    def done(self) -> Sequence[str]:
+        """The methods that make sense."""
+        return [name for name in self.methods if self.bands == 1 or name != "sampled-runs"]
+
+    @property
+    def left_out(self) -> str:
+        """One line on those that make none, or nothing."""
+        why = "the other records are dealt to groups once, so with bands the runs are not independent"
+        return "" if len(self.done) == len(self.methods) else f"sampled-runs is left out: {why}"
 
     def run(self, progress: Callable[[str, int, int], None] = lambda name, done, total: None) -> SuiteResult:
         """Every audit in turn; `progress` is told of each step: in which audit, how many are taken, of how many."""
         results = []
         with torch.random.fork_rng(devices=[]):  # the models' weights are drawn from torch's generator
             torch.manual_seed(torch.seed() if self.seed is None else self.seed)
-            for name in self.methods:
+            for name in self.done:
                 results.append(METHODS[name](self, partial(progress, name)))
-        return SuiteResult(tuple(results), self.confidence)
+        return SuiteResult(tuple(results), self.confidence, self.left_out)
 
     @property
     def options(self) -> dict[str, Any]:
         """Of each audit."""
-        each = 1.0 - (1.0 - self.confidence) / len(self.methods)
-        names = ("epsilon", "delta", "allocation", "accountant", "seed")
+        each = 1.0 - (1.0 - self.confidence) / len(self.done)
+        names = ("epsilon", "delta", "allocation", "accountant", "seed", "bands")
         return {**{name: getattr(self, name) for name in names}, "confidence": each}
 
 
@@ -75,7 +90,9 @@ METHODS: dict[str, Callable[[Suite, Progress], AuditResult]] = {
     "sampled-runs": lambda suite, bar: many_runs(
         worst_case(sampling_rate=0.25, records=16, opposed=True), runs=suite.runs, progress=bar, **suite.options
     ),
-    "gradient-canaries": lambda suite, bar: one_run(gradient_canaries(suite.canaries), progress=bar, **suite.options),
+    "gradient-canaries": lambda suite, bar: one_run(
+        gradient_canaries(suite.canaries, steps=1 if suite.bands == 1 else 4), progress=bar, **suite.options
+    ),
     "input-canaries": lambda suite, shown: one_run(
         input_canaries(suite.input_canaries), progress=shown, **suite.options
     ),
@@ -88,6 +105,7 @@ class SuiteResult:
 
     results: tuple[AuditResult, ...]
     confidence: float
+    left_out: str = ""
 
     @property
     def strongest(self) -> AuditResult:
@@ -106,6 +124,7 @@ class SuiteResult:
         return {
             **{name: getattr(best, name) for name in names},
             "confidence": self.confidence,
+            "left_out": self.left_out,
             "violated": self.violated,
             "verdict": best.verdict,
             "audits": [result.as_dict() for result in self.results],

@@ -213,6 +213,9 @@ class CyclicPoissonSampler(PoissonSampler):
         population, sampling_rate, steps, seed, secure: see `PoissonSampler`; the rate is q, over the dealing too.
         bands: b ≥ 1 with b q ≤ 1.
 
+    Attributes:
+        groups: (population,) int16, of every record.
+
     >>> sampler = CyclicPoissonSampler(1000, sampling_rate=0.25, steps=3, bands=2, seed=0)
     >>> first, second, third = (set(batch.tolist()) for batch in sampler)
     >>> len(first & second), len(first & third) > 0
@@ -235,14 +238,14 @@ class CyclicPoissonSampler(PoissonSampler):
     def _deal(self, key: str) -> None:
         self._dealing = key
         generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(int(key, 16), pool_size=8)))
-        self._groups = generator.integers(self.bands, size=self.population, dtype=np.int16)
+        self.groups = generator.integers(self.bands, size=self.population, dtype=np.int16)
 
     @property
     def _rate(self) -> float:
         return min(1.0, self.bands * self.sampling_rate)
 
     def _own(self, drawn: np.ndarray) -> np.ndarray:
-        return drawn[self._groups[drawn] == self.position % self.bands]
+        return drawn[self.groups[drawn] == self.position % self.bands]
 
     def _draw(self, generator: np.random.Generator) -> np.ndarray:
         return self._own(super()._draw(generator))

@@ -20,13 +20,15 @@ EPILOG = """[bold]Examples[/bold]
 
 [green]lipdp audit --epsilon 1 --method gradient-canaries --canaries 65536[/green]  (seconds)
 
+[green]lipdp audit --epsilon 1 --method gradient-canaries --bands 4[/green]  (correlated noise)
+
 [green]lipdp audit --epsilon 8 --method many-runs --runs 20000 --confidence 0.99[/green]
 
 Exit code: 0 consistent, 1 a lower bound is above the claim, 2 refused.
 DIR then holds audit.json and audit.png."""
 
 
-@with_config(Suite, "delta", "allocation", "accountant")
+@with_config(Suite, "delta", "allocation", "accountant", "bands")
 def audit(
     suite: Suite,
     out: Annotated[Path | None, typer.Option(help="folder for audit.json and audit.png")] = None,
@@ -65,6 +67,8 @@ def audit(
             f"ε ≥ {best.lower_bound:.3f} at δ = {suite.delta:g} with confidence {suite.confidence:g} (all audits"
             f" together); claimed {best.claimed_epsilon:.3f}: [bold]{best.verdict}[/bold]"
         )
+        if result.left_out:
+            console.print(result.left_out)
         for path in paths:
             console.print(f"[dim]written to {path}[/dim]", soft_wrap=True)
     if result.violated:

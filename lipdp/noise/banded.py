@@ -49,6 +49,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +81,24 @@ def accumulation(bands: int) -> float:
     (0.7454, 1.0)
     """
     return 1.0 / sum(coefficients(bands))
+
+
+class Whitened:
+    """v = C y, row by row: in it the noise is z again, for rows y = x + w of what was released, divided by s_t.
+
+    >>> whitened = Whitened(coefficients(2))
+    >>> [round(float(whitened(torch.tensor(row))), 4) for row in (1.0, 0.0, 0.0)]
+    [0.8944, 0.4472, 0.0]
+    """
+
+    def __init__(self, coefficients: Sequence[float]) -> None:
+        self._coefficients, self._recent = coefficients, deque[Tensor](maxlen=len(coefficients))
+
+    def __call__(self, row: Tensor) -> Tensor:
+        """Row t of v, from row t of y."""
+        self._recent.appendleft(row)
+        terms = zip(self._coefficients, self._recent, strict=False)
+        return sum((c * past for c, past in terms), torch.zeros_like(row))
 
 
 class BandedNoise:

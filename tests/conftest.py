@@ -30,7 +30,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    gc.freeze()
     gc.enable()
     for logger in logging.root.manager.loggerDict.values():
         if isinstance(logger, logging.Logger):

@@ -1,17 +1,12 @@
-"""Fixtures shared by test files."""
+"""Fixtures shared by test files. Imports are in them, as in the other `conftest.py`."""
 
 import gc
+import logging
 import multiprocessing
 import os
 from multiprocessing import forkserver
 
-import numpy as np
 import pytest
-import torch
-from faults.client import Commands
-from npy_folders import digits, write
-
-from lipdp.privacy import attach
 
 FORKED = [
     "torch.distributed.fsdp", "lipdp.cli", "lipdp.commands.display", "lipdp.training.trainer", "lipdp.comparison.speed",
@@ -24,6 +19,8 @@ LONGEST = (
 """The files to begin with, where several processes share them: the last to end decides when all is done."""
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: one thread in each
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -34,6 +31,9 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     gc.enable()
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # else pytest puts its handlers on each of torch's fifty, six times a test
 
 
 def pytest_collection_modifyitems(items):
@@ -52,6 +52,8 @@ def _no_waiting_for_the_disk():
 @pytest.fixture(scope="module")
 def one_thread():
     """For files of many small tensors, where a second thread only waits: `pytestmark = usefixtures("one_thread")`."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -61,6 +63,8 @@ def one_thread():
 @pytest.fixture(scope="module")
 def unjudged():
     """For files of many runs of one plain net that say nothing of how well it learns: no gradient is probed before."""
+    from lipdp.privacy import attach
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attach, "_probed", lambda *given: {})
         patch.setattr(attach, "noise_moves", lambda *given: {})
@@ -79,6 +83,8 @@ def forks():
 @pytest.fixture(scope="session")
 def commands(forks):
     """`lipdp` as processes of their own, forked from one that has run it."""
+    from faults.client import Commands
+
     server = Commands(forks)
     yield server
     server.close()
@@ -94,6 +100,9 @@ def no_environment(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory):
     """The digits as bytes, as a folder and in `digits.npz` within."""
+    import numpy as np
+    from npy_folders import digits, write
+
     arrays = digits()
     names = {"X": "train_x", "y": "train_y", "X_test": "test_x", "y_test": "test_y"}
     folder = tmp_path_factory.mktemp("digits")

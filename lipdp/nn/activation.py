@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
+from lipdp.nn.blocks import Function
 
 __all__ = ["BetaAbs", "FullSort", "GroupSort", "GroupSort2", "HouseHolder", "LPReLU", "MaxMin"]
 
@@ -26,7 +27,7 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return x.narrow(dim, 0, half), x.narrow(dim, half, half)
 
 
-class _Mix(torch.autograd.Function):
+class _Mix(Function):
     """(a, b) ↦ (m a + (1−m) b, m b + (1−m) a) for a 0/1 mask m: linear, symmetric, its own transpose."""
 
     @staticmethod
@@ -56,7 +57,7 @@ class _Mix(torch.autograd.Function):
         return _Mix.apply(x, mask, dim if dim < 0 else dim + 1), 0
 
 
-class _MaxMin(torch.autograd.Function):
+class _MaxMin(Function):
     """(a, b) ↦ (max(a, b), min(a, b)) on the halves of an axis, with few passes over memory."""
 
     @staticmethod

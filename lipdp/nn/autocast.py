@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lipdp.nn.blocks import Function
 from lipdp.nn.weight_gate import gated_sum, patches
 
 
@@ -28,7 +29,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -54,7 +55,7 @@ class _Linear(torch.autograd.Function):
             return by_input, gated_sum(g, x, ctx.gate)[0], by_bias, None
 
 
-class _Convolution(torch.autograd.Function):
+class _Convolution(Function):
     generate_vmap_rule = True
 
     @staticmethod

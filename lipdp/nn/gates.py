@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipdp.constraints import check_positive
-from lipdp.nn.blocks import blocks, is_traced
+from lipdp.nn.blocks import Function, blocks, is_traced
 
 
 def per_sample_norm(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def clip_norm(x: Tensor, bound: float | Tensor, radius: float | Tensor | None = 
     return out
 
 
-class _Ball(torch.autograd.Function):
+class _Ball(Function):
     r"""x ↦ f x of every sample, f = r/max(‖x‖, c); and the norms.
 
     Backward, with u = x/‖x‖ beyond the ball and 0 within: f (g − ⟨u, g⟩ u).
@@ -150,7 +150,7 @@ def default_input_bound(input_shape: tuple[int, ...]) -> float:
     return root / 4 if len(input_shape) == 3 else root / 2
 
 
-class _Gate(torch.autograd.Function):
+class _Gate(Function):
     generate_vmap_rule = True
 
     @staticmethod

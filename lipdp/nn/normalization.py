@@ -10,6 +10,7 @@ from deel import torchlip
 from torch import Tensor, nn
 
 from lipdp.errors import MixesSamplesError, ParameterError
+from lipdp.nn.blocks import Function
 from lipdp.nn.constrained import check_positive
 
 
@@ -42,7 +43,7 @@ class LayerCentering(torchlip.LayerCentering):
         return y if self.bias is None else y + self.bias.view(1, -1, *[1] * (x.dim() - 2))
 
 
-class _Centred(torch.autograd.Function):
+class _Centred(Function):
     """x ↦ x − μ, its own transpose: one pass back instead of three."""
 
     generate_vmap_rule = True

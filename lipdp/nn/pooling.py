@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lipdp.errors import ParameterError
-from lipdp.nn.blocks import blocks, is_traced
+from lipdp.nn.blocks import Function, blocks, is_traced
 
 __all__ = [
     "InvertibleDownSampling",
@@ -52,7 +52,7 @@ class ScaledAvgPool2d(torchlip.ScaledAvgPool2d):
         super().__init__(_pair(kernel_size), k_coef_lip=k_coef_lip)
 
 
-class _L2NormPool(torch.autograd.Function):
+class _L2NormPool(Function):
     """y = √(Σ x² + ε²) − ε over disjoint windows; backward x · g / (y + ε)."""
 
     generate_vmap_rule = True

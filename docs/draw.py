@@ -25,10 +25,8 @@ LINES = [
 def table(heading: str) -> list[list[str]]:
     """The rows of the first table below a heading, its head first."""
     section = (DOCS / "comparison.md").read_text().split(f"## {heading}\n")[1]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in re.findall(r"^\|.*\|$", section.split("\n## ")[0], re.M)
-    ]
+    lines = re.findall(r"(?:^\|.*\|\n)+", section, re.M)[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [rows[0], *rows[2:]]
 
 

@@ -164,11 +164,8 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
     - likelihood: of the claimed mechanism, this canary in over out, summed over its uses: the others are noise.
     - joint: the coins of all canaries estimated together, where they are not orthogonal.
     """
-    training, bands, rate = (
-        Training(experiment, setting, included),
-        setting.plan.bands,
-        setting.plan.step_event.sampling_rate,
-    )
+    training, bands = Training(experiment, setting, included), setting.plan.bands
+    rate = setting.plan.step_event.sampling_rate
     dealt = training.groups[: len(experiment.others[0])]
     seed = None if setting.seed is None else [setting.seed, 1]  # not that of the coins
     groups = torch.from_numpy(np.random.default_rng(seed).integers(bands, size=len(included)))

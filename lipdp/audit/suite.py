@@ -53,34 +53,34 @@ class Suite:
             raise ParameterError(f"methods={self.methods}: one or more of {', '.join(METHODS)}, each once")
         if not 0.0 < self.confidence < 1.0:
             raise ParameterError(f"confidence={self.confidence}: a probability in (0, 1) is needed, 0.95 say")
-        if not self.done:
+        if not self.possible:
             raise ParameterError(f"bands={self.bands}: {self.left_out}")
         check_seed(self.seed)
 
     @property
-    def done(self) -> Sequence[str]:
-        """The methods that make sense."""
+    def possible(self) -> Sequence[str]:
+        """The methods that these bands allow."""
         return [name for name in self.methods if self.bands == 1 or name != "sampled-runs"]
 
     @property
     def left_out(self) -> str:
-        """One line on those that make none, or nothing."""
+        """Which method is left out and why; empty if none is."""
         why = "the other records are dealt to groups once, so with bands the runs are not independent"
-        return "" if len(self.done) == len(self.methods) else f"sampled-runs is left out: {why}"
+        return "" if len(self.possible) == len(self.methods) else f"sampled-runs is left out: {why}"
 
     def run(self, progress: Callable[[str, int, int], None] = lambda name, done, total: None) -> SuiteResult:
         """Every audit in turn; `progress` is told of each step: in which audit, how many are taken, of how many."""
         results = []
         with torch.random.fork_rng(devices=[]):  # the models' weights are drawn from torch's generator
             torch.manual_seed(torch.seed() if self.seed is None else self.seed)
-            for name in self.done:
+            for name in self.possible:
                 results.append(METHODS[name](self, partial(progress, name)))
         return SuiteResult(tuple(results), self.confidence, self.left_out)
 
     @property
     def options(self) -> dict[str, Any]:
         """Of each audit."""
-        each = 1.0 - (1.0 - self.confidence) / len(self.done)
+        each = 1.0 - (1.0 - self.confidence) / len(self.possible)
         names = ("epsilon", "delta", "allocation", "accountant", "seed", "bands")
         return {**{name: getattr(self, name) for name in names}, "confidence": each}
 

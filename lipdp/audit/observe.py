@@ -171,8 +171,10 @@ def simultaneous(experiment: Experiment, setting: Setting, included: Tensor) -> 
     groups = torch.from_numpy(np.random.default_rng(seed).integers(bands, size=len(included)))
     groups[included] = training.groups[len(dealt) :]  # one left out has a group as well, which so tells nothing
     likelihood = Likelihood(groups, bands, rate)
-    scorer: _Orthogonal | _Joint = (_Orthogonal if experiment.saturated else _Joint)(
-        experiment, likelihood, setting.plan.noise_multiplier
+    scorer: _Orthogonal | _Joint = (
+        _Orthogonal(experiment, likelihood, setting.plan.noise_multiplier)
+        if experiment.saturated
+        else _Joint(experiment, likelihood)
     )
     whitened = {name: Whitened(coefficients(bands)) for name in training.parameters}
     for row, (x, y) in enumerate(training.batches()):
@@ -222,7 +224,7 @@ class _Joint:
     mean solves (M + 4 I)(b − ½) = s − M ½ with M = Σ_t p² A Aᵀ and s = Σ_t p A v, the rows of A being w_j a_j.
     """
 
-    def __init__(self, experiment: Experiment, likelihood: Likelihood, noise_multiplier: float) -> None:
+    def __init__(self, experiment: Experiment, likelihood: Likelihood) -> None:
         count = len(experiment.canaries[0])
         self._experiment, self._likelihood, self._rows = experiment, likelihood, torch.empty(0)
         self._gram, self._seen = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)

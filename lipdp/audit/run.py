@@ -169,7 +169,7 @@ def one_run(
 
     Args:
         experiment: by default `gradient_canaries(32_768)`; `input_canaries` is an ordinary training.
-        Others: as `many_runs`.
+        Others: as `many_runs`; with `bands` any experiment will do.
 
     >>> result = lipdp.audit.one_run(lipdp.audit.gradient_canaries(1024), epsilon=8.0, seed=0)
     >>> 1 < result.lower_bound < result.claimed_epsilon

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
+from lipdp.accounting.plan import whole
 from lipdp.audit.experiments import gradient_canaries, input_canaries, worst_case
 from lipdp.audit.observe import Progress, check_seed
 from lipdp.audit.run import AuditResult, many_runs, one_run
@@ -53,6 +54,7 @@ class Suite:
             raise ParameterError(f"methods={self.methods}: one or more of {', '.join(METHODS)}, each once")
         if not 0.0 < self.confidence < 1.0:
             raise ParameterError(f"confidence={self.confidence}: a probability in (0, 1) is needed, 0.95 say")
+        whole("bands", self.bands)
         if not self.possible:
             raise ParameterError(f"bands={self.bands}: {self.left_out}")
         check_seed(self.seed)

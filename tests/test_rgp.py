@@ -132,9 +132,31 @@ def test_the_layers_compute_what_they_did_and_are_left_as_they_were():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_weight_that_layers_share_has_no_carriers():
+    """Two pairs of carriers would give it one of its two gradients."""
+
+    def tied():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 12, bias=False), nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 3, bias=False))
+        model[2].weight = model[0].weight
+        return model
+
+    model, given = double(tied, sigma=SILENT)
+    before = copy.deepcopy(model)
+    x, y = given.dataset.tensors
+    session = replace(get_trainer("rgp"), rank=99, max_grad_norm=100.0).start(model, given)
+    assert [carriers.layer for carriers in session.carriers] == [model[3]]
+    session.step(x, y)
+    given.loss(before(x), y).sum().backward()
+    for name, old in before.named_parameters():
+        moved = (old - model.get_parameter(name)) * given.batch_size
+        torch.testing.assert_close(moved, old.grad, atol=1e-5, rtol=1e-5)
+
+
 def test_refusals():
-    with pytest.raises(ParameterError, match="rank=0"):
-        replace(get_trainer("rgp"), rank=0)
+    for rank in (0, 1.5):
+        with pytest.raises(ParameterError, match=f"rank={rank}"):
+            replace(get_trainer("rgp"), rank=rank)
     model = plain_model()
     model[1].register_buffer("seen", torch.zeros(1))
     with pytest.raises(UnsupportedLayerError, match="rgp cannot train this model"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from lipdp.accounting.plan import whole
 from lipdp.comparison.protocol import Session, Task
 from lipdp.comparison.trainers.opacus import OpacusSession, OpacusTrainer
-from lipdp.errors import ParameterError, UnsupportedLayerError
 
 _WINDOWS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
@@ -20,11 +21,11 @@ _WINDOWS = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 class Reparametrized(OpacusTrainer):
     r"""Reparametrized gradient perturbation: W = L R + (W − L R), of which L and R alone have gradients.
 
-    W is the weight of an nn.Linear, or of an nn.Conv2d without groups as a matrix (out, in·k·k). At every step
-    L (out, r) and R (r, in·k·k) are one power iteration on W_t − W_0, orthonormalised; on a random matrix while
-    W_t = W_0. Of L, R and all other parameters (biases) together every record's gradient is clipped to C, their sum
-    gets noise of std σC, and W the gradient ∂L R + L ∂R − L Lᵀ ∂L R: as ∂L = ∂W Rᵀ and ∂R = Lᵀ ∂W, that is the
-    orthogonal projection of ∂W onto {A R + L B}, and ∂W itself at full rank.
+    W is the weight of one nn.Linear, or of one nn.Conv2d without groups as a matrix (out, in·k·k); a weight that layers
+    share is clipped as it is. At every step L (out, r) and R (r, in·k·k) are one power iteration on W_t − W_0,
+    orthonormalised; on a random matrix while W_t = W_0. Of L, R and all other parameters (biases) together every
+    record's gradient is clipped to C, their sum gets noise of std σC, and W the gradient ∂L R + L ∂R − L Lᵀ ∂L R: as
+    ∂L = ∂W Rᵀ and ∂R = Lᵀ ∂W, that is the orthogonal projection of ∂W onto {A R + L B}, and ∂W itself at full rank.
 
     Guarantees: one step is one Gaussian mechanism of noise multiplier σ on one Poisson batch, as with flat clipping.
     L and R follow from W_t and W_0, which are released, and from random numbers, not from the batch: given the steps
@@ -45,8 +46,7 @@ class Reparametrized(OpacusTrainer):
     lipschitz = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ParameterError(f"rank={self.rank}: a whole number of at least 1 is needed")
+        whole("rank", self.rank)
 
     def start(self, model: nn.Module, task: Task) -> Session:
         return _Session(model, task, self)
@@ -56,11 +56,12 @@ class _Session(OpacusSession):
     """Opacus' hooks and clipping on carriers and biases; the task's optimiser moves weights and biases."""
 
     def __init__(self, model: nn.Module, task: Task, trainer: Reparametrized) -> None:
-        layers = [layer for layer in model.modules() if _has_carriers(layer)]
+        uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+        layers = [layer for layer in model.modules() if _has_carriers(layer) and uses[id(layer.weight)] == 1]
         self.carriers = [_Carriers(layer, trainer.rank) for layer in layers]
         try:
             super().__init__(model, task, trainer)
-        except UnsupportedLayerError:
+        except BaseException:
             self._remove_carriers()
             raise
         if layers:

@@ -46,8 +46,8 @@ def open_split(
 
     `digits`: the 1797 images of 8 × 8 pixels embedded in scikit-learn, divided by 16; every fifth record (index
     0, 5, 10, …) is for test. `mnist`, `fashion-mnist`, `cifar10`: the published split. `adbench/NAME` and any `.npz`
-    without `X_test`, `y_test`: about a fifth is for test, each record by a hash of its
-    own content; no stratification, since that would read the labels of others.
+    without `X_test`, `y_test`: about a fifth is for test, each record by a hash of its own content; no stratification,
+    since that would read the labels of others.
 
     Guarantees: what is returned is whole, finite and consistent, or an error says which file is not. ε protects the
     records of the training part, given the split; it says nothing about the test part.

@@ -33,10 +33,10 @@ class Reparametrized(OpacusTrainer):
     sum, from the projection on, is post-processing.
 
     Attributes:
-        rank: r ≥ 1; of a smaller matrix, its smaller side. The authors take 16 for nets far larger than ours.
+        rank: r ≥ 1; of a smaller matrix, its smaller side. The authors' example takes 16 for a WRN-28-10.
 
     Source: Yu, Zhang, Chen, Yin & Liu (2021), "Large scale private learning via low-rank reparametrization". Their code
-    clips and trains L alone, and the last layer without L and R; here it is as in the paper, for every layer.
+    (dayu11/Differentially-Private-Deep-Learning, vision/RGP) trains the last layer without L and R; here all have them.
     """
 
     rank: int = 8

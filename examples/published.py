@@ -6,12 +6,12 @@ were chosen on 6,000 training records. The bound of a convolution grows with the
 overlap; `--lenet` takes Opacus' small network, whose windows overlap 16-fold.
 global: local against global clipping (Bu et al. 2021), four layers, B = 250, σ = 1.3, R = 1.5: accuracy and
 calibration. On Fashion-MNIST 20 epochs (11 to 20 minutes a run, beside other work); `--dataset cifar10` takes the
-published network, but four epochs, not 60.
+published network and 60 epochs, three hours a run on one core, or three quarters of an hour with `--scale 4`.
 """
 
 import argparse
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,9 +20,12 @@ from torch.utils.data import TensorDataset
 
 from lipdp.accounting import PrivacyPlan
 from lipdp.comparison import Task, calibration, get_trainer
-from lipdp.data import load
+from lipdp.comparison.protocol import ComparedTrainer
+from lipdp.comparison.utility import trial_plan
+from lipdp.data import Split, load, split_validation
 from lipdp.losses import TauCrossEntropy
 
+R = 1.5
 BACKPROP_RUNS = ((9.06 / 2, 2.0, "79 % at ε = 0.10"), (4.82 / 2, 4.0, "87 % at ε = 0.21"))  # σ, learning rate, found
 
 
@@ -53,56 +56,71 @@ def four_layers() -> nn.Module:
     )  # fmt: skip
 
 
-GLOBAL_RUNS = {"fashion-mnist": (lenet, 40.0, 0.3, 20), "cifar10": (four_layers, 10.0, 0.05, 4)}
-"""Network, Z, learning rate and epochs. Those of Fashion-MNIST were found on 6,000 training records."""
+GLOBAL_RUNS = {"fashion-mnist": (lenet, 40.0, 0.3, 0.3, 20), "cifar10": (four_layers, 10.0, 0.05, 0.05, 60)}
+"""Network, Z, learning rates of local and of global clipping, and epochs."""
 
 
-def run(name: str, trainer, net: nn.Module, split, *, batch_size: int, epochs: float, sigma: float, **task) -> None:
-    began = time.perf_counter()
-    plan = PrivacyPlan.of(
-        dataset_size=len(split.train_x), expected_batch_size=batch_size, epochs=epochs, noise_multiplier=sigma,
-        target_delta=1e-5,
-    )  # fmt: skip
-    task = Task(dataset=TensorDataset(split.train_x, split.train_y), loss=TauCrossEntropy(1.0), plan=plan, **task)
-    found = calibration.calibration(trainer.train(net, task).model, split.test_x, split.test_y)
-    print(
-        f"{name}: ε = {plan.predicted.epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f},"
-        f" MCE {found.mce:.4f}, NLL {found.nll:.3f}, Brier {found.brier:.3f} ({time.perf_counter() - began:.0f} s)",
-        flush=True,
-    )
+@dataclass(frozen=True)
+class Setting:
+    """What the trainers of one comparison share: how they sample, how much noise they add, how they are judged.
+
+    Attributes:
+        scale: k; runs at B/k and σ/k are as noisy and cost a k-th, but they are not private at the ε that is shown.
+    """
+
+    split: Split
+    batch_size: int
+    epochs: float
+    sigma: float
+    scale: int = 1
+
+    def run(self, name: str, trainer: ComparedTrainer, net: nn.Module, lr: float, momentum: float = 0, **task) -> None:
+        began = time.perf_counter()
+        plan = PrivacyPlan.of(
+            dataset_size=len(self.split.train_x), expected_batch_size=self.batch_size, epochs=self.epochs,
+            noise_multiplier=self.sigma, target_delta=1e-5,
+        )  # fmt: skip
+        optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum)
+        records = TensorDataset(self.split.train_x, self.split.train_y)
+        run = trial_plan(plan, self.split, self.scale)
+        task = Task(dataset=records, loss=TauCrossEntropy(1.0), plan=run, optimizer=optimizer, **task)
+        model = trainer.train(net, task).model
+        found = calibration.calibration(model, self.split.test_x, self.split.test_y)
+        print(
+            f"{name}: ε = {plan.predicted.epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f},"
+            f" MCE {found.mce:.4f}, NLL {found.nll:.3f}, Brier {found.brier:.3f} ({time.perf_counter() - began:.0f} s)",
+            flush=True,
+        )
 
 
-def backprop(args: argparse.Namespace) -> None:
-    split = load("mnist", data_dir=args.data_dir)
+def backprop(args: argparse.Namespace, split: Split) -> None:
     trainer = replace(get_trainer("backprop_clipping"), input_bound=1.5, cotangent_bound=args.cotangent_bound)
     for sigma, lr, published in BACKPROP_RUNS:
         torch.manual_seed(args.seed)
-        run(
+        Setting(split, 256, args.epochs or 5, sigma, args.scale).run(
             f"σ_joint = {sigma:.2f} (published, corrected: {published})", trainer,
-            lenet() if args.lenet else patches(), split,
-            batch_size=256, epochs=args.epochs or 5, sigma=sigma, schedule="linear",
-            optimizer=partial(torch.optim.SGD, lr=args.lr or lr, momentum=0.9),
+            lenet() if args.lenet else patches(), args.lr or lr, momentum=0.9, schedule="linear",
         )  # fmt: skip
 
 
-def local_and_global(args: argparse.Namespace) -> None:
-    raw = load(args.dataset, data_dir=args.data_dir)
-    split = replace(raw, train_x=2 * raw.train_x - 1, test_x=2 * raw.test_x - 1) if args.dataset == "cifar10" else raw
-    net, threshold, lr, epochs = GLOBAL_RUNS[args.dataset]
+def local_and_global(args: argparse.Namespace, split: Split) -> None:
+    net, threshold, local_lr, global_lr, epochs = GLOBAL_RUNS[args.dataset]
+    if args.dataset == "cifar10":
+        split = replace(split, train_x=2 * split.train_x - 1, test_x=2 * split.test_x - 1)
+    threshold, epochs = args.threshold or threshold, args.epochs or epochs
+    setting = Setting(split, 250, epochs, 1.3, args.scale)
     ways = {
-        "local flat, R = 1.5": replace(get_trainer("opacus_functorch"), max_grad_norm=1.5),
-        f"global, R = 1.5, Z = {threshold:g}": replace(
-            get_trainer("global_scaled"), max_grad_norm=1.5, threshold=threshold
+        "local": (f"local flat, R = {R:g}", replace(get_trainer("opacus_functorch"), max_grad_norm=R), local_lr),
+        "global": (
+            f"global, R = {R:g}, Z = {threshold:g}",
+            replace(get_trainer("global_scaled"), max_grad_norm=R, threshold=threshold), global_lr,
         ),
-        "global, 1(‖g‖ ≤ R)": replace(get_trainer("global"), max_grad_norm=1.5),
-    }
-    for name, trainer in ways.items():
+        "strict": (f"global, 1(‖g‖ ≤ {R:g})", replace(get_trainer("global"), max_grad_norm=R), global_lr),
+    }  # fmt: skip
+    for way in args.ways:
+        name, trainer, lr = ways[way]
         torch.manual_seed(args.seed)
-        run(
-            f"{name}, {args.epochs or epochs:g} epochs", trainer, net(), split,
-            batch_size=250, epochs=args.epochs or epochs, sigma=1.3, microbatch=64,
-            optimizer=partial(torch.optim.SGD, lr=args.lr or lr),
-        )  # fmt: skip
+        setting.run(f"{name}, {epochs:g} epochs, lr {args.lr or lr:g}", trainer, net(), args.lr or lr, microbatch=64)
 
 
 def main() -> None:
@@ -110,13 +128,20 @@ def main() -> None:
     parser.add_argument("what", choices=["backprop", "global"])
     parser.add_argument("--data-dir")
     parser.add_argument("--dataset", choices=list(GLOBAL_RUNS), default="fashion-mnist", help="of global")
+    parser.add_argument("--ways", nargs="+", choices=["local", "global", "strict"], default=["local", "global"])
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--threshold", type=float, help="Z of global")
     parser.add_argument("--cotangent-bound", type=float, default=0.09)
     parser.add_argument("--lenet", action="store_true")
+    parser.add_argument("--scale", type=int, default=1, help="k: runs at B/k and σ/k, a k-th of the cost, not private")
+    parser.add_argument("--validation", action="store_true", help="judge on a tenth of the training records")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    {"backprop": backprop, "global": local_and_global}[args.what](args)
+    split = load("mnist" if args.what == "backprop" else args.dataset, data_dir=args.data_dir)
+    {"backprop": backprop, "global": local_and_global}[args.what](
+        args, split_validation(split) if args.validation else split
+    )
 
 
 if __name__ == "__main__":

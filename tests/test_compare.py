@@ -1,7 +1,9 @@
 """`lipdp compare`: sweeps that go on where they were killed, out-of-memory as a cell, pictures, messages."""
 
+import gc
 import json
 import sys
+import weakref
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from types import SimpleNamespace
@@ -270,6 +272,28 @@ def test_a_killed_sweep_goes_on_where_it_was(commands, whole, tmp_path):
         cells, expected = (json.loads((folder / name).read_text()) for folder in (killed, whole.out))
         assert [{**c, "seconds": 0} for c in cells] == [{**c, "seconds": 0} for c in expected]
     assert json.loads((killed / "tuning.json").read_text())[: len(before)] == before
+
+
+def test_the_records_of_one_run_are_gone_before_the_next():
+    class Session:
+        """Holds itself, as sessions with hooks do."""
+
+        def __init__(self):
+            self.itself = self
+
+    alive = []
+
+    def run(job):
+        assert all(session() is None for session in alive)
+        alive.append(weakref.ref(Session()))
+        return {"job": job}
+
+    gc.disable()
+    try:
+        Results(None, config={}).fill(range(3), key=lambda job: {"job": job}, run=run, progress=print, total=3)
+    finally:
+        gc.enable()
+    assert len(alive) == 3
 
 
 def test_two_processes_find_the_same():

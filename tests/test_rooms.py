@@ -156,6 +156,7 @@ COVERS = {
     "test_tokens_and_weights": "bounds/lookups bounds/products bounds/refused bounds/weights",
     "test_plan": "accounting/plan_table",
     "test_planning": "planning/pictures planning/tan planning/workers",
+    "test_opacus_probe": "comparison/trainers/probe",
     "test_port": "nn/rewrite nn/tracing nn/walk",
     "test_report": "report/comparison report/document report/evaluation report/figures report/pages report/parameters"
     " report/tensorboard",

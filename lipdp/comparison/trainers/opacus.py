@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import lipdp.comparison.opacus_layers  # noqa: F401  (registers lipdp's layers with Opacus)
 from lipdp.comparison.protocol import ComparedTrainer, Grid, Session, Task, ladder, put_back, remove_gates
+from lipdp.comparison.trainers.probe import probe, quiet_hooks
 from lipdp.errors import ParameterError, UnsupportedLayerError
 from lipdp.nn import project_
 
@@ -112,9 +112,11 @@ class OpacusSession(Session):
                 " record; take opacus_hooks, or one view"
             )
         self.model, self.task, self.trainer, self.event = model, task, trainer, task.plan.step_event
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise UnsupportedLayerError(f"{trainer.name} cannot train this model: no weight has requires_grad")
         self.gates = remove_gates(model)
         self.loader = task.loader()
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         options: dict[str, Any] = {"force_functorch": True} if trainer.mode == "functorch" else {}
         if trainer.mode == "ghost":
             options["max_grad_norm"] = trainer.max_grad_norm
@@ -134,18 +136,17 @@ class OpacusSession(Session):
             generator=generator,
         )
         self.private.attach_step_hook(self._divide)
+        try:
+            probe(self)
+        except BaseException:
+            OpacusSession.close(self)
+            raise
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.private.zero_grad()
         pieces = self.task.pieces(x, y)
         for number, (xb, yb) in enumerate(pieces, start=1):
-            with (
-                warnings.catch_warnings()
-            ):  # the first layer's input needs no gradient, and its hook says so every time
-                warnings.filterwarnings("ignore", "Full backward hook is firing")
-                self.trainer.backward(self, self.task.loss(self.model(xb), yb))
-            if self.task.views > 1:
-                self._average_views()
+            self.backward(self.task.loss(self.model(xb), yb))
             self.private.signal_skip_step(do_skip=number < len(pieces))  # the noise comes with the last piece
             self.private.step()
             self._forget()
@@ -153,6 +154,19 @@ class OpacusSession(Session):
             self._no_gradient()
             self.private.step()
         project_(self.model)
+
+    def backward(self, losses: Tensor) -> None:
+        """The gradients of their records, or the norms, where Opacus leaves them."""
+        with quiet_hooks():
+            self.trainer.backward(self, losses)
+        if self.task.views > 1:
+            self._average_views()
+
+    def norms(self) -> Tensor:
+        """(parameters, records) of what `backward` found."""
+        if self.trainer.mode == "ghost":
+            return torch.stack([p._norm_sample for p in self.parameters])  # type: ignore[attr-defined]
+        return torch.stack([g.flatten(1).norm(dim=1) for g in self.private.grad_samples])
 
     def _divide(self, optimizer: DPOptimizer) -> None:
         for parameter in self.parameters:

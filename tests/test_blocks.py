@@ -166,7 +166,10 @@ def test_functions_of_torch_func_follow(make, shape):
     assert torch.allclose(together, apart)
 
 
-@layers
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [*LAYERS.values(), (lambda: lnn.GradientGate(0.5), (3, 2, 4)), (lnn.GroupSort2, (4, 3)), (lnn.MaxMin, (4, 3))],
+)
 def test_many_gradients_at_once_are_those_one_by_one(make, shape):
     x = torch.randn(4, *shape, dtype=torch.float64, requires_grad=True)
     y = make()(x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lipdp.constraints import check_positive
 from lipdp.errors import ParameterError
-from lipdp.nn.blocks import Function
+from lipdp.nn.blocks import Function, is_traced
 
 __all__ = ["BetaAbs", "FullSort", "GroupSort", "GroupSort2", "HouseHolder", "LPReLU", "MaxMin"]
 
@@ -33,7 +33,7 @@ class _Mix(Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor, dim: int) -> Tensor:
         a, b = _halves(x, dim)
-        if torch.compiler.is_compiling():  # which follows no `out=` and needs none: it fuses
+        if is_traced(x, mask):
             chosen = mask.bool()
             return torch.cat([torch.where(chosen, a, b), torch.where(chosen, b, a)], dim)
         out = torch.empty_like(x)

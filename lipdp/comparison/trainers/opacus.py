@@ -24,7 +24,10 @@ CLIP_GRID: Grid = {"lr": ladder(0.3, 8), "max_grad_norm": ladder(0.3)}
 
 @dataclass(frozen=True)
 class OpacusTrainer(ComparedTrainer):
-    """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped."""
+    """Flat clipping at C by Opacus' own optimiser; subclasses choose how gradients come about and are clipped.
+
+    A record whose gradient is NaN or infinite makes the sum NaN, as in Opacus: C bounds finite gradients.
+    """
 
     max_grad_norm: float = 1.0
 

@@ -29,8 +29,8 @@ class Reparametrized(OpacusTrainer):
 
     Guarantees: one step is one Gaussian mechanism of noise multiplier σ on one Poisson batch, as with flat clipping.
     L and R follow from W_t and W_0, which are released, and from random numbers, not from the batch: given the steps
-    before, one record more or less moves the sum by one clipped gradient, of norm at most C. What becomes of the noisy
-    sum, from the projection on, is post-processing.
+    before, one record more or less moves the sum by one clipped gradient, of norm at most C if finite. What becomes of
+    the noisy sum, from the projection on, is post-processing.
 
     Attributes:
         rank: r ≥ 1; of a smaller matrix, its smaller side. The authors' example takes 16 for a WRN-28-10.

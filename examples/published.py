@@ -19,9 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lipdp.accounting import PrivacyPlan
-from lipdp.comparison import Task, calibration, get_trainer
-from lipdp.comparison.protocol import ComparedTrainer
-from lipdp.comparison.utility import trial_plan
+from lipdp.comparison import ComparedTrainer, Task, calibration, get_trainer
 from lipdp.data import Split, load, split_validation
 from lipdp.losses import TauCrossEntropy
 
@@ -82,7 +80,9 @@ class Setting:
         )  # fmt: skip
         optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum)
         records = TensorDataset(self.split.train_x, self.split.train_y)
-        run = trial_plan(plan, self.split, self.scale)
+        run = replace(
+            plan, expected_batch_size=plan.expected_batch_size // self.scale, noise_multiplier=self.sigma / self.scale
+        )
         task = Task(dataset=records, loss=TauCrossEntropy(1.0), plan=run, optimizer=optimizer, **task)
         model = trainer.train(net, task).model
         found = calibration.calibration(model, self.split.test_x, self.split.test_y)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import lipdp
-from lipdp.features.synthetic import dead_leaves
+from lipdp.features import dead_leaves
 
 SHAPE = (3, 32, 32)
 ROOM = 40  # side of the pictures that views are cut from

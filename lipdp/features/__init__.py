@@ -12,6 +12,7 @@ from lipdp.features.energies import Energies
 from lipdp.features.frozen import Frozen
 from lipdp.features.maps import NORM_FLOOR, FeatureMap, FeatureSpec, apply, features
 from lipdp.features.pictures import Handwriting, Objects, Pictures
+from lipdp.features.synthetic import dead_leaves
 
 __all__ = [
     "NORM_FLOOR",
@@ -24,5 +25,6 @@ __all__ = [
     "Objects",
     "Pictures",
     "apply",
+    "dead_leaves",
     "features",
 ]

@@ -55,6 +55,23 @@ def dead_leaves(count: int, shape: Sequence[int], seed: int) -> Pair:
     Radii have the density r⁻³, so that the pictures look alike at every scale. Each shape has a colour, in which
     luminance dominates, a 1/f texture and a shade; the whole is blurred at random.
 
+    Guarantees: no record and no downloaded picture has a part in them; the same seed gives the same pictures.
+
+    Args:
+        count: n ≥ 1, of the scenes; about 12 ms each at 3x32x32.
+        shape: (C, H, W), C = 1 or 3, H and W ≥ 8.
+        seed: public.
+
+    Returns:
+        Two views (n, C, H, W), float32 in [0, 1].
+
+    Raises:
+        ParameterError: another shape, or no picture.
+
+    >>> first, second = lipdp.features.dead_leaves(2, (3, 16, 16), seed=0)
+    >>> first.shape, bool((first != second).any())
+    (torch.Size([2, 3, 16, 16]), True)
+
     Source: Lee, Mumford & Huang (2001), Occlusion models for natural images; Baradad et al. (2021), Learning to see by
     looking at noise.
     """

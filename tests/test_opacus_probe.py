@@ -74,8 +74,25 @@ def test_a_model_under_which_clipping_fails_is_refused(model, trainer):
     for module in refused.modules():
         assert not module._forward_hooks | module._backward_hooks
         assert "forward" not in vars(module)
-    assert all(p.requires_grad and not vars(p) for p in refused.parameters())
-    assert list(refused.state_dict()) == list(built(model).state_dict())
+        assert not {"activations", "max_batch_len"} & set(vars(module))
+    assert all(p.requires_grad and not vars(p) and p.grad is None for p in refused.parameters())
+    before = built(model).state_dict()
+    assert refused.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in refused.state_dict().items())
+
+
+def test_what_is_refused_trains_once_it_is_mended():
+    model = plain_model()
+    model.beside = nn.Linear(2, 2)
+    model.forward = lambda x: nn.Sequential(*list(model)[:4])(x)
+    with pytest.raises(UnsupportedLayerError, match="beside"):
+        get_trainer("opacus_hooks").start(model, task())
+    model.beside.requires_grad_(False)
+    given = task()
+    session = get_trainer("opacus_hooks").start(model, given)
+    session.model.train()
+    session.step(*(t[:9] for t in given.dataset.tensors))
+    session.close()
 
 
 @pytest.mark.parametrize(("model", "trainer"), LETS_THROUGH)

@@ -119,14 +119,24 @@ class OpacusSession(Session):
         if not self.parameters:
             raise UnsupportedLayerError(f"{trainer.name} cannot train this model: no weight has requires_grad")
         self.gates = remove_gates(model)
+        self.hooks: Any = None
+        try:
+            self._attach()
+            probe(self)
+        except BaseException:
+            OpacusSession.close(self)  # a subclass takes off by itself what it put on before
+            raise
+
+    def _attach(self) -> None:
+        """Opacus' hooks and optimiser."""
+        task, trainer = self.task, self.trainer
         self.loader = task.loader()
         options: dict[str, Any] = {"force_functorch": True} if trainer.mode == "functorch" else {}
         if trainer.mode == "ghost":
             options["max_grad_norm"] = trainer.max_grad_norm
         try:
-            self.hooks = get_hooks_class(trainer.mode)(model, loss_reduction="sum", **options)
+            self.hooks = get_hooks_class(trainer.mode)(self.model, loss_reduction="sum", **options)
         except (NotImplementedError, ValueError) as error:
-            put_back(self.gates)
             raise UnsupportedLayerError(f"{trainer.name} cannot train this model: {error}") from error
         generator = torch.Generator(self.parameters[0].device)
         generator.manual_seed(secrets.randbits(63) if task.seed is None else task.seed)
@@ -139,11 +149,6 @@ class OpacusSession(Session):
             generator=generator,
         )
         self.private.attach_step_hook(self._divide)
-        try:
-            probe(self)
-        except BaseException:
-            OpacusSession.close(self)
-            raise
 
     def step(self, x: Tensor, y: Tensor) -> None:
         self.private.zero_grad()
@@ -165,11 +170,11 @@ class OpacusSession(Session):
         if self.task.views > 1:
             self._average_views()
 
-    def norms(self) -> Tensor:
-        """(parameters, records) of what `backward` found."""
+    def norms(self) -> list[Tensor]:
+        """(rows,) for each parameter, of what `backward` found."""
         if self.trainer.mode == "ghost":
-            return torch.stack([p._norm_sample for p in self.parameters])  # type: ignore[attr-defined]
-        return torch.stack([g.flatten(1).norm(dim=1) for g in self.private.grad_samples])
+            return [p._norm_sample for p in self.parameters]  # type: ignore[attr-defined]
+        return [self.private._get_flat_grad_sample(p).flatten(1).norm(dim=1) for p in self.parameters]
 
     def _divide(self, optimizer: DPOptimizer) -> None:
         for parameter in self.parameters:
@@ -197,9 +202,12 @@ class OpacusSession(Session):
             parameter.grad = torch.zeros_like(parameter)
 
     def close(self) -> None:
-        self.hooks.cleanup()
+        if self.hooks is not None:
+            self.hooks.cleanup()
         for parameter in self.parameters:
             for name in ("summed_grad", "grad_sample"):
-                if hasattr(parameter, name):
-                    delattr(parameter, name)
+                vars(parameter).pop(name, None)
+        for module in self.model.modules():  # a backward pass that never came leaves what went in
+            for name in ("activations", "max_batch_len"):
+                vars(module).pop(name, None)
         put_back(self.gates)

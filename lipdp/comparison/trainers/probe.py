@@ -30,15 +30,19 @@ def quiet_hooks() -> Iterator[None]:
 
 
 def probe(session: OpacusSession) -> None:
-    """Refuse a model of whose records Opacus finds other gradients than autograd, by their norms on some records.
+    """Refuse a model for which Opacus' gradient of a record differs from autograd's, by their norms on four records.
 
     Opacus goes by what enters and leaves each layer, and takes rows for records. Where records mix, or one is several
-    rows, clipping bounds no record's part in the sum; where a norm comes out too small, ghost clipping does not either.
+    rows, clipping bounds no record's part in the sum; nor does ghost clipping where a norm comes out too small. It is
+    a check at the start, on weights as they are then: layers whose gradients are 0 there are not seen. The model stays
+    as it was; no random number is used up.
 
     Raises:
-        UnsupportedLayerError: that, or whatever else the model or Opacus raise.
+        UnsupportedLayerError: that, or what the model or Opacus raise, unless memory ran out.
     """
-    device = session.parameters[0].device
+    model, device = session.model, session.parameters[0].device
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet_hooks():
             _compare(session)
@@ -47,6 +51,13 @@ def probe(session: OpacusSession) -> None:
             raise
         reason = str(error) or type(error).__name__
         raise UnsupportedLayerError(f"{session.trainer.name} cannot train this model: {reason}") from error
+    finally:
+        session.private.zero_grad(set_to_none=True)
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
 
 
 def _compare(session: OpacusSession) -> None:
@@ -62,14 +73,14 @@ def _compare(session: OpacusSession) -> None:
     true = torch.stack([_norms(session, mean) for mean in losses.unflatten(0, (-1, task.views)).mean(1)], dim=1)
     session.hooks.enable_hooks()
     session.backward(losses)
-    found = session.norms()
-    session.private.zero_grad(set_to_none=True)
     slack = _TOLERANCE * (true + 0.01 * true.norm(dim=0))
-    if found.shape != true.shape or bool(((found - true).abs() > slack).any()):
+    pairs = zip(session.norms(), true, slack, strict=True)
+    if not all(found.shape == own.shape and bool(((found - own).abs() <= room).all()) for found, own, room in pairs):
         raise UnsupportedLayerError(
             f"{session.trainer.name} cannot train this model: what Opacus takes for the gradient of a record is not its"
-            " gradient. Rows must be records, which do not mix (no batch normalisation), and weights be used by their"
-            " own layers alone; opacus_functorch alone knows padding other than zeros, and images that were permuted"
+            " gradient, or is not finite. Rows must be records, which do not mix (no batch normalisation), and weights"
+            " be used by their own layers alone; opacus_functorch alone knows padding other than zeros, and images that"
+            " were permuted"
         )
 
 

@@ -23,7 +23,7 @@ from lipdp.comparison import ComparedTrainer, Task, calibration, get_trainer
 from lipdp.data import Split, load, split_validation
 from lipdp.losses import TauCrossEntropy
 
-R = 1.5
+R = 1.5  # C of local and of global clipping
 BACKPROP_RUNS = ((9.06 / 2, 2.0, "79 % at ε = 0.10"), (4.82 / 2, 4.0, "87 % at ε = 0.21"))  # σ, learning rate, found
 
 
@@ -63,6 +63,7 @@ class Setting:
     """What the trainers of one comparison share: how they sample, how much noise they add, how they are judged.
 
     Attributes:
+        split, batch_size, epochs, sigma: records, B, passes over them and σ.
         scale: k; runs at B/k and σ/k are as noisy and cost a k-th, but they are not private at the ε that is shown.
     """
 
@@ -80,14 +81,14 @@ class Setting:
         )  # fmt: skip
         optimizer = partial(torch.optim.SGD, lr=lr, momentum=momentum)
         records = TensorDataset(self.split.train_x, self.split.train_y)
-        run = replace(
-            plan, expected_batch_size=plan.expected_batch_size // self.scale, noise_multiplier=self.sigma / self.scale
-        )
-        task = Task(dataset=records, loss=TauCrossEntropy(1.0), plan=run, optimizer=optimizer, **task)
+        fewer = plan.expected_batch_size // self.scale
+        shared = replace(plan, expected_batch_size=fewer, noise_multiplier=self.sigma * fewer / self.batch_size)
+        task = Task(dataset=records, loss=TauCrossEntropy(1.0), plan=shared, optimizer=optimizer, **task)
         model = trainer.train(net, task).model
+        simulated = f", simulated at B/{self.scale}, not private" if self.scale > 1 else ""
         found = calibration.calibration(model, self.split.test_x, self.split.test_y)
         print(
-            f"{name}: ε = {plan.predicted.epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f},"
+            f"{name}{simulated}: ε = {plan.predicted.epsilon:.3f}, accuracy {found.accuracy:.4f}, ECE {found.ece:.4f},"
             f" MCE {found.mce:.4f}, NLL {found.nll:.3f}, Brier {found.brier:.3f} ({time.perf_counter() - began:.0f} s)",
             flush=True,
         )
@@ -128,7 +129,13 @@ def main() -> None:
     parser.add_argument("what", choices=["backprop", "global"])
     parser.add_argument("--data-dir")
     parser.add_argument("--dataset", choices=list(GLOBAL_RUNS), default="fashion-mnist", help="of global")
-    parser.add_argument("--ways", nargs="+", choices=["local", "global", "strict"], default=["local", "global"])
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        choices=["local", "global", "strict"],
+        default=["local", "global"],
+        help="strict: 1(‖g‖ ≤ R), the later definition of global",
+    )
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--threshold", type=float, help="Z of global")

@@ -104,10 +104,9 @@ def tune(args: argparse.Namespace) -> None:
         model, target_epsilon=args.epsilon, target_delta=1e-5, expected_batch_size=args.batch_size, **facts
     )
     if args.scale > 1:
-        sigma = settings.plan.noise_multiplier / args.scale
-        settings = lipdp.suggest(
-            model, noise_multiplier=sigma, expected_batch_size=args.batch_size // args.scale, **facts
-        )
+        fewer = args.batch_size // args.scale
+        sigma = settings.plan.noise_multiplier * fewer / args.batch_size
+        settings = lipdp.suggest(model, noise_multiplier=sigma, expected_batch_size=fewer, **facts)
     arguments = settings.arguments(model)
     for group in arguments["optimizer"].param_groups:
         if group["params"][0] is not model[-1].weight:

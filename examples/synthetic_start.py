@@ -1,6 +1,6 @@
 """Pre-train a Lipschitz network on synthetic pictures, then train all its layers privately on CIFAR-10.
 
-    python examples/synthetic_start.py pretrain start.pt --minutes 40
+    python examples/synthetic_start.py pretrain start.pt --minutes 35
     python examples/synthetic_start.py tune --start start.pt --epsilon 8 --data-dir DIR
 
 pretrain: two views of the same synthetic scene should be alike, and views of different scenes should not (Chen et al.
@@ -93,9 +93,9 @@ def tune(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = network(args.width)
     if args.start:
-        start = torch.load(args.start)
-        model = network(start["width"])
-        model[:-1].load_state_dict(start["body"])
+        weights = torch.load(args.start)
+        model = network(weights["width"])
+        model[:-1].load_state_dict(weights["body"])
     if args.head_only:
         model[:-1].requires_grad_(False)
     public = dead_leaves(64, SHAPE, seed=1)[0]
@@ -122,7 +122,13 @@ def tune(args: argparse.Namespace) -> None:
     model.eval()
     with torch.no_grad():
         answers = torch.cat([model(x).argmax(1) for x in split.test_x.split(500)])
-    print(f"{vars(args)}: accuracy {(answers == split.test_y).float().mean():.4f}, {time.monotonic() - began:.0f} s")
+    start = f"from {args.start}" if args.start else "not pre-trained"
+    layers = "last layer" if args.head_only else f"all layers, those below the last at {args.body:g} of their rates"
+    simulated = f", simulated at B/{args.scale}, not private" if args.scale > 1 else ""
+    accuracy = (answers == split.test_y).float().mean()
+    print(
+        f"{start}, {layers}: ε = {args.epsilon:g}{simulated}, accuracy {accuracy:.4f}, {time.monotonic() - began:.0f} s"
+    )
 
 
 def main() -> None:
@@ -130,7 +136,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     first = commands.add_parser("pretrain")
     first.add_argument("start", help="file for the weights")
-    first.add_argument("--minutes", type=float, default=40)
+    first.add_argument("--minutes", type=float, default=35)
     first.add_argument("--scenes", type=int, default=8000)
     first.add_argument("--lr", type=float, default=2e-3)
     second = commands.add_parser("tune")

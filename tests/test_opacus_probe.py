@@ -81,6 +81,22 @@ def test_a_model_under_which_clipping_fails_is_refused(model, trainer):
     assert all(torch.equal(value, before[name]) for name, value in refused.state_dict().items())
 
 
+@pytest.mark.parametrize("trainer", ["opacus_hooks", "opacus_ghost"])
+def test_a_gradient_that_is_no_number_is_refused(trainer):
+    given = task()
+    given.dataset.tensors[0][1, 0] = torch.nan
+    with pytest.raises(UnsupportedLayerError, match="not finite"):
+        get_trainer(trainer).start(plain_model(), given)
+
+
+@pytest.mark.parametrize("short", [0.95, 1.05])
+def test_a_norm_that_is_five_percent_off_is_refused(short, monkeypatch):
+    true = opacus.OpacusSession.norms
+    monkeypatch.setattr(opacus.OpacusSession, "norms", lambda session: [short * norms for norms in true(session)])
+    with pytest.raises(UnsupportedLayerError, match="is not its gradient"):
+        get_trainer("opacus_ghost").start(plain_model(), task())
+
+
 def test_what_is_refused_trains_once_it_is_mended():
     model = plain_model()
     model.beside = nn.Linear(2, 2)
